@@ -1,0 +1,1 @@
+"""Sparse codes of a whole corpus on disk, by feature."""

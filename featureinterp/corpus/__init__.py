@@ -1,0 +1,1 @@
+"""Documents and the token windows cut from them."""

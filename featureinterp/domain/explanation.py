@@ -1,0 +1,85 @@
+"""What a feature is said to mean, and where that came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from featureinterp.domain.usage import Usage
+
+MAX_RULES = 10
+MAX_TEXT = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One condition under which the feature fires. ``strength``: integer 0–5, the level it then reaches."""
+
+    activates_on: str
+    strength: int
+
+    def __post_init__(self) -> None:
+        if not self.activates_on.strip():
+            raise ValueError("a rule needs a text that says what activates the feature")
+        if not 0 <= self.strength <= 5:
+            raise ValueError(f"a rule's strength is an integer from 0 to 5, not {self.strength}")
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where an explanation came from. ``method``: explainer's name; ``prompt``: name/version; ``prompt_hash``: of its files."""
+
+    method: str
+    model: str | None = None
+    prompt: str | None = None
+    prompt_hash: str | None = None
+    temperature: float | None = None
+    seed: int | None = None
+    examples: tuple[int, ...] = ()
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Structured rules, or one sentence (``rules`` is then a single rule of strength 5 and ``structured`` is False)."""
+
+    rules: tuple[Rule, ...]
+    provenance: Provenance
+    structured: bool = True
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.rules) <= MAX_RULES:
+            raise ValueError(f"an explanation has from 1 to {MAX_RULES} rules, not {len(self.rules)}")
+        if not self.structured and len(self.rules) != 1:
+            raise ValueError("an explanation of one sentence has one rule")
+
+    @classmethod
+    def sentence(cls, text: str, provenance: Provenance) -> Explanation:
+        """An explanation of one sentence."""
+        return cls((Rule(text, 5),), provenance, structured=False)
+
+    @property
+    def text(self) -> str:
+        """It in one line: the sentence, or the rules joined by semicolons, strongest first."""
+        return "; ".join(rule.activates_on for rule in sorted(self.rules, key=lambda r: -r.strength))
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-serialisable form that :meth:`from_json` reads back to an equal value."""
+        p = self.provenance
+        return {
+            "structured": self.structured,
+            "rules": [{"activates_on": r.activates_on, "strength": r.strength} for r in self.rules],
+            "provenance": {
+                **{name: getattr(p, name) for name in ("method", "model", "prompt", "prompt_hash", "temperature", "seed")},
+                "examples": list(p.examples),
+                "usage": {name: getattr(p.usage, name) for name in Usage.__dataclass_fields__},
+            },
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Explanation:
+        """Reads what :meth:`to_json` wrote."""
+        p = dict(value["provenance"])
+        provenance = Provenance(**{**p, "examples": tuple(p["examples"]), "usage": Usage(**p["usage"])})
+        return cls(tuple(Rule(**r) for r in value["rules"]), provenance, value["structured"])

@@ -1,0 +1,100 @@
+"""What is known of a feature from the corpus: windows where it fires and windows where it nearly does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from featureinterp.domain.feature import FeatureId
+
+SplitName = Literal["train", "valid", "test"]
+SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
+
+Source = Literal["top", "weighted", "quantile", "random", "random_negative", "similar", "similar_negative"]
+POSITIVE_SOURCES: tuple[Source, ...] = ("top", "weighted", "quantile")
+NEGATIVE_SOURCES: tuple[Source, ...] = ("random_negative", "similar_negative")
+SOURCES: tuple[Source, ...] = (*POSITIVE_SOURCES, "random", "similar", *NEGATIVE_SOURCES)
+"""How a window got into a record. ``random`` and ``similar`` are drawn without looking at whether the feature fires."""
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """A span of tokens with one feature's activations.
+
+    ``row``: its number in the window table; ``start``: first token kept of that row (above 0 only where a window was centred
+    on a token). ``pieces``: exact text of each token, joined they are the text. ``token_ids`` int32 ``[token]``;
+    ``activations`` float32 ``[token]``, raw SAE units, ≥ 0.
+    """
+
+    row: int
+    document: int
+    token_ids: np.ndarray
+    pieces: tuple[str, ...]
+    activations: np.ndarray
+    start: int = 0
+
+    @property
+    def text(self) -> str:
+        """The window's text."""
+        return "".join(self.pieces)
+
+    @property
+    def max_activation(self) -> float:
+        """Its largest activation; 0 where the feature is silent."""
+        return float(self.activations.max(initial=0.0))
+
+    @property
+    def fires(self) -> bool:
+        """Whether the feature has a positive code anywhere in it."""
+        return self.max_activation > 0
+
+
+@dataclass(frozen=True)
+class FeatureRecord:
+    """All examples of one feature, by split and source.
+
+    ``scale``: its largest activation in the corpus; ``density``: share of scored tokens where it fires; ``count``: on how many.
+    ``shortfalls``: for each "split/source" that has fewer windows than were asked for, how many are missing and why.
+    """
+
+    feature: FeatureId
+    scale: float
+    density: float
+    count: int
+    splits: Mapping[SplitName, Mapping[Source, tuple[Window, ...]]]
+    shortfalls: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        owner: dict[int, str] = {}
+        rows: dict[int, str] = {}
+        for split in SPLITS:
+            for window in self.windows(split):
+                for what, seen, value in (("document", owner, window.document), ("window", rows, window.row)):
+                    if seen.setdefault(value, split) != split:
+                        raise AssertionError(f"{what} {value} of feature {self.feature} is in both {seen[value]} and {split}")
+            for source in NEGATIVE_SOURCES:
+                if any(w.fires for w in self.get(split, source)):
+                    raise AssertionError(f"a {source} window of feature {self.feature} fires")
+
+    def get(self, split: SplitName, source: Source) -> tuple[Window, ...]:
+        """The windows of one split and source; empty where there are none."""
+        return self.splits.get(split, {}).get(source, ())
+
+    def windows(self, split: SplitName) -> Iterator[Window]:
+        """All windows of a split."""
+        for source in SOURCES:
+            yield from self.get(split, source)
+
+    def level(self, window: Window) -> list[int]:
+        """Each token's activation as an integer level 0–5: floor(5 · a / scale)."""
+        return levels(window.activations, self.scale)
+
+
+def levels(activations: np.ndarray, scale: float) -> list[int]:
+    """floor(5 · a / scale), clipped to 0 … 5, for activations ``[token]`` ≥ 0; all 0 when the scale is 0."""
+    if scale <= 0:
+        return [0] * len(activations)
+    return np.clip(np.floor(5 * np.asarray(activations, np.float64) / scale + 1e-9), 0, 5).astype(int).tolist()

@@ -1,0 +1,82 @@
+"""How well an explanation did, with what is needed to judge the figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A 95 % confidence interval."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One figure about one explanation.
+
+    ``value`` is None when the figure is undefined, and ``undefined`` then says why. ``n_scored`` and ``n_failed`` count its
+    parts (windows or questions). ``null``: the same figure for another feature's explanation on the same windows.
+    """
+
+    name: str
+    value: float | None
+    n_scored: int
+    n_failed: int = 0
+    interval: Interval | None = None
+    undefined: str | None = None
+    null: float | None = None
+    null_interval: Interval | None = None
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (self.undefined is None):
+            raise ValueError(f"the score {self.name} needs a value or a reason why it has none, and not both")
+
+    @property
+    def beats_null(self) -> bool:
+        """Whether the interval lies above the null's value; False when either is undefined."""
+        return self.interval is not None and self.null is not None and self.interval.low > self.null
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-serialisable form."""
+        out = {name: getattr(self, name) for name in ("name", "value", "n_scored", "n_failed", "undefined", "null")}
+        for name in ("interval", "null_interval"):
+            interval = getattr(self, name)
+            out[name] = None if interval is None else [interval.low, interval.high]
+        return out
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Score:
+        """Reads what :meth:`to_json` wrote."""
+        out = dict(value)
+        for name in ("interval", "null_interval"):
+            out[name] = None if out[name] is None else Interval(*out[name])
+        return cls(**out)
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Something that did not work, as a row: which feature and stage, the error's class and its message."""
+
+    feature: int
+    stage: str
+    error: str
+    message: str
+
+
+@dataclass(frozen=True, eq=False)
+class Simulation:
+    """What a simulator made of one window: expected level of every token, float64 ``[token]`` in 0 … 5, or the failure's cause."""
+
+    expected: np.ndarray | None
+    failure: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.expected is None) == (self.failure is None):
+            raise ValueError("a simulation holds expected levels or the cause of its failure, and not both")

@@ -1,0 +1,93 @@
+"""Every error that featureinterp raises on purpose.
+
+    FeatureInterpError
+    ├── InputError                 what the user asked for cannot be done; nothing was written
+    │   ├── UnknownNameError       a model, SAE, corpus, hook, explainer … that does not exist
+    │   ├── CorpusError            text that is empty, binary, not UTF-8, or without the named field
+    │   ├── IncompatibleError      two parts that do not belong together (SAE width, store of another SAE)
+    │   └── FeatureRangeError      a feature index outside the dictionary
+    ├── StorageError               the disk is full, or a file cannot be written or read
+    │   └── IncompleteStoreError   a store whose writing never finished
+    ├── DownloadError              no source delivered the file
+    │   └── ChecksumError          a file arrived whole and is not the one that was declared
+    └── LanguageModelError         an endpoint or a local model did not give a usable reply
+        ├── EndpointUnavailableError   cannot be reached, timed out, overloaded (can succeed later)
+        ├── EndpointRefusedError       key, model name or request is wrong (will not succeed later)
+        ├── TruncatedReplyError        the reply was cut by the token limit
+        └── MalformedReplyError        the reply does not have the form that was asked for
+
+The message of each is one sentence that says what was wrong, which value, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FeatureInterpError(Exception):
+    """Root of the tree. ``retryable`` says whether the same call can succeed later."""
+
+    retryable = False
+
+
+class InputError(FeatureInterpError):
+    """What the user asked for cannot be done; nothing was written."""
+
+
+class UnknownNameError(InputError):
+    """A name that stands for nothing."""
+
+
+class CorpusError(InputError):
+    """Text that cannot be used."""
+
+
+class IncompatibleError(InputError):
+    """Two parts that do not belong together."""
+
+
+class FeatureRangeError(InputError):
+    """A feature index outside the dictionary."""
+
+
+class StorageError(FeatureInterpError):
+    """The disk is full, or a file cannot be written or read."""
+
+
+class IncompleteStoreError(StorageError):
+    """A store whose writing never finished."""
+
+
+class DownloadError(FeatureInterpError):
+    """No source delivered the file."""
+
+
+class ChecksumError(DownloadError):
+    """A file arrived whole and is not the one that was declared."""
+
+
+class LanguageModelError(FeatureInterpError):
+    """An endpoint or a local model did not give a usable reply."""
+
+
+class EndpointUnavailableError(LanguageModelError):
+    """Cannot be reached, timed out or is overloaded; the same request can succeed later.
+
+    ``retry_after_s`` is what the endpoint asked for, in seconds, or None.
+    """
+
+    retryable = True
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EndpointRefusedError(LanguageModelError):
+    """The key, the model's name or the request is wrong; the same request will not succeed later."""
+
+
+class TruncatedReplyError(LanguageModelError):
+    """The reply was cut by the token limit."""
+
+
+class MalformedReplyError(LanguageModelError):
+    """The reply does not have the form that was asked for."""

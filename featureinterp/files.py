@@ -1,0 +1,72 @@
+"""Writing files so that a half-written one never stands under its final name."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from featureinterp.errors import StorageError
+
+
+def storage_error(path: Path, error: OSError) -> StorageError:
+    """The error that a user reads when the system refused to write or read ``path``."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"the disk is full while writing {path}: free some space and run the same command again")
+    return StorageError(f"{path} cannot be written or read ({error.strerror or error}): check the path and its permissions")
+
+
+@contextmanager
+def explained_storage(path: Path) -> Iterator[None]:
+    """Turns an ``OSError`` of the block into a :class:`StorageError` about ``path``."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(path, error) from error
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Writes ``content`` to a temporary file beside ``path``, flushes it to disk and renames it.
+
+    Raises ``StorageError`` when the disk is full or the folder cannot be written; ``path`` is then as it was before.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with explained_storage(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes ``value`` as readable JSON, atomically."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def sha256_of(path: Path, chunk_bytes: int = 1 << 22) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with explained_storage(path), path.open("rb") as file:
+        while block := file.read(chunk_bytes):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def content_key(value: Any) -> str:
+    """A hash of a JSON-serialisable value: equal for equal content, whatever the order of keys. 32 hexadecimal digits."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,0 +1,48 @@
+"""What goes to a language model and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from featureinterp.domain.usage import Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One chat completion. ``schema``: JSON schema of the reply, or None for free text. ``top_logprobs``: how many
+    alternatives to return for the reply's first token (0: none). ``n``: how many replies."""
+
+    messages: tuple[Message, ...]
+    max_tokens: int = 512
+    temperature: float = 0.0
+    seed: int | None = None
+    n: int = 1
+    schema: Mapping[str, Any] | None = None
+    top_logprobs: int = 0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """``texts``: one per choice. ``truncated``: which of them were cut by ``max_tokens``. ``first_token``: for each choice the
+    natural-log probabilities of the first token's alternatives, empty where the endpoint gives none."""
+
+    texts: tuple[str, ...]
+    truncated: tuple[bool, ...]
+    usage: Usage
+    first_token: tuple[Mapping[str, float], ...] = field(default_factory=tuple)
+
+    @property
+    def text(self) -> str:
+        """The first choice."""
+        return self.texts[0]

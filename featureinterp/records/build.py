@@ -1,0 +1,206 @@
+"""Building the records of many features in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from featureinterp.codes.store import CodesStore
+from featureinterp.domain.feature import FeatureId
+from featureinterp.domain.record import SOURCES, SPLITS, FeatureRecord, Source, SplitName, Window
+from featureinterp.errors import InputError
+from featureinterp.records.quantile import quantile_order
+from featureinterp.records.similar import SimilarWindows
+from featureinterp.records.splits import SplitAssigner
+from featureinterp.records.top import top_candidates
+from featureinterp.records.uniform import uniform_rows
+from featureinterp.records.weighted import weighted_order
+
+ALIVE_ABOVE = 15
+_BATCH = 256
+_CACHED_ROWS = 16_384
+
+
+@dataclass(frozen=True)
+class RecordPolicy:
+    """How many windows of each source go to (train, valid, test), and how they are drawn.
+
+    ``n_quantiles``: the ranking is cut into so many parts and top windows come from the first. ``half_width``: tokens kept on
+    each side of an importance-weighted position.
+    """
+
+    counts: Mapping[Source, tuple[int, int, int]] = field(
+        default_factory=lambda: {
+            "top": (10, 10, 10),
+            "similar_negative": (10, 10, 10),
+            "weighted": (5, 2, 2),
+            "quantile": (0, 5, 5),
+            "similar": (0, 5, 5),
+            "random_negative": (10, 10, 10),
+            "random": (0, 10, 10),
+        }
+    )
+    n_quantiles: int = 1000
+    half_width: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for source, counts in self.counts.items():
+            if source not in SOURCES or len(counts) != 3 or min(counts) < 0:
+                raise InputError(f"the record policy has {source}: {counts}: give a known source ({', '.join(SOURCES)}) and three counts ≥ 0")
+
+
+class RecordBuilder:
+    """Builds records from a codes store; ``similar`` is needed when the policy asks for similar windows."""
+
+    def __init__(self, store: CodesStore, policy: RecordPolicy, similar: SimilarWindows | None = None) -> None:
+        needs_similar = any(sum(policy.counts.get(s, (0, 0, 0))) for s in ("similar", "similar_negative"))
+        if needs_similar and similar is None:
+            raise InputError("similar windows need the embeddings of all windows: pass SimilarWindows, or set their counts to 0")
+        self.store, self.policy, self.similar = store, policy, similar if needs_similar else None
+        self._documents = np.asarray(store.windows.documents)
+        self._fires = np.zeros(len(store.windows), bool)
+        self._row = lru_cache(_CACHED_ROWS)(lambda row: (store.windows.ids(row), store.windows.pieces(row)))
+
+    def build(self, features: Iterable[int]) -> Iterator[FeatureRecord]:
+        """The records of ``features``, in order. Raises ``FeatureRangeError`` before any work when one does not exist."""
+        wanted = list(features)
+        for index in wanted:
+            self.store.check_feature(index)
+        for start in range(0, len(wanted), _BATCH):
+            yield from self._build_batch(wanted[start : start + _BATCH])
+
+    def _build_batch(self, features: Sequence[int]) -> Iterator[FeatureRecord]:
+        summaries = [_Summary.of(self.store, index) for index in features]
+        if self.similar is None:
+            for summary in summaries:
+                yield self._record(summary, None, None)
+            return
+        queries = np.zeros((len(features), self.similar.embeddings.shape[1]), np.float32)
+        for i, summary in enumerate(summaries):
+            if len(summary.rows):
+                queries[i] = self.similar.query(summary.ranked_rows())
+        for summary, query, known in zip(summaries, queries, self.similar.search(queries), strict=True):
+            yield self._record(summary, query, known)
+
+    def _record(self, summary: _Summary, query: np.ndarray | None, known: np.ndarray | None) -> FeatureRecord:
+        rng = np.random.default_rng([self.policy.seed, summary.index])
+        assigner = SplitAssigner(self._documents)
+        self._fires[summary.rows] = True
+        try:
+            splits: dict[SplitName, dict[Source, tuple[Window, ...]]] = {s: {} for s in SPLITS}
+            shortfalls: dict[str, str] = {}
+            for source in self.policy.counts:
+                wanted = dict(zip(SPLITS, self.policy.counts[source], strict=True))
+                if not any(wanted.values()):
+                    continue
+                centres: dict[int, int] = {}
+                offered = self._offer(source, summary, rng, assigner, query, known, centres, sum(wanted.values()))
+                for split, rows in assigner.take(offered, wanted).items():
+                    splits[split][source] = tuple(self._window(summary, row, centres.get(row)) for row in rows)
+                    if len(rows) < wanted[split]:
+                        shortfalls[f"{split}/{source}"] = f"{len(rows)} of {wanted[split]}: {self._why_short(source, summary)}"
+        finally:
+            self._fires[summary.rows] = False
+        n = len(summary.positions)
+        return FeatureRecord(
+            FeatureId(self.store.meta["sae"]["name"], summary.index),
+            summary.scale,
+            n / self.store.n_scored,
+            n,
+            splits,
+            shortfalls,
+        )
+
+    def _offer(
+        self,
+        source: Source,
+        summary: _Summary,
+        rng: np.random.Generator,
+        assigner: SplitAssigner,
+        query: np.ndarray | None,
+        known: np.ndarray | None,
+        centres: dict[int, int],
+        n_wanted: int,
+    ) -> Iterable[int]:
+        """Rows in the order in which a source offers them; fills ``centres`` with the token that a row is centred on."""
+        n_windows = len(self.store.windows)
+        match source:
+            case "top":
+                return summary.rows[top_candidates(summary.maxima, n_windows, n_wanted, self.policy.n_quantiles, rng)].tolist()
+            case "quantile":
+                return summary.rows[quantile_order(summary.maxima, summary.scale, max(n_wanted, 1), rng)].tolist() if len(summary.rows) else []
+            case "weighted":
+                return self._offer_weighted(summary, rng, assigner, centres)
+            case "random":
+                return uniform_rows(n_windows, rng)
+            case "random_negative":
+                return (row for row in uniform_rows(n_windows, rng) if not self._fires[row])
+            case "similar" | "similar_negative":
+                assert self.similar is not None and query is not None and known is not None
+                if not len(summary.rows):
+                    return []
+                ranking = self.similar.ranking(query, known)
+                return ranking if source == "similar" else (row for row in ranking if not self._fires[row])
+        raise InputError(f"there is no source {source!r}")
+
+    def _offer_weighted(self, summary: _Summary, rng: np.random.Generator, assigner: SplitAssigner, centres: dict[int, int]) -> Iterator[int]:
+        used = np.isin(summary.rows, list(assigner.used))
+        weakest = summary.maxima[used].min(initial=np.inf)
+        rows = summary.positions // self.store.windows.length
+        below = np.flatnonzero((summary.values < weakest) & ~np.isin(rows, summary.rows[used]))
+        for i in weighted_order(summary.values[below], rng):
+            row = int(rows[below[i]])
+            if row not in centres:
+                centres[row] = int(summary.positions[below[i]] - row * self.store.windows.length)
+                yield row
+
+    def _window(self, summary: _Summary, row: int, centre: int | None) -> Window:
+        ids, pieces = self._row(row)
+        activations = np.zeros(len(ids), np.float32)
+        if self._fires[row]:
+            a, b = summary.span(row)
+            activations[summary.positions[a:b] - row * self.store.windows.length] = summary.values[a:b]
+        if centre is None:
+            return Window(row, int(self._documents[row]), ids, pieces, activations)
+        left, right = max(0, centre - self.policy.half_width), min(len(ids), centre + self.policy.half_width + 1)
+        return Window(row, int(self._documents[row]), ids[left:right], pieces[left:right], activations[left:right], left)
+
+    def _why_short(self, source: Source, summary: _Summary) -> str:
+        if source in ("top", "weighted", "quantile"):
+            return f"the feature fires in {len(summary.rows)} of {len(self.store.windows)} windows"
+        return f"{len(self.store.windows)} windows in {len(np.unique(self._documents))} documents have no more that are unused and in a document of this split"
+
+
+@dataclass(frozen=True, slots=True)
+class _Summary:
+    """One feature's nonzeros, and its maximum in each window where it fires."""
+
+    index: int
+    positions: np.ndarray
+    values: np.ndarray
+    rows: np.ndarray
+    starts: np.ndarray
+    maxima: np.ndarray
+    scale: float
+
+    @classmethod
+    def of(cls, store: CodesStore, index: int) -> _Summary:
+        codes = store.feature(index)
+        positions, values = codes.positions.astype(np.int64), codes.values.astype(np.float32)
+        rows_of = positions // store.windows.length
+        starts = np.flatnonzero(np.diff(rows_of, prepend=-1))
+        maxima = np.maximum.reduceat(values, starts) if len(starts) else np.zeros(0, np.float32)
+        return cls(index, positions, values, rows_of[starts], starts, maxima, float(values.max(initial=0.0)))
+
+    def ranked_rows(self) -> np.ndarray:
+        """Firing windows, strongest first."""
+        return self.rows[np.argsort(-self.maxima, kind="stable")]
+
+    def span(self, row: int) -> tuple[int, int]:
+        """The slice of the nonzeros that lies in a firing window."""
+        i = int(np.searchsorted(self.rows, row))
+        return int(self.starts[i]), int(self.starts[i + 1]) if i + 1 < len(self.starts) else len(self.positions)

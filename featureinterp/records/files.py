@@ -1,0 +1,34 @@
+"""Records on disk: JSON lines that name windows by row; texts and activations stay in the store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from featureinterp.domain.record import FeatureRecord
+from featureinterp.files import write_atomic
+
+
+def record_to_json(record: FeatureRecord) -> dict[str, Any]:
+    """One record as plain data: windows are [row, first token, number of tokens, largest activation]."""
+    return {
+        "feature": record.feature.index,
+        "sae": record.feature.sae,
+        "scale": record.scale,
+        "density": record.density,
+        "count": record.count,
+        "splits": {
+            split: {source: [[w.row, w.start, len(w.pieces), round(w.max_activation, 6)] for w in windows] for source, windows in by_source.items()}
+            for split, by_source in record.splits.items()
+        },
+        "shortfalls": dict(record.shortfalls),
+    }
+
+
+def write_records(path: Path, records: Iterable[FeatureRecord]) -> int:
+    """Writes records as JSON lines, atomically; returns how many."""
+    lines = [json.dumps(record_to_json(record), ensure_ascii=False) for record in records]
+    write_atomic(path, "".join(line + "\n" for line in lines))
+    return len(lines)

@@ -1,0 +1,120 @@
+"""Which windows are like a feature's top windows: sentence embeddings in an exact faiss index."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featureinterp.corpus.windows import WindowTable
+from featureinterp.errors import UnknownNameError
+from featureinterp.files import explained_storage
+
+EMBEDDED = "all-minilm-l6-v2"
+MAX_QUERIES = 400
+FIRST_DEPTH = 256
+
+
+class SentenceEmbedder:
+    """A sentence-transformers model by the name of the embedded part, a hub name or a folder."""
+
+    def __init__(self, name: str = EMBEDDED, *, device: str | None = None) -> None:
+        self.name = name
+        self._device = device
+        self._model: Any = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the name; an embedded name stands for files whose hashes are checked."""
+        return hashlib.sha256(self.name.encode()).hexdigest()[:16]
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Normalised embeddings, float32 ``[text, d]``."""
+        if self._model is None:
+            self._model = self._load()
+        vectors = self._model.encode(list(texts), batch_size=64, normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True)
+        return np.ascontiguousarray(vectors, np.float32)
+
+    def _load(self) -> Any:
+        from sentence_transformers import SentenceTransformer
+
+        from featureinterp.assets import fetch
+        from featureinterp.quiet import quiet_transformers
+
+        source = str(fetch(EMBEDDED).folder) if self.name == EMBEDDED else self.name
+        try:
+            with quiet_transformers():
+                return SentenceTransformer(source, device=self._device)
+        except (OSError, ValueError) as error:
+            raise UnknownNameError(f"the embedder {self.name!r} cannot be loaded ({str(error).splitlines()[0]}): give {EMBEDDED!r} or a sentence-transformers model") from error
+
+
+def window_embeddings(
+    windows: WindowTable, embedder: Any, folder: Path, *, chunk: int = 512, progress: Callable[[int, int], None] | None = None
+) -> np.ndarray:
+    """Embeddings of all windows, float32 ``[n, d]``, memory-mapped from ``folder``; computed once and reused after that."""
+    path = folder / f"{windows.fingerprint[:16]}-{embedder.fingerprint}.npy"
+    if not path.exists():
+        half = path.with_suffix(".part")
+        with explained_storage(path):
+            folder.mkdir(parents=True, exist_ok=True)
+            with half.open("wb") as out:
+                done = 0
+                for texts in _chunks(windows.texts(), chunk):
+                    vectors = embedder.embed(texts)
+                    if not done:
+                        header = {"descr": "<f4", "fortran_order": False, "shape": (len(windows), vectors.shape[1])}
+                        np.lib.format.write_array_header_1_0(out, header)
+                    out.write(memoryview(vectors).cast("B"))
+                    done += len(texts)
+                    if progress:
+                        progress(done, len(windows))
+            half.replace(path)
+    return np.load(path, "r", allow_pickle=False)
+
+
+def _chunks(items: Iterator[str], size: int) -> Iterator[list[str]]:
+    part: list[str] = []
+    for item in items:
+        part.append(item)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part
+
+
+class SimilarWindows:
+    """Ranks all windows by mean cosine similarity to a set of query windows, exactly.
+
+    The mean of cosines to normalised vectors is the inner product with their mean, so a feature costs one search.
+    """
+
+    def __init__(self, embeddings: np.ndarray) -> None:
+        import faiss
+
+        self.embeddings = embeddings
+        self._index = faiss.IndexFlatIP(embeddings.shape[1])
+        self._index.add(np.ascontiguousarray(embeddings))
+
+    def query(self, rows: np.ndarray) -> np.ndarray:
+        """The query vector for a feature's strongest windows ``rows`` (at most 400 of them are used): float32 ``[d]``."""
+        rows = np.sort(rows[:MAX_QUERIES])
+        return np.asarray(self.embeddings[rows], np.float32).mean(0)
+
+    def search(self, queries: np.ndarray, depth: int = FIRST_DEPTH) -> np.ndarray:
+        """Rows of the ``depth`` most similar windows for each query ``[feature, d]``: int64 ``[feature, depth]``, best first."""
+        return self._index.search(np.ascontiguousarray(queries, np.float32), min(depth, self._index.ntotal))[1]
+
+    def ranking(self, query: np.ndarray, known: np.ndarray) -> Iterator[int]:
+        """All rows by similarity, starting from the ones already ``known``; the search is widened only when those run out."""
+        done = 0
+        while True:
+            yield from known[done:].tolist()
+            done = len(known)
+            if done >= self._index.ntotal:
+                return
+            known = self.search(query[None], done * 4)[0]

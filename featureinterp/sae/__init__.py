@@ -1,0 +1,1 @@
+"""Sparse autoencoders: one file per architecture, one interface, one folder format."""

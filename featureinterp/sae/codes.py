@@ -1,0 +1,48 @@
+"""Sparse codes of a batch, and the decoder that every architecture shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class SparseCodes:
+    """The positive codes of ``n_rows`` tokens over ``n_features`` features, as coordinates.
+
+    ``rows``, ``features`` int64 ``[nonzero]``; ``values`` ``[nonzero]``, > 0, in raw SAE units. No pair (row, feature) occurs
+    twice; rows never fall.
+    """
+
+    rows: torch.Tensor
+    features: torch.Tensor
+    values: torch.Tensor
+    n_rows: int
+    n_features: int
+
+    @classmethod
+    def from_top(cls, indices: torch.Tensor, values: torch.Tensor, n_features: int) -> SparseCodes:
+        """From the k largest codes of each row, ``[row, k]``; those that are not positive are left out."""
+        rows, slots = torch.nonzero(values > 0, as_tuple=True)
+        return cls(rows, indices[rows, slots], values[rows, slots], values.shape[0], n_features)
+
+    @classmethod
+    def from_dense(cls, dense: torch.Tensor) -> SparseCodes:
+        """From a dense ``[row, feature]`` matrix of codes ≥ 0."""
+        rows, features = torch.nonzero(dense, as_tuple=True)
+        return cls(rows, features, dense[rows, features], dense.shape[0], dense.shape[1])
+
+    def to_dense(self) -> torch.Tensor:
+        """``[n_rows, n_features]``."""
+        dense = self.values.new_zeros(self.n_rows, self.n_features)
+        dense[self.rows, self.features] = self.values
+        return dense
+
+    def matmul(self, matrix: torch.Tensor) -> torch.Tensor:
+        """``codes @ matrix`` for a matrix ``[n_features, d]``, reading only the rows of features that fire: ``[n_rows, d]``."""
+        counts = torch.bincount(self.rows, minlength=self.n_rows)
+        offsets = torch.cumsum(counts, 0) - counts
+        return torch.nn.functional.embedding_bag(
+            self.features, matrix, offsets, mode="sum", per_sample_weights=self.values.to(matrix.dtype)
+        )

@@ -1,0 +1,23 @@
+"""JumpReLU: z = x W_enc + b_enc, kept where z exceeds the feature's own threshold. The input is not centred."""
+
+from __future__ import annotations
+
+import torch
+
+from featureinterp.sae.base import SparseAutoencoder
+from featureinterp.sae.codes import SparseCodes
+
+
+class JumpReLU(SparseAutoencoder):
+    """Rajamanoharan et al. 2024, "Jumping ahead". ``threshold [d_sae]``."""
+
+    architecture = "jumprelu"
+    extra = ("threshold",)
+
+    def __init__(self, tensors: dict[str, torch.Tensor], **settings: int) -> None:
+        super().__init__(tensors, **settings)
+        self.threshold = tensors["threshold"]
+
+    def encode(self, x: torch.Tensor) -> SparseCodes:
+        z = torch.addmm(self.tensors["b_enc"], self._input(x), self.W_enc)
+        return SparseCodes.from_dense(torch.where((z > self.threshold) & (z > 0), z, 0))

@@ -1,0 +1,19 @@
+"""TopK: of ReLU((x − b_dec) W_enc + b_enc), the k largest codes of each token."""
+
+from __future__ import annotations
+
+import torch
+
+from featureinterp.sae.base import SparseAutoencoder
+from featureinterp.sae.codes import SparseCodes
+
+
+class TopK(SparseAutoencoder):
+    """Gao et al. 2024, "Scaling and evaluating sparse autoencoders". Setting ``k``."""
+
+    architecture = "topk"
+    settings = ("k",)
+
+    def encode(self, x: torch.Tensor) -> SparseCodes:
+        values, indices = torch.topk(self._centred(x), min(self.options["k"], self.d_sae), dim=-1, sorted=False)
+        return SparseCodes.from_top(indices, values, self.d_sae)

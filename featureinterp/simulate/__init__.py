@@ -1,0 +1,1 @@
+"""Simulators: from an explanation to the expected activation level of every token."""

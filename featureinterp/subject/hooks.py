@@ -1,0 +1,58 @@
+"""Residual-stream hooks by the names that the field uses, on any decoder of the Hugging Face library."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from featureinterp.errors import UnknownNameError
+
+_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_post")
+
+
+class _Reached(Exception):
+    """Carries the residual stream out of the forward pass once the hooked block has run."""
+
+    def __init__(self, residual: torch.Tensor) -> None:
+        self.residual = residual
+
+
+def block_of(hook: str, n_blocks: int) -> int:
+    """The 0-based block of ``blocks.{i}.hook_resid_post``, the residual stream after block i.
+
+    Raises ``UnknownNameError`` when the name has another form or the model has no such block.
+    """
+    match = _NAME.fullmatch(hook)
+    if match is None or int(match[1]) >= n_blocks:
+        raise UnknownNameError(f"the model has no hook {hook!r}: it has blocks.0.hook_resid_post to blocks.{n_blocks - 1}.hook_resid_post")
+    return int(match[1])
+
+
+def find_blocks(model: nn.Module, n_blocks: int) -> nn.ModuleList:
+    """The list of decoder blocks: the first ``ModuleList`` of the model whose length is the number of blocks."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == n_blocks and "vision" not in name:
+            return module
+    raise UnknownNameError(f"{type(model).__name__} has no list of {n_blocks} decoder blocks: this architecture is not supported")
+
+
+def residual_after(model: nn.Module, block: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+    """Runs ``model(**inputs)`` up to ``block`` and returns that block's output ``[batch, token, d_model]``.
+
+    No later block, no final norm and no logits are computed. The hook is removed whatever happens.
+    """
+
+    def stop(_module: nn.Module, _args: Any, output: Any) -> None:
+        raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+    handle = block.register_forward_hook(stop)
+    try:
+        model(**inputs)
+    except _Reached as reached:
+        return reached.residual
+    finally:
+        handle.remove()
+    raise RuntimeError("the forward pass ended without reaching the hooked block")

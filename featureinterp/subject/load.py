@@ -1,0 +1,205 @@
+"""Loading a subject model by the name of an embedded part, a hub name, or a folder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featureinterp.corpus.windows import Encoding
+from featureinterp.errors import IncompatibleError, UnknownNameError
+from featureinterp.quiet import quiet_transformers
+from featureinterp.subject.hooks import block_of, find_blocks, residual_after
+
+EMBEDDED = "smollm2-135m-instruct"
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device of that name; None: the first GPU when there is one, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UnknownNameError(f"the device {name!r} cannot be used ({str(error).splitlines()[0]}): give 'cpu' or 'cuda'") from error
+    return device
+
+
+def pick_dtype(name: str | None = None) -> torch.dtype:
+    """The dtype of that name; None: bfloat16, which the embedded and most current models are stored in."""
+    dtype = {None: torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(name)
+    if dtype is None:
+        raise UnknownNameError(f"there is no dtype {name!r} for a model: choose bfloat16, float16 or float32")
+    return dtype
+
+
+@dataclass(frozen=True, slots=True)
+class PrependToken:
+    """The model reads this token (its BOS) before every window; its activations are never kept."""
+
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class SkipFirst:
+    """The model has no BOS: every window is read as it is, and its own first token, the attention sink, is not scored."""
+
+
+SinkPolicy = PrependToken | SkipFirst
+"""What is done about position 0, where language models park attention on a token with a huge norm: it is never scored."""
+
+
+class HubTokenizer:
+    """A fast tokenizer of the Hugging Face library as a :class:`TextEncoder`: text only, never special tokens."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._backend = tokenizer.backend_tokenizer
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the tokenizer's whole definition."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[Encoding]:
+        """Ids and character spans of each text; what looks like a special token in it is encoded as text."""
+        before = self._backend.encode_special_tokens
+        self._backend.encode_special_tokens = True
+        try:
+            return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
+        finally:
+            self._backend.encode_special_tokens = before
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A causal language model that is run up to a hook. ``d_model`` is the width of its residual stream."""
+
+    name: str
+    model: torch.nn.Module = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    n_blocks: int
+    d_model: int
+    context_length: int | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @cached_property
+    def encoder(self) -> HubTokenizer:
+        """Its tokenizer, for text."""
+        return HubTokenizer(self.tokenizer)
+
+    @cached_property
+    def sink(self) -> SinkPolicy:
+        """A BOS in front where the tokenizer has one, else the first token of every window goes unscored."""
+        bos = self.tokenizer.bos_token_id
+        return SkipFirst() if bos is None else PrependToken(int(bos))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of every weight's name, shape and a sample of its values, and of the dtype it runs in."""
+        return weights_fingerprint(self.model)
+
+    def check_hook(self, hook: str) -> int:
+        """The block of a hook's name; raises ``UnknownNameError`` when there is none."""
+        return block_of(hook, self.n_blocks)
+
+    @torch.inference_mode()
+    def residual(self, ids: torch.Tensor, hook: str) -> torch.Tensor:
+        """The residual stream at ``hook`` for token ids ``[batch, token]``, as ``[batch, token, d_model]`` in the model's dtype.
+
+        The sink policy is applied: a BOS is read first and its position is cut off; without one, position 0 is part of the
+        result and the caller must not score it.
+        """
+        blocks = find_blocks(self.model, self.n_blocks)
+        block = blocks[self.check_hook(hook)]
+        ids = ids.to(self.device)
+        match self.sink:
+            case PrependToken(token_id):
+                first = torch.full((ids.shape[0], 1), token_id, dtype=ids.dtype, device=self.device)
+                ids, cut = torch.cat([first, ids], 1), 1
+            case SkipFirst():
+                cut = 0
+        if self.context_length is not None and ids.shape[1] > self.context_length:
+            raise IncompatibleError(f"windows of {ids.shape[1]} tokens are longer than the context of {self.name} ({self.context_length}): use shorter windows")
+        return residual_after(self.model, block, {"input_ids": ids, "use_cache": False})[:, cut:]
+
+
+def weights_fingerprint(model: torch.nn.Module) -> str:
+    """SHA-256 over every parameter's name, shape, dtype and 32 evenly spaced values."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        flat = weight.detach().reshape(-1)
+        sample = flat[torch.linspace(0, max(flat.numel() - 1, 0), min(32, flat.numel()), dtype=torch.float64).long()]
+        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + sample.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_subject(
+    name: str = EMBEDDED, *, device: str | None = None, dtype: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> Subject:
+    """Loads a causal language model and its tokenizer.
+
+    ``name``: an embedded part, a Hugging Face model name, or a folder. ``dtype``: bfloat16 (default), float16 or float32.
+
+    Raises ``UnknownNameError`` when there is no such model or it is no causal language model with a fast tokenizer.
+    """
+    model, tokenizer = load_causal_lm(name, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    config = model.config.get_text_config()
+    return Subject(
+        name=name,
+        model=model.base_model,
+        tokenizer=tokenizer,
+        n_blocks=int(config.num_hidden_layers),
+        d_model=int(config.hidden_size),
+        context_length=getattr(config, "max_position_embeddings", None),
+        device=model.device,
+        dtype=model.dtype,
+    )
+
+
+def load_causal_lm(
+    name: str, *, device: str | None = None, dtype: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """The whole model with its head, in evaluation mode, and its tokenizer. Arguments and errors as :func:`load_subject`."""
+    target, kind = pick_device(device), pick_dtype(dtype)
+    source = model_source(name)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    with quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UnknownNameError(
+                f"the model {name!r} cannot be loaded ({reason}): give {EMBEDDED!r}, a Hugging Face name of a causal language model, or a folder"
+            ) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise UnknownNameError(f"the tokenizer of {name!r} is not a fast one, so that exact token texts are not known: convert it to a tokenizer.json")
+    model.requires_grad_(False)
+    return model.to(target).eval(), tokenizer
+
+
+def model_source(name: str) -> str:
+    """What ``from_pretrained`` is given for a name: the cache folder of an embedded part, a folder, or the hub name itself."""
+    from featureinterp.assets import PARTS
+    from featureinterp.assets.gguf import hugging_face_folder
+
+    if any(p.name == name and p.kind in ("subject", "explainer", "stand-in") for p in PARTS):
+        return str(hugging_face_folder(name))
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UnknownNameError(f"the folder {path} holds no model (config.json is missing)")
+        return str(path)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UnknownNameError(f"there is no model folder {name!r}: check the path")
+    return name
