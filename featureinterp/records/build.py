@@ -10,7 +10,14 @@ import numpy as np
 
 from featureinterp.codes.store import CodesStore
 from featureinterp.domain.feature import FeatureId
-from featureinterp.domain.record import SOURCES, SPLITS, FeatureRecord, Source, SplitName, Window
+from featureinterp.domain.record import (
+    SOURCES,
+    SPLITS,
+    FeatureRecord,
+    Source,
+    SplitName,
+    Window,
+)
 from featureinterp.errors import InputError
 from featureinterp.records.quantile import quantile_order
 from featureinterp.records.similar import SimilarWindows

@@ -1,0 +1,1 @@
+"""Explainers: from a feature's training windows to what it means."""

@@ -1,0 +1,89 @@
+"""Prompts are files: ``prompts/<task>/<version>/``. They are rendered strictly, and their hash goes into every result.
+
+A ``.j2`` file is a Jinja template in which an unknown name is an error; what is put into it is inserted as it is, and never
+read as a template itself. Text from a corpus goes through :func:`escape` first, so that it can hold no line break, tab or mark.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from featureinterp.errors import UnknownNameError
+from featureinterp.resources import prompts_folder
+
+_ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
+_BACK = {v[1]: k for k, v in _ESCAPES.items()} | {"<": "<", ">": ">"}
+_UNSAFE = re.compile(r"[\\\t\n\r\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]|<(?=<)|>(?=>)")
+_ESCAPED = re.compile(r"\\(u[0-9a-f]{4}|.)")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The files of one version of one prompt, by file name."""
+
+    task: str
+    version: str
+    files: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """``task/version``."""
+        return f"{self.task}/{self.version}"
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over names and contents of all files, 16 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(sorted(self.files.items())).encode()).hexdigest()[:16]
+
+    def text(self, file: str) -> str:
+        """A file as it is, without white space at its end."""
+        return self.files[file].rstrip()
+
+    def json(self, file: str) -> Any:
+        """A JSON file's value."""
+        return json.loads(self.files[file])
+
+    def render(self, file: str, **values: Any) -> str:
+        """A template filled in. Raises ``jinja2.UndefinedError`` when it names a value that is not given."""
+        import jinja2
+
+        environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True)
+        return environment.from_string(self.files[file]).render(**values).rstrip()
+
+
+def load_prompt(task: str, version: str) -> Prompt:
+    """Reads a prompt's files. Raises ``UnknownNameError`` with the versions that exist."""
+    folder = prompts_folder() / task / version
+    if not folder.is_dir():
+        there = sorted(p.name for p in (prompts_folder() / task).glob("*")) if (prompts_folder() / task).is_dir() else []
+        raise UnknownNameError(f"there is no prompt {task}/{version}: " + (f"versions of {task} are {', '.join(there)}" if there else "check the task's name"))
+    return Prompt(task, version, {p.name: p.read_text(encoding="utf-8") for p in sorted(folder.iterdir()) if p.is_file()})
+
+
+def escape(text: str) -> str:
+    r"""A text on one line: backslashes, tabs, line breaks, control and direction characters, and the first of two angle
+    brackets in a row get a backslash form. :func:`unescape` gives the text back."""
+    return _UNSAFE.sub(lambda m: _ESCAPES.get(m[0]) or (f"\\{m[0]}" if m[0] in "<>" else f"\\u{ord(m[0]):04x}"), text)
+
+
+def unescape(text: str) -> str:
+    """Undoes :func:`escape`."""
+    return _ESCAPED.sub(lambda m: chr(int(m[1][1:], 16)) if len(m[1]) == 5 else _BACK.get(m[1], m[0]), text)
+
+
+def marked(pieces: Sequence[str], marks: Sequence[bool]) -> str:
+    """A window's text on one line with each run of marked tokens between ``<<`` and ``>>``; marks of the text itself are escaped."""
+    out = []
+    for on, run in itertools.groupby(zip(marks, pieces, strict=True), key=lambda pair: pair[0]):
+        text = escape("".join(piece for _, piece in run))
+        if text.endswith(("<", ">")):
+            text = text[:-1] + "\\" + text[-1]
+        out.append(f"<<{text}>>" if on else text)
+    return "".join(out)

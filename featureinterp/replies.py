@@ -1,0 +1,38 @@
+"""Reading a model's reply: JSON where it is JSON, repaired where it nearly is, refused where it is not."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, TypeVar
+
+import pydantic
+
+from featureinterp.errors import MalformedReplyError
+
+Form = TypeVar("Form", bound=pydantic.BaseModel)
+_MAX_REPLY = 20_000
+
+
+def parse_reply(text: str, form: type[Form]) -> Form:
+    """The reply as ``form``. Accepts JSON inside prose or a code fence and repairs small errors of syntax.
+
+    Raises ``MalformedReplyError``, quoting the start of the reply, when it does not have the form.
+    """
+    if len(text) > _MAX_REPLY:
+        raise MalformedReplyError(f"the reply has {len(text):,} characters, more than {_MAX_REPLY:,}")
+    body = re.sub(r"\A.*?```(?:json)?\s*|```.*\Z", "", text, flags=re.DOTALL) if "```" in text else text
+    start = min((i for i in (body.find("{"), body.find("[")) if i >= 0), default=-1)
+    problem = "it holds no JSON"
+    if start >= 0:
+        try:
+            return form.model_validate(_loads(body[start:]))
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            problem = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+    raise MalformedReplyError(f"the reply does not have the form that was asked for ({problem}): {' '.join(text.split())[:120]!r}")
+
+
+def _loads(text: str) -> Any:
+    import json_repair
+
+    return json_repair.loads(text)

@@ -1,0 +1,1 @@
+"""Scores: what a prediction is worth, with intervals, nulls and counts."""

@@ -1,0 +1,58 @@
+"""Complexity: how abstract a rule is, from 0 (one fixed token) to 5 (an abstract idea), rated by a language model."""
+
+from __future__ import annotations
+
+import re
+
+from featureinterp.domain.explanation import Explanation
+from featureinterp.domain.score import Score
+from featureinterp.domain.usage import Usage
+from featureinterp.errors import LanguageModelError, MalformedReplyError
+from featureinterp.interfaces import LanguageModel
+from featureinterp.llm.types import Message, Reply, Request
+from featureinterp.prompts import escape, load_prompt
+from featureinterp.score.verdicts import expected_masses
+
+LEVELS = tuple("012345")
+
+
+class Complexity:
+    """Rates every rule; the score is their mean. Where the endpoint gives probabilities a rating is the expected level."""
+
+    def __init__(self, model: LanguageModel, version: str = "v1") -> None:
+        self.model, self.prompt = model, load_prompt("complexity", version)
+
+    async def run(self, explanation: Explanation) -> tuple[Score, list[float | None], Usage]:
+        """The score ``complexity``, each rule's rating (None where the question failed), and what they cost."""
+        ratings: list[float | None] = []
+        usage, cause = Usage(), ""
+        for rule in explanation.rules:
+            try:
+                reply = await self.model.complete(Request(self._messages(rule.activates_on), max_tokens=4, top_logprobs=10))
+                usage += reply.usage
+                ratings.append(rating(reply))
+            except LanguageModelError as error:
+                ratings.append(None)
+                cause = str(error)
+        known = [r for r in ratings if r is not None]
+        failed = len(ratings) - len(known)
+        if not known:
+            return Score("complexity", None, 0, failed, undefined=cause), ratings, usage
+        return Score("complexity", sum(known) / len(known), len(known), failed), ratings, usage
+
+    def _messages(self, description: str) -> tuple[Message, ...]:
+        turns = [Message("system", self.prompt.text("system.txt"))]
+        for shot in self.prompt.json("few_shot.json"):
+            turns += [Message("user", self.prompt.render("user.j2", description=shot["description"])), Message("assistant", shot["answer"])]
+        return (*turns, Message("user", self.prompt.render("user.j2", description=escape(description))))
+
+
+def rating(reply: Reply) -> float:
+    """Σ level · P(level) / Σ P(level) over the first token's alternatives, or the number that the reply says."""
+    mass = expected_masses(reply.first_token[0] if reply.first_token else {}, LEVELS)
+    if sum(mass.values()) > 0:
+        return sum(int(level) * p for level, p in mass.items()) / sum(mass.values())
+    found = re.search(r"[0-5](?![0-9.])", reply.text)
+    if not found:
+        raise MalformedReplyError(f"the reply is no number from 0 to 5: {reply.text[:60]!r}")
+    return float(found[0])

@@ -1,0 +1,148 @@
+"""Yes-or-no questions about windows: asking them, and what the answers are worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import anyio
+import numpy as np
+
+from featureinterp.domain.score import Score
+from featureinterp.domain.usage import Usage
+from featureinterp.errors import LanguageModelError, MalformedReplyError
+from featureinterp.interfaces import LanguageModel
+from featureinterp.llm.types import Message, Reply, Request
+from featureinterp.prompts import Prompt
+from featureinterp.score.intervals import bootstrap
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One answer. ``label``: what is true, from the codes. ``said``: what the model answered. ``probability`` of "yes", None where
+    the endpoint gives none. A question that failed has ``said`` None and the cause in ``failure``."""
+
+    label: bool
+    said: bool | None
+    probability: float | None = None
+    failure: str | None = None
+    row: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A window's text as it is shown, with the right answer."""
+
+    text: str
+    label: bool
+    row: int = -1
+
+
+async def ask(model: LanguageModel, prompt: Prompt, description: str, questions: Sequence[Question]) -> tuple[list[Verdict], Usage]:
+    """Asks every question; a failed one becomes a verdict with its cause. The description comes first in the prompt and the
+    text last, so that a server's prefix cache serves all questions of one description."""
+    shots = [
+        turn
+        for shot in prompt.json("few_shot.json")
+        for turn in (
+            Message("user", prompt.render("user.j2", description=shot["description"], text=shot["text"])),
+            Message("assistant", shot["answer"]),
+        )
+    ]
+    head = (Message("system", prompt.text("system.txt")), *shots)
+    verdicts: dict[int, Verdict] = {}
+    spent: list[Usage] = []
+
+    async def one(number: int, question: Question) -> None:
+        user = Message("user", prompt.render("user.j2", description=description, text=question.text))
+        try:
+            reply = await model.complete(Request((*head, user), max_tokens=4, top_logprobs=10))
+            spent.append(reply.usage)
+            probability = yes_probability(reply)
+            said = probability > 0.5 if probability is not None else _word(reply)
+            verdicts[number] = Verdict(question.label, said, probability, row=question.row)
+        except LanguageModelError as error:
+            verdicts[number] = Verdict(question.label, None, failure=f"{type(error).__name__}: {error}", row=question.row)
+
+    async with anyio.create_task_group() as group:
+        for number, question in enumerate(questions):
+            group.start_soon(one, number, question)
+    return [verdicts[i] for i in range(len(questions))], sum(spent, Usage())
+
+
+def yes_probability(reply: Reply) -> float | None:
+    """P(yes) / (P(yes) + P(no)) from the first token's alternatives, whatever their case; None where there are none."""
+    alternatives = reply.first_token[0] if reply.first_token else {}
+    mass = expected_masses(alternatives, ("yes", "no"))
+    total = sum(mass.values())
+    return mass["yes"] / total if total > 0 else None
+
+
+def expected_masses(alternatives: Mapping[str, float], answers: Sequence[str]) -> dict[str, float]:
+    """The probability of each answer among a token's alternatives (log-probabilities), white space and case ignored."""
+    mass = dict.fromkeys(answers, 0.0)
+    for token, log_probability in alternatives.items():
+        word = token.strip().lower()
+        if word in mass:
+            mass[word] += math.exp(log_probability)
+    return mass
+
+
+def _word(reply: Reply) -> bool:
+    word = reply.text.strip().lower()
+    if word.startswith("yes"):
+        return True
+    if word.startswith("no"):
+        return False
+    raise MalformedReplyError(f"the reply is neither yes nor no: {reply.text[:60]!r}")
+
+
+def judge(name: str, verdicts: Sequence[Verdict], *, seed: int = 0) -> list[Score]:
+    """Balanced accuracy, F1, and the AUROC of the probability of "yes", each with a bootstrap interval over questions."""
+    answered = [v for v in verdicts if v.said is not None]
+    failed = len(verdicts) - len(answered)
+    labels = np.array([v.label for v in answered], bool)
+    said = np.array([bool(v.said) for v in answered], bool)
+    n = len(answered)
+    names = {kind: f"{name}_{kind}" for kind in ("balanced_accuracy", "f1", "auroc")}
+    if not labels.any() or labels.all():
+        reason = "no question was answered" if not n else "all answered questions have the same right answer"
+        return [Score(full, None, n, failed, undefined=reason) for full in names.values()]
+    table = np.stack([labels & said, labels & ~said, ~labels & said, ~labels & ~said], 1).astype(float)
+    scores = []
+    for kind, statistic in (("balanced_accuracy", _balanced_accuracy), ("f1", _f1)):
+        interval = bootstrap(lambda counts, f=statistic: f(counts @ table), n, np.random.default_rng(seed))  # type: ignore[misc]
+        scores.append(Score(names[kind], float(statistic(table.sum(0)[None])[0]), n, failed, interval))
+    known = [v.probability for v in answered]
+    if any(p is None for p in known):
+        scores.append(Score(names["auroc"], None, n, failed, undefined="the endpoint gives no probabilities"))
+    else:
+        p = np.array(known, float)
+        interval = bootstrap(lambda counts: _aurocs(p, labels, counts), n, np.random.default_rng(seed))
+        scores.append(Score(names["auroc"], float(_aurocs(p, labels, np.ones((1, n)))[0]), n, failed, interval))
+    return scores
+
+
+def _balanced_accuracy(table: np.ndarray) -> np.ndarray:
+    hit, miss, false, right = table.T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (hit / (hit + miss) + right / (false + right)) / 2
+
+
+def _f1(table: np.ndarray) -> np.ndarray:
+    """2·TP / (2·TP + FP + FN); undefined without positives."""
+    hit, miss, false, _ = table.T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(hit + miss > 0, 2 * hit / (2 * hit + miss + false), np.nan)
+
+
+def _aurocs(scores: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """P(score of a positive > score of a negative) + ½ P(equal), with units weighted by ``counts [resample, unit]``."""
+    order = np.argsort(scores, kind="stable")
+    positive, negative = counts[:, order] * labels[order], counts[:, order] * ~labels[order]
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
+    p, q = np.add.reduceat(positive, starts, axis=1), np.add.reduceat(negative, starts, axis=1)
+    below = np.cumsum(q, axis=1) - q
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (p * (below + q / 2)).sum(1) / (p.sum(1) * q.sum(1))

@@ -1,0 +1,161 @@
+"""The all-at-once simulator on a local transformers model: one forward pass per window.
+
+The prompt is a fixed header (task and worked examples), the explanation, and one line per token of the window: the token, a
+tab, a fill word, a line break. At each tab the model's distribution over the level strings 0 … 5, renormalised (p^(1/T)), has
+the expected level as its mean. The prompt is put together from token ids of separately encoded parts, so that the place of
+every level is known from the construction and never looked for in a text.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import anyio.to_thread
+import numpy as np
+import torch
+
+from featureinterp.domain.explanation import Explanation
+from featureinterp.domain.record import Window
+from featureinterp.domain.score import Simulation
+from featureinterp.errors import IncompatibleError
+from featureinterp.prompts import Prompt, escape, load_prompt
+from featureinterp.simulate.prefix_cache import Prefix, PrefixModel
+
+LEVELS = "012345"
+BATCH_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A window's part of the prompt: ``ids`` after the explanation, and ``positions`` in them whose next token is a level."""
+
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+
+
+class PromptBuilder:
+    """Turns the prompt's parts into token ids."""
+
+    def __init__(self, tokenizer: Any, prompt: Prompt) -> None:
+        self._tokenizer = tokenizer
+        settings = prompt.json("settings.json")
+        self._label: str = settings["label"]
+        self.levels = [self._single(level) for level in LEVELS]
+        self._tab = self._single("\t")
+        self._end = self._encode(settings["fill"] + "\n")
+        shots = [
+            self._label + shot["explanation"] + "\n" + "".join(f"{escape(token)}\t{level}\n" for token, level in shot["tokens"]) + "\n"
+            for shot in settings["few_shot"]
+        ]
+        bos = tokenizer.bos_token_id
+        start = [bos] if bos is not None and getattr(tokenizer, "add_bos_token", False) else []
+        self.header = start + self._encode(settings["intro"] + "\n\n" + "".join(shots))
+        self._piece = lru_cache(65536)(lambda piece: self._encode(escape(piece)))
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)  # type: ignore[no-any-return]
+
+    def _single(self, text: str) -> int:
+        ids = self._encode(text)
+        if len(ids) != 1:
+            raise IncompatibleError(f"the simulator's tokenizer writes {text!r} as {len(ids)} tokens: the all-at-once simulator needs one; use --simulator rated")
+        return ids[0]
+
+    def explanation(self, text: str) -> list[int]:
+        """Ids of the explanation's line."""
+        return self._encode(f"{self._label}{escape(text)}\n")
+
+    def window(self, pieces: Sequence[str]) -> Built:
+        """Ids of a window's lines."""
+        ids: list[int] = []
+        positions = []
+        for piece in pieces:
+            ids += self._piece(piece)
+            positions.append(len(ids))
+            ids.append(self._tab)
+            ids += self._end
+        return Built(tuple(ids[: positions[-1] + 1]) if positions else (), tuple(positions))
+
+
+class AllAtOnce:
+    """Simulates on a local model. The header's keys and values are computed once, an explanation's once per explanation, and of the
+    output matrix only the rows of the six levels are used.
+
+    ``temperature`` T sharpens (< 1) or flattens (> 1) the level distribution: p^(1/T), renormalised.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str = "", version: str = "v1", temperature: float = 1.0, batch_tokens: int = BATCH_TOKENS
+    ) -> None:
+        self.name, self.temperature, self.batch_tokens = name, temperature, batch_tokens
+        self.prompt = load_prompt("simulate-all-at-once", version)
+        self.builder = PromptBuilder(tokenizer, self.prompt)
+        self.model = PrefixModel(model)
+        self._level_ids = torch.tensor(self.builder.levels, device=self.model.device)
+        self._header: Prefix | None = None
+        self._busy = threading.Lock()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that a simulation depends on, besides explanation and window."""
+        return {
+            "simulator": "all-at-once",
+            "model": self.name,
+            "prompt": self.prompt.name,
+            "prompt_hash": self.prompt.hash,
+            "temperature": self.temperature,
+            "dtype": str(self.model.model.dtype),
+        }
+
+    async def simulate(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
+        """One simulation per window, computed in a worker thread, so that the event loop goes on."""
+        return await anyio.to_thread.run_sync(self.predict, explanation, windows)
+
+    def predict(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
+        """The same, for callers without an event loop. Several rules: the maximum over rules of level · strength / 5."""
+        with self._busy:
+            return self._predict(explanation, windows)
+
+    @torch.inference_mode()
+    def _predict(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
+        if self._header is None:
+            self._header = self.model.prefix(self.builder.header)
+        built = [self.builder.window(w.pieces) for w in windows]
+        best = [np.zeros(len(b.positions)) for b in built]
+        for rule in explanation.rules:
+            prefix = self.model.prefix(self.builder.explanation(rule.activates_on), self._header)
+            for batch in _batches(built, self.batch_tokens):
+                for index, levels in zip(batch, self._levels(prefix, [built[i] for i in batch]), strict=True):
+                    best[index] = np.maximum(best[index], levels * (rule.strength / 5))
+        return [Simulation(levels) for levels in best]
+
+    def _levels(self, prefix: Prefix, batch: Sequence[Built]) -> Iterator[np.ndarray]:
+        """Expected level of every token of each window, ``[token]`` in 0 … 5."""
+        width = max(len(b.ids) for b in batch)
+        ids = torch.tensor([list(b.ids) + [b.ids[-1]] * (width - len(b.ids)) for b in batch], device=self.model.device)
+        rows = torch.tensor([i for i, b in enumerate(batch) for _ in b.positions], device=self.model.device)
+        columns = torch.tensor([p for b in batch for p in b.positions], device=self.model.device)
+        hidden = self.model.hidden(prefix, ids)[rows, columns]
+        probabilities = torch.softmax(self.model.logits(hidden, self._level_ids) / self.temperature, -1)
+        expected = (probabilities @ torch.arange(6, device=probabilities.device, dtype=probabilities.dtype)).double().cpu().numpy()
+        start = 0
+        for b in batch:
+            yield expected[start : start + len(b.positions)]
+            start += len(b.positions)
+
+
+def _batches(built: Sequence[Built], budget: int) -> Iterator[list[int]]:
+    """Indices of non-empty windows grouped by length, each group with at most ``budget`` tokens with its padding."""
+    order = sorted((i for i, b in enumerate(built) if b.ids), key=lambda i: len(built[i].ids))
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * len(built[index].ids) > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

@@ -1,0 +1,119 @@
+"""The rated simulator for chat endpoints without prompt logprobs: the model writes a level for every numbered token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+import numpy as np
+import pydantic
+
+from featureinterp.domain.explanation import Explanation
+from featureinterp.domain.record import Window
+from featureinterp.domain.score import Simulation
+from featureinterp.domain.usage import Usage
+from featureinterp.errors import (
+    LanguageModelError,
+    MalformedReplyError,
+    TruncatedReplyError,
+)
+from featureinterp.interfaces import LanguageModel
+from featureinterp.llm.types import Message, Request
+from featureinterp.prompts import escape, load_prompt
+from featureinterp.replies import parse_reply
+
+MAX_ATTEMPTS = 3
+
+
+class LevelsReply(pydantic.BaseModel):
+    """One list of levels per text."""
+
+    levels: list[list[int]]
+
+
+class Rated:
+    """Asks for levels of several windows at once; one simulation per rule, combined as the maximum of level · strength / 5.
+
+    A reply with the wrong number of texts or levels is a failure of its windows, with the cause; it is never filled in.
+    """
+
+    def __init__(self, model: LanguageModel, *, version: str = "v1", windows_per_request: int = 4) -> None:
+        self.model, self.windows_per_request = model, windows_per_request
+        self.prompt = load_prompt("simulate-rated", version)
+        self.usage = Usage()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that a simulation depends on, besides explanation and window."""
+        return {
+            "simulator": "rated",
+            "model": self.model.name,
+            "prompt": self.prompt.name,
+            "prompt_hash": self.prompt.hash,
+            "windows_per_request": self.windows_per_request,
+        }
+
+    async def simulate(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
+        """One simulation per window."""
+        chunks = [windows[i : i + self.windows_per_request] for i in range(0, len(windows), self.windows_per_request)]
+        results: dict[tuple[int, int], list[Simulation]] = {}
+
+        async def one(rule_number: int, chunk_number: int, description: str, chunk: Sequence[Window]) -> None:
+            results[rule_number, chunk_number] = await self._chunk(description, chunk)
+
+        async with anyio.create_task_group() as group:
+            for r, rule in enumerate(explanation.rules):
+                for c, chunk in enumerate(chunks):
+                    group.start_soon(one, r, c, rule.activates_on, chunk)
+        out = []
+        for c, chunk in enumerate(chunks):
+            for i in range(len(chunk)):
+                per_rule = [(rule.strength / 5, results[r, c][i]) for r, rule in enumerate(explanation.rules)]
+                out.append(_combine(per_rule))
+        return out
+
+    async def _chunk(self, description: str, windows: Sequence[Window]) -> list[Simulation]:
+        texts = [[escape(p) for p in w.pieces] for w in windows]
+        messages = (
+            Message("system", self.prompt.text("system.txt")),
+            Message("user", self.prompt.render("user.j2", description=escape(description), texts=texts)),
+        )
+        schema = _schema([len(t) for t in texts])
+        cause: LanguageModelError | None = None
+        for attempt in range(MAX_ATTEMPTS):
+            budget = 40 + 6 * sum(len(t) for t in texts)
+            try:
+                reply = await self.model.complete(Request(messages, budget, 0.0 if not attempt else 0.5, attempt, schema=schema))
+                self.usage += reply.usage
+                if reply.truncated[0]:
+                    raise TruncatedReplyError(f"the reply was cut after {budget} tokens: give fewer windows per request")
+                return [Simulation(levels) for levels in _check(parse_reply(reply.text, LevelsReply), [len(t) for t in texts])]
+            except (MalformedReplyError, TruncatedReplyError) as error:
+                cause = error
+            except LanguageModelError as error:
+                cause = error
+                break
+        return [Simulation(None, f"{type(cause).__name__}: {cause}")] * len(windows)
+
+
+def _check(reply: LevelsReply, sizes: Sequence[int]) -> list[np.ndarray]:
+    if [len(levels) for levels in reply.levels] != list(sizes):
+        raise MalformedReplyError(f"the reply has {[len(levels) for levels in reply.levels]} levels for texts of {list(sizes)} tokens")
+    if any(not 0 <= level <= 5 for levels in reply.levels for level in levels):
+        raise MalformedReplyError("the reply has a level outside 0 to 5")
+    return [np.array(levels, np.float64) for levels in reply.levels]
+
+
+def _combine(per_rule: Sequence[tuple[float, Simulation]]) -> Simulation:
+    failed = next((s for _, s in per_rule if s.expected is None), None)
+    if failed is not None:
+        return failed
+    return Simulation(np.max([weight * s.expected for weight, s in per_rule if s.expected is not None], axis=0))
+
+
+def _schema(sizes: Sequence[int]) -> dict[str, Any]:
+    level = {"type": "integer", "minimum": 0, "maximum": 5}
+    texts = [{"type": "array", "items": level, "minItems": n, "maxItems": n} for n in sizes]
+    levels = {"type": "array", "prefixItems": texts, "minItems": len(sizes), "maxItems": len(sizes)}
+    return {"type": "object", "properties": {"levels": levels}, "required": ["levels"], "additionalProperties": False}
