@@ -1,0 +1,79 @@
+"""featureinterp explains features of sparse autoencoders with language models, and then tries to prove the explanations wrong.
+
+    import featureinterp as fi
+
+    fi.collect(out="run", max_tokens=50_000)        # the embedded model, SAE and corpus, or your own by name
+    results = fi.explain("run", "random:10")        # in a notebook, `results` draws itself as a table
+    fi.report(results.folder)                       # one HTML file
+
+Names are loaded when they are first used, so that importing the package is quick and brings in neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Endpoint": "api",
+    "Results": "api",
+    "collect": "api",
+    "demo": "api",
+    "explain": "api",
+    "explain_async": "api",
+    "local_simulator": "api",
+    "open_run": "api",
+    "records": "api",
+    "report": "api",
+    "CodesStore": "codes.store",
+    "WindowPolicy": "corpus.windows",
+    "load_corpus": "corpus.text",
+    "Explanation": "domain.explanation",
+    "Rule": "domain.explanation",
+    "FeatureId": "domain.feature",
+    "FeatureRecord": "domain.record",
+    "Window": "domain.record",
+    "FeatureResult": "domain.result",
+    "Failure": "domain.score",
+    "Interval": "domain.score",
+    "Score": "domain.score",
+    "Simulation": "domain.score",
+    "Usage": "domain.usage",
+    "FeatureInterpError": "errors",
+    "InputError": "errors",
+    "LanguageModelError": "errors",
+    "StorageError": "errors",
+    "OneShot": "explain.one_shot",
+    "RulesStyle": "explain.one_shot",
+    "SentenceStyle": "explain.one_shot",
+    "TopTokens": "explain.baselines",
+    "ExplainJob": "jobs.explain",
+    "Plan": "jobs.explain",
+    "FunctionModel": "llm.function",
+    "OpenAIModel": "llm.openai",
+    "RecordPolicy": "records.build",
+    "LoadedSae": "sae.load",
+    "load_sae": "sae.load",
+    "save_sae": "sae.load",
+    "AllAtOnce": "simulate.all_at_once",
+    "Lexical": "simulate.lexical",
+    "Rated": "simulate.rated",
+    "Subject": "subject.load",
+    "load_subject": "subject.load",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'featureinterp' has no attribute {name!r}")
+    value = getattr(import_module(f"featureinterp.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -33,7 +33,8 @@ def check_fit(subject: Subject, sae: LoadedSae) -> None:
     subject.check_hook(sae.hook)
     if sae.sae.d_in != subject.d_model:
         raise IncompatibleError(
-            f"the SAE {sae.name} takes activations of width {sae.sae.d_in} (made for {sae.model}), but {subject.name} has width {subject.d_model}: choose an SAE of this model"
+            f"the SAE {sae.name} takes activations of width {sae.sae.d_in} (made for {sae.model}), "
+            f"but {subject.name} has width {subject.d_model}: choose an SAE of this model"
         )
 
 
@@ -110,9 +111,7 @@ def _mask(subject: Subject) -> dict[str, Any]:
             return {"first": "skipped", "sink_factor": SINK_FACTOR}
 
 
-def _encode_all(
-    subject: Subject, sae: LoadedSae, windows: WindowTable, first: int, batch_tokens: int
-) -> Iterator[tuple[np.ndarray, SparseCodes, int, int]]:
+def _encode_all(subject: Subject, sae: LoadedSae, windows: WindowTable, first: int, batch_tokens: int) -> Iterator[tuple[np.ndarray, SparseCodes, int, int]]:
     """Batches of windows of one length, as (positions of the codes, codes, tokens scored, end of the finished windows)."""
     rows_at_once = max(1, batch_tokens // windows.length)
     chunk_rows = max(rows_at_once, CHUNK_TOKENS // windows.length // rows_at_once * rows_at_once)

@@ -53,7 +53,8 @@ class CodesStore:
         """Opens the store of a run folder. Raises ``IncompleteStoreError`` when collecting never finished there."""
         folder = run / "codes"
         if not (folder / "codes.json").exists():
-            state = "an unfinished collection: run the same 'featureinterp collect' again to go on" if folder.exists() else "no codes: run 'featureinterp collect' first"
+            unfinished, none = "an unfinished collection: run the same 'featureinterp collect' again to go on", "no codes: run 'featureinterp collect' first"
+            state = unfinished if folder.exists() else none
             raise IncompleteStoreError(f"{run} holds {state}")
         with explained_storage(folder):
             meta = json.loads((folder / "codes.json").read_text())
@@ -221,9 +222,7 @@ class RunWriter:
         )
         shutil.rmtree(self.folder / "runs", ignore_errors=True)
 
-    def _merge_block(
-        self, runs: Sequence[Path], run_offsets: Sequence[np.ndarray], offsets: np.ndarray, a: int, b: int
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _merge_block(self, runs: Sequence[Path], run_offsets: Sequence[np.ndarray], offsets: np.ndarray, a: int, b: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions and values of the features a … b − 1 from all runs; runs follow each other in position, so that each
         feature's slices only have to be laid end to end."""
         n = int(offsets[b] - offsets[a])

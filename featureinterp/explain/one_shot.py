@@ -119,9 +119,7 @@ def style(name: str, *, rule_cap: int = 5) -> Style:
 class OneShot:
     """Explains a feature with one request to ``model``; a malformed reply is asked for again, at most three times in all."""
 
-    def __init__(
-        self, model: LanguageModel, style: Style, *, n_windows: int = 10, temperature: float = 0.0, seed: int = 0, max_tokens: int = 300
-    ) -> None:
+    def __init__(self, model: LanguageModel, style: Style, *, n_windows: int = 10, temperature: float = 0.0, seed: int = 0, max_tokens: int = 300) -> None:
         self.model, self.style = model, style
         self.n_windows, self.temperature, self.seed, self.max_tokens = n_windows, temperature, seed, max_tokens
 

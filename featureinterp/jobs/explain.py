@@ -14,13 +14,24 @@ from featureinterp.domain.record import FeatureRecord, Source, SplitName, Window
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Failure, Score, Simulation
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import EndpointRefusedError, FeatureInterpError, InputError, LanguageModelError
+from featureinterp.errors import (
+    EndpointRefusedError,
+    FeatureInterpError,
+    InputError,
+    LanguageModelError,
+)
 from featureinterp.explain.baselines import TopTokens
 from featureinterp.files import content_key
 from featureinterp.interfaces import Explainer, LanguageModel, Simulator
 from featureinterp.jobs.journal import Journal
 from featureinterp.score.complexity import Complexity
-from featureinterp.score.correlation import Pairs, correlation, deviation_explained, explained_variance, false_positives
+from featureinterp.score.correlation import (
+    Pairs,
+    correlation,
+    deviation_explained,
+    explained_variance,
+    false_positives,
+)
 from featureinterp.score.detection import Detection
 from featureinterp.score.fuzzing import Fuzzing
 from featureinterp.score.verdicts import Verdict, judge
@@ -300,7 +311,7 @@ class ExplainJob:
             count=record.count,
             windows=tuple(self._shown(state)),
             explanation=state.explanation,
-            scores=tuple([*own, *state.asked]),
+            scores=(*own, *state.asked),
             baseline=state.baseline,
             baseline_scores=tuple(baseline),
             null_of=state.null.feature if state.null else None,
@@ -324,9 +335,7 @@ class ExplainJob:
             score = correlation(top + pairs(("test", source)), name, seed=plan.seed)
             if source == main and nulls and state.null_simulated:
                 null = correlation(pairs(("test", "top"), state.null_simulated) + pairs(("test", main), state.null_simulated), seed=plan.seed)
-                score = Score(
-                    name, score.value, score.n_scored, score.n_failed, score.interval, score.undefined, null.value, null.interval
-                )
+                score = Score(name, score.value, score.n_scored, score.n_failed, score.interval, score.undefined, null.value, null.interval)
             scores.append(score)
         valid = pairs(("valid", "top")) + pairs(("valid", main))
         test = top + pairs(("test", main))
@@ -336,7 +345,7 @@ class ExplainJob:
 
     def _shown(self, state: _State) -> list[ShownWindow]:
         record = state.record
-        simulated = {part: n for part, n in self.plan.parts()}
+        simulated = dict(self.plan.parts())
         parts = {("train", "top"): self.plan.n_test, ("train", "weighted"): self.plan.n_test, **simulated}
         shown = []
         for part, n in parts.items():

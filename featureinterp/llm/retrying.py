@@ -21,9 +21,7 @@ class Retrying:
     so that a wait holds no slot. The last error is raised as it is.
     """
 
-    def __init__(
-        self, model: LanguageModel, *, attempts: int = 6, max_seconds: float = 300.0, sleep: Callable[[float], Awaitable[None]] = anyio.sleep
-    ) -> None:
+    def __init__(self, model: LanguageModel, *, attempts: int = 6, max_seconds: float = 300.0, sleep: Callable[[float], Awaitable[None]] = anyio.sleep) -> None:
         self.name = model.name
         self._model = model
         self._policy = {

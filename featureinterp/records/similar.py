@@ -49,12 +49,11 @@ class SentenceEmbedder:
             with quiet_transformers():
                 return SentenceTransformer(source, device=self._device)
         except (OSError, ValueError) as error:
-            raise UnknownNameError(f"the embedder {self.name!r} cannot be loaded ({str(error).splitlines()[0]}): give {EMBEDDED!r} or a sentence-transformers model") from error
+            reason = str(error).splitlines()[0]
+            raise UnknownNameError(f"the embedder {self.name!r} cannot be loaded ({reason}): give {EMBEDDED!r} or a sentence-transformers model") from error
 
 
-def window_embeddings(
-    windows: WindowTable, embedder: Any, folder: Path, *, chunk: int = 512, progress: Callable[[int, int], None] | None = None
-) -> np.ndarray:
+def window_embeddings(windows: WindowTable, embedder: Any, folder: Path, *, chunk: int = 512, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
     """Embeddings of all windows, float32 ``[n, d]``, memory-mapped from ``folder``; computed once and reused after that."""
     path = folder / f"{windows.fingerprint[:16]}-{embedder.fingerprint}.npy"
     if not path.exists():

@@ -37,7 +37,7 @@ class SparseAutoencoder:
     def shapes(cls, d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of this architecture."""
         shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-        return shapes | {name: (d_sae,) for name in (*cls.required_biases, *cls.extra)}
+        return shapes | dict.fromkeys((*cls.required_biases, *cls.extra), (d_sae,))
 
     @property
     def d_in(self) -> int:
@@ -75,5 +75,3 @@ class SparseAutoencoder:
         """``(x − b_dec) W_enc + b_enc`` in one fused product."""
         bias = -(self.b_dec @ self.W_enc)
         return torch.addmm(bias if self.b_enc is None else bias + self.b_enc, self._input(x), self.W_enc)
-
-

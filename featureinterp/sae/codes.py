@@ -43,6 +43,4 @@ class SparseCodes:
         """``codes @ matrix`` for a matrix ``[n_features, d]``, reading only the rows of features that fire: ``[n_rows, d]``."""
         counts = torch.bincount(self.rows, minlength=self.n_rows)
         offsets = torch.cumsum(counts, 0) - counts
-        return torch.nn.functional.embedding_bag(
-            self.features, matrix, offsets, mode="sum", per_sample_weights=self.values.to(matrix.dtype)
-        )
+        return torch.nn.functional.embedding_bag(self.features, matrix, offsets, mode="sum", per_sample_weights=self.values.to(matrix.dtype))

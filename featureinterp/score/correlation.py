@@ -96,9 +96,7 @@ def explained_variance(valid: Pairs, test: Pairs, name: str = "explained_varianc
     if not n or np.ptp(test.y) == 0:
         return Score(name, None, n, failed, undefined="the true activations are constant over the test windows")
     slope, shift = affine_fit(valid)
-    sums = np.array(
-        [[len(y), y.sum(), y @ y, np.square(y - slope * x - shift).sum()] for x, y in zip(test.predicted, test.true, strict=True)]
-    )
+    sums = np.array([[len(y), y.sum(), y @ y, np.square(y - slope * x - shift).sum()] for x, y in zip(test.predicted, test.true, strict=True)])
 
     def statistic(counts: np.ndarray) -> np.ndarray:
         count, total, squares, errors = (counts @ sums).T

@@ -28,9 +28,7 @@ def interval_of(values: np.ndarray, confidence: float = CONFIDENCE) -> Interval 
     return Interval(float(low), float(high))
 
 
-def bootstrap(
-    statistic: Callable[[np.ndarray], np.ndarray], n: int, rng: np.random.Generator, n_resamples: int = N_RESAMPLES
-) -> Interval | None:
+def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], n: int, rng: np.random.Generator, n_resamples: int = N_RESAMPLES) -> Interval | None:
     """The interval of a statistic that takes counts ``[resample, unit]`` and gives one value per resample (NaN: undefined)."""
     if n < 2:
         return None

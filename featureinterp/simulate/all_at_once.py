@@ -9,9 +9,9 @@ every level is known from the construction and never looked for in a text.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import anyio.to_thread
@@ -21,7 +21,7 @@ import torch
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
-from featureinterp.errors import IncompatibleError
+from featureinterp.errors import IncompatibleError, InputError
 from featureinterp.prompts import Prompt, escape, load_prompt
 from featureinterp.simulate.prefix_cache import Prefix, PrefixModel
 
@@ -62,7 +62,9 @@ class PromptBuilder:
     def _single(self, text: str) -> int:
         ids = self._encode(text)
         if len(ids) != 1:
-            raise IncompatibleError(f"the simulator's tokenizer writes {text!r} as {len(ids)} tokens: the all-at-once simulator needs one; use --simulator rated")
+            raise IncompatibleError(
+                f"the simulator's tokenizer writes {text!r} as {len(ids)} tokens, and the all-at-once simulator needs one: use --simulator rated"
+            )
         return ids[0]
 
     def explanation(self, text: str) -> list[int]:
@@ -85,18 +87,26 @@ class AllAtOnce:
     """Simulates on a local model. The header's keys and values are computed once, an explanation's once per explanation, and of the
     output matrix only the rows of the six levels are used.
 
-    ``temperature`` T sharpens (< 1) or flattens (> 1) the level distribution: p^(1/T), renormalised.
+    ``load`` gives the model with its head and its tokenizer; it is called when the first window is simulated, so that a run whose
+    simulations are all known loads nothing. ``temperature`` T sharpens (< 1) or flattens (> 1) the level distribution: p^(1/T),
+    renormalised.
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, name: str = "", version: str = "v1", temperature: float = 1.0, batch_tokens: int = BATCH_TOKENS
+        self,
+        load: Callable[[], tuple[Any, Any]],
+        *,
+        name: str,
+        dtype: str = "bfloat16",
+        version: str = "v1",
+        temperature: float = 1.0,
+        batch_tokens: int = BATCH_TOKENS,
     ) -> None:
-        self.name, self.temperature, self.batch_tokens = name, temperature, batch_tokens
+        if temperature <= 0:
+            raise InputError(f"a simulator's temperature of {temperature:g} is not possible: give one above 0")
+        self.name, self.dtype, self.temperature, self.batch_tokens = name, dtype, temperature, batch_tokens
         self.prompt = load_prompt("simulate-all-at-once", version)
-        self.builder = PromptBuilder(tokenizer, self.prompt)
-        self.model = PrefixModel(model)
-        self._level_ids = torch.tensor(self.builder.levels, device=self.model.device)
-        self._header: Prefix | None = None
+        self._load = load
         self._busy = threading.Lock()
 
     @property
@@ -108,8 +118,30 @@ class AllAtOnce:
             "prompt": self.prompt.name,
             "prompt_hash": self.prompt.hash,
             "temperature": self.temperature,
-            "dtype": str(self.model.model.dtype),
+            "dtype": self.dtype,
         }
+
+    @cached_property
+    def builder(self) -> PromptBuilder:
+        """Builds prompts with the model's tokenizer."""
+        return PromptBuilder(self._loaded[1], self.prompt)
+
+    @cached_property
+    def model(self) -> PrefixModel:
+        """The model, loaded."""
+        return PrefixModel(self._loaded[0])
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        return self._load()
+
+    @cached_property
+    def _header(self) -> Prefix:
+        return self.model.prefix(self.builder.header)
+
+    @cached_property
+    def _level_ids(self) -> torch.Tensor:
+        return torch.tensor(self.builder.levels, device=self.model.device)
 
     async def simulate(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
         """One simulation per window, computed in a worker thread, so that the event loop goes on."""
@@ -122,8 +154,6 @@ class AllAtOnce:
 
     @torch.inference_mode()
     def _predict(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
-        if self._header is None:
-            self._header = self.model.prefix(self.builder.header)
         built = [self.builder.window(w.pieces) for w in windows]
         best = [np.zeros(len(b.positions)) for b in built]
         for rule in explanation.rules:

@@ -139,7 +139,7 @@ class PrefixModel:
 
     @contextlib.contextmanager
     def _attention(self, name: str) -> Iterator[None]:
-        configs = [c for c in {id(c): c for c in (self.body.config, self.model.config.get_text_config())}.values()]
+        configs = list({id(c): c for c in (self.body.config, self.model.config.get_text_config())}.values())
         before = [c._attn_implementation for c in configs]
         try:
             for config in configs:

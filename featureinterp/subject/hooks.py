@@ -13,7 +13,7 @@ from featureinterp.errors import UnknownNameError
 _NAME = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818 (a signal, not an error)
     """Carries the residual stream out of the forward pass once the hooked block has run."""
 
     def __init__(self, residual: torch.Tensor) -> None:

@@ -1,0 +1,59 @@
+"""featureinterp demo"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from featureinterp.cli.screen import Screen, one_line, plain
+
+
+def demo(
+    features: int = typer.Option(6, help="How many features to explain."),
+    seed: int = typer.Option(0, help="Which random features."),
+    out: Path = typer.Option(Path("featureinterp-demo"), help="Folder for everything that is made; what is valid in it is reused."),
+    as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
+) -> None:
+    """Explain features of the embedded model live, score the explanations, and write a report.
+
+    Fetches the embedded parts (1.3 GB, once) into the user's cache.
+
+    Example: featureinterp demo --features 20 --seed 1
+    """
+    screen = Screen(as_json=as_json)
+    screen.say("featureinterp demo: SmolLM2-135M, its SAE, and State of the Union addresses, explained by Qwen2.5-Coder-1.5B on this machine")
+    from featureinterp import api
+
+    with screen.live():
+        results = api.demo(out=out, features=features, seed=seed, on_event=screen.event, steps=screen.step)
+    finish(screen, results)
+
+
+def finish(screen: Screen, results: object) -> None:
+    """Prints what a job found and where it lies, and sets the exit code: 1 when something failed."""
+    from featureinterp import api
+
+    assert isinstance(results, api.Results)
+    if screen.as_json:
+        screen.result(results.to_json())
+    else:
+        rows = []
+        for r in results:
+            score, floor = r.score("correlation"), r.baseline_score("correlation")
+            interval = f"{score.interval.low:.2f} to {score.interval.high:.2f}" if score and score.interval else ""
+            rows.append(
+                (
+                    str(r.feature),
+                    one_line(r.explanation.text, 60) if r.explanation else "none: " + one_line(r.failures[0].message if r.failures else "", 50),
+                    plain(score.value if score else None),
+                    interval,
+                    plain(score.null if score else None),
+                    plain(floor.value if floor else None),
+                )
+            )
+        screen.table(rows, ("feature", "explanation", "r", "95 % interval", "null", "top tokens"))
+        print(f"Report: {(results.folder / 'report.html').resolve()}")
+    if results.n_failures:
+        screen.say(f"{results.n_failures} stages failed; the report names the causes, and the same command tries them again")
+        raise typer.Exit(1)

@@ -1,0 +1,61 @@
+"""The program ``featureinterp``."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from featureinterp import __version__
+from featureinterp.cli import collect, demo, explain, models, records, report
+
+app = typer.Typer(
+    name="featureinterp",
+    help="Explains features of sparse autoencoders with language models, and tests the explanations.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+app.command("demo")(demo.demo)
+app.add_typer(models.app, name="models")
+app.command("collect")(collect.collect)
+app.command("records")(records.records)
+app.command("explain")(explain.explain)
+app.command("report")(report.report)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"featureinterp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_version, is_eager=True),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Runs the program: exit code 0 done, 1 finished with failures, 2 could not start or go on; errors are one sentence."""
+    debug = "--debug" in sys.argv[1:]
+    argv = [a for a in sys.argv[1:] if a != "--debug"]
+    from featureinterp.errors import FeatureInterpError
+
+    try:
+        app(args=argv)
+    except FeatureInterpError as error:
+        if debug:
+            raise
+        print(f"featureinterp: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("featureinterp: stopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

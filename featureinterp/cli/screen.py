@@ -1,0 +1,112 @@
+"""What the verbs put on a terminal: progress with the remaining time, and lines as results come in."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from featureinterp.domain.score import Score
+    from featureinterp.jobs.explain import Event
+
+_LOG_EVERY_S = 10.0
+
+
+class Screen:
+    """Progress bars on a terminal, one line now and then in a log, nothing but JSON on standard output when ``json`` is on."""
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.as_json = as_json
+        self.console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console, transient=True
+        )
+        self._tasks: dict[str, Any] = {}
+        self._logged: dict[str, float] = {}
+
+    @contextmanager
+    def live(self) -> Iterator[Screen]:
+        """Bars are drawn within the block."""
+        if not self.console.is_terminal:
+            yield self
+            return
+        with self._progress:
+            yield self
+
+    def step(self, what: str, done: int, total: int) -> None:
+        """Progress of one kind of work."""
+        if self.console.is_terminal:
+            if what not in self._tasks:
+                self._tasks[what] = self._progress.add_task(what, total=total)
+            self._progress.update(self._tasks[what], completed=done, total=total)
+            if done >= total:
+                self._progress.update(self._tasks[what], visible=False)
+            return
+        now = time.monotonic()
+        if done >= total or now - self._logged.get(what, 0.0) >= _LOG_EVERY_S:
+            self._logged[what] = now
+            self.say(f"{what}: {done:,} of {total:,}")
+
+    def say(self, line: str) -> None:
+        """One line for a person."""
+        from rich.markup import escape
+
+        if not self.as_json or not self.console.is_terminal:
+            self.console.print(escape(line), soft_wrap=True)
+
+    def event(self, event: Event) -> None:
+        """A feature that got through a stage."""
+        result = event.result
+        self.step(event.stage, event.done, event.total)
+        for failure in result.failures:
+            self.say(f"feature {result.feature}: {failure.stage} failed: {failure.message}")
+        if event.stage == "explained" and result.explanation is not None:
+            floor = result.baseline_score("correlation")
+            known = f"  [top-token list r = {figure(floor)}]" if floor else ""
+            self.say(f"feature {result.feature}: {one_line(result.explanation.text)}{known}")
+        if event.stage == "scored" and (score := result.score("correlation")):
+            self.say(f"feature {result.feature}: r = {figure(score)}, null {plain(score.null)}, {'as before' if event.reused else 'new'}")
+
+    def table(self, rows: list[tuple[str, ...]], header: tuple[str, ...]) -> None:
+        """A table on standard output."""
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*header, box=None, pad_edge=False, header_style="bold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        Console(highlight=False).print(table)
+
+    def result(self, value: Any) -> None:
+        """The verb's result for a program: one JSON document on standard output."""
+        json.dump(value, sys.stdout, ensure_ascii=False)
+        sys.stdout.write("\n")
+
+
+def figure(score: Score | None) -> str:
+    """A score with its interval, or why there is none."""
+    if score is None:
+        return "none"
+    if score.value is None:
+        return f"undefined ({score.undefined})"
+    interval = f" ({score.interval.low:.2f} to {score.interval.high:.2f})" if score.interval else ""
+    return f"{score.value:.2f}{interval}"
+
+
+def plain(value: float | None) -> str:
+    """A figure with two digits, or a dash."""
+    return "–" if value is None else f"{value:.2f}"
+
+
+def one_line(text: str, most: int = 100) -> str:
+    """A text from a model, without control characters, cut to fit a line."""
+    clean = "".join(c if c.isprintable() else " " for c in text)
+    return clean if len(clean) <= most else clean[: most - 1] + "…"

@@ -1,0 +1,86 @@
+"""From a run folder to records: embeddings computed once, everything else in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from featureinterp.codes.store import CodesStore
+from featureinterp.domain.record import FeatureRecord
+from featureinterp.errors import InputError
+from featureinterp.interfaces import Embedder
+from featureinterp.records.build import ALIVE_ABOVE, RecordBuilder, RecordPolicy
+from featureinterp.records.similar import (
+    SentenceEmbedder,
+    SimilarWindows,
+    window_embeddings,
+)
+
+
+def parse_features(text: str, store: CodesStore) -> list[int]:
+    """Feature indices from ``A:B`` (B excluded), ``A,B,C``, ``random:N`` (N alive ones) or ``alive``; several joined by commas.
+
+    Raises ``InputError`` for another form and ``FeatureRangeError`` for an index outside the dictionary.
+    """
+    chosen: list[int] = []
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        head, _, tail = part.partition(":")
+        try:
+            if part == "alive":
+                chosen += alive_features(store).tolist()
+            elif head == "random":
+                chosen += random_features(store, int(tail), seed=0)
+            elif ":" in part:
+                start, end = int(head or 0), int(tail or store.n_features)
+                store.check_feature(start)
+                store.check_feature(end - 1)
+                chosen += range(start, end)
+            else:
+                store.check_feature(int(part))
+                chosen.append(int(part))
+        except ValueError as error:
+            raise InputError(f"{part!r} names no features: write 0:40, 3,17,256, random:20 or alive") from error
+    if not chosen:
+        raise InputError(f"{text!r} names no features: write 0:40, 3,17,256, random:20 or alive")
+    return list(dict.fromkeys(chosen))
+
+
+def alive_features(store: CodesStore) -> np.ndarray:
+    """Features that fire on more than 15 tokens."""
+    return np.flatnonzero(store.counts() > ALIVE_ABOVE)
+
+
+def random_features(store: CodesStore, n: int, *, seed: int, min_windows: int = 1) -> list[int]:
+    """``n`` different alive features at random that fire in at least ``min_windows`` windows, in random order.
+
+    Raises ``InputError`` when there are not as many.
+    """
+    if n < 1:
+        raise InputError(f"{n} features are none: ask for at least 1")
+    chosen = []
+    for index in np.random.default_rng(seed).permutation(alive_features(store)).tolist():
+        if len(np.unique(store.feature(index).positions // store.windows.length)) >= min_windows:
+            chosen.append(index)
+            if len(chosen) == n:
+                return chosen
+    raise InputError(f"only {len(chosen)} features fire in at least {min_windows} windows, but {n} were asked for: collect more tokens or ask for fewer")
+
+
+def build_records(
+    run: Path,
+    store: CodesStore,
+    features: Sequence[int],
+    policy: RecordPolicy,
+    *,
+    embedder: Embedder | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[FeatureRecord]:
+    """Records of ``features``. Windows are embedded when the policy asks for similar ones, once per run folder."""
+    for index in features:
+        store.check_feature(index)
+    similar = None
+    if any(sum(policy.counts.get(s, (0, 0, 0))) for s in ("similar", "similar_negative")):
+        similar = SimilarWindows(window_embeddings(store.windows, embedder or SentenceEmbedder(), run / "embeddings", progress=progress))
+    return RecordBuilder(store, policy, similar).build(features)

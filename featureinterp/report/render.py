@@ -1,0 +1,213 @@
+"""Results → one self-contained HTML page. Everything that came from a text or a model is escaped by the template engine."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from featureinterp.domain.result import FeatureResult, ShownWindow
+from featureinterp.domain.score import Score
+from featureinterp.errors import InputError
+from featureinterp.files import explained_storage, write_atomic
+
+SOURCE_NAMES = {
+    "top": "Top-activating",
+    "weighted": "Importance-weighted",
+    "quantile": "By quantile",
+    "random": "Random",
+    "random_negative": "Random, silent",
+    "similar": "Similar",
+    "similar_negative": "Similar, silent",
+}
+SCORE_NAMES = {
+    "correlation": "Correlation, top + random",
+    "correlation_random": "Correlation, top + random",
+    "correlation_similar_negative": "Correlation, top + similar silent",
+    "correlation_random_negative": "Correlation, top + random silent",
+    "explained_variance": "Explained variance",
+    "deviation_explained": "Deviation explained",
+    "false_positives_similar_negative": "False positives per similar silent window",
+    "false_positives_random_negative": "False positives per random silent window",
+    "detection_balanced_accuracy": "Detection, balanced accuracy",
+    "detection_f1": "Detection, F1",
+    "detection_auroc": "Detection, AUROC",
+    "fuzzing_balanced_accuracy": "Fuzzing, balanced accuracy",
+    "fuzzing_f1": "Fuzzing, F1",
+    "fuzzing_auroc": "Fuzzing, AUROC",
+    "complexity": "Complexity of rules, 0–5",
+}
+BINS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token as it is drawn: visible text, true activation as a share of the scale (0–1), predicted level, and a title."""
+
+    text: str
+    breaks: int
+    true: float
+    predicted: float | None
+    title: str
+
+
+def write_report(path: Path, results: Sequence[FeatureResult], about: Mapping[str, Any]) -> Path:
+    """Writes the page for ``results``; ``about`` is shown as the run's particulars. Raises ``InputError`` without results."""
+    if not results:
+        raise InputError("there is no result to report on: run 'featureinterp explain' first")
+    write_atomic(path, render_report(results, about))
+    return path
+
+
+def render_report(results: Sequence[FeatureResult], about: Mapping[str, Any]) -> str:
+    """The page as a string."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("featureinterp.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "score_name": lambda n: SCORE_NAMES.get(n, n.replace("_", " ")), "source_name": lambda s: SOURCE_NAMES.get(s, s)}
+    environment.globals |= {"tokens": tokens, "whisker": whisker, "groups": groups}
+    return environment.get_template("report.html").render(results=results, about=about, summary=summarise(results))
+
+
+def summarise(results: Sequence[FeatureResult]) -> dict[str, Any]:
+    """The front page's figures: how many were explained, how many beat the null and the baseline, and the distribution of r."""
+    main = [(r, r.score("correlation")) for r in results]
+    defined = [(r, s) for r, s in main if s is not None and s.value is not None]
+    against_baseline = [b for b in (r.beats_baseline() for r in results) if b is not None]
+    return {
+        "n": len(results),
+        "n_explained": sum(r.explanation is not None for r in results),
+        "n_scored": len(defined),
+        "n_failures": sum(len(r.failures) for r in results),
+        "beats_null_value": sum(s.beats_null for _, s in defined),
+        "clear_of_null": sum(clear_of_null(s) for _, s in defined),
+        "n_null": sum(s.null is not None for _, s in defined),
+        "beats_baseline": sum(against_baseline),
+        "n_baseline": len(against_baseline),
+        "median": _median([s.value for _, s in defined if s.value is not None]),
+        "median_null": _median([s.null for _, s in defined if s.null is not None]),
+        "median_baseline": _median([v.value for r in results if (v := r.baseline_score("correlation")) and v.value is not None]),
+        "histogram": histogram(
+            {
+                "explanation": [s.value for _, s in defined if s.value is not None],
+                "null": [s.null for _, s in defined if s.null is not None],
+            }
+        ),
+    }
+
+
+def clear_of_null(score: Score) -> bool:
+    """Whether the score's whole interval lies above the null's whole interval."""
+    return score.interval is not None and score.null_interval is not None and score.interval.low > score.null_interval.high
+
+
+def _median(values: Sequence[float]) -> float | None:
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    middle = len(ordered) // 2
+    return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+
+
+def histogram(series: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Counts of correlations in equal bins from −0.2 to 1 (what lies below goes into the first), and the largest count."""
+    low, high = -0.2, 1.0
+    counts = {}
+    for name, values in series.items():
+        row = [0] * BINS
+        for value in values:
+            row[min(BINS - 1, max(0, math.floor((value - low) / (high - low) * BINS + 1e-9)))] += 1
+        counts[name] = row
+    edges = [low + (high - low) * i / BINS for i in range(BINS + 1)]
+    return {"counts": counts, "edges": edges, "most": max((max(c) for c in counts.values()), default=0)}
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure as it is shown, with a real minus sign; a dash when it is undefined."""
+    if value is None:
+        return "–"
+    text = f"{value:.{digits}f}"
+    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
+
+
+def whisker(score: Score) -> dict[str, float | None]:
+    """Places of a score, its interval and its null on a bar from −0.2 to 1.0, in percent."""
+
+    def place(value: float | None) -> float | None:
+        return None if value is None else round(100 * min(1.0, max(0.0, (value + 0.2) / 1.2)), 2)
+
+    interval, null = score.interval, score.null_interval
+    return {
+        "value": place(score.value),
+        "low": place(interval.low if interval else None),
+        "high": place(interval.high if interval else None),
+        "null": place(score.null),
+        "null_low": place(null.low if null else None),
+        "null_high": place(null.high if null else None),
+    }
+
+
+_VISIBLE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
+
+
+def tokens(window: ShownWindow, scale: float) -> list[Token]:
+    """The tokens of a window for drawing. Control characters are shown as symbols, so that no text can hide or break the page."""
+    out = []
+    for i, (piece, activation) in enumerate(zip(window.pieces, window.activations, strict=True)):
+        predicted = None if window.predicted is None else window.predicted[i]
+        title = f"activation {number(activation)}" + ("" if predicted is None else f", predicted level {number(predicted, 1)}")
+        out.append(Token(visible(piece), piece.count("\n"), 0.0 if scale <= 0 else min(1.0, activation / scale), predicted, title))
+    return out
+
+
+def visible(piece: str) -> str:
+    """A token's text with line breaks, tabs, control and direction characters made visible."""
+    out = []
+    for character in piece:
+        code = ord(character)
+        if character in _VISIBLE:
+            out.append(_VISIBLE[character])
+        elif code < 32 or code == 127:
+            out.append(chr(0x2400 + code) if code < 32 else "␡")
+        elif 0x80 <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0x2028, 0x2029, 0x200E, 0x200F, 0xFEFF):
+            out.append(f"\\u{code:04x}")
+        else:
+            out.append(character)
+    return "".join(out)
+
+
+def groups(result: FeatureResult) -> list[tuple[str, str, list[ShownWindow]]]:
+    """A feature's windows by split and source, test first."""
+    order = {split: i for i, split in enumerate(("test", "train", "valid"))}
+    found: dict[tuple[str, str], list[ShownWindow]] = {}
+    for window in result.windows:
+        found.setdefault((window.split, window.source), []).append(window)
+    return [(*key, windows) for key, windows in sorted(found.items(), key=lambda item: order.get(item[0][0], 9))]
+
+
+def read_results(folder: Path) -> tuple[list[FeatureResult], dict[str, Any]]:
+    """The results and particulars that an explain job wrote into ``folder``.
+
+    Raises ``InputError`` when there are none or they cannot be read.
+    """
+    path, about = folder / "results.jsonl", folder / "about.json"
+    if not path.exists() or not about.exists():
+        raise InputError(f"{folder} holds no results (results.jsonl): give the folder that 'featureinterp explain' wrote with --out")
+    try:
+        with explained_storage(path):
+            results = [FeatureResult.from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+            return results, json.loads(about.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): it was changed or made by another version; run 'featureinterp explain' again") from error
+
+
+def write_results(folder: Path, results: Sequence[FeatureResult], about: Mapping[str, Any]) -> None:
+    """Writes what :func:`read_results` reads."""
+    lines = [json.dumps(r.to_json(), ensure_ascii=False) for r in results]
+    write_atomic(folder / "results.jsonl", "".join(line + "\n" for line in lines))
+    write_atomic(folder / "about.json", json.dumps(dict(about), indent=1, ensure_ascii=False) + "\n")
