@@ -20,7 +20,8 @@ from featureinterp.resources import prompts_folder
 
 _ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
 _BACK = {v[1]: k for k, v in _ESCAPES.items()} | {"<": "<", ">": ">"}
-_UNSAFE = re.compile(r"[\\\t\n\r\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]|<(?=<)|>(?=>)")
+_UNSAFE = re.compile(r"[\\\t\n\r\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]|<(?=<)|(?<=<)<|>(?=>)|(?<=>)>")
+_UNSAFE_BY_A_MARK = re.compile(_UNSAFE.pattern + r"|\A[<>]|[<>]\Z")
 _ESCAPED = re.compile(r"\\(u[0-9a-f]{4}|.)")
 
 
@@ -68,9 +69,14 @@ def load_prompt(task: str, version: str) -> Prompt:
 
 
 def escape(text: str) -> str:
-    r"""A text on one line: backslashes, tabs, line breaks, control and direction characters, and the first of two angle
-    brackets in a row get a backslash form. :func:`unescape` gives the text back."""
-    return _UNSAFE.sub(lambda m: _ESCAPES.get(m[0]) or (f"\\{m[0]}" if m[0] in "<>" else f"\\u{ord(m[0]):04x}"), text)
+    r"""A text on one line: backslashes, tabs, line breaks, control and direction characters, and angle brackets that stand
+    beside another of their kind get a backslash form. :func:`unescape` gives the text back."""
+    return _UNSAFE.sub(_backslashed, text)
+
+
+def _backslashed(match: re.Match[str]) -> str:
+    found = match[0]
+    return _ESCAPES.get(found) or (f"\\{found}" if found in "<>" else f"\\u{ord(found):04x}")
 
 
 def unescape(text: str) -> str:
@@ -82,8 +88,6 @@ def marked(pieces: Sequence[str], marks: Sequence[bool]) -> str:
     """A window's text on one line with each run of marked tokens between ``<<`` and ``>>``; marks of the text itself are escaped."""
     out = []
     for on, run in itertools.groupby(zip(marks, pieces, strict=True), key=lambda pair: pair[0]):
-        text = escape("".join(piece for _, piece in run))
-        if text.endswith(("<", ">")):
-            text = text[:-1] + "\\" + text[-1]
+        text = _UNSAFE_BY_A_MARK.sub(_backslashed, "".join(piece for _, piece in run))
         out.append(f"<<{text}>>" if on else text)
     return "".join(out)

@@ -76,6 +76,7 @@ def collect(
         shutil.rmtree(folder)
     write_json(claim, {"key": key})
     writer = RunWriter(folder, n_features=sae.n_features, n_positions=len(windows) * windows.length, value_dtype=value_dtype)
+    done = int(np.sum(windows.lengths[: writer.next_window]))
     for batch in _encode_all(subject, sae, windows, writer.next_window, batch_tokens):
         positions, codes, n_scored, end_window = batch
         writer.add(
@@ -85,8 +86,11 @@ def collect(
             n_scored=n_scored,
             end_window=end_window,
         )
+        done += codes.n_rows
         if progress:
-            progress(min(end_window * windows.length, windows.n_tokens), windows.n_tokens)
+            progress(min(done, windows.n_tokens), windows.n_tokens)
+    if progress:
+        progress(windows.n_tokens, windows.n_tokens)
     writer.finish({"key": key, **provenance, "window_length": windows.length})
     claim.unlink()
     return CodesStore.open(run)
@@ -134,8 +138,6 @@ def encode_windows(subject: Subject, sae: LoadedSae, windows: WindowTable, rows:
     residual = subject.residual(ids, sae.hook)
     scored = scored_tokens(residual, subject)
     codes = sae.sae.encode(residual[scored])
-    if not bool(torch.isfinite(codes.values).all()):
-        raise FeatureInterpError(f"{subject.name} gives activations at {sae.hook} that are not finite: run it with --dtype float32 or bfloat16")
     window, offset = (part.cpu().numpy() for part in torch.nonzero(scored, as_tuple=True))
     token = codes.rows.cpu().numpy()
     return rows[window[token]] * windows.length + offset[token], codes, len(window)
@@ -148,6 +150,8 @@ def scored_tokens(residual: torch.Tensor, subject: Subject) -> torch.Tensor:
     median of their window and who would stand at the top of every feature.
     """
     norms = residual.float().norm(dim=-1)
+    if not bool(torch.isfinite(norms).all()):
+        raise FeatureInterpError(f"{subject.name} gives activations that are not finite: run it with --dtype float32 or bfloat16")
     scored = norms <= SINK_FACTOR * norms.median(dim=1, keepdim=True).values
     if isinstance(subject.sink, SkipFirst):
         scored[:, 0] = False

@@ -97,4 +97,5 @@ def levels(activations: np.ndarray, scale: float) -> list[int]:
     """floor(5 · a / scale), clipped to 0 … 5, for activations ``[token]`` ≥ 0; all 0 when the scale is 0."""
     if scale <= 0:
         return [0] * len(activations)
-    return np.clip(np.floor(5 * np.asarray(activations, np.float64) / scale + 1e-9), 0, 5).astype(int).tolist()
+    found = np.clip(np.floor(5 * np.asarray(activations, np.float64) / scale + 1e-9), 0, 5)
+    return [int(level) for level in found]

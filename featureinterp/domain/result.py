@@ -90,4 +90,4 @@ class FeatureResult:
 
 def _window(value: Mapping[str, Any]) -> ShownWindow:
     arrays = {n: None if value[n] is None else tuple(value[n]) for n in ("pieces", "activations", "predicted", "null_predicted")}
-    return ShownWindow(**{**value, **arrays})  # type: ignore[arg-type]
+    return ShownWindow(**{**value, **arrays})

@@ -29,9 +29,9 @@ class RulesReply(pydantic.BaseModel):
 
 def clean(text: str) -> str:
     """A description as it is kept: one line, without quotation marks or a full stop around it."""
-    text = " ".join(text.split()).strip().rstrip(".").strip()
+    text = " ".join(text.split()).rstrip(".").strip()
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1]:
-        text = text[1:-1].strip()
+        text = text[1:-1].rstrip(".").strip()
     return text
 
 

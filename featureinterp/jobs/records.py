@@ -34,6 +34,8 @@ def parse_features(text: str, store: CodesStore) -> list[int]:
                 chosen += random_features(store, int(tail), seed=0)
             elif ":" in part:
                 start, end = int(head or 0), int(tail or store.n_features)
+                if end <= start:
+                    raise ValueError(part)
                 store.check_feature(start)
                 store.check_feature(end - 1)
                 chosen += range(start, end)

@@ -109,11 +109,14 @@ class SimilarWindows:
         return self._index.search(np.ascontiguousarray(queries, np.float32), min(depth, self._index.ntotal))[1]
 
     def ranking(self, query: np.ndarray, known: np.ndarray) -> Iterator[int]:
-        """All rows by similarity, starting from the ones already ``known``; the search is widened only when those run out."""
-        done = 0
+        """All rows by similarity, each once, starting from the ones already ``known``; the search is widened only when those run
+        out. Rows of equal similarity may come in any order."""
+        seen: set[int] = set()
         while True:
-            yield from known[done:].tolist()
-            done = len(known)
-            if done >= self._index.ntotal:
+            for row in known.tolist():
+                if row not in seen:
+                    seen.add(row)
+                    yield row
+            if len(known) >= self._index.ntotal:
                 return
-            known = self.search(query[None], done * 4)[0]
+            known = self.search(query[None], len(known) * 4)[0]

@@ -127,7 +127,7 @@ def judge(name: str, verdicts: Sequence[Verdict], *, seed: int = 0) -> list[Scor
 def _balanced_accuracy(table: np.ndarray) -> np.ndarray:
     hit, miss, false, right = table.T
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (hit / (hit + miss) + right / (false + right)) / 2
+        return np.asarray((hit / (hit + miss) + right / (false + right)) / 2)
 
 
 def _f1(table: np.ndarray) -> np.ndarray:
@@ -145,4 +145,4 @@ def _aurocs(scores: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.nd
     p, q = np.add.reduceat(positive, starts, axis=1), np.add.reduceat(negative, starts, axis=1)
     below = np.cumsum(q, axis=1) - q
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (p * (below + q / 2)).sum(1) / (p.sum(1) * q.sum(1))
+        return np.asarray((p * (below + q / 2)).sum(1) / (p.sum(1) * q.sum(1)))

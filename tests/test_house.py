@@ -1,0 +1,114 @@
+"""The architecture: which room may import which, what the façade exports, and what an import costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import featureinterp
+
+ROOT = Path(featureinterp.__file__).parent
+FOUNDATION = {"errors", "files", "resources", "quiet", "domain"}
+LANGUAGE = FOUNDATION | {"prompts", "replies", "interfaces", "llm"}
+ALLOWED = {
+    "errors": set(),
+    "domain": {"domain", "errors"},
+    "files": {"errors"},
+    "resources": set(),
+    "quiet": set(),
+    "prompts": {"errors", "resources"},
+    "replies": {"errors"},
+    "interfaces": {"domain", "llm"},
+    "assets": {"assets", "errors", "files", "quiet"},
+    "corpus": {"corpus", "errors", "files", "assets"},
+    "subject": {"subject", "corpus", "errors", "files", "assets", "quiet"},
+    "sae": {"sae", "errors", "files", "resources"},
+    "codes": {"codes", "sae", "subject", "corpus", "errors", "files"},
+    "records": {"records", "codes", "corpus", "domain", "errors", "files", "assets", "quiet"},
+    "llm": {"llm", "domain", "errors", "interfaces", "assets"},
+    "explain": LANGUAGE | {"explain"},
+    "simulate": LANGUAGE | {"simulate"},
+    "score": LANGUAGE | {"score"},
+    "report": {"report", "domain", "errors", "files"},
+    "jobs": LANGUAGE | {"jobs", "explain", "simulate", "score", "records", "codes"},
+    "cli": {"cli", "api", "errors", "assets", "domain", "jobs", "records", "__version__"},
+}
+TORCH_ROOMS = {"subject", "sae", "codes"}
+TORCH_FILES = {"simulate/all_at_once.py", "simulate/prefix_cache.py"}
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    found = set()
+    nodes = tree.body if top_level_only else list(ast.walk(tree))
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "featureinterp":
+                found |= {f"featureinterp.{alias.name}" for alias in node.names}
+    return found - {"featureinterp"}
+
+
+def room_of(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    return relative.parts[0].removesuffix(".py")
+
+
+def test_rooms_import_only_what_they_may():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        room = room_of(path)
+        if room in ("__init__", "api"):
+            continue
+        for name in imports(path):
+            if name.startswith("featureinterp."):
+                other = name.split(".")[1]
+                if other not in ALLOWED[room]:
+                    wrong.append(f"{path.relative_to(ROOT)} imports {name}")
+    assert not wrong
+
+
+def test_every_room_has_a_rule():
+    rooms = {room_of(p) for p in ROOT.rglob("*.py")} - {"__init__", "api"}
+    assert rooms == set(ALLOWED)
+
+
+def test_torch_stays_on_the_tensor_side():
+    wrong = []
+    for path in ROOT.rglob("*.py"):
+        relative = str(path.relative_to(ROOT))
+        if room_of(path) in TORCH_ROOMS or relative in TORCH_FILES or relative == "assets/gguf.py":
+            continue
+        wrong += [relative for name in imports(path) if name.split(".")[0] in ("torch", "transformers") and relative != "quiet.py"]
+    assert not wrong
+
+
+def test_façade_names():
+    names = """AllAtOnce CodesStore Endpoint ExplainJob Explanation Failure FeatureId FeatureInterpError FeatureRecord FeatureResult
+        FunctionModel InputError Interval LanguageModelError Lexical LoadedSae OneShot OpenAIModel Plan Rated RecordPolicy Results Rule
+        RulesStyle Score SentenceStyle Simulation StorageError Subject TopTokens Usage Window WindowPolicy collect demo explain
+        explain_async load_corpus load_sae load_subject local_simulator open_run records report save_sae"""
+    assert sorted(featureinterp.__all__) == names.split()
+    for name in featureinterp.__all__:
+        assert getattr(featureinterp, name) is not None
+
+
+def test_importing_the_package_and_asking_for_help_brings_in_nothing_heavy():
+    code = (
+        "import sys, featureinterp, featureinterp.cli.main\n"
+        "from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(featureinterp.cli.main.app, ['--help']).exit_code == 0\n"
+        "heavy = {'torch', 'transformers', 'openai', 'faiss', 'sentence_transformers', 'numpy', 'httpx'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_function_of_the_facade_has_a_docstring():
+    for name in featureinterp.__all__:
+        assert (getattr(featureinterp, name).__doc__ or "").strip(), name

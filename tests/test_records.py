@@ -1,0 +1,253 @@
+"""Records against brute force: what is on top, what is silent, what is similar, and that no split sees another's documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from featureinterp.codes.store import CodesStore
+from featureinterp.domain.feature import FeatureId
+from featureinterp.domain.record import SPLITS, FeatureRecord, Window, levels
+from featureinterp.errors import FeatureRangeError, InputError
+from featureinterp.jobs.records import alive_features, parse_features, random_features
+from featureinterp.records.build import RecordBuilder, RecordPolicy
+from featureinterp.records.files import write_records
+from featureinterp.records.quantile import quantile_order
+from featureinterp.records.similar import SimilarWindows, window_embeddings
+from featureinterp.records.splits import SplitAssigner
+from featureinterp.records.top import top_candidates
+from featureinterp.records.uniform import uniform_rows
+from featureinterp.records.weighted import weighted_order
+
+
+class HashEmbedder:
+    """A deterministic embedder: normalised counts of hashed character trigrams."""
+
+    fingerprint = "hash"
+    calls = 0
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        self.calls += len(texts)
+        out = np.full((len(texts), 24), 0.01, np.float32)
+        for i, text in enumerate(texts):
+            for k in range(len(text) - 2):
+                out[i, sum(map(ord, text[k : k + 3])) % 24] += 1
+        return out / np.linalg.norm(out, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def embeddings(store: CodesStore, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    found = np.array(window_embeddings(store.windows, HashEmbedder(), tmp_path_factory.mktemp("e")))
+    found += np.random.default_rng(0).normal(scale=1e-2, size=found.shape)  # equal texts would be ties
+    return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def built(store: CodesStore, embeddings: np.ndarray) -> list[FeatureRecord]:
+    policy = RecordPolicy(
+        {"top": (3, 3, 3), "similar_negative": (2, 2, 2), "weighted": (2, 1, 1), "quantile": (1, 1, 1), "random_negative": (2, 2, 2), "random": (1, 1, 1)}
+    )
+    return list(RecordBuilder(store, policy, SimilarWindows(embeddings)).build(range(store.n_features)))
+
+
+def test_activations_are_the_stores(built: list[FeatureRecord], store: CodesStore):
+    for record in built:
+        for split in SPLITS:
+            for window in record.windows(split):
+                whole = store.window_activations(record.feature.index, [window.row])[0]
+                np.testing.assert_array_equal(window.activations, whole[window.start : window.start + len(window.pieces)])
+                assert window.document == store.windows.documents[window.row]
+                assert window.pieces == store.windows.pieces(window.row)[window.start : window.start + len(window.pieces)]
+
+
+def test_splits_share_no_window_and_no_document(built: list[FeatureRecord]):
+    for record in built:
+        documents = [{w.document for w in record.windows(s)} for s in SPLITS]
+        rows = [w.row for s in SPLITS for w in record.windows(s)]
+        assert not documents[0] & documents[1] and not documents[0] & documents[2] and not documents[1] & documents[2]
+        assert len(rows) == len(set(rows))
+
+
+def test_a_record_that_leaks_cannot_be_made():
+    def window(row: int, document: int, level: float = 0.0) -> Window:
+        return Window(row, document, np.array([1]), ("a",), np.array([level], np.float32))
+
+    with pytest.raises(AssertionError, match="document 7"):
+        FeatureRecord(FeatureId("s", 0), 1, 1, 1, {"train": {"top": (window(1, 7),)}, "test": {"random": (window(2, 7),)}})
+    with pytest.raises(AssertionError, match="fires"):
+        FeatureRecord(FeatureId("s", 0), 1, 1, 1, {"test": {"random_negative": (window(1, 1, 0.5),)}})
+
+
+def test_top_windows_fire_and_are_the_strongest(built: list[FeatureRecord], store: CodesStore):
+    for record in built:
+        maxima = store.window_activations(record.feature.index, range(len(store.windows))).max(1)
+        top = [w for s in SPLITS for w in record.get(s, "top")]
+        assert all(w.fires for w in top)
+        firing = np.sort(maxima[maxima > 0])[::-1]
+        if len(top) == 9 and len({w.document for w in top}) == 9:
+            assert min(w.max_activation for w in top) >= firing[min(len(firing) - 1, 40)]
+        if len(firing) == 0:
+            assert not top and "train/top" in record.shortfalls
+        strength = [np.mean([w.max_activation for w in record.get(s, "top")]) for s in SPLITS if len(record.get(s, "top")) == 3]
+        if len(strength) == 3:
+            assert max(strength) <= 2 * min(strength)
+        assert record.scale == pytest.approx(maxima.max(), rel=1e-6)
+        assert record.density == pytest.approx(record.count / store.n_scored)
+
+
+def test_negatives_are_silent_and_similar_ones_are_the_most_similar(built: list[FeatureRecord], store: CodesStore, embeddings: np.ndarray):
+    for record in built:
+        if not record.count:
+            continue
+        maxima = store.window_activations(record.feature.index, range(len(store.windows))).max(1)
+        firing = np.flatnonzero(maxima > 0)
+        query_rows = firing[np.argsort(-maxima[firing], kind="stable")][:400]
+        mean_cosine = (embeddings @ embeddings[query_rows].T).mean(1)
+        found = [w.row for s in SPLITS for w in record.get(s, "similar_negative")]
+        assert all(maxima[row] == 0 for row in found)
+        top_documents = {w.document: s for s in SPLITS for w in record.get(s, "top")}
+        # replay: by descending similarity, silent, unused, in the split of its document with room left
+        room, split_of, expected = dict.fromkeys(SPLITS, 2), dict(top_documents), []
+        for row in np.argsort(-mean_cosine, kind="stable").tolist():
+            document = int(store.windows.documents[row])
+            if maxima[row] > 0 or not any(room.values()):
+                continue
+            split = split_of.setdefault(document, max(SPLITS, key=room.__getitem__))
+            if room[split]:
+                room[split] -= 1
+                expected.append(row)
+        np.testing.assert_allclose(np.sort(mean_cosine[found]), np.sort(mean_cosine[expected]), atol=1e-6)
+
+
+def test_faiss_ranks_exactly_like_brute_force(embeddings: np.ndarray):
+    index = SimilarWindows(embeddings)
+    query = index.query(np.array([5, 2, 9]))
+    exact = np.sort((embeddings @ embeddings[[2, 5, 9]].T).mean(1))[::-1]
+    rows = list(index.ranking(query, index.search(query[None], 4)[0]))
+    assert sorted(rows) == list(range(len(embeddings)))
+    np.testing.assert_allclose((embeddings @ query)[rows], exact, atol=1e-6)
+
+
+def test_windows_are_embedded_once(store: CodesStore, tmp_path: Path):
+    embedder = HashEmbedder()
+    first = window_embeddings(store.windows, embedder, tmp_path, chunk=7)
+    second = window_embeddings(store.windows, embedder, tmp_path)
+    assert embedder.calls == len(store.windows)
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(first, HashEmbedder().embed(list(store.windows.texts())), atol=1e-6)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_weighted_windows_are_weaker_centred_and_do_not_overlap(built: list[FeatureRecord], store: CodesStore):
+    seen = 0
+    for record in built:
+        weakest = min((w.max_activation for s in SPLITS for w in record.get(s, "top")), default=0)
+        for split in SPLITS:
+            for window in record.get(split, "weighted"):
+                seen += 1
+                whole = store.window_activations(record.feature.index, [window.row])[0]
+                centres = [p for p in np.flatnonzero(whole) if max(0, p - 10) == window.start and whole[p] < weakest]
+                assert centres and len(window.pieces) <= 21
+    assert seen > 20
+
+
+def test_weighted_sampling_has_the_probabilities_that_it_claims():
+    values = np.array([1.0, 2.0, 3.0, 0.5])
+    rng = np.random.default_rng(0)
+    firsts = np.bincount([weighted_order(values, rng)[0] for _ in range(4000)], minlength=4)
+    assert stats.chisquare(firsts, 4000 * values**2 / (values**2).sum()).pvalue > 1e-4
+    pairs = [tuple(weighted_order(values, rng)[:2]) for _ in range(4000)]
+    p = values**2 / (values**2).sum()
+    expected = p[2] * p[1] / (1 - p[2])
+    assert abs(sum(pair == (2, 1) for pair in pairs) / 4000 - expected) < 0.04
+
+
+def test_top_candidates_by_hand():
+    maxima = np.array([1.0, 5.0, 3.0, 4.0, 2.0])
+    order = top_candidates(maxima, 5, 3, 1000, np.random.default_rng(0))
+    assert order.tolist() == [1, 3, 2, 4, 0]
+    wide = top_candidates(np.arange(100.0), 10_000, 3, 500, np.random.default_rng(0))
+    assert set(wide[:20].tolist()) == set(range(80, 100)) and wide[20:].tolist() == list(range(79, -1, -1))
+    assert wide[:3].tolist() == sorted(wide[:3].tolist(), reverse=True)
+
+
+def test_quantile_order_takes_bins_in_turn():
+    maxima = np.array([0.05, 0.1, 0.95, 0.9, 0.5, 1.0])
+    order = quantile_order(maxima, 1.0, 3, np.random.default_rng(0)).tolist()
+    assert sorted(order) == list(range(6))
+    assert order[0] in (2, 3, 5) and order[1] == 4 and order[2] in (0, 1) and order[3] in (2, 3, 5) and order[4] in (0, 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=60, unique_by=lambda t: t[0]), st.integers(0, 4), st.integers(0, 4), st.integers(0, 4)
+)
+def test_splits_never_share_a_document(rows: list[tuple[int, int]], a: int, b: int, c: int):
+    documents = np.zeros(41, np.int64)
+    for row, document in rows:
+        documents[row] = document
+    assigner = SplitAssigner(documents)
+    seen: dict[int, str] = {}
+    for offered in ([r for r, _ in rows], [r for r, _ in reversed(rows)]):
+        taken = assigner.take(offered, {"train": a, "valid": b, "test": c})
+        for split, chosen in taken.items():
+            assert len(chosen) <= {"train": a, "valid": b, "test": c}[split]
+            for row in chosen:
+                assert seen.setdefault(int(documents[row]), split) == split
+
+
+def test_uniform_rows_are_a_permutation():
+    for n in (5, 5000):
+        assert sorted(uniform_rows(n, np.random.default_rng(0))) == list(range(n))
+    firsts = [next(iter(uniform_rows(4, np.random.default_rng(s)))) for s in range(2000)]
+    assert stats.chisquare(np.bincount(firsts, minlength=4)).pvalue > 1e-4
+
+
+def test_levels_at_the_edges():
+    assert levels(np.array([0.0, 0.999, 1.0, 1.999, 4.999, 5.0, 9.0]), 5.0) == [0, 0, 1, 1, 4, 5, 5]
+    assert levels(np.array([1.0]), 0.0) == [0]
+    assert levels(np.float32([0.6, 0.2]), float(np.float32(1.0))) == [3, 1]
+
+
+def test_the_same_seed_gives_the_same_record(store: CodesStore, embeddings: np.ndarray):
+    def rows(seed: int) -> list[int]:
+        record = next(RecordBuilder(store, RecordPolicy(seed=seed), SimilarWindows(embeddings)).build([3]))
+        return [w.row for s in SPLITS for w in record.windows(s)]
+
+    assert rows(1) == rows(1) != rows(2)
+
+
+def test_choosing_features(store: CodesStore):
+    assert parse_features("0:3, 7,7,5", store) == [0, 1, 2, 7, 5]
+    assert parse_features("62:", store) == [62, 63]
+    alive = alive_features(store)
+    assert set(parse_features("random:5", store)) <= set(alive.tolist())
+    assert len(set(random_features(store, 5, seed=1))) == 5
+    for wrong in ("x", "3:2", "", "random:x", ","):
+        with pytest.raises(InputError):
+            parse_features(wrong, store)
+    for wrong in ("0:65", "64", "-1"):
+        with pytest.raises(FeatureRangeError):
+            parse_features(wrong, store)
+    with pytest.raises(InputError, match="asked for"):
+        random_features(store, 1000, seed=0)
+
+
+def test_policies_that_need_embeddings_say_so(store: CodesStore):
+    with pytest.raises(InputError, match="embeddings"):
+        RecordBuilder(store, RecordPolicy())
+    with pytest.raises(InputError, match="known source"):
+        RecordPolicy({"best": (1, 1, 1)})
+
+
+def test_records_on_disk(built: list[FeatureRecord], tmp_path: Path):
+    assert write_records(tmp_path / "r.jsonl", built[:3]) == 3
+    rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    assert [r["feature"] for r in rows] == [0, 1, 2]
+    assert rows[0]["splits"]["test"]["top"] == [[w.row, w.start, len(w.pieces), round(w.max_activation, 6)] for w in built[0].get("test", "top")]

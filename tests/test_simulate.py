@@ -1,0 +1,210 @@
+"""Simulators: the shared prefix changes nothing, and neither does computing six logits instead of all."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+import torch
+from tiny import FAMILIES, NASTY, TINY_TEXTS, make_model, tokenizer
+
+from featureinterp.domain.explanation import Explanation, Provenance, Rule
+from featureinterp.domain.record import Window
+from featureinterp.domain.usage import Usage
+from featureinterp.errors import EndpointRefusedError, IncompatibleError, InputError
+from featureinterp.llm.function import FunctionModel
+from featureinterp.llm.types import Reply, Request
+from featureinterp.simulate.all_at_once import AllAtOnce
+from featureinterp.simulate.prefix_cache import PrefixModel
+from featureinterp.simulate.rated import Rated
+
+P = Provenance("test")
+RULES = Explanation((Rule("months", 5), Rule("words about the sea", 2)), P)
+
+
+def window(pieces: list[str]) -> Window:
+    return Window(0, 0, np.arange(len(pieces)), tuple(pieces), np.zeros(len(pieces), np.float32))
+
+
+def words(text: str) -> list[str]:
+    return [w if i == 0 else " " + w for i, w in enumerate(text.split(" "))]
+
+
+WINDOWS = [window(words(t)) for t in TINY_TEXTS] + [window([t, " end"]) for t in NASTY]
+
+
+def simulator(family: str, **options: Any) -> tuple[AllAtOnce, Any, Any]:
+    model, tok = make_model(family), tokenizer()
+    return AllAtOnce(lambda: (model, tok), name="tiny", dtype="float32", **options), model, tok
+
+
+def plain(model: Any, sim: AllAtOnce, rule: str, shown: Window, temperature: float = 1.0) -> np.ndarray:
+    """One full prompt per window, every block, every logit."""
+    built = sim.builder.window(shown.pieces)
+    start = [*sim.builder.header, *sim.builder.explanation(rule)]
+    with torch.no_grad():
+        logits = model(torch.tensor([[*start, *built.ids]])).logits[0].double()
+    out = []
+    for position in built.positions:
+        p = torch.softmax(logits[len(start) + position], 0)[sim.builder.levels] ** (1 / temperature)
+        out.append(float((p / p.sum()) @ torch.arange(6.0).double()))
+    return np.array(out)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_simulation_equals_the_plain_way(family: str):
+    sim, model, _ = simulator(family, batch_tokens=600)
+    found = sim.predict(Explanation.sentence("months", P), WINDOWS)
+    assert sim.model.shares_prefix == (family != "gemma2")
+    for shown, simulation in zip(WINDOWS, found, strict=True):
+        assert simulation.expected is not None
+        np.testing.assert_allclose(simulation.expected, plain(model, sim, "months", shown), atol=1e-4)
+
+
+def test_predictions_differ_and_depend_on_the_explanation():
+    sim, _, _ = simulator("llama")
+    a = np.concatenate([s.expected for s in sim.predict(Explanation.sentence("months", P), WINDOWS)])
+    b = np.concatenate([s.expected for s in sim.predict(Explanation.sentence("nothing of the kind", P), WINDOWS)])
+    assert a.min() >= 0 and a.max() <= 5 and a.std() > 0.01 and np.abs(a - b).max() > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_sharpens_the_level_distribution(temperature: float):
+    sim, model, _ = simulator("qwen2", temperature=temperature)
+    found = sim.predict(Explanation.sentence("months", P), WINDOWS[:2])
+    for shown, simulation in zip(WINDOWS, found, strict=False):
+        np.testing.assert_allclose(simulation.expected, plain(model, sim, "months", shown, temperature), atol=1e-4)
+
+
+def test_several_rules_are_the_maximum_of_level_times_strength():
+    sim, model, _ = simulator("gpt2")
+    for shown, simulation in zip(WINDOWS[:3], sim.predict(RULES, WINDOWS[:3]), strict=True):
+        months, sea = (plain(model, sim, r.activates_on, shown) for r in RULES.rules)
+        np.testing.assert_allclose(simulation.expected, np.maximum(months, sea * 2 / 5), atol=1e-4)
+
+
+def test_levels_stand_after_the_tab_of_their_token():
+    sim, _, tok = simulator("llama")
+    shown = window([" a\tb", "\n", "", " <|endoftext|>"])
+    built = sim.builder.window(shown.pieces)
+    assert len(built.positions) == 4 and all(built.ids[p] == sim.builder._tab for p in built.positions)
+    text = tok.decode(built.ids)
+    assert text.splitlines() == [" a\\tb\tunknown", "\\n\tunknown", "\tunknown", " <|endoftext|>\t"]
+    assert not set(built.ids) & set(tok.all_special_ids)
+
+
+def test_the_order_of_windows_and_batches_changes_nothing():
+    sim, _, _ = simulator("llama", batch_tokens=10_000)
+    small, _, _ = simulator("llama", batch_tokens=1)
+    e = Explanation.sentence("months", P)
+    forward, backward = sim.predict(e, WINDOWS), sim.predict(e, WINDOWS[::-1])[::-1]
+    alone = small.predict(e, WINDOWS)
+    for a, b, c in zip(forward, backward, alone, strict=True):
+        np.testing.assert_allclose(a.expected, b.expected, atol=1e-5)
+        np.testing.assert_allclose(a.expected, c.expected, atol=1e-5)
+
+
+def test_a_model_is_loaded_only_when_it_is_needed():
+    loads = []
+    model = make_model("llama")
+
+    def load() -> tuple[Any, Any]:
+        loads.append(1)
+        return model, tokenizer()
+
+    sim = AllAtOnce(load, name="tiny")
+    assert sim.settings["prompt"] == "simulate-all-at-once/v1" and not loads
+    anyio.run(sim.simulate, RULES, WINDOWS[:1])
+    sim.predict(RULES, WINDOWS[:1])
+    assert len(loads) == 1
+
+
+def test_the_attention_of_the_model_is_put_back():
+    model = make_model("llama")
+    before = model.config._attn_implementation
+    prefix_model = PrefixModel(model)
+    prefix = prefix_model.prefix([3, 4, 5])
+    prefix_model.hidden(prefix, torch.tensor([[6, 7]]))
+    assert model.config._attn_implementation == before
+    with pytest.raises((IndexError, RuntimeError)):
+        prefix_model.hidden(prefix, torch.tensor([[10**6]]))
+    assert model.config._attn_implementation == before
+
+
+def test_extending_a_prefix_equals_computing_it_whole():
+    prefix_model = PrefixModel(make_model("gemma3"))
+    whole, first = prefix_model.prefix([3, 4, 5, 6, 7]), prefix_model.prefix([3, 4])
+    stepwise = prefix_model.prefix([5, 6, 7], first)
+    assert first.n_tokens == 2 and stepwise.n_tokens == 5
+    for (k1, v1), (k2, v2) in zip(whole.layers, stepwise.layers, strict=True):
+        torch.testing.assert_close(k1, k2, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(v1, v2, rtol=1e-4, atol=1e-5)
+    assert first.layers[0][0].shape[2] == 2
+
+
+def test_sliding_windows_shorter_than_the_prompt_take_the_plain_way():
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=16
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    prefix_model = PrefixModel(model)
+    start, ids = list(range(5, 35)), torch.randint(0, 512, (2, 9))
+    found = prefix_model.hidden(prefix_model.prefix(start), ids)
+    with torch.no_grad():
+        expected = model.base_model(torch.cat([torch.tensor([start] * 2), ids], 1)).last_hidden_state[:, 30:]
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_tokenizers_and_temperatures_that_cannot_work():
+    with pytest.raises(InputError, match="temperature"):
+        simulator("llama", temperature=0.0)
+    sim, _, _ = simulator("llama")
+    real = sim.builder._encode
+    sim.builder._encode = lambda text: [1, 2] if text == "3" else real(text)
+    with pytest.raises(IncompatibleError, match="rated"):
+        sim.builder._single("3")
+
+
+def rated(answer: Any, windows: list[Window], explanation: Explanation = RULES, per: int = 2) -> tuple[list[Any], FunctionModel]:
+    model = FunctionModel(answer)
+    return anyio.run(Rated(model, windows_per_request=per).simulate, explanation, windows), model
+
+
+def levels_for(request: Request, level: int) -> str:
+    assert request.schema is not None
+    sizes = [t["minItems"] for t in request.schema["properties"]["levels"]["prefixItems"]]
+    return json.dumps({"levels": [[level] * n for n in sizes]})
+
+
+def test_rated_combines_rules_and_keeps_order():
+    found, model = rated(lambda r: levels_for(r, 3 if "months" in r.messages[-1].content else 5), WINDOWS[:3])
+    assert [len(s.expected) for s in found] == [len(w.pieces) for w in WINDOWS[:3]]
+    assert set(found[0].expected.tolist()) == {3.0} and len(model.requests) == 4
+    only_sea, _ = rated(lambda r: levels_for(r, 5), WINDOWS[:1], Explanation((Rule("sea", 2),), P))
+    assert set(only_sea[0].expected.tolist()) == {2.0}
+
+
+def test_a_rated_reply_of_the_wrong_length_fails_its_windows_alone():
+    def answer(request: Request) -> str:
+        return '{"levels": [[1]]}' if "Zürich" in request.messages[-1].content else levels_for(request, 1)
+
+    found, model = rated(answer, WINDOWS[2:6], Explanation.sentence("x", P))
+    assert [s.expected is None for s in found] == [True, True, False, False]
+    assert "MalformedReplyError" in found[0].failure and len(model.requests) == 4
+
+
+def test_rated_refusals_are_not_asked_again():
+    def refuse(_: Request) -> str:
+        raise EndpointRefusedError("no such model")
+
+    found, model = rated(refuse, WINDOWS[:2], Explanation.sentence("x", P))
+    assert len(model.requests) == 1 and "no such model" in found[1].failure
+    cut, _ = rated(lambda _: Reply(("{",), (True,), Usage()), WINDOWS[:1], Explanation.sentence("x", P))
+    assert "TruncatedReplyError" in cut[0].failure
+    outside, _ = rated(lambda r: levels_for(r, 9), WINDOWS[:1], Explanation.sentence("x", P))
+    assert "outside 0 to 5" in outside[0].failure
