@@ -135,7 +135,7 @@ def _fetch_file(wanted: Part, file: PartFile, progress: Progress) -> None:
         except (httpx.HTTPError, httpx.InvalidURL, zipfile.BadZipFile, DownloadError) as error:
             if isinstance(error, ChecksumError):
                 raise
-            causes.append(f"{source}: {error or type(error).__name__}")
+            causes.append(f"{source}: {_reason(error)}")
             continue
         try:
             _check(part_path, file.sha256, f"{file.name} from {source}")
@@ -149,6 +149,14 @@ def _fetch_file(wanted: Part, file: PartFile, progress: Progress) -> None:
             os.replace(part_path, final)
         return
     raise DownloadError(f"{file.name} of {wanted.name} could not be downloaded ({'; '.join(causes)}): check the network and run the same command again")
+
+
+def _reason(error: Exception) -> str:
+    import httpx
+
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"HTTP {error.response.status_code}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _client() -> httpx.Client:
@@ -185,7 +193,7 @@ def _download(client: httpx.Client, url: str, target: Path, size: int | None, re
     if size is not None and have > size:
         target.unlink()
         have = 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
+    headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
     with client.stream("GET", url, headers=headers) as response:
         if response.status_code == 416 and have:
             target.unlink()
@@ -194,7 +202,7 @@ def _download(client: httpx.Client, url: str, target: Path, size: int | None, re
         resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         with explained_storage(target), target.open("ab" if resumed else "wb") as out:
             done = have if resumed else 0
-            for block in response.iter_bytes(_CHUNK):
+            for block in response.iter_raw():
                 out.write(block)
                 done += len(block)
                 if size is not None and done > size:
