@@ -318,10 +318,18 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
 
 DEMO_TOKENS = 50_000
 DEMO_MIN_WINDOWS = 15
+DEMO_TEST_WINDOWS = 8
 
 
 def demo(
-    *, out: str | Path = "featureinterp-demo", features: int = 6, seed: int = 0, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent
+    *,
+    out: str | Path = "featureinterp-demo",
+    features: int = 6,
+    seed: int = 0,
+    max_tokens: int = DEMO_TOKENS,
+    n_test: int = DEMO_TEST_WINDOWS,
+    on_event: Callable[[Event], None] = _silent,
+    steps: Steps = _silent,
 ) -> Results:
     """The whole path on the embedded parts: collects, makes records, explains and scores random features, and writes the report.
 
@@ -337,9 +345,9 @@ def demo(
         steps(f"unpack {name}", 0, 1)
         hugging_face_folder(name)
         steps(f"unpack {name}", 1, 1)
-    store = collect(out=out, max_tokens=DEMO_TOKENS, steps=steps)
+    store = collect(out=out, max_tokens=max_tokens, steps=steps)
     chosen = random_features(store, features, seed=seed, min_windows=DEMO_MIN_WINDOWS)
-    plan = Plan(n_test=8, n_valid=4, negatives=("random", "similar_negative"), seed=seed)
+    plan = Plan(n_test=n_test, n_valid=(n_test + 1) // 2, negatives=("random", "similar_negative"), seed=seed)
     return explain(out, chosen, plan=plan, on_event=on_event, steps=steps)
 
 

@@ -27,6 +27,7 @@ from featureinterp.sae.load import save_sae
 from featureinterp.simulate.all_at_once import AllAtOnce
 
 pytestmark = pytest.mark.slow
+SMALL = ("--features", "2", "--seed", "3", "--max-tokens", "16000", "--n-test", "4")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("HF_HUB_OFFLINE")
-        done = cli("demo", "--features", "2", "--seed", "3", "--out", str(folder), "--json")
+        done = cli("demo", *SMALL, "--out", str(folder), "--json")
     assert done.returncode == 0, done.stderr
     return folder, json.loads(done.stdout)
 
@@ -62,7 +63,7 @@ def test_a_second_demo_computes_nothing_again(demo: tuple[Path, dict], monkeypat
     monkeypatch.setattr(AllAtOnce, "_predict", forbidden)
     monkeypatch.setattr(SentenceEmbedder, "embed", forbidden)
     monkeypatch.setattr("featureinterp.codes.collect.encode_windows", forbidden)
-    done = cli("demo", "--features", "2", "--seed", "3", "--out", str(folder), "--json")
+    done = cli("demo", *SMALL, "--out", str(folder), "--json")
     assert done.returncode == 0 and json.loads(done.stdout) == out
 
 

@@ -12,6 +12,8 @@ from featureinterp.cli.screen import Screen, one_line, plain
 def demo(
     features: int = typer.Option(6, help="How many features to explain."),
     seed: int = typer.Option(0, help="Which random features."),
+    max_tokens: int = typer.Option(50_000, help="Tokens of the corpus to collect."),
+    n_test: int = typer.Option(8, help="Test windows of each kind."),
     out: Path = typer.Option(Path("featureinterp-demo"), help="Folder for everything that is made; what is valid in it is reused."),
     as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
 ) -> None:
@@ -26,7 +28,7 @@ def demo(
     from featureinterp import api
 
     with screen.live():
-        results = api.demo(out=out, features=features, seed=seed, on_event=screen.event, steps=screen.step)
+        results = api.demo(out=out, features=features, seed=seed, max_tokens=max_tokens, n_test=n_test, on_event=screen.event, steps=screen.step)
     finish(screen, results)
 
 
