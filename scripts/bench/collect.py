@@ -1,0 +1,117 @@
+"""Collecting codes against its limit: the bare blocks up to the hook, encoder matmul, top-k and a raw write, same batch and dtype.
+
+    python scripts/bench/collect.py [--quick] [--device cpu|cuda]
+
+Prints tokens per second of both and their ratio; and the store's bytes per nonzero, the time to read one feature, and the seconds to
+merge runs of 8 million nonzeros. Random weights of the embedded model's shape, so that nothing has to be fetched.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import arguments, compare, report, seconds
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from featureinterp.codes.collect import BATCH_TOKENS, collect
+from featureinterp.codes.store import CodesStore, RunWriter
+from featureinterp.corpus.text import Corpus, Document
+from featureinterp.corpus.windows import WindowPolicy, build_windows
+from featureinterp.sae.load import LoadedSae
+from featureinterp.sae.topk import TopK
+from featureinterp.subject.load import Subject
+
+D_MODEL, D_SAE, K, BLOCKS, WINDOW = 576, 4608, 32, 15, 32
+
+
+class Ids:
+    """Stands in for a tokenizer: token ids written as decimal numbers."""
+
+    fingerprint = "bench"
+    bos_token_id = 1
+
+    def encode(self, texts: list[str]) -> list[object]:
+        out = []
+        for text in texts:
+            words = text.split(" ")
+            ends = np.cumsum([len(w) + 1 for w in words]) - 1
+            out.append(type("E", (), {"ids": [int(w) for w in words], "offsets": list(zip([0, *(ends[:-1] + 1)], ends, strict=True))})())
+        return out
+
+
+def main() -> None:
+    args = arguments(__doc__ or "")
+    n_tokens = 8_192 if args.quick else 65_536 if args.device == "cpu" else 524_288
+    batch_tokens = BATCH_TOKENS if args.device == "cpu" else 32_768
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49_152, hidden_size=D_MODEL, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, bos_token_id=1
+    )
+    model = LlamaForCausalLM(config).to(args.device, torch.bfloat16).eval().requires_grad_(False).model
+    subject = Subject("bench", model, Ids(), 30, D_MODEL, 8192, torch.device(args.device), torch.bfloat16)
+    subject.__dict__["encoder"] = Ids()
+    tensors = {"W_enc": torch.randn(D_MODEL, D_SAE) / 24, "W_dec": torch.randn(D_SAE, D_MODEL), "b_enc": torch.zeros(D_SAE), "b_dec": torch.zeros(D_MODEL)}
+    sae = TopK({k: v.to(args.device) for k, v in tensors.items()}, k=K)
+    loaded = LoadedSae("bench", sae, f"blocks.{BLOCKS - 1}.hook_resid_post", "bench", {}, "bench")
+    rng = np.random.default_rng(0)
+    texts = [" ".join(map(str, rng.integers(2, 49_152, WINDOW * 8).tolist())) for _ in range(n_tokens // (WINDOW * 8))]
+    corpus = Corpus("bench", lambda: (Document(str(i), t) for i, t in enumerate(texts)), len(texts))
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        windows = build_windows(corpus, Ids(), WindowPolicy(WINDOW), run / "windows")
+
+        def ours() -> None:
+            shutil.rmtree(run / "codes", ignore_errors=True)
+            collect(subject, loaded, corpus, run, WindowPolicy(WINDOW), batch_tokens=batch_tokens)
+
+        @torch.inference_mode()
+        def limit() -> None:
+            rows = batch_tokens // WINDOW
+            bias = sae.b_enc - sae.b_dec @ sae.W_enc
+            with (run / "raw.bin").open("wb") as out:
+                for start in range(0, len(windows), rows):
+                    ids = torch.from_numpy(np.array(windows.tokens[start : start + rows], np.int64)).to(args.device)
+                    ids = torch.cat([torch.ones_like(ids[:, :1]), ids], 1)
+                    x = model.embed_tokens(ids)
+                    positions = torch.arange(ids.shape[1], device=args.device)[None]
+                    rotary = model.rotary_emb(x, positions)
+                    for block in model.layers[:BLOCKS]:
+                        x = block(x, position_embeddings=rotary, position_ids=positions)
+                    values, indices = torch.topk(torch.addmm(bias, x[:, 1:].reshape(-1, D_MODEL).float(), sae.W_enc), K, sorted=False)
+                    out.write(values.half().cpu().numpy().tobytes() + indices.int().cpu().numpy().tobytes())
+
+        mine, bare = compare(ours, limit, args.device, args.rounds or (2 if args.quick else 5))
+        report("collect", n_tokens / mine, n_tokens / bare, bare / mine, unit="tokens/s", target=">= 0.9", device=args.device)
+        store = CodesStore.open(run)
+        n = store.meta["n_nonzeros"]
+        size = sum((run / "codes" / f"{name}.bin").stat().st_size for name in ("positions", "values", "offsets"))
+        report("codes store size", size / n, 6.0, 6.0 * n / size, unit="bytes/nonzero", target="<= 6.2", device=args.device)
+        features = rng.integers(0, D_SAE, 200)
+        for f in features:
+            store.feature(int(f)).values.sum()
+        read = seconds(lambda: [store.feature(int(f)).values.sum() for f in features], "cpu") / len(features) * 1000
+        report("read one feature, warm", read, 1.0, 1.0 / read, unit="ms", target="< 1 ms", device=args.device)
+    merge(1_000_000 if args.quick else 8_000_000)
+
+
+def merge(n: int) -> None:
+    """Seconds to merge runs, beside the seconds to write the same bytes once."""
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        writer = RunWriter(Path(folder), n_features=D_SAE, n_positions=n, value_dtype="float16")
+        for end in range(500_000, n + 1, 500_000):
+            positions = np.arange(end - 500_000, end)
+            writer.add(positions, rng.integers(0, D_SAE, len(positions)), rng.random(len(positions)) + 0.1, n_scored=1, end_window=end)
+        writer.flush()
+        raw = rng.integers(0, 255, 6 * n, dtype=np.uint8)
+        bare = seconds(lambda: (Path(folder) / "raw").write_bytes(raw.tobytes()), "cpu")
+        mine = seconds(lambda: writer.finish({}), "cpu")
+    report(f"merge {n:,} nonzeros", mine, bare, bare / mine, unit="s", target="seconds")
+
+
+if __name__ == "__main__":
+    main()
