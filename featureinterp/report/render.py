@@ -152,11 +152,11 @@ def whisker(score: Score) -> dict[str, float | None]:
     }
 
 
-_VISIBLE = {"\n": "⏎", "\t": "⇥", "\r": "␍"}
+_VISIBLE = {"\n": "⏎", "\t": "⇥"}
 
 
 def tokens(window: ShownWindow, scale: float) -> list[Token]:
-    """The tokens of a window for drawing. Control characters are shown as symbols, so that no text can hide or break the page."""
+    """The tokens of a window for drawing. Control characters are shown as escapes, so that no text can hide or break the page."""
     out = []
     for i, (piece, activation) in enumerate(zip(window.pieces, window.activations, strict=True)):
         predicted = None if window.predicted is None else window.predicted[i]
@@ -172,9 +172,9 @@ def visible(piece: str) -> str:
         code = ord(character)
         if character in _VISIBLE:
             out.append(_VISIBLE[character])
-        elif code < 32 or code == 127:
-            out.append(chr(0x2400 + code) if code < 32 else "␡")
-        elif 0x80 <= code < 0xA0 or 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0x2028, 0x2029, 0x200E, 0x200F, 0xFEFF):
+        elif code < 32 or 0x7F <= code < 0xA0:
+            out.append(f"\\x{code:02x}")
+        elif 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0x2028, 0x2029, 0x200E, 0x200F, 0xFEFF):
             out.append(f"\\u{code:04x}")
         else:
             out.append(character)

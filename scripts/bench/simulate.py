@@ -94,10 +94,8 @@ def main() -> None:
 
     rounds = args.rounds or (2 if args.quick else 5)
     mine, bare = compare(ours, limit, args.device, rounds)
-    units = n_windows * rules
-    report(
-        "simulate", mine / units, bare / units, bare / mine, unit="s per window and rule", target=">= 0.85", tokens_per_token=width / WINDOW, device=args.device
-    )
+    units, unit, tokens = n_windows * rules, "s per window and rule", width / WINDOW
+    report("simulate", mine / units, bare / units, bare / mine, unit=unit, target=">= 0.85", tokens_per_token=tokens, device=args.device)
     mine, slow = compare(ours, long_prompt, args.device, rounds)
     report("simulate, long prompt", mine / units, slow / units, slow / mine, unit=unit, target=">= 3", device=args.device)
 
