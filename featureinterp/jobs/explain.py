@@ -345,7 +345,7 @@ class ExplainJob:
 
     def _shown(self, state: _State) -> list[ShownWindow]:
         record = state.record
-        simulated = dict(self.plan.parts())
+        simulated: dict[tuple[str, str], int] = dict(self.plan.parts())
         parts = {("train", "top"): self.plan.n_test, ("train", "weighted"): self.plan.n_test, **simulated}
         shown = []
         for part, n in parts.items():
