@@ -345,10 +345,9 @@ class ExplainJob:
 
     def _shown(self, state: _State) -> list[ShownWindow]:
         record = state.record
-        simulated: dict[tuple[str, str], int] = dict(self.plan.parts())
-        parts = {("train", "top"): self.plan.n_test, ("train", "weighted"): self.plan.n_test, **simulated}
+        parts: list[tuple[Part, int]] = [(("train", "top"), self.plan.n_test), (("train", "weighted"), self.plan.n_test), *self.plan.parts()]
         shown = []
-        for part, n in parts.items():
+        for part, n in parts:
             own, null = state.own.get(part, []), state.null_simulated.get(part, [])
             for i, window in enumerate(record.get(*part)[:n]):
                 mine = own[i] if i < len(own) else None
