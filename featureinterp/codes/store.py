@@ -101,12 +101,11 @@ class CodesStore:
         """Activations of one feature in some windows: float32 ``[len(rows), window length]``, zero after a short window's end."""
         rows = np.asarray(rows, np.int64)
         codes, length = self.feature(index), self.windows.length
+        edges = np.searchsorted(codes.positions, (rows[:, None] * length + [0, length]).astype(codes.positions.dtype))
+        counts = edges[:, 1] - edges[:, 0]
+        nonzeros = np.repeat(edges[:, 0] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         out = np.zeros((len(rows), length), np.float32)
-        starts = np.searchsorted(codes.positions, (rows * length).astype(codes.positions.dtype))
-        ends = np.searchsorted(codes.positions, ((rows + 1) * length).astype(codes.positions.dtype))
-        for i, (a, b) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
-            if b > a:
-                out[i, codes.positions[a:b].astype(np.int64) - rows[i] * length] = codes.values[a:b]
+        out[np.repeat(np.arange(len(rows)), counts), codes.positions[nonzeros].astype(np.int64) % length] = codes.values[nonzeros]
         return out
 
 

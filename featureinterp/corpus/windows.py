@@ -23,6 +23,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -134,11 +135,13 @@ class WindowTable:
         """Hash of the ids, texts and documents of all windows."""
         return str(self.meta["fingerprint"])
 
+    @cached_property
+    def _bytes(self) -> np.ndarray:
+        return np.memmap(self.folder / "text.bin", np.uint8, "r") if self.spans[-1] else np.zeros(0, np.uint8)
+
     def text(self, row: int) -> str:
         """The text of a window."""
-        with (self.folder / "text.bin").open("rb") as file:
-            file.seek(int(self.spans[row]))
-            return file.read(int(self.spans[row + 1] - self.spans[row])).decode()
+        return self._bytes[self.spans[row] : self.spans[row + 1]].tobytes().decode()
 
     def texts(self) -> Iterator[str]:
         """The texts of all windows, in order."""

@@ -76,7 +76,8 @@ class FeatureRecord:
                     if seen.setdefault(value, split) != split:
                         raise AssertionError(f"{what} {value} of feature {self.feature} is in both {seen[value]} and {split}")
             for source in NEGATIVE_SOURCES:
-                if any(w.fires for w in self.get(split, source)):
+                windows = self.get(split, source)
+                if windows and np.concatenate([w.activations for w in windows]).any():
                     raise AssertionError(f"a {source} window of feature {self.feature} fires")
 
     def get(self, split: SplitName, source: Source) -> tuple[Window, ...]:

@@ -70,7 +70,7 @@ class RecordBuilder:
         self.store, self.policy, self.similar = store, policy, similar if needs_similar else None
         self._documents = np.asarray(store.windows.documents)
         self._fires = np.zeros(len(store.windows), bool)
-        self._row = lru_cache(_CACHED_ROWS)(lambda row: (store.windows.ids(row), store.windows.pieces(row)))
+        self._row = lru_cache(_CACHED_ROWS)(lambda row: (store.windows.ids(row), store.windows.pieces(row), int(self._documents[row])))
 
     def build(self, features: Iterable[int]) -> Iterator[FeatureRecord]:
         """The records of ``features``, in order. Raises ``FeatureRangeError`` before any work when one does not exist."""
@@ -98,7 +98,7 @@ class RecordBuilder:
         assigner = SplitAssigner(self._documents)
         self._fires[summary.rows] = True
         try:
-            splits: dict[SplitName, dict[Source, tuple[Window, ...]]] = {s: {} for s in SPLITS}
+            taken: list[tuple[SplitName, Source, int, int | None]] = []
             shortfalls: dict[str, str] = {}
             for source in self.policy.counts:
                 wanted = dict(zip(SPLITS, self.policy.counts[source], strict=True))
@@ -107,7 +107,7 @@ class RecordBuilder:
                 centres: dict[int, int] = {}
                 offered = self._offer(source, summary, rng, assigner, query, known, centres, sum(wanted.values()))
                 for split, rows in assigner.take(offered, wanted).items():
-                    splits[split][source] = tuple(self._window(summary, row, centres.get(row)) for row in rows)
+                    taken += [(split, source, row, centres.get(row)) for row in rows]
                     if len(rows) < wanted[split]:
                         shortfalls[f"{split}/{source}"] = f"{len(rows)} of {wanted[split]}: {self._why_short(source, summary)}"
         finally:
@@ -118,7 +118,7 @@ class RecordBuilder:
             summary.scale,
             n / self.store.n_scored,
             n,
-            splits,
+            self._windows(summary.index, taken),
             shortfalls,
         )
 
@@ -155,26 +155,31 @@ class RecordBuilder:
         raise InputError(f"there is no source {source!r}")
 
     def _offer_weighted(self, summary: _Summary, rng: np.random.Generator, assigner: SplitAssigner, centres: dict[int, int]) -> Iterator[int]:
-        used = np.isin(summary.rows, list(assigner.used))
-        weakest = summary.maxima[used].min(initial=np.inf)
+        taken = np.zeros(len(self._fires), bool)
+        taken[list(assigner.used)] = True
+        weakest = summary.maxima[taken[summary.rows]].min(initial=np.inf)
         rows = summary.positions // self.store.windows.length
-        below = np.flatnonzero((summary.values < weakest) & ~np.isin(rows, summary.rows[used]))
+        below = np.flatnonzero((summary.values < weakest) & ~taken[rows])
         for i in weighted_order(summary.values[below], rng):
             row = int(rows[below[i]])
             if row not in centres:
                 centres[row] = int(summary.positions[below[i]] - row * self.store.windows.length)
                 yield row
 
-    def _window(self, summary: _Summary, row: int, centre: int | None) -> Window:
-        ids, pieces = self._row(row)
-        activations = np.zeros(len(ids), np.float32)
-        if self._fires[row]:
-            a, b = summary.span(row)
-            activations[summary.positions[a:b] - row * self.store.windows.length] = summary.values[a:b]
-        if centre is None:
-            return Window(row, int(self._documents[row]), ids, pieces, activations)
-        left, right = max(0, centre - self.policy.half_width), min(len(ids), centre + self.policy.half_width + 1)
-        return Window(row, int(self._documents[row]), ids[left:right], pieces[left:right], activations[left:right], left)
+    def _windows(self, feature: int, taken: Sequence[tuple[SplitName, Source, int, int | None]]) -> dict[SplitName, dict[Source, tuple[Window, ...]]]:
+        """The windows of the rows that were taken, cut around their centre where they have one."""
+        activations = self.store.window_activations(feature, [row for _, _, row, _ in taken])
+        splits: dict[SplitName, dict[Source, tuple[Window, ...]]] = {s: {} for s in SPLITS}
+        found: dict[tuple[SplitName, Source], list[Window]] = {}
+        half = self.policy.half_width
+        for (split, source, row, centre), own in zip(taken, activations, strict=True):
+            ids, pieces, document = self._row(row)
+            left, right = (0, len(ids)) if centre is None else (max(0, centre - half), min(len(ids), centre + half + 1))
+            window = Window(row, document, ids[left:right], pieces[left:right], own[left:right], left)
+            found.setdefault((split, source), []).append(window)
+        for (split, source), windows in found.items():
+            splits[split][source] = tuple(windows)
+        return splits
 
     def _why_short(self, source: Source, summary: _Summary) -> str:
         if source in ("top", "weighted", "quantile"):
@@ -206,8 +211,3 @@ class _Summary:
     def ranked_rows(self) -> np.ndarray:
         """Firing windows, strongest first."""
         return self.rows[np.argsort(-self.maxima, kind="stable")]
-
-    def span(self, row: int) -> tuple[int, int]:
-        """The slice of the nonzeros that lies in a firing window."""
-        i = int(np.searchsorted(self.rows, row))
-        return int(self.starts[i]), int(self.starts[i + 1]) if i + 1 < len(self.starts) else len(self.positions)
