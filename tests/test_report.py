@@ -18,7 +18,7 @@ from featureinterp.domain.explanation import Explanation, Provenance, Rule
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Failure, Interval, Score
 from featureinterp.errors import InputError
-from featureinterp.report.render import clear_of_null, histogram, number, read_results, render_report, summarise, visible, whisker, write_report, write_results
+from featureinterp.report.render import histogram, number, read_results, render_report, summarise, visible, whisker, write_report, write_results
 
 P = Provenance("one-shot", "m", "explain/v1", "h")
 ABOUT = {"title": "T", "subtitle": "S", "facts": {"Subject": "tiny <b>"}}
@@ -147,7 +147,7 @@ def test_the_summary_by_hand():
     assert (found["n"], found["n_explained"], found["n_scored"]) == (5, 4, 3)
     assert (found["clear_of_null"], found["beats_null_value"], found["beats_baseline"], found["n_baseline"]) == (2, 2, 0, 3)
     assert found["median"] == 0.61 and found["median_null"] == 0.05
-    assert clear_of_null(clear.scores[0]) and not clear_of_null(beaten) and not clear_of_null(undefined)
+    assert clear.scores[0].clear_of_null and not beaten.clear_of_null and not undefined.clear_of_null
 
 
 def test_the_histogram_by_hand():

@@ -43,6 +43,11 @@ class Score:
         """Whether the interval lies above the null's value; False when either is undefined."""
         return self.interval is not None and self.null is not None and self.interval.low > self.null
 
+    @property
+    def clear_of_null(self) -> bool:
+        """Whether the interval lies above the null's whole interval; False when either is undefined."""
+        return self.interval is not None and self.null_interval is not None and self.interval.low > self.null_interval.high
+
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable form."""
         out = {name: getattr(self, name) for name in ("name", "value", "n_scored", "n_failed", "undefined", "null")}

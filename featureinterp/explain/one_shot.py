@@ -61,7 +61,7 @@ class SentenceStyle:
             turns.append(Message("user", self.prompt.render("user.j2", tokens=shot["tokens"], excerpts=shot["excerpts"])))
             turns.append(Message("assistant", json.dumps({"explanation": shot["explanation"]}, ensure_ascii=False)))
         tokens = [escape(t) for t in top_tokens(windows, self.n_tokens)]
-        excerpts = [excerpt(w, record.scale, self.context) for w in windows]
+        excerpts = [excerpt(w, self.context) for w in windows]
         return (*turns, Message("user", self.prompt.render("user.j2", tokens=tokens, excerpts=excerpts)))
 
     def read(self, reply: str, provenance: Provenance) -> Explanation:
@@ -179,23 +179,23 @@ def training_windows(record: FeatureRecord, n: int) -> tuple[Window, ...]:
 
 
 def top_tokens(windows: tuple[Window, ...], n: int) -> list[str]:
-    """The ``n`` tokens with the largest summed activation over the windows, largest first."""
+    """The tokens at the windows' peaks, by their summed activation, largest first; at most ``n``."""
     total: dict[str, float] = defaultdict(float)
     for window in windows:
-        for piece, activation in zip(window.pieces, window.activations.tolist(), strict=True):
-            if activation > 0 and piece:
-                total[piece] += activation
+        peak = int(np.argmax(window.activations))
+        if window.pieces[peak]:
+            total[window.pieces[peak]] += float(window.activations[peak])
     return sorted(total, key=lambda t: -total[t])[:n]
 
 
-def excerpt(window: Window, scale: float, context: int) -> str:
-    """The part of a window around its strongest token, ``context`` tokens on each side, with strong tokens marked.
+def excerpt(window: Window, context: int) -> str:
+    """The part of a window around its strongest token, with strong tokens marked: ``context`` tokens before it and half as many after.
 
-    Marked are tokens of at least a third of the window's maximum.
+    Marked are tokens of at least half of the window's maximum.
     """
     peak = int(np.argmax(window.activations))
     left, right = max(0, peak - context), min(len(window.pieces), peak + context // 2 + 1)
-    strong = window.activations[left:right] >= max(window.max_activation / 3, 1e-9 * scale)
+    strong = window.activations[left:right] >= window.max_activation / 2
     return marked(window.pieces[left:right], strong.tolist()).strip()
 
 

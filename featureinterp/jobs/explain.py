@@ -37,7 +37,7 @@ from featureinterp.score.fuzzing import Fuzzing
 from featureinterp.score.verdicts import Verdict, judge
 from featureinterp.simulate.lexical import Lexical
 
-FORMAT = 1
+FORMAT = 2
 Part = tuple[SplitName, Source]
 
 

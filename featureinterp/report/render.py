@@ -85,7 +85,7 @@ def summarise(results: Sequence[FeatureResult]) -> dict[str, Any]:
         "n_scored": len(defined),
         "n_failures": sum(len(r.failures) for r in results),
         "beats_null_value": sum(s.beats_null for _, s in defined),
-        "clear_of_null": sum(clear_of_null(s) for _, s in defined),
+        "clear_of_null": sum(s.clear_of_null for _, s in defined),
         "n_null": sum(s.null is not None for _, s in defined),
         "beats_baseline": sum(against_baseline),
         "n_baseline": len(against_baseline),
@@ -99,11 +99,6 @@ def summarise(results: Sequence[FeatureResult]) -> dict[str, Any]:
             }
         ),
     }
-
-
-def clear_of_null(score: Score) -> bool:
-    """Whether the score's whole interval lies above the null's whole interval."""
-    return score.interval is not None and score.null_interval is not None and score.interval.low > score.null_interval.high
 
 
 def _median(values: Sequence[float]) -> float | None:
