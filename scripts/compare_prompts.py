@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 
 from featureinterp import api
 from featureinterp.corpus.text import load_corpus
-from featureinterp.corpus.windows import WindowPolicy, build_windows
+from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
 from featureinterp.domain.explanation import Explanation, Provenance
 from featureinterp.domain.record import Window
 from featureinterp.domain.result import FeatureResult
@@ -64,18 +64,15 @@ CONCEPTS = (
 )
 
 
-def concept_windows(concept: Concept, n: int, length: int) -> list[Window]:
+def concept_windows(table: WindowTable, concept: Concept, n: int) -> list[Window]:
     """``n`` windows with the concept and ``n`` without it, activations 1 on its tokens."""
     found: dict[bool, list[Window]] = {True: [], False: []}
-    with tempfile.TemporaryDirectory() as folder:
-        policy = WindowPolicy(length, length, 40_000)
-        table = build_windows(load_corpus(api.CORPUS), HubTokenizer(AutoTokenizer.from_pretrained(model_source(api.SUBJECT))), policy, Path(folder))
-        for row in np.random.default_rng(0).permutation(len(table)).tolist():
-            pieces = table.pieces(row)
-            activations = np.array([bool(re.fullmatch(concept.pattern, piece)) for piece in pieces], np.float32)
-            group = found[bool(activations.any())]
-            if len(group) < n:
-                group.append(Window(row, int(table.documents[row]), table.ids(row), pieces, activations))
+    for row in np.random.default_rng(0).permutation(len(table)).tolist():
+        pieces = table.pieces(row)
+        activations = np.array([bool(re.fullmatch(concept.pattern, piece)) for piece in pieces], np.float32)
+        group = found[bool(activations.any())]
+        if len(group) < n:
+            group.append(Window(row, int(table.documents[row]), table.ids(row), pieces, activations))
     return found[True] + found[False]
 
 
@@ -83,7 +80,10 @@ def compare_truth(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     """Rows of the table of simulators."""
     yield ("simulator prompt", "header tokens", "prompt tokens per token", "true", "too broad", "wrong", "ranked right")
     model = load_causal_lm(api.EXPLAINER)
-    windows = [concept_windows(c, args.windows, args.length) for c in CONCEPTS]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(model_source(api.SUBJECT)))
+        table = build_windows(load_corpus(api.CORPUS), tokenizer, WindowPolicy(args.length, args.length, 40_000), Path(folder))
+        windows = [concept_windows(table, c, args.windows) for c in CONCEPTS]
     for version in args.simulator:
         simulator = AllAtOnce(lambda: model, name=api.EXPLAINER, version=version)
         rs = []
