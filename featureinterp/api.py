@@ -324,7 +324,7 @@ DEMO_TEST_WINDOWS = 8
 def demo(
     *,
     out: str | Path = "featureinterp-demo",
-    features: int = 6,
+    features: int = 5,
     seed: int = 0,
     max_tokens: int = DEMO_TOKENS,
     n_test: int = DEMO_TEST_WINDOWS,

@@ -10,7 +10,7 @@ from featureinterp.cli.screen import Screen, one_line, plain
 
 
 def demo(
-    features: int = typer.Option(6, help="How many features to explain."),
+    features: int = typer.Option(5, help="How many features to explain."),
     seed: int = typer.Option(0, help="Which random features."),
     max_tokens: int = typer.Option(50_000, help="Tokens of the corpus to collect."),
     n_test: int = typer.Option(8, help="Test windows of each kind."),
