@@ -83,7 +83,9 @@ class Screen:
 
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title, *cells in zip(header, *rows, strict=True):
-            table.add_column(title, no_wrap=max(map(len, cells), default=0) <= _SHORT_CELL)
+            longest = max(map(len, [title, *cells]))
+            short = longest <= _SHORT_CELL
+            table.add_column(title, no_wrap=short, min_width=longest if short else None)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         Console(highlight=False).print(table)
