@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from featureinterp.domain.result import FeatureResult
-from featureinterp.errors import InputError
-from featureinterp.files import explained_storage
-from featureinterp.jobs.explain import Event, ExplainJob, Plan
+from featureinterp.errors import InputError, JobStoppedError
+from featureinterp.jobs.explain import Event, Outcome, Plan
+from featureinterp.jobs.spec import Job, load_job, make_job
+from featureinterp.llm.config import Endpoint
 
 if TYPE_CHECKING:
     from featureinterp.codes.store import CodesStore
     from featureinterp.domain.record import FeatureRecord
-    from featureinterp.interfaces import Explainer, LanguageModel, Simulator
-    from featureinterp.records.build import RecordPolicy
+    from featureinterp.interfaces import Simulator
+    from featureinterp.jobs.run import DryRun, Local
+    from featureinterp.jobs.status import JobStatus
+    from featureinterp.records.policy import RecordPolicy
 
 SUBJECT, SAE, CORPUS, EXPLAINER = "smollm2-135m-instruct", "demo", "sotu", "qwen2.5-coder-1.5b-instruct"
+T = TypeVar("T")
 Steps = Callable[[str, int, int], None]
 """Called with (what is going on, done, in all)."""
 
@@ -30,24 +33,18 @@ def _silent(*_: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Endpoint:
-    """An OpenAI-compatible endpoint. ``base_url`` None stands for the embedded model ``model``."""
-
-    base_url: str | None = None
-    model: str = EXPLAINER
-    api_key_env: str | None = "OPENAI_API_KEY"
-    concurrency: int = 16
-    timeout_s: float = 120.0
-    max_attempts: int = 6
-
-
-@dataclass(frozen=True)
 class Results(Sequence[FeatureResult]):
     """The results of a job and where they lie. Draws itself as a table in a notebook."""
 
     features: tuple[FeatureResult, ...]
     folder: Path
     about: dict[str, Any]
+    outcome: Outcome | None = None
+
+    @property
+    def stopped(self) -> JobStoppedError | None:
+        """Why the job ended before it was through; None when it is through."""
+        return self.outcome.stopped if self.outcome else None
 
     @overload
     def __getitem__(self, index: int) -> FeatureResult: ...
@@ -138,7 +135,7 @@ def records(
 ) -> Iterator[FeatureRecord]:
     """Records of features of a run: indices, or text such as ``0:100``, ``3,17``, ``random:20``, ``alive``."""
     from featureinterp.jobs.records import build_records, parse_features
-    from featureinterp.records.build import RecordPolicy
+    from featureinterp.records.policy import RecordPolicy
     from featureinterp.records.similar import SentenceEmbedder
 
     store = open_run(run)
@@ -153,9 +150,39 @@ def records(
     )
 
 
-def explain(run: str | Path, features: str | Sequence[int], **options: Any) -> Results:
-    """Explains and scores features of a run; see :func:`explain_async`, whose arguments it takes. For callers without an event loop;
-    inside one (a notebook), it works in a thread of its own."""
+def run(job: Job | str | Path, *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent) -> Results:
+    """Runs a job, or a TOML file that holds one, as far as it gets; see :func:`run_async`. For callers without an event loop; inside one
+    (a notebook), it works in a thread of its own."""
+    return _outside(lambda: run_async(job, on_event=on_event, steps=steps))
+
+
+async def run_async(job: Job | str | Path, *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent) -> Results:
+    """Runs a job: explains features, scores the explanations, and writes results, journal and report into the job's folder.
+
+    Everything that was paid for is kept: a second run of the same job makes no request. A job that stopped early (budget, too many
+    failures) has ``results.stopped``; the same call goes on from there. Raises ``InputError`` for what cannot work and a
+    ``LanguageModelError`` when the endpoint cannot be used at all, both before anything is written.
+    """
+    from featureinterp.jobs.run import run_job
+    from featureinterp.report.render import write_report, write_results
+
+    job = job if isinstance(job, Job) else load_job(Path(job))
+    ran = await run_job(job, open_run(job.run), _local(), on_event=on_event, steps=steps)
+    write_results(job.folder, ran.results, ran.about)
+    write_report(job.folder / "report.html", ran.results, ran.about)
+    return Results(ran.results, job.folder, ran.about, ran.outcome)
+
+
+def dry_run(job: Job | str | Path) -> DryRun:
+    """What a job would do: features, requests, tokens and USD. Asks no model and writes nothing."""
+    from featureinterp.jobs.run import dry_run
+
+    job = job if isinstance(job, Job) else load_job(Path(job))
+    return _outside(lambda: dry_run(job, open_run(job.run), _local()))
+
+
+def _outside(work: Callable[[], Awaitable[T]]) -> T:
+    """Runs coroutines for a caller that has no event loop, or has one of its own."""
     import anyio
     import anyio.from_thread
     import sniffio
@@ -163,149 +190,41 @@ def explain(run: str | Path, features: str | Sequence[int], **options: Any) -> R
     try:
         sniffio.current_async_library()
     except sniffio.AsyncLibraryNotFoundError:
-        return anyio.run(lambda: explain_async(run, features, **options))
+        return anyio.run(work)
     with anyio.from_thread.start_blocking_portal() as portal:
-        return portal.call(lambda: explain_async(run, features, **options))
+        return portal.call(work)
+
+
+def explain(run: str | Path, features: str | Sequence[int], *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent, **fields: Any) -> Results:
+    """Explains and scores features of a run; ``fields`` are those of :class:`Job`. The same as ``run(Job(run=…, features=…, …))``."""
+    return _outside(lambda: explain_async(run, features, on_event=on_event, steps=steps, **fields))
 
 
 async def explain_async(
-    run: str | Path,
-    features: str | Sequence[int],
-    *,
-    out: str | Path | None = None,
-    explainer: Literal["one-shot", "top-tokens"] = "one-shot",
-    style: Literal["sentence", "rules"] = "sentence",
-    rule_cap: int = 5,
-    simulator: Literal["all-at-once", "rated", "lexical"] = "all-at-once",
-    simulator_model: str = EXPLAINER,
-    simulator_device: str | None = None,
-    simulator_dtype: str | None = None,
-    endpoint: Endpoint | None = None,
-    plan: Plan | None = None,
-    policy: RecordPolicy | None = None,
-    on_event: Callable[[Event], None] = _silent,
-    steps: Steps = _silent,
+    run: str | Path, features: str | Sequence[int], *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent, **fields: Any
 ) -> Results:
-    """Explains features of a run and scores the explanations; results, journal and report go to ``out`` (default ``RUN/explain``).
-
-    Everything that was paid for is kept: a second run with the same settings makes no request. Raises ``InputError`` for wrong
-    arguments and a ``LanguageModelError`` when the endpoint cannot be used at all; both before anything is written.
-    """
-    endpoint = endpoint or Endpoint()
-    run, out = Path(run), Path(out) if out else Path(run) / "explain"
-    store = open_run(run)
-    from featureinterp.jobs.journal import Journal
-
-    chosen = list(records(run, features, policy=policy, steps=steps))
-    plan = plan or Plan()
-    if endpoint.base_url is None:
-        plan = replace(plan, concurrency=1)
-    async with _language_model(endpoint, needed=explainer == "one-shot" or simulator == "rated") as (model, probe):
-        asks = plan.detection or plan.fuzzing or plan.complexity
-        parts = _parts(explainer, style, rule_cap, simulator, simulator_model, simulator_device, simulator_dtype, model)
-        await probe()
-        names = store.windows.document_ids()
-        with explained_storage(out), Journal(out / "journal.sqlite") as journal:
-            job = ExplainJob(
-                journal,
-                parts[0],
-                parts[1],
-                judge=model if asks else None,
-                plan=plan,
-                document_name=names.__getitem__,
-                on_event=on_event,
-            )
-            results = await job.run(chosen)
-    about = _about(store, parts, endpoint, job, explainer, len(results))
-    from featureinterp.report.render import write_report, write_results
-
-    write_results(out, results, about)
-    write_report(out / "report.html", results, about)
-    return Results(tuple(results), out, about)
+    """The same, to be awaited."""
+    chosen = features if isinstance(features, str) else tuple(features)
+    return await run_async(make_job(run=Path(run), features=chosen, **fields), on_event=on_event, steps=steps)
 
 
-def _parts(
-    explainer: str, style: str, rule_cap: int, simulator: str, simulator_model: str, device: str | None, dtype: str | None, model: LanguageModel
-) -> tuple[Explainer, Simulator]:
-    from featureinterp.explain.baselines import TopTokens
-    from featureinterp.explain.one_shot import OneShot
-    from featureinterp.explain.one_shot import style as style_of
-    from featureinterp.simulate.lexical import Lexical
-    from featureinterp.simulate.rated import Rated
+def _local() -> Local:
+    from featureinterp.jobs.run import Local
 
-    explainers: dict[str, Callable[[], Explainer]] = {
-        "one-shot": lambda: OneShot(model, style_of(style, rule_cap=rule_cap)),
-        "top-tokens": TopTokens,
-    }
-    simulators: dict[str, Callable[[], Simulator]] = {
-        "all-at-once": lambda: local_simulator(simulator_model, device=device, dtype=dtype),
-        "rated": lambda: Rated(model),
-        "lexical": Lexical,
-    }
-    for what, name, known in (("explainer", explainer, explainers), ("simulator", simulator, simulators)):
-        if name not in known:
-            raise InputError(f"there is no {what} {name!r}: choose from {', '.join(known)}")
-    return explainers[explainer](), simulators[simulator]()
+    def tokenizer(name: str) -> Any:
+        from featureinterp.subject.load import load_tokenizer
+
+        return load_tokenizer(name)
+
+    return Local(lambda job: local_simulator(job.simulator_model, device=job.simulator_device, dtype=job.simulator_dtype), tokenizer)
 
 
-def local_simulator(name: str = EXPLAINER, *, device: str | None = None, dtype: str | None = None) -> Any:
+def local_simulator(name: str = EXPLAINER, *, device: str | None = None, dtype: str | None = None) -> Simulator:
     """The all-at-once simulator on a local transformers model, which is loaded when it is first used."""
     from featureinterp.simulate.all_at_once import AllAtOnce
     from featureinterp.subject.load import load_causal_lm
 
     return AllAtOnce(lambda: load_causal_lm(name, device=device, dtype=dtype), name=name, dtype=dtype or "bfloat16")
-
-
-@asynccontextmanager
-async def _language_model(endpoint: Endpoint, *, needed: bool) -> AsyncIterator[tuple[Any, Callable[[], Any]]]:
-    """The model behind an endpoint with its wrappers, and a check that it answers, which the embedded one does not need."""
-    from featureinterp.llm.limited import Limited
-    from featureinterp.llm.metered import Metered
-    from featureinterp.llm.retrying import Retrying
-
-    async def nothing() -> None:
-        pass
-
-    if endpoint.base_url is None:
-        from featureinterp.llm.embedded import EmbeddedModel
-
-        async with EmbeddedModel(endpoint.model) as embedded:
-            yield Metered(embedded), nothing
-        return
-    from featureinterp.llm.openai import OpenAIModel
-    from featureinterp.llm.types import Message, Request
-
-    if endpoint.concurrency < 1 or endpoint.max_attempts < 1:
-        raise InputError("concurrency and attempts must be at least 1")
-    bare = OpenAIModel(endpoint.base_url, endpoint.model, api_key_env=endpoint.api_key_env, timeout_s=endpoint.timeout_s)
-
-    async def probe() -> None:
-        if needed:
-            await bare.complete(Request((Message("user", "Say yes."),), max_tokens=4))
-
-    try:
-        yield Metered(Retrying(Limited(bare, endpoint.concurrency), attempts=endpoint.max_attempts)), probe
-    finally:
-        await bare.aclose()
-
-
-def _about(store: CodesStore, parts: tuple[Any, Any], endpoint: Endpoint, job: ExplainJob, explainer: str, n_results: int) -> dict[str, Any]:
-    from featureinterp import __version__
-
-    meta, settings = store.meta, getattr(parts[1], "settings", {})
-    facts = {
-        "Subject": f"{meta['model']['name']} ({meta['model']['dtype']})",
-        "SAE": f"{meta['sae']['name']}, {meta['sae']['architecture']}, {store.n_features:,} features at {meta['sae']['hook']}",
-        "Corpus": f"{meta['corpus']['name']}: {store.windows.n_tokens:,} tokens in {len(store.windows):,} windows of {store.windows.length}",
-        "Explainer": f"{explainer}, {endpoint.model}" if explainer == "one-shot" else explainer,
-        "Simulator": f"{settings.get('simulator', type(parts[1]).__name__.lower())} {settings.get('model', '')}".strip(),
-        "Prompts": ", ".join(f"{s['prompt']} {s['prompt_hash'][:8]}" for s in (getattr(p, "settings", {}) for p in parts) if s.get("prompt")) or "none",
-        "Windows judged": f"{job.plan.n_test} of each kind, from documents that the explainer did not see",
-        "Fingerprints": f"model {meta['model']['fingerprint'][:12]}, SAE {meta['sae']['fingerprint'][:12]}, windows {meta['corpus']['windows'][:12]}",
-        "Made with": f"featureinterp {__version__}",
-    }
-    title = f"{n_results} feature{'' if n_results == 1 else 's'} of {meta['model']['name']}"
-    return {"title": title, "subtitle": f"SAE {meta['sae']['name']} at {meta['sae']['hook']}, explained and tested", "facts": facts}
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
@@ -314,6 +233,24 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
 
     results, about = read_results(Path(folder))
     return write_report(Path(out) if out else Path(folder) / "report.html", results, about)
+
+
+def status(folder: str | Path) -> JobStatus:
+    """How far the job in a folder is, from its journal, also while it runs."""
+    from featureinterp.jobs.status import job_status
+
+    return job_status(Path(folder))
+
+
+def export(folder: str | Path, *, to: str = "parquet", out: str | Path | None = None) -> tuple[Path, int]:
+    """Writes the results of a job as a table, one row per feature; returns the file and how many rows it has.
+
+    ``to``: ``parquet``, ``csv`` or ``jsonl``. Raises ``InputError`` for another format and when there is no job.
+    """
+    from featureinterp.jobs.status import job_folder
+    from featureinterp.report.export import export_results
+
+    return export_results(job_folder(Path(folder)), to, Path(out) if out else None)
 
 
 DEMO_TOKENS = 50_000

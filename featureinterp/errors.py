@@ -10,9 +10,13 @@
     │   └── IncompleteStoreError   a store whose writing never finished
     ├── DownloadError              no source delivered the file
     │   └── ChecksumError          a file arrived whole and is not the one that was declared
+    ├── JobStoppedError            a job ended before it was through; what is finished is kept
+    │   ├── BudgetReachedError     a limit of money, tokens or time
+    │   └── TooManyFailuresError   too large a share of the stages failed
     └── LanguageModelError         an endpoint or a local model did not give a usable reply
         ├── EndpointUnavailableError   cannot be reached, timed out, overloaded (can succeed later)
-        ├── EndpointRefusedError       key, model name or request is wrong (will not succeed later)
+        ├── EndpointRefusedError       the key or the model's name is wrong (no request will succeed)
+        ├── RequestRefusedError        this one request is wrong, too long for example (others can succeed)
         ├── TruncatedReplyError        the reply was cut by the token limit
         └── MalformedReplyError        the reply does not have the form that was asked for
 
@@ -64,6 +68,18 @@ class ChecksumError(DownloadError):
     """A file arrived whole and is not the one that was declared."""
 
 
+class JobStoppedError(FeatureInterpError):
+    """A job ended before it was through. What is finished is kept, and the same command goes on."""
+
+
+class BudgetReachedError(JobStoppedError):
+    """A limit of money, tokens or time."""
+
+
+class TooManyFailuresError(JobStoppedError):
+    """Too large a share of the stages failed."""
+
+
 class LanguageModelError(FeatureInterpError):
     """An endpoint or a local model did not give a usable reply."""
 
@@ -82,7 +98,11 @@ class EndpointUnavailableError(LanguageModelError):
 
 
 class EndpointRefusedError(LanguageModelError):
-    """The key, the model's name or the request is wrong; the same request will not succeed later."""
+    """The key or the model's name is wrong, or the endpoint cannot do what is asked at all; no request will succeed."""
+
+
+class RequestRefusedError(LanguageModelError):
+    """The endpoint refuses this request, for example because it is too long; others can succeed."""
 
 
 class TruncatedReplyError(LanguageModelError):

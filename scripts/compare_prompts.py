@@ -38,7 +38,7 @@ from featureinterp.jobs.explain import ExplainJob, Plan
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.records import random_features
 from featureinterp.llm.embedded import EmbeddedModel
-from featureinterp.records.build import RecordPolicy
+from featureinterp.records.policy import RecordPolicy
 from featureinterp.score.correlation import Pairs, correlation
 from featureinterp.simulate.all_at_once import AllAtOnce
 from featureinterp.subject.load import HubTokenizer, load_causal_lm, model_source

@@ -21,7 +21,8 @@ from featureinterp.domain.record import SPLITS
 from featureinterp.llm.embedded import EMBEDDED, EmbeddedModel
 from featureinterp.llm.local_server import local_server
 from featureinterp.llm.types import Message, Request
-from featureinterp.records.build import RecordBuilder, RecordPolicy
+from featureinterp.records.build import RecordBuilder
+from featureinterp.records.policy import RecordPolicy
 from featureinterp.records.similar import SentenceEmbedder, SimilarWindows, window_embeddings
 from featureinterp.sae.load import save_sae
 from featureinterp.sae.topk import TopK

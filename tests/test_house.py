@@ -10,7 +10,7 @@ from pathlib import Path
 import featureinterp
 
 ROOT = Path(featureinterp.__file__).parent
-FOUNDATION = {"errors", "files", "resources", "quiet", "domain"}
+FOUNDATION = {"errors", "files", "resources", "quiet", "domain", "tasks", "validation"}
 LANGUAGE = FOUNDATION | {"prompts", "replies", "interfaces", "llm"}
 ALLOWED = {
     "errors": set(),
@@ -20,6 +20,8 @@ ALLOWED = {
     "quiet": set(),
     "prompts": {"errors", "resources"},
     "replies": {"errors"},
+    "tasks": set(),
+    "validation": set(),
     "interfaces": {"domain", "llm"},
     "assets": {"assets", "errors", "files", "quiet"},
     "corpus": {"corpus", "errors", "files", "assets"},
@@ -27,13 +29,13 @@ ALLOWED = {
     "sae": {"sae", "errors", "files", "resources"},
     "codes": {"codes", "sae", "subject", "corpus", "errors", "files"},
     "records": {"records", "codes", "corpus", "domain", "errors", "files", "assets", "quiet"},
-    "llm": {"llm", "domain", "errors", "interfaces", "assets"},
+    "llm": {"llm", "domain", "errors", "files", "interfaces", "assets", "replies", "validation"},
     "explain": LANGUAGE | {"explain"},
     "simulate": LANGUAGE | {"simulate"},
     "score": LANGUAGE | {"score"},
     "report": {"report", "domain", "errors", "files"},
-    "jobs": LANGUAGE | {"jobs", "explain", "simulate", "score", "records", "codes"},
-    "cli": {"cli", "api", "errors", "assets", "domain", "jobs", "records", "__version__"},
+    "jobs": LANGUAGE | {"jobs", "explain", "simulate", "score", "records", "codes", "__version__"},
+    "cli": {"cli", "api", "errors", "assets", "domain", "jobs", "records", "llm", "__version__"},
 }
 TORCH_ROOMS = {"subject", "sae", "codes"}
 TORCH_FILES = {"simulate/all_at_once.py", "simulate/prefix_cache.py"}
@@ -88,10 +90,10 @@ def test_torch_stays_on_the_tensor_side():
 
 
 def test_façade_names():
-    names = """AllAtOnce CodesStore Endpoint ExplainJob Explanation Failure FeatureId FeatureInterpError FeatureRecord FeatureResult
-        FunctionModel InputError Interval LanguageModelError Lexical LoadedSae OneShot OpenAIModel Plan Rated RecordPolicy Results Rule
-        RulesStyle Score SentenceStyle Simulation StorageError Subject TopTokens Usage Window WindowPolicy collect demo explain
-        explain_async load_corpus load_sae load_subject local_simulator open_run records report save_sae"""
+    names = """AllAtOnce Budget CodesStore Endpoint ExplainJob Explanation Failure FeatureId FeatureInterpError FeatureRecord FeatureResult
+        FunctionModel InputError Interval Job LanguageModelError Lexical LoadedSae OneShot OpenAIModel Plan Rated RecordPolicy Results Rule
+        RulesStyle Score SentenceStyle Simulation StorageError Subject TopTokens Usage Window WindowPolicy collect demo dry_run explain
+        explain_async export load_corpus load_job load_sae load_subject local_simulator open_run records report run run_async save_sae status"""
     assert sorted(featureinterp.__all__) == names.split()
     for name in featureinterp.__all__:
         assert getattr(featureinterp, name) is not None

@@ -19,10 +19,11 @@ from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, EndpointUnavailableError, StorageError
 from featureinterp.explain.one_shot import OneShot, SentenceStyle
 from featureinterp.jobs.explain import ExplainJob, Plan
-from featureinterp.jobs.journal import Journal
+from featureinterp.jobs.journal import Journal, Row
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.types import Reply, Request
-from featureinterp.records.build import RecordBuilder, RecordPolicy
+from featureinterp.records.build import RecordBuilder
+from featureinterp.records.policy import RecordPolicy
 
 POLICY = RecordPolicy({"top": (4, 4, 4), "random": (0, 4, 4), "random_negative": (2, 4, 4)})
 PLAN = Plan(n_test=4, n_valid=3, negatives=("random", "random_negative"), concurrency=2)
@@ -60,11 +61,17 @@ def answer(request: Request) -> str | Reply:
 def run(folder: Path, records: list[FeatureRecord], reply: Any = answer, plan: Plan = PLAN, sim: Any = None) -> tuple[list[FeatureResult], FunctionModel, Any]:
     model, simulator = FunctionModel(reply), sim or Levels()
 
-    async def go() -> list[FeatureResult]:
-        with Journal(folder / "j.sqlite") as journal:
-            return await ExplainJob(journal, OneShot(model, SentenceStyle()), simulator, judge=model, plan=plan).run(records)
+    with Journal(folder / "j.sqlite") as journal:
+        results = go(ExplainJob(journal, OneShot(model, SentenceStyle()), simulator, judge=model, plan=plan), records)
+    return results, model, simulator
 
-    return anyio.run(go), model, simulator
+
+def go(job: ExplainJob, records: list[FeatureRecord]) -> list[FeatureResult]:
+    by_index = {r.feature.index: r for r in records}
+    wanted = list(by_index)
+    outcome = anyio.run(job.run, wanted, lambda features: iter([by_index[f] for f in features]))
+    assert outcome.stopped is None and not outcome.left
+    return list(job.journal.features(job.key, wanted))
 
 
 def test_a_whole_job(tmp_path: Path, records: list[FeatureRecord]):
@@ -126,7 +133,7 @@ def test_a_refused_key_stops_everything_at_once(tmp_path: Path, records: list[Fe
     with Journal(tmp_path / "j.sqlite") as journal:
         job = ExplainJob(journal, OneShot(model, SentenceStyle()), Levels(), plan=Plan(concurrency=1))
         with pytest.raises(EndpointRefusedError):
-            anyio.run(job.run, records)
+            go(job, records)
     assert len(model.requests) == 1
 
 
@@ -169,20 +176,22 @@ def test_events_tell_what_happened(tmp_path: Path, records: list[FeatureRecord])
     model = FunctionModel(answer)
     with Journal(tmp_path / "j.sqlite") as journal:
         job = ExplainJob(journal, OneShot(model, SentenceStyle()), Levels(), judge=model, plan=PLAN, on_event=seen.append)
-        anyio.run(job.run, records)
-    assert [e.stage for e in seen] == ["explained"] * len(records) + ["scored"] * len(records)
-    assert [e.done for e in seen[: len(records)]] == list(range(1, len(records) + 1))
-    assert job.usage.requests == len(model.requests)
+        go(job, records)
+    n = len(records)
+    for stage in ("explained", "scored"):
+        assert [(e.done, e.total, e.reused) for e in seen if e.stage == stage] == [(i + 1, n, False) for i in range(n)]
+    assert seen[-1].progress.done == n and seen[-1].progress.failed == 0 and seen[-1].progress.left_s == 0
 
 
 def test_the_journal_survives_and_refuses_what_is_none(tmp_path: Path):
     with Journal(tmp_path / "j.sqlite") as journal:
-        journal.done("k", 1, "explain", {"a": [1, "ü"]})
+        journal.stage("k", 1, "explain", {"a": [1, "ü"]}, usage=Usage(2, 30, 4, 0.5, None), provenance={"model": "m"})
         journal.failed("f", Failure(1, "explain", "E", "m"))
     with Journal(tmp_path / "j.sqlite") as journal:
-        assert journal.get("k") == {"a": [1, "ü"]} and journal.get("f") is None and journal.get("none") is None
-        journal.done("f", 1, "explain", 3)
-        assert journal.get("f") == 3
+        assert journal.get("k") == Row("done", {"a": [1, "ü"]}, Usage(2, 30, 4, 0.5, None))
+        assert journal.get("f") is None and journal.get("none") is None
+        journal.stage("f", 1, "explain", 3, partial=True)
+        assert journal.get("f") == Row("partial", 3, Usage())
     (tmp_path / "bad.sqlite").write_bytes(b"not a database" * 100)
     with pytest.raises(StorageError, match="bad.sqlite"):
         Journal(tmp_path / "bad.sqlite")

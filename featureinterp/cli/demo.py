@@ -56,6 +56,11 @@ def finish(screen: Screen, results: object) -> None:
             )
         screen.table(rows, ("feature", "explanation", "r", "95 % interval", "null", "top tokens"))
         print(f"Report: {(results.folder / 'report.html').resolve()}")
+    if results.stopped is not None and results.outcome is not None:
+        rest = results.outcome.price_of_the_rest
+        price = "" if rest is None else f", about ${rest:.2f} more"
+        screen.say(f"stopped: {results.stopped}; {len(results.outcome.left)} features are left{price}: the same command goes on")
+        raise typer.Exit(1)
     if results.n_failures:
         screen.say(f"{results.n_failures} stages failed; the report names the causes, and the same command tries them again")
         raise typer.Exit(1)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from featureinterp.cli.demo import finish
 from featureinterp.cli.screen import Screen
+
+if TYPE_CHECKING:
+    from featureinterp.llm.config import Endpoint
 
 
 def explain(
@@ -16,16 +20,21 @@ def explain(
     explainer: str = typer.Option("one-shot", help="one-shot or top-tokens."),
     style: str = typer.Option("sentence", help="Form of an explanation: sentence or rules."),
     rule_cap: int = typer.Option(5, help="At most so many rules, 1 to 10."),
-    simulator: str = typer.Option("all-at-once", help="all-at-once (a local model), rated (a chat endpoint) or lexical."),
+    simulator: str = typer.Option("all-at-once", help="all-at-once (a local model), prompt-logprobs or rated (the endpoint), or lexical."),
     simulator_model: str = typer.Option("qwen2.5-coder-1.5b-instruct", help="Model of the all-at-once simulator: embedded, Hugging Face or a folder."),
     device: str = typer.Option(None, help="Device of the simulator: cpu or cuda."),
     dtype: str = typer.Option(None, help="The simulator's dtype: bfloat16 (default), float16 or float32."),
+    llm: str = typer.Option(None, help="An endpoint of the configuration file, by name ('featureinterp llm list')."),
     base_url: str = typer.Option(None, help="OpenAI-compatible endpoint; the embedded model when not given."),
     llm_model: str = typer.Option(None, help="The endpoint's model."),
     api_key_env: str = typer.Option("OPENAI_API_KEY", help="Name of the variable that holds the endpoint's key."),
     concurrency: int = typer.Option(16, help="Requests in flight at most."),
+    rpm: int = typer.Option(None, help="Requests per minute at most."),
+    tpm: int = typer.Option(None, help="Tokens per minute at most."),
     timeout_s: float = typer.Option(120.0, help="Seconds that one request may take."),
     max_attempts: int = typer.Option(6, help="Attempts at one request."),
+    budget_usd: float = typer.Option(None, help="Stop when this much is spent."),
+    max_minutes: float = typer.Option(None, help="Stop after this time."),
     n_test: int = typer.Option(10, help="Test windows of each kind."),
     questions: bool = typer.Option(True, help="Ask detection, fuzzing and complexity questions."),
     seed: int = typer.Option(0, help="Seed of what is drawn at random."),
@@ -37,13 +46,11 @@ def explain(
     Example: featureinterp explain RUN --features 0:40 --base-url http://localhost:8000/v1 --llm-model NAME --api-key-env KEY
     """
     from featureinterp import api
-    from featureinterp.errors import InputError
+    from featureinterp.jobs.budget import Budget
     from featureinterp.jobs.explain import Plan
-    from featureinterp.records.build import RecordPolicy
+    from featureinterp.records.policy import RecordPolicy
 
-    if base_url is not None and llm_model is None:
-        raise InputError("an endpoint needs the name of its model: give --llm-model")
-    endpoint = api.Endpoint(base_url, llm_model or api.EXPLAINER, api_key_env or None, concurrency, timeout_s, max_attempts)
+    llm = endpoint_of(llm, base_url, llm_model, api_key_env, concurrency, rpm, tpm, timeout_s, max_attempts)
     screen = Screen(as_json=as_json)
     with screen.live():
         results = api.explain(
@@ -57,10 +64,40 @@ def explain(
             simulator_model=simulator_model,
             simulator_device=device,
             simulator_dtype=dtype,
-            endpoint=endpoint,
-            plan=Plan(n_test=n_test, detection=questions, fuzzing=questions, complexity=questions, concurrency=concurrency, seed=seed),
-            policy=RecordPolicy(seed=seed),
+            llm=llm,
+            stages=("explain", "simulate", "score") if questions else ("explain", "simulate"),
+            plan=Plan(n_test=n_test, concurrency=concurrency, seed=seed),
+            records=RecordPolicy(seed=seed),
+            budget=Budget(budget_usd, minutes=max_minutes),
             on_event=screen.event,
             steps=screen.step,
         )
     finish(screen, results)
+
+
+def endpoint_of(
+    name: str | None,
+    base_url: str | None,
+    model: str | None,
+    api_key_env: str | None,
+    concurrency: int,
+    rpm: int | None,
+    tpm: int | None,
+    timeout_s: float,
+    max_attempts: int,
+) -> Endpoint | str | None:
+    """The endpoint that the options mean: a name of the configuration file, an address, or the embedded model (None)."""
+    from featureinterp.errors import InputError
+    from featureinterp.llm.config import Endpoint
+
+    if name is not None and base_url is not None:
+        raise InputError("an endpoint is named twice: give --llm or --base-url")
+    if name is not None:
+        return name
+    if base_url is None:
+        if model is not None:
+            raise InputError(f"the model {model!r} needs the address of its endpoint: give --base-url, or leave --llm-model out for the embedded model")
+        return None
+    if model is None:
+        raise InputError("an endpoint needs the name of its model: give --llm-model")
+    return Endpoint(base_url, model, api_key_env or None, concurrency, rpm, tpm, timeout_s, max_attempts)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 import typer
 
 from featureinterp import __version__
-from featureinterp.cli import collect, demo, explain, models, records, report
+from featureinterp.cli import collect, demo, explain, jobs, llm, models, records, report
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or a request to end."""
 
 app = typer.Typer(
     name="featureinterp",
@@ -22,7 +27,11 @@ app.add_typer(models.app, name="models")
 app.command("collect")(collect.collect)
 app.command("records")(records.records)
 app.command("explain")(explain.explain)
+app.command("run")(jobs.run)
+app.command("status")(jobs.status)
+app.command("export")(jobs.export)
 app.command("report")(report.report)
+app.add_typer(llm.app, name="llm")
 
 
 def _version(value: bool) -> None:
@@ -45,6 +54,7 @@ def main() -> None:
     argv = [a for a in sys.argv[1:] if a != "--debug"]
     from featureinterp.errors import FeatureInterpError
 
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     try:
         app(args=argv)
     except FeatureInterpError as error:
@@ -52,9 +62,13 @@ def main() -> None:
             raise
         print(f"featureinterp: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
         print("featureinterp: stopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)  # a model that computes in a thread would hold up an orderly exit
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def records(
     Example: featureinterp records RUN --features 0:100
     """
     from featureinterp import api
-    from featureinterp.records.build import RecordPolicy
+    from featureinterp.records.policy import RecordPolicy
     from featureinterp.records.files import write_records
 
     screen = Screen(as_json=as_json)

@@ -20,7 +20,7 @@ import numpy as np
 
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import FeatureRangeError, IncompleteStoreError, StorageError
-from featureinterp.files import explained_storage, write_json
+from featureinterp.files import content_key, explained_storage, write_json
 
 FORMAT = 1
 FLUSH_NONZEROS = 1_000_000
@@ -47,6 +47,11 @@ class CodesStore:
     positions: np.ndarray
     values: np.ndarray
     scales: np.ndarray
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when anything that the codes depend on does."""
+        return content_key(dict(self.meta))
 
     @classmethod
     def open(cls, run: Path) -> CodesStore:

@@ -154,7 +154,9 @@ class OneShot:
         last: MalformedReplyError | TruncatedReplyError | None = None
         for attempt in range(MAX_ATTEMPTS):
             temperature = self.temperature if not attempt else max(self.temperature, 0.5)
-            request = Request(messages, self.max_tokens, temperature, self.seed + attempt, schema=self.style.schema)
+            request = Request(
+                messages, self.max_tokens, temperature, self.seed + attempt, schema=self.style.schema, check=lambda reply: self._read(reply, provenance)
+            )
             reply = await self.model.complete(request)
             usage += reply.usage
             try:

@@ -1,29 +1,38 @@
-"""Explaining and scoring a list of features: records in, results out, with everything that was paid for kept in a journal."""
+"""Explaining and scoring features: records in, results out, with everything that was paid for kept in a journal."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import anyio
+import anyio.abc
+import anyio.to_thread
 import numpy as np
+import pydantic
 
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import FeatureRecord, Source, SplitName, Window
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Failure, Score, Simulation
-from featureinterp.domain.usage import Usage
 from featureinterp.errors import (
     EndpointRefusedError,
     FeatureInterpError,
     InputError,
+    JobStoppedError,
     LanguageModelError,
+    StorageError,
 )
 from featureinterp.explain.baselines import TopTokens
 from featureinterp.files import content_key
 from featureinterp.interfaces import Explainer, LanguageModel, Simulator
+from featureinterp.jobs.budget import Budget, Guard
 from featureinterp.jobs.journal import Journal
+from featureinterp.llm.metered import Meter
+from featureinterp.llm.tally import tally
 from featureinterp.score.complexity import Complexity
 from featureinterp.score.correlation import (
     Pairs,
@@ -37,8 +46,27 @@ from featureinterp.score.fuzzing import Fuzzing
 from featureinterp.score.verdicts import Verdict, judge
 from featureinterp.simulate.lexical import Lexical
 
-FORMAT = 2
+FORMAT = 3
+NULL_REACH = 8
+"""How many of the following features are looked at for an explanation that can be a null."""
 Part = tuple[SplitName, Source]
+RecordsOf = Callable[[Sequence[int]], Iterator[FeatureRecord]]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is. ``in_flight``: requests under way. ``cost_usd`` None: the price is not known. ``seconds`` since the run began,
+    ``left_s`` until it is likely to end (None: not known yet)."""
+
+    done: int
+    failed: int
+    total: int
+    in_flight: int
+    requests: int
+    tokens: int
+    cost_usd: float | None
+    seconds: float
+    left_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +77,7 @@ class Event:
     result: FeatureResult
     done: int
     total: int
+    progress: Progress
     reused: bool = False
 
 
@@ -57,17 +86,21 @@ class Plan:
     """How explanations are judged.
 
     ``n_test``, ``n_valid``: windows per source at most. ``negatives``: the kinds of windows that top windows are put beside, each
-    giving a correlation of its own; the first is the main one, and the null and the affine fit use it.
+    giving a correlation of its own; the first is the main one, and the null and the affine fit use it. ``concurrency``: how many
+    features are worked on at once. ``simulate``: whether explanations are simulated at all.
     """
 
     n_test: int = 10
     n_valid: int = 5
     negatives: tuple[Source, ...] = ("random", "similar_negative", "random_negative")
+    simulate: bool = True
     detection: bool = True
     fuzzing: bool = True
     complexity: bool = True
     concurrency: int = 4
     seed: int = 0
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
     def parts(self) -> list[tuple[Part, int]]:
         """What is simulated with the feature's own explanation."""
@@ -82,6 +115,26 @@ class Plan:
     def null_parts(self) -> list[tuple[Part, int]]:
         """What is simulated with another feature's explanation."""
         return [(("test", "top"), self.n_test), (("test", self.negatives[0]), self.n_test)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of a job ended. ``status`` of every feature that it is through with ("done", "partial", "failed"), those of earlier
+    runs included; ``left``: the features that it is not through with. ``stopped``: why it ended before it was through."""
+
+    job: str
+    status: Mapping[int, str]
+    left: tuple[int, ...]
+    progress: Progress
+    stopped: JobStoppedError | None = None
+
+    @property
+    def price_of_the_rest(self) -> float | None:
+        """USD that the features left would take, if they cost what those of this run did; None when that is not known."""
+        worked = self.progress.done + self.progress.failed
+        if self.progress.cost_usd is None or not worked:
+            return None
+        return self.progress.cost_usd / worked * len(self.left)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +158,24 @@ class _State:
     asked: list[Score] = field(default_factory=list)
     ratings: tuple[float | None, ...] = ()
     failures: list[Failure] = field(default_factory=list)
+    partial: bool = False
+    reused: bool = True
+
+    @property
+    def status(self) -> str:
+        if self.failures:
+            return "failed"
+        return "partial" if self.partial else "done"
 
 
 class ExplainJob:
     """Explains and scores features. ``judge`` answers detection, fuzzing and complexity questions; None leaves them out.
 
-    The failure of one feature is a row with its cause and stops nothing; a refused key or model stops everything at once.
+    Features are worked on in an order that depends on their indices and the seed alone, so that each can take the next one's explanation
+    as its null, few records are in memory at once, and another list of features changes few nulls. The failure of one feature is a row
+    with its cause and stops nothing; a refused key or model, a spent budget and a failure rate above ``max_failure_rate`` stop the job.
+
+    ``source``: what the records come from, as part of the job's key. ``meter``: that of all models, for budget and progress.
     """
 
     def __init__(
@@ -121,140 +186,143 @@ class ExplainJob:
         *,
         judge: LanguageModel | None = None,
         plan: Plan | None = None,
+        source: Any = None,
+        meter: Meter | None = None,
+        budget: Budget | None = None,
+        max_failure_rate: float = 0.5,
         document_name: Callable[[int], str] = str,
         on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
         self.journal, self.explainer, self.simulator, self.judge = journal, explainer, simulator, judge
         self.plan = plan or Plan()
+        self.meter = meter or Meter()
         self.document_name, self.on_event = document_name, on_event
-        self.usage = Usage()
+        self.guard = Guard(budget or Budget(), lambda: self.meter.usage, max_failure_rate=max_failure_rate)
+        self.meter.before = self.guard.before
+        self.key = content_key({"format": FORMAT, "source": source, **self._settings()})
 
-    async def run(self, records: Sequence[FeatureRecord]) -> list[FeatureResult]:
-        """The results of all features, in order. Explains all of them first, so that each can be the null of another."""
-        states = [_State(record) for record in records]
-        explained = scored = 0
+    def _settings(self) -> dict[str, Any]:
+        plan, asked = self.plan, []
+        if self.judge is not None:
+            wanted = ((plan.detection, Detection), (plan.fuzzing, Fuzzing), (plan.complexity, Complexity))
+            asked = [kind(self.judge).prompt.name + kind(self.judge).prompt.hash for on, kind in wanted if on]  # type: ignore[abstract]
+        return {
+            "explainer": _settings_of(self.explainer),
+            "simulator": _settings_of(self.simulator) if plan.simulate else None,
+            "judge": [self.judge.name, *asked] if self.judge is not None else None,
+            "plan": [plan.n_test, plan.n_valid, list(plan.negatives), plan.seed],
+        }
 
-        async def explain(state: _State) -> None:
-            nonlocal explained
-            reused = await self._explain(state)
-            explained += 1
-            self.on_event(Event("explained", self._result(state), explained, len(states), reused))
+    def order(self, features: Sequence[int]) -> list[int]:
+        """The circle in which each feature's null is the next one that has another explanation."""
+        return sorted(dict.fromkeys(features), key=lambda f: content_key([self.plan.seed, f]))
 
-        async def score(state: _State) -> None:
-            nonlocal scored
-            reused = await self._score(state)
-            scored += 1
-            self.on_event(Event("scored", self._result(state), scored, len(states), reused))
+    def remaining(self, features: Sequence[int]) -> list[int]:
+        """The features that the journal does not hold as done, in the order of work."""
+        finished = self.journal.finished(self.key)
+        return [f for f in self.order(features) if finished.get(f) != "done"]
 
-        await self._each(explain, states)
-        self._choose_nulls(states)
-        await self._each(score, states)
-        return [self._result(state) for state in states]
+    async def run(self, features: Sequence[int], records: RecordsOf) -> Outcome:
+        """Works on every feature that is not done yet. ``records`` gives the records of features, in order.
 
-    async def _each(self, work: Callable[[_State], Any], states: Sequence[_State]) -> None:
-        """``work`` on every state, at most ``concurrency`` at once."""
-        slots = anyio.Semaphore(self.plan.concurrency)
-        errors: list[BaseException] = []
+        Raises ``EndpointRefusedError`` and ``StorageError``; other ends are in the outcome.
+        """
+        ring = self.order(features)
+        left = self.remaining(features)
+        number = self.journal.start(self.key, len(left))
+        work = _Run(self, ring, left)
+        ended = "interrupted"
+        try:
+            stopped = await work.go(records)
+            ended = type(stopped).__name__ if stopped else "done"
+        except Exception as error:
+            ended = type(error).__name__
+            raise
+        finally:
+            self.journal.end(number, ended, self.meter.usage)
+        finished = self.journal.finished(self.key)
+        status = {f: finished[f] for f in ring if f in finished}
+        worked = set(left) - work.worked
+        return Outcome(self.key, status, tuple(f for f in left if f in worked), work.progress(), stopped)
 
-        async def one(state: _State) -> None:
-            try:
-                await work(state)
-            except (FeatureInterpError, OSError) as error:
-                errors.append(error)
-            finally:
-                slots.release()
-
-        async with anyio.create_task_group() as group:
-            for state in states:
-                await slots.acquire()
-                if errors:
-                    slots.release()
-                    break
-                group.start_soon(one, state)
-        if errors:
-            raise errors[0]
-
-    def _choose_nulls(self, states: Sequence[_State]) -> None:
-        """Each feature's null is the next feature, in a shuffled circle, that has an explanation with another text."""
-        ring = [states[i] for i in np.random.default_rng(self.plan.seed).permutation(len(states))]
-        for place, state in enumerate(ring):
-            for other in (*ring[place + 1 :], *ring[:place]):
-                if other.explanation and state.explanation and other.explanation.text != state.explanation.text:
-                    state.null = _Null(other.record.feature.index, other.explanation)
-                    break
-
-    async def _stage(self, state: _State, stage: str, depends: Mapping[str, Any], work: Callable[[], Any]) -> tuple[Any | None, bool]:
-        """The journalled value of a stage, or what ``work`` gives now: (value or None when it failed, whether it was reused)."""
+    async def _stage(self, state: _State, stage: str, depends: Mapping[str, Any], work: Callable[[], Any], provenance: Mapping[str, Any]) -> Any | None:
+        """The journalled value of a stage, or what ``work`` gives now; None when it failed. ``work`` returns (value, whether a part of it failed)."""
         key = content_key({"format": FORMAT, "stage": stage, "record": record_key(state.record), **depends})
         known = self.journal.get(key)
-        if known is not None:
-            return known, True
-        try:
-            value = await work()
-        except EndpointRefusedError:
-            raise
-        except (LanguageModelError, InputError) as error:
-            failure = Failure(state.record.feature.index, stage, type(error).__name__, str(error))
-            state.failures.append(failure)
-            self.journal.failed(key, failure)
-            return None, False
-        self.journal.done(key, state.record.feature.index, stage, value)
-        return value, False
+        if known is not None and known.status == "done":
+            return known.value
+        state.reused = False
+        with tally() as spent:
+            try:
+                value, incomplete = await work()
+            except (EndpointRefusedError, JobStoppedError, StorageError, OSError):
+                raise
+            except Exception as error:  # whatever goes wrong with one feature is a row and stops no other
+                if known is not None:  # with gaps from an earlier run, which is more than nothing
+                    state.partial = True
+                    return known.value
+                failure = Failure(state.record.feature.index, stage, type(error).__name__, str(error))
+                state.failures.append(failure)
+                self.journal.failed(key, failure, usage=spent.usage)
+                self.guard.outcome(failure)
+                return None
+            self.journal.stage(key, state.record.feature.index, stage, value, usage=spent.usage, provenance=provenance, partial=incomplete)
+        self.guard.outcome(None)
+        state.partial = state.partial or incomplete
+        return value
 
-    async def _explain(self, state: _State) -> bool:
+    async def explain(self, state: _State) -> None:
+        """The stage ``explain``, and the baseline."""
         try:
             state.baseline = await TopTokens().explain(state.record)
         except InputError:
             state.baseline = None  # the explainer itself says why, as a failure of its own
 
         async def work() -> Any:
-            explanation = await self.explainer.explain(state.record)
-            self.usage += explanation.provenance.usage
-            return explanation.to_json()
+            return (await self.explainer.explain(state.record)).to_json(), False
 
-        value, reused = await self._stage(state, "explain", {"explainer": getattr(self.explainer, "settings", {})}, work)
+        settings = _settings_of(self.explainer)
+        value = await self._stage(state, "explain", {"explainer": settings}, work, settings)
         state.explanation = Explanation.from_json(value) if value else None
-        return reused
 
-    async def _score(self, state: _State) -> bool:
+    async def score(self, state: _State) -> None:
+        """The stages after ``explain``, for a feature that has an explanation."""
         explanation = state.explanation
         if explanation is None:
-            return True
-        own, reused = await self._simulated(state, "simulate", explanation, self.plan.parts())
-        state.own = own
-        if state.null is not None:
-            state.null_simulated, again = await self._simulated(state, "simulate-null", state.null.explanation, self.plan.null_parts())
-            reused = reused and again
+            return
+        if self.plan.simulate:
+            state.own = await self._simulated(state, "simulate", explanation, self.plan.parts())
+            if state.null is not None:
+                state.null_simulated = await self._simulated(state, "simulate-null", state.null.explanation, self.plan.null_parts())
         if self.judge is not None:
-            reused = await self._ask(state, explanation, self.judge) and reused
-        return reused
+            await self._ask(state, explanation, self.judge)
 
-    async def _simulated(
-        self, state: _State, stage: str, explanation: Explanation, parts: Sequence[tuple[Part, int]]
-    ) -> tuple[dict[Part, list[Simulation]], bool]:
+    async def _simulated(self, state: _State, stage: str, explanation: Explanation, parts: Sequence[tuple[Part, int]]) -> dict[Part, list[Simulation]]:
         chosen = {part: state.record.get(*part)[:n] for part, n in parts}
         windows = [w for part in chosen.values() for w in part]
 
         async def work() -> Any:
             simulations = await self.simulator.simulate(explanation, windows)
-            if windows and all(s.expected is None for s in simulations):
-                raise LanguageModelError(f"no window could be simulated: {simulations[0].failure}")
-            return [{"failure": s.failure} if s.expected is None else np.round(s.expected, 5).tolist() for s in simulations]
+            failed = [s.failure for s in simulations if s.expected is None]
+            if windows and len(failed) == len(windows):
+                raise LanguageModelError(f"no window could be simulated: {failed[0]}")
+            return [{"failure": s.failure} if s.expected is None else np.round(s.expected, 5).tolist() for s in simulations], bool(failed)
 
+        settings = _settings_of(self.simulator)
         depends = {
-            "simulator": getattr(self.simulator, "settings", {"simulator": type(self.simulator).__name__}),
+            "simulator": settings,
             "rules": [[r.activates_on, r.strength] for r in explanation.rules],
             "windows": [[w.row, w.start, len(w.pieces)] for w in windows],
         }
-        value, reused = await self._stage(state, stage, depends, work)
+        value = await self._stage(state, stage, depends, work, settings)
         if value is None:
-            return {}, reused
+            return {}
         simulations = iter([Simulation(None, v["failure"]) if isinstance(v, dict) else Simulation(np.array(v)) for v in value])
-        return {part: [next(simulations) for _ in windows] for part, windows in chosen.items()}, reused
+        return {part: [next(simulations) for _ in windows] for part, windows in chosen.items()}
 
-    async def _ask(self, state: _State, explanation: Explanation, judge_model: LanguageModel) -> bool:
+    async def _ask(self, state: _State, explanation: Explanation, judge_model: LanguageModel) -> None:
         """Detection, fuzzing and complexity; each is a stage of its own."""
-        record, reused = state.record, True
+        record = state.record
         top = record.get("test", "top")[: self.plan.n_test]
         silent = [w for source in self.plan.negatives for w in record.get("test", source)[: self.plan.n_test] if not w.fires][: len(top)]
         for name, wanted, scorer, windows in (
@@ -265,10 +333,10 @@ class ExplainJob:
                 continue
 
             async def work(scorer: Any = scorer, windows: Sequence[Window] = windows) -> Any:
-                _, verdicts, usage = await scorer.run(explanation, windows, seed=self.plan.seed)
-                self.usage += usage
-                return [[v.label, v.said, v.probability, v.failure, v.row] for v in verdicts]
+                _, verdicts, _ = await scorer.run(explanation, windows, seed=self.plan.seed)
+                return [[v.label, v.said, v.probability, v.failure, v.row] for v in verdicts], any(v.failure for v in verdicts)
 
+            provenance = {"model": judge_model.name, "prompt": scorer.prompt.name, "prompt_hash": scorer.prompt.hash}
             depends = {
                 "text": explanation.text,
                 "model": judge_model.name,
@@ -276,27 +344,25 @@ class ExplainJob:
                 "seed": self.plan.seed,
                 "windows": [[w.row, w.start, len(w.pieces)] for w in windows],
             }
-            value, again = await self._stage(state, name, depends, work)
-            reused = reused and again
+            value = await self._stage(state, name, depends, work, provenance)
             if value is not None:
-                state.asked += judge(name, [Verdict(*v) for v in value], seed=self.plan.seed)
+                verdicts = [Verdict(*v) for v in value]
+                state.asked += await anyio.to_thread.run_sync(partial(judge, name, verdicts, seed=self.plan.seed))
         if self.plan.complexity:
             complexity = Complexity(judge_model)
 
             async def rate() -> Any:
-                score, ratings, usage = await complexity.run(explanation)
-                self.usage += usage
-                return {"score": score.to_json(), "ratings": ratings}
+                score, ratings, _ = await complexity.run(explanation)
+                return {"score": score.to_json(), "ratings": ratings}, None in ratings
 
+            provenance = {"model": judge_model.name, "prompt": complexity.prompt.name, "prompt_hash": complexity.prompt.hash}
             depends = {"rules": [r.activates_on for r in explanation.rules], "model": judge_model.name, "prompt": complexity.prompt.hash}
-            value, again = await self._stage(state, "complexity", depends, rate)
-            reused = reused and again
+            value = await self._stage(state, "complexity", depends, rate, provenance)
             if value is not None:
                 state.asked.append(Score.from_json(value["score"]))
                 state.ratings = tuple(value["ratings"])
-        return reused
 
-    def _result(self, state: _State) -> FeatureResult:
+    def result(self, state: _State) -> FeatureResult:
         record, plan = state.record, self.plan
         own = self._scores(state, state.own) if state.own else []
         baseline: list[Score] = []
@@ -366,6 +432,126 @@ class ExplainJob:
                     )
                 )
         return shown
+
+
+class _Run:
+    """One run of a job: which features are under way, which explanations are known, and why it stops."""
+
+    def __init__(self, job: ExplainJob, ring: list[int], left: list[int]) -> None:
+        self.job, self.ring, self.left = job, ring, left
+        self.worked: set[int] = set()
+        self._place = {feature: i for i, feature in enumerate(ring)}
+        self._todo = set(left)
+        self._explained: dict[int, Explanation | None] = {}
+        self._events: dict[int, anyio.Event] = {}
+        self._error: Exception | None = None
+        self._slots = anyio.Semaphore(job.plan.concurrency)
+        self._backlog = anyio.Semaphore(job.plan.concurrency + NULL_REACH + 1)
+        self._start = time.monotonic()
+        self._failed = 0
+        self._n_explained = 0
+
+    async def go(self, records: RecordsOf) -> JobStoppedError | None:
+        """Works on all features; returns why it stopped early, and raises what no run can go on after."""
+        found = records(self.left)
+        async with anyio.create_task_group() as group:
+            for feature in self.left:
+                await self._backlog.acquire()
+                if self._error is not None:
+                    break
+                try:
+                    record = await anyio.to_thread.run_sync(next, found)
+                except (FeatureInterpError, OSError) as error:
+                    self._give_up(error)
+                    break
+                group.start_soon(self._feature, feature, record)
+        if self._error is not None and not isinstance(self._error, JobStoppedError):
+            raise self._error
+        return self._error
+
+    async def _feature(self, feature: int, record: FeatureRecord) -> None:
+        state = _State(record)
+        try:
+            async with self._slots:
+                if self._error is None:
+                    await self.job.explain(state)
+            if self._error is not None:
+                return
+            self._explained[feature] = state.explanation
+            self._event(feature).set()
+            self._n_explained += 1
+            await self._say("explained", state, self._n_explained)
+            if self.job.plan.simulate and state.explanation is not None:
+                state.null = await self._null(feature, state.explanation)
+            async with self._slots:
+                if self._error is None:
+                    await self.job.score(state)
+                if self._error is not None:
+                    return
+                result = await anyio.to_thread.run_sync(self.job.result, state)
+                self.job.journal.finish(self.job.key, result, state.status)
+            self.worked.add(feature)
+            self._failed += bool(state.failures)
+            await self._say("scored", state, len(self.worked), result)
+        except (FeatureInterpError, OSError) as error:
+            self._give_up(error)
+        finally:
+            self._backlog.release()
+
+    def _give_up(self, error: Exception) -> None:
+        """Begins nothing more; what waits for another feature waits no longer."""
+        self._error = self._error or error
+        for event in self._events.values():
+            event.set()
+
+    async def _null(self, feature: int, explanation: Explanation) -> _Null | None:
+        """The explanation of the next feature in the circle that has one with another text."""
+        place, n = self._place[feature], len(self.ring)
+        for step in range(1, min(NULL_REACH, n - 1) + 1):
+            other = self.ring[(place + step) % n]
+            if other in self._todo:
+                await self._event(other).wait()
+                if self._error is not None:
+                    return None
+            elif other not in self._explained:
+                known = next(self.job.journal.features(self.job.key, [other]), None)
+                self._explained[other] = known.explanation if known else None
+            found = self._explained.get(other)
+            if found is not None and found.text != explanation.text:
+                return _Null(other, found)
+        return None
+
+    def _event(self, feature: int) -> anyio.Event:
+        event = self._events.setdefault(feature, anyio.Event())
+        if self._error is not None:
+            event.set()
+        return event
+
+    async def _say(self, stage: str, state: _State, done: int, result: FeatureResult | None = None) -> None:
+        result = result or await anyio.to_thread.run_sync(self.job.result, state)
+        self.job.on_event(Event(stage, result, done, len(self.left), self.progress(), state.reused))
+
+    def progress(self) -> Progress:
+        """How far the run is."""
+        meter, seconds = self.job.meter, time.monotonic() - self._start
+        usage, n = meter.usage, len(self.worked)
+        left = seconds / n * (len(self.left) - n) if n else None
+        return Progress(
+            n - self._failed,
+            self._failed,
+            len(self.left),
+            meter.in_flight,
+            usage.requests,
+            usage.prompt_tokens + usage.completion_tokens,
+            usage.cost_usd,
+            seconds,
+            left,
+        )
+
+
+def _settings_of(part: Any) -> dict[str, Any]:
+    """Everything that a part's work depends on, as it says itself."""
+    return getattr(part, "settings", None) or {"kind": type(part).__name__}
 
 
 def _levels(simulation: Simulation | None) -> tuple[float, ...] | None:

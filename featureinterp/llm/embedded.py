@@ -8,11 +8,11 @@ import anyio
 import anyio.to_thread
 
 from featureinterp.assets import fetch
+from featureinterp.llm.config import EMBEDDED
 from featureinterp.llm.local_server import check_runtime, local_server
 from featureinterp.llm.openai import OpenAIModel
 from featureinterp.llm.types import Reply, Request
 
-EMBEDDED = "qwen2.5-coder-1.5b-instruct"
 
 
 class EmbeddedModel:
@@ -30,6 +30,10 @@ class EmbeddedModel:
         return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Ends the server."""
         model, self._model = self._model, None
         if model is not None:
             await model.aclose()

@@ -4,27 +4,50 @@ from __future__ import annotations
 
 import email.utils
 import os
+import re
 import time
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import anyio
 
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import (
     EndpointRefusedError,
     EndpointUnavailableError,
     InputError,
+    LanguageModelError,
     MalformedReplyError,
+    RequestRefusedError,
 )
 from featureinterp.llm.types import Reply, Request
 
 DEFAULT_TIMEOUT_S = 120.0
+MAX_CONNECTIONS = 1024
+ReplyForm = Literal["json_schema", "json_object", "text"]
+_FORMS: tuple[ReplyForm, ...] = ("json_schema", "json_object", "text")
+
+
+@dataclass
+class Accepts:
+    """What an endpoint takes, learnt from its refusals: each is tried once and left out from then on. ``reply_form``: the strictest form of
+    a structured reply. ``prompt_logprobs``: the field that asks for them, None when neither is taken."""
+
+    reply_form: ReplyForm = "json_schema"
+    logprobs: bool = True
+    seed: bool = True
+    temperature: bool = True
+    length_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    prompt_logprobs: Literal["prompt_logprobs", "echo"] | None = "prompt_logprobs"
 
 
 class OpenAIModel:
-    """A chat model behind an OpenAI-compatible endpoint. One HTTP client for its lifetime; the SDK's own retries are off.
+    """A model behind an OpenAI-compatible endpoint. One HTTP client for its lifetime; the SDK's own retries are off.
 
     ``api_key_env`` names the environment variable that holds the key; the key itself is in no attribute, message or repr.
-    Raises ``InputError`` at once when that variable is not set or the address is none.
+    ``timeout_s`` bounds a whole request, also one that is answered drop by drop. Raises ``InputError`` at once when that variable is
+    not set or the address is none.
     """
 
     def __init__(
@@ -36,10 +59,11 @@ class OpenAIModel:
         api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         extra_body: Mapping[str, Any] | None = None,
+        accepts: Accepts | None = None,
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
             raise InputError(f"{base_url!r} is not the address of an endpoint: give one like https://host/v1")
-        if "@" in base_url.split("//", 1)[1].split("/", 1)[0]:
+        if "@" in base_url.split("//", 1)[1].split("/", 1)[0] or re.search(r"[?&](api_?)?key=", base_url, re.IGNORECASE):
             raise InputError("the endpoint's address holds a user name or key: name the variable that holds the key with --api-key-env instead")
         key = api_key or (os.environ.get(api_key_env, "") if api_key_env else "none")
         if not key:
@@ -48,84 +72,212 @@ class OpenAIModel:
 
         self.name = model
         self.base_url = base_url
+        self.timeout_s = timeout_s
+        self.accepts = accepts or Accepts()
+        self._key_env = api_key_env
         self._sdk = openai
-        self._client = openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=timeout_s)
         self._extra = dict(extra_body or {})
+        limits = _limits(MAX_CONNECTIONS)
+        self._client = openai.AsyncOpenAI(
+            base_url=base_url, api_key=key, max_retries=0, timeout=timeout_s, http_client=openai.DefaultAioHttpClient(limits=limits, timeout=timeout_s)
+        )
 
     def __repr__(self) -> str:
         return f"OpenAIModel({self.base_url!r}, {self.name!r})"
+
+    @property
+    def identity(self) -> list[Any]:
+        """What beside a request determines the answer."""
+        return [self.base_url.rstrip("/"), self._extra]
 
     async def aclose(self) -> None:
         """Closes the HTTP client."""
         await self._client.close()
 
     async def complete(self, request: Request) -> Reply:
-        """Sends one chat completion. Raises ``EndpointUnavailableError`` or ``EndpointRefusedError``, with what to do."""
+        """Sends one completion, once more for each parameter that the endpoint turns out not to take.
+
+        Raises ``EndpointUnavailableError``, ``EndpointRefusedError`` or ``MalformedReplyError``, with what to do.
+        """
         start = time.monotonic()
-        try:
-            completion = await self._client.chat.completions.create(**self._arguments(request))
-        except self._sdk.OpenAIError as error:
-            raise self._explain(error) from None
-        return self._reply(completion, time.monotonic() - start)
+        while True:
+            try:
+                with anyio.fail_after(self.timeout_s):
+                    if request.prompt:
+                        return await self._read(request, start)
+                    completion = await self._client.chat.completions.create(**self._arguments(request))
+                return self._reply(completion, time.monotonic() - start)
+            except TimeoutError:
+                raise EndpointUnavailableError(self._late()) from None
+            except (self._sdk.OpenAIError, ValueError) as error:  # a body that is no JSON is a ValueError
+                if not self._give_way(error, request):
+                    raise self._explain(error, time.monotonic() - start) from None
 
     def _arguments(self, request: Request) -> dict[str, Any]:
+        accepts = self.accepts
         arguments: dict[str, Any] = {
             "model": self.name,
             "messages": [{"role": m.role, "content": m.content} for m in request.messages],
-            "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
-            "n": request.n,
+            accepts.length_field: request.max_tokens,
         }
-        if request.seed is not None:
+        if accepts.temperature:
+            arguments["temperature"] = request.temperature
+        if request.n != 1:
+            arguments["n"] = request.n
+        if request.seed is not None and accepts.seed:
             arguments["seed"] = request.seed
         if request.stop:
             arguments["stop"] = list(request.stop)
-        if request.schema is not None:
+        if request.schema is not None and accepts.reply_form == "json_schema":
             arguments["response_format"] = {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": dict(request.schema)}}
-        if request.top_logprobs:
+        elif request.schema is not None and accepts.reply_form == "json_object":
+            arguments["response_format"] = {"type": "json_object"}
+        if request.top_logprobs and accepts.logprobs:
             arguments |= {"logprobs": True, "top_logprobs": request.top_logprobs}
         if self._extra:
             arguments["extra_body"] = self._extra
         return arguments
+
+    def _give_way(self, error: Exception, request: Request) -> bool:
+        """Whether a refusal was about a parameter that can be left out or put otherwise; it then is, from now on."""
+        if request.prompt or not isinstance(error, self._sdk.APIStatusError) or error.status_code not in (400, 415, 422, 501):
+            return False
+        accepts, about = self.accepts, _about(error)
+        if accepts.length_field in about and "max_completion_tokens" in about and accepts.length_field == "max_tokens":
+            accepts.length_field = "max_completion_tokens"
+        elif request.top_logprobs and accepts.logprobs and "logprob" in about:
+            accepts.logprobs = False
+        elif request.seed is not None and accepts.seed and re.search(r"\bseed\b", about):
+            accepts.seed = False
+        elif accepts.temperature and "temperature" in about:
+            accepts.temperature = False
+        elif request.schema is not None and accepts.reply_form != "text" and _speaks_of_form(about):
+            accepts.reply_form = _FORMS[_FORMS.index(accepts.reply_form) + 1]
+        else:
+            return False
+        return True
+
+    async def _read(self, request: Request, start: float) -> Reply:
+        """Probabilities at places of a prompt, from the completions API, in whichever of the two ways the endpoint knows."""
+        ways = ("prompt_logprobs", "echo")
+        first = ways.index(self.accepts.prompt_logprobs) if self.accepts.prompt_logprobs else len(ways)
+        for way in ways[first:]:
+            extra = dict(self._extra)
+            arguments: dict[str, Any] = {"model": self.name, "prompt": list(request.prompt), "max_tokens": 1, "temperature": 0.0}
+            if way == "echo":
+                arguments |= {"echo": True, "logprobs": request.top_logprobs}
+            else:
+                extra["prompt_logprobs"] = request.top_logprobs
+            try:
+                completion = await self._client.completions.create(**arguments, extra_body=extra or None)
+            except self._sdk.APIStatusError as error:
+                if error.status_code not in (400, 404, 405, 415, 422, 501):
+                    raise
+                continue
+            found = read_prompt(completion, request.read_at)
+            if found is not None:
+                self.accepts.prompt_logprobs = way  # type: ignore[assignment]
+                return Reply(("",), (False,), self._usage(completion, time.monotonic() - start), ({},), found)
+        self.accepts.prompt_logprobs = None
+        raise EndpointRefusedError(
+            f"the endpoint {self.base_url} gives no probabilities of a prompt's tokens: vLLM does (/v1/completions with prompt_logprobs, or echo with "
+            "logprobs), llama.cpp's server and OpenAI's chat models do not; use --simulator rated, or a local simulator"
+        )
 
     def _reply(self, completion: Any, seconds: float) -> Reply:
         choices = getattr(completion, "choices", None)
         if not choices:
             raise MalformedReplyError(f"{self.base_url} answered without any choice: is it an OpenAI-compatible endpoint?")
         texts, truncated, first = [], [], []
-        for choice in choices:
-            texts.append(choice.message.content or "")
-            truncated.append(choice.finish_reason == "length")
-            tokens = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
-            first.append({t.token: t.logprob for t in tokens[0].top_logprobs} if tokens else {})
-        usage = completion.usage
-        spent = Usage(1, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0, seconds, None)
-        return Reply(tuple(texts), tuple(truncated), spent, tuple(first))
+        try:
+            for choice in choices:
+                texts.append(str(choice.message.content or ""))
+                truncated.append(choice.finish_reason == "length")
+                tokens = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
+                first.append({str(t.token): float(t.logprob) for t in tokens[0].top_logprobs or ()} if tokens else {})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise MalformedReplyError(f"{self.base_url} answered in another form than OpenAI's ({error}): is it an OpenAI-compatible endpoint?") from None
+        return Reply(tuple(texts), tuple(truncated), self._usage(completion, seconds), tuple(first))
 
-    def _explain(self, error: Exception) -> EndpointRefusedError | EndpointUnavailableError:
+    @staticmethod
+    def _usage(completion: Any, seconds: float) -> Usage:
+        usage = getattr(completion, "usage", None)
+        prompt, reply = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
+        return Usage(1, prompt if isinstance(prompt, int) else 0, reply if isinstance(reply, int) else 0, seconds, None)
+
+    def _late(self) -> str:
+        return f"the endpoint {self.base_url} did not answer within {self.timeout_s:g} s: check that it is up, or raise --timeout-s"
+
+    def _explain(self, error: Exception, seconds: float) -> LanguageModelError:
         """The error of ours for an error of the SDK; the SDK's message is left out where it could quote the request or the key."""
         sdk, where = self._sdk, f"the endpoint {self.base_url}"
-        if isinstance(error, sdk.APITimeoutError):
-            return EndpointUnavailableError(f"{where} did not answer in time: check that it is up, or raise --timeout-s")
+        if isinstance(error, sdk.APITimeoutError) and seconds >= 0.9 * self.timeout_s:  # a broken connection is reported as one, too
+            return EndpointUnavailableError(self._late())
         if isinstance(error, sdk.APIConnectionError):
-            return EndpointUnavailableError(f"{where} cannot be reached: check the address and that it is up")
+            return EndpointUnavailableError(f"{where} cannot be reached, or broke the connection: check the address and that it is up")
         if isinstance(error, sdk.APIStatusError):
             code = error.status_code
             if code in (401, 403):
-                return EndpointRefusedError(f"{where} refused the key (HTTP {code}): check the variable that --api-key-env names")
+                named = f"the environment variable {self._key_env}" if self._key_env else "the variable that --api-key-env names"
+                return EndpointRefusedError(f"{where} refused the key (HTTP {code}): check {named}")
             if code == 404:
                 return EndpointRefusedError(f"{where} does not know the model {self.name!r} or the path (HTTP 404): check --llm-model and --base-url")
             if code in (408, 409, 429) or code >= 500:
                 wait = retry_after_s(error.response.headers.get("retry-after"))
                 return EndpointUnavailableError(f"{where} is overloaded or failing (HTTP {code}): try again later or lower --concurrency", wait)
-            return EndpointRefusedError(f"{where} refused the request (HTTP {code}): {_detail(error)}")
-        return EndpointUnavailableError(f"{where} sent an answer that cannot be read ({type(error).__name__})")
+            return RequestRefusedError(f"{where} refused the request (HTTP {code}): {self._safe(_message(error))}")
+        return EndpointUnavailableError(f"{where} sent an answer that cannot be read ({type(error).__name__}): check that it is an OpenAI-compatible endpoint")
+
+    def _safe(self, text: str) -> str:
+        """A text of the endpoint's on one line, bounded, without the key should it be quoted."""
+        return " ".join(text.replace(str(self._client.api_key), "***").split())[:300]
 
 
-def _detail(error: Any) -> str:
+def _limits(connections: int) -> Any:
+    import httpx2
+
+    return httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+
+
+def _message(error: Any) -> str:
     body = error.body if isinstance(error.body, dict) else {}
-    message = body.get("message") or body.get("error") or "no reason given"
-    return " ".join(str(message).split())[:300]
+    inner = body.get("error")
+    return str(body.get("message") or (inner.get("message") if isinstance(inner, dict) else inner) or "no reason given")
+
+
+def _about(error: Any) -> str:
+    """What a refusal says, in small letters, with the name of the parameter when it is given."""
+    body = error.body if isinstance(error.body, dict) else {}
+    return f"{_message(error)} {body.get('param') or ''}".lower()
+
+
+def _speaks_of_form(about: str) -> bool:
+    return bool(re.search(r"response_?format|json_schema|json_object|json schema|structured output|grammar|guided", about))
+
+
+def read_prompt(completion: Any, places: tuple[int, ...]) -> tuple[dict[str, float], ...] | None:
+    """Alternatives at ``places`` of a prompt that was sent as token ids, from either form of answer; None when it holds none.
+
+    vLLM's ``prompt_logprobs``: per token None or ``{token id: {logprob, decoded_token}}``. The completions API with ``echo``:
+    ``logprobs.top_logprobs``, per token None or ``{text: logprob}``.
+    """
+    choices = getattr(completion, "choices", None) or [None]
+    per_token = getattr(choices[0], "prompt_logprobs", None) or getattr(completion, "prompt_logprobs", None)
+    if per_token is None:
+        per_token = getattr(getattr(choices[0], "logprobs", None), "top_logprobs", None)
+    if not isinstance(per_token, list) or not places or len(per_token) <= max(places):
+        return None
+    out = []
+    for place in places:
+        found: dict[str, float] = {}
+        for name, value in (per_token[place] or {}).items():
+            text, probability = (value.get("decoded_token"), value.get("logprob")) if isinstance(value, dict) else (name, value)
+            if isinstance(text, str) and isinstance(probability, int | float):
+                found[text] = max(float(probability), found.get(text, float("-inf")))
+        if not found:
+            return None
+        out.append(found)
+    return tuple(out)
 
 
 def retry_after_s(header: str | None, now: float | None = None) -> float | None:
@@ -133,11 +285,12 @@ def retry_after_s(header: str | None, now: float | None = None) -> float | None:
     if not header:
         return None
     try:
-        return max(0.0, float(header))
+        seconds = float(header)
+        return seconds if 0 <= seconds < float("inf") else None
     except ValueError:
         pass
     try:
         moment = email.utils.parsedate_to_datetime(header).timestamp()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return max(0.0, moment - (time.time() if now is None else now))

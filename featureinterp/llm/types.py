@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,10 +19,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One chat completion. ``schema``: JSON schema of the reply, or None for free text. ``top_logprobs``: how many
-    alternatives to return for the reply's first token (0: none). ``n``: how many replies."""
+    """One completion: of a chat (``messages``), or the reading of a raw prompt (``prompt``, token ids of the model's own tokenizer).
 
-    messages: tuple[Message, ...]
+    ``schema``: JSON schema of the reply, or None for free text. ``top_logprobs``: how many alternatives to return for the reply's
+    first token, or for each place of the prompt in ``read_at`` (0: none). ``n``: how many replies. ``check`` is called with the
+    reply and raises a ``LanguageModelError`` when it is no answer; such a reply is not kept for another time.
+    """
+
+    messages: tuple[Message, ...] = ()
     max_tokens: int = 512
     temperature: float = 0.0
     seed: int | None = None
@@ -30,17 +34,22 @@ class Request:
     schema: Mapping[str, Any] | None = None
     top_logprobs: int = 0
     stop: tuple[str, ...] = ()
+    check: Callable[[Reply], object] | None = field(default=None, compare=False, repr=False)
+    prompt: tuple[int, ...] = ()
+    read_at: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
     """``texts``: one per choice. ``truncated``: which of them were cut by ``max_tokens``. ``first_token``: for each choice the
-    natural-log probabilities of the first token's alternatives, empty where the endpoint gives none."""
+    natural-log probabilities of the first token's alternatives, empty where the endpoint gives none. ``read``: the same for each
+    place of ``read_at``, the alternatives by their text."""
 
     texts: tuple[str, ...]
     truncated: tuple[bool, ...]
     usage: Usage
     first_token: tuple[Mapping[str, float], ...] = field(default_factory=tuple)
+    read: tuple[Mapping[str, float], ...] = field(default_factory=tuple)
 
     @property
     def text(self) -> str:

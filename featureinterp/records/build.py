@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy as np
 from featureinterp.codes.store import CodesStore
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import (
-    SOURCES,
     SPLITS,
     FeatureRecord,
     Source,
@@ -19,6 +18,7 @@ from featureinterp.domain.record import (
     Window,
 )
 from featureinterp.errors import InputError
+from featureinterp.records.policy import RecordPolicy
 from featureinterp.records.quantile import quantile_order
 from featureinterp.records.similar import SimilarWindows
 from featureinterp.records.splits import SplitAssigner
@@ -29,35 +29,6 @@ from featureinterp.records.weighted import weighted_order
 ALIVE_ABOVE = 15
 _BATCH = 256
 _CACHED_ROWS = 16_384
-
-
-@dataclass(frozen=True)
-class RecordPolicy:
-    """How many windows of each source go to (train, valid, test), and how they are drawn.
-
-    ``n_quantiles``: the ranking is cut into so many parts and top windows come from the first. ``half_width``: tokens kept on
-    each side of an importance-weighted position.
-    """
-
-    counts: Mapping[Source, tuple[int, int, int]] = field(
-        default_factory=lambda: {
-            "top": (10, 10, 10),
-            "similar_negative": (10, 10, 10),
-            "weighted": (5, 2, 2),
-            "quantile": (0, 5, 5),
-            "similar": (0, 5, 5),
-            "random_negative": (10, 10, 10),
-            "random": (0, 10, 10),
-        }
-    )
-    n_quantiles: int = 1000
-    half_width: int = 10
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for source, counts in self.counts.items():
-            if source not in SOURCES or len(counts) != 3 or min(counts) < 0:
-                raise InputError(f"the record policy has {source}: {counts}: give a known source ({', '.join(SOURCES)}) and three counts ≥ 0")
 
 
 class RecordBuilder:

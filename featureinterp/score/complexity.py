@@ -7,7 +7,7 @@ import re
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.score import Score
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import LanguageModelError, MalformedReplyError
+from featureinterp.errors import EndpointRefusedError, LanguageModelError, MalformedReplyError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.prompts import escape, load_prompt
@@ -28,9 +28,11 @@ class Complexity:
         usage, cause = Usage(), ""
         for rule in explanation.rules:
             try:
-                reply = await self.model.complete(Request(self._messages(rule.activates_on), max_tokens=4, top_logprobs=10))
+                reply = await self.model.complete(Request(self._messages(rule.activates_on), max_tokens=4, top_logprobs=10, check=rating))
                 usage += reply.usage
                 ratings.append(rating(reply))
+            except EndpointRefusedError:
+                raise
             except LanguageModelError as error:
                 ratings.append(None)
                 cause = str(error)

@@ -6,16 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import anyio
 import numpy as np
 
 from featureinterp.domain.score import Score
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import LanguageModelError, MalformedReplyError
+from featureinterp.errors import EndpointRefusedError, LanguageModelError, MalformedReplyError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.prompts import Prompt
 from featureinterp.score.intervals import bootstrap
+from featureinterp.tasks import each
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +51,20 @@ async def ask(model: LanguageModel, prompt: Prompt, description: str, questions:
         )
     ]
     head = (Message("system", prompt.text("system.txt")), *shots)
-    verdicts: dict[int, Verdict] = {}
     spent: list[Usage] = []
 
-    async def one(number: int, question: Question) -> None:
+    async def one(question: Question) -> Verdict:
         user = Message("user", prompt.render("user.j2", description=description, text=question.text))
         try:
-            reply = await model.complete(Request((*head, user), max_tokens=4, top_logprobs=10))
+            reply = await model.complete(Request((*head, user), max_tokens=4, top_logprobs=10, check=_answer))
             spent.append(reply.usage)
-            probability = yes_probability(reply)
-            said = probability > 0.5 if probability is not None else _word(reply)
-            verdicts[number] = Verdict(question.label, said, probability, row=question.row)
+            return Verdict(question.label, *_answer(reply), row=question.row)
+        except EndpointRefusedError:
+            raise
         except LanguageModelError as error:
-            verdicts[number] = Verdict(question.label, None, failure=f"{type(error).__name__}: {error}", row=question.row)
+            return Verdict(question.label, None, failure=f"{type(error).__name__}: {error}", row=question.row)
 
-    async with anyio.create_task_group() as group:
-        for number, question in enumerate(questions):
-            group.start_soon(one, number, question)
-    return [verdicts[i] for i in range(len(questions))], sum(spent, Usage())
+    return await each(one, questions), sum(spent, Usage())
 
 
 def yes_probability(reply: Reply) -> float | None:
@@ -87,6 +83,12 @@ def expected_masses(alternatives: Mapping[str, float], answers: Sequence[str]) -
         if word in mass:
             mass[word] += math.exp(log_probability)
     return mass
+
+
+def _answer(reply: Reply) -> tuple[bool, float | None]:
+    """Whether the reply says yes, and its probability of yes."""
+    probability = yes_probability(reply)
+    return (_word(reply) if probability is None else probability > 0.5), probability
 
 
 def _word(reply: Reply) -> bool:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import anyio.to_thread
@@ -21,66 +20,12 @@ import torch
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
-from featureinterp.errors import IncompatibleError, InputError
-from featureinterp.prompts import Prompt, escape, load_prompt
+from featureinterp.errors import InputError
+from featureinterp.prompts import load_prompt
+from featureinterp.simulate.parts import Built, PromptBuilder
 from featureinterp.simulate.prefix_cache import Prefix, PrefixModel
 
-LEVELS = "012345"
 BATCH_TOKENS = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Built:
-    """A window's part of the prompt: ``ids`` after the explanation, and ``positions`` in them whose next token is a level."""
-
-    ids: tuple[int, ...]
-    positions: tuple[int, ...]
-
-
-class PromptBuilder:
-    """Turns the prompt's parts into token ids."""
-
-    def __init__(self, tokenizer: Any, prompt: Prompt) -> None:
-        self._tokenizer = tokenizer
-        settings = prompt.json("settings.json")
-        self._label: str = settings["label"]
-        self.levels = [self._single(level) for level in LEVELS]
-        self._tab = self._single("\t")
-        self._end = self._encode(settings["fill"] + "\n")
-        shots = [
-            self._label + shot["explanation"] + "\n" + "".join(f"{escape(token)}\t{level}\n" for token, level in shot["tokens"]) + "\n"
-            for shot in settings["few_shot"]
-        ]
-        bos = tokenizer.bos_token_id
-        start = [bos] if bos is not None and getattr(tokenizer, "add_bos_token", False) else []
-        self.header = start + self._encode(settings["intro"] + "\n\n" + "".join(shots))
-        self._piece = lru_cache(65536)(lambda piece: self._encode(escape(piece)))
-
-    def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)  # type: ignore[no-any-return]
-
-    def _single(self, text: str) -> int:
-        ids = self._encode(text)
-        if len(ids) != 1:
-            raise IncompatibleError(
-                f"the simulator's tokenizer writes {text!r} as {len(ids)} tokens, and the all-at-once simulator needs one: use --simulator rated"
-            )
-        return ids[0]
-
-    def explanation(self, text: str) -> list[int]:
-        """Ids of the explanation's line."""
-        return self._encode(f"{self._label}{escape(text)}\n")
-
-    def window(self, pieces: Sequence[str]) -> Built:
-        """Ids of a window's lines."""
-        ids: list[int] = []
-        positions = []
-        for piece in pieces:
-            ids += self._piece(piece)
-            positions.append(len(ids))
-            ids.append(self._tab)
-            ids += self._end
-        return Built(tuple(ids[: positions[-1] + 1]) if positions else (), tuple(positions))
 
 
 class AllAtOnce:
@@ -145,7 +90,7 @@ class AllAtOnce:
 
     async def simulate(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
         """One simulation per window, computed in a worker thread, so that the event loop goes on."""
-        return await anyio.to_thread.run_sync(self.predict, explanation, windows)
+        return await anyio.to_thread.run_sync(self.predict, explanation, windows, abandon_on_cancel=True)
 
     def predict(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
         """The same, for callers without an event loop. Several rules: the maximum over rules of level · strength / 5."""

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import anyio
 import numpy as np
 import pydantic
 
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
-from featureinterp.domain.usage import Usage
 from featureinterp.errors import (
+    EndpointRefusedError,
     LanguageModelError,
     MalformedReplyError,
     TruncatedReplyError,
 )
 from featureinterp.interfaces import LanguageModel
-from featureinterp.llm.types import Message, Request
+from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.prompts import escape, load_prompt
 from featureinterp.replies import parse_reply
+from featureinterp.tasks import each
 
 MAX_ATTEMPTS = 3
 
@@ -41,7 +41,6 @@ class Rated:
     def __init__(self, model: LanguageModel, *, version: str = "v1", windows_per_request: int = 4) -> None:
         self.model, self.windows_per_request = model, windows_per_request
         self.prompt = load_prompt("simulate-rated", version)
-        self.usage = Usage()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -57,15 +56,9 @@ class Rated:
     async def simulate(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
         """One simulation per window."""
         chunks = [windows[i : i + self.windows_per_request] for i in range(0, len(windows), self.windows_per_request)]
-        results: dict[tuple[int, int], list[Simulation]] = {}
-
-        async def one(rule_number: int, chunk_number: int, description: str, chunk: Sequence[Window]) -> None:
-            results[rule_number, chunk_number] = await self._chunk(description, chunk)
-
-        async with anyio.create_task_group() as group:
-            for r, rule in enumerate(explanation.rules):
-                for c, chunk in enumerate(chunks):
-                    group.start_soon(one, r, c, rule.activates_on, chunk)
+        places = [(r, c) for r in range(len(explanation.rules)) for c in range(len(chunks))]
+        found = await each(lambda place: self._chunk(explanation.rules[place[0]].activates_on, chunks[place[1]]), places)
+        results = dict(zip(places, found, strict=True))
         out = []
         for c, chunk in enumerate(chunks):
             for i in range(len(chunk)):
@@ -80,17 +73,22 @@ class Rated:
             Message("user", self.prompt.render("user.j2", description=escape(description), texts=texts)),
         )
         schema = _schema([len(t) for t in texts])
+        budget = 40 + 6 * sum(len(t) for t in texts)
+
+        def read(reply: Reply) -> list[np.ndarray]:
+            if reply.truncated[0]:
+                raise TruncatedReplyError(f"the reply was cut after {budget} tokens: give fewer windows per request")
+            return _check(parse_reply(reply.text, LevelsReply), [len(t) for t in texts])
+
         cause: LanguageModelError | None = None
         for attempt in range(MAX_ATTEMPTS):
-            budget = 40 + 6 * sum(len(t) for t in texts)
             try:
-                reply = await self.model.complete(Request(messages, budget, 0.0 if not attempt else 0.5, attempt, schema=schema))
-                self.usage += reply.usage
-                if reply.truncated[0]:
-                    raise TruncatedReplyError(f"the reply was cut after {budget} tokens: give fewer windows per request")
-                return [Simulation(levels) for levels in _check(parse_reply(reply.text, LevelsReply), [len(t) for t in texts])]
+                reply = await self.model.complete(Request(messages, budget, 0.0 if not attempt else 0.5, attempt, schema=schema, check=read))
+                return [Simulation(levels) for levels in read(reply)]
             except (MalformedReplyError, TruncatedReplyError) as error:
                 cause = error
+            except EndpointRefusedError:
+                raise
             except LanguageModelError as error:
                 cause = error
                 break

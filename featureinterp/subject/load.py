@@ -188,6 +188,19 @@ def load_causal_lm(
     return model.to(target).eval(), tokenizer
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of an embedded model, a hub name or a folder. Raises ``UnknownNameError`` when it cannot be had."""
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(model_source(name))
+    except (OSError, ValueError) as error:
+        raise UnknownNameError(
+            f"the tokenizer of {name!r} cannot be loaded: give the Hugging Face name or folder that has it, as 'tokenizer' of the endpoint"
+        ) from error
+
+
 def model_source(name: str) -> str:
     """What ``from_pretrained`` is given for a name: the cache folder of an embedded part, a folder, or the hub name itself."""
     from featureinterp.assets import PARTS

@@ -17,7 +17,8 @@ from common import arguments, compare, report
 from featureinterp.codes.store import CodesStore, RunWriter
 from featureinterp.corpus.text import Corpus, Document
 from featureinterp.corpus.windows import WindowPolicy, build_windows
-from featureinterp.records.build import RecordBuilder, RecordPolicy
+from featureinterp.records.build import RecordBuilder
+from featureinterp.records.policy import RecordPolicy
 from featureinterp.records.similar import SimilarWindows
 
 N_WINDOWS, LENGTH, D_SAE, K = 5000, 32, 4608, 32

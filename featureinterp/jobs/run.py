@@ -1,0 +1,256 @@
+"""From a job to its outcome: the parts it names, put together, and run against its journal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from featureinterp.codes.store import CodesStore
+from featureinterp.domain.record import FeatureRecord, Window
+from featureinterp.domain.result import FeatureResult
+from featureinterp.domain.score import Simulation
+from featureinterp.domain.usage import Usage
+from featureinterp.errors import InputError
+from featureinterp.explain.baselines import TopTokens
+from featureinterp.explain.one_shot import OneShot, style
+from featureinterp.files import explained_storage, write_json
+from featureinterp.interfaces import Explainer, LanguageModel, Simulator
+from featureinterp.jobs.explain import Event, ExplainJob, Outcome
+from featureinterp.jobs.journal import Journal, Rehearsal
+from featureinterp.jobs.records import build_records, parse_features
+from featureinterp.jobs.spec import Job
+from featureinterp.llm.cached import ReplyStore
+from featureinterp.llm.config import Endpoint, load_config
+from featureinterp.llm.metered import Meter, Metered
+from featureinterp.llm.prices import Price
+from featureinterp.llm.stack import open_stack
+from featureinterp.llm.tally import Tallied
+from featureinterp.llm.types import Reply, Request
+from featureinterp.simulate.lexical import Lexical
+from featureinterp.simulate.prompt_logprobs import PromptLogprobs
+from featureinterp.simulate.rated import Rated
+
+REHEARSED = 24
+"""How many of a job's features a dry run goes through; the rest are taken to be like them."""
+
+Steps = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Local:
+    """What needs a model library: the all-at-once simulator of a job, and the tokenizer of a name."""
+
+    simulator: Callable[[Job], Simulator]
+    tokenizer: Callable[[str], Any]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A run of a job: its outcome, what is known of the features in the order that was asked for, and what a report says above them."""
+
+    outcome: Outcome
+    results: tuple[FeatureResult, ...]
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a job would do. Requests, tokens and USD are estimates for all features that are left, from going through a sample of them with
+    a model that answers at once; what an answer costs is guessed from its form. ``cost_usd`` None: the price is not known."""
+
+    features: int
+    done: int
+    left: int
+    requests: int
+    prompt_tokens: int
+    completion_tokens: int
+    cost_usd: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        return asdict(self)
+
+
+async def run_job(
+    job: Job, store: CodesStore, local: Local, *, on_event: Callable[[Event], None] = lambda _: None, steps: Steps = lambda *_: None
+) -> Ran:
+    """Runs a job as far as it gets. What is in its journal is not done again; a job that is through asks nothing at all.
+
+    Raises ``InputError`` for what cannot work and a ``LanguageModelError`` when
+    the endpoint cannot be used at all, both before anything is written.
+    """
+    endpoint, features = job.endpoint, _features(job, store)
+    price = _price(job, endpoint)
+    meter = Meter()
+    path = job.folder / "journal.sqlite"
+    async with open_stack(endpoint, meter, price=price) as stack:
+        if _asks(job) and not path.exists():
+            await stack.check()
+        with explained_storage(job.folder), Journal(path) as journal, closing(ReplyStore(job.folder / "replies.sqlite")) as replies:
+            model = stack.model(replies)
+            explainer, simulator = _parts(job, model, local)
+            work = _explain_job(job, store, journal, explainer, simulator, model, meter, on_event)
+            write_json(job.folder / "job.json", {"key": work.key, "job": job.model_dump(mode="json"), "features": features})
+            outcome = await work.run(features, _records(job, store, steps))
+            results = tuple(journal.features(work.key, features))
+    return Ran(outcome, results, _about(store, job, endpoint, explainer, simulator, outcome))
+
+
+async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = lambda *_: None) -> DryRun:
+    """What a job would do and cost, without asking any model or writing anything."""
+    endpoint, features = job.endpoint, _features(job, store)
+    price = load_config().price(endpoint)
+    path = job.folder / "journal.sqlite"
+    meter = Meter()
+    model = Tallied(Metered(_Understudy(endpoint.model), meter, price=price))
+    explainer, simulator = _parts(job, model, replace(local, simulator=_NoSimulator))
+    with Journal(path if path.exists() else ":memory:") as journal, Rehearsal(journal) as rehearsal:
+        work = _explain_job(job, store, rehearsal, explainer, simulator, model, meter, lambda _: None)
+        left = work.remaining(features)
+        sample = left[:: max(1, -(-len(left) // REHEARSED))]
+        if sample:
+            await work.run(sample, _records(job, store, steps))
+    used = meter.usage
+    scale = len(left) / len(sample) if sample else 0.0
+    n = [round(x * scale) for x in (used.requests, used.prompt_tokens, used.completion_tokens)]
+    cost = None if price is None else used.cost_usd and used.cost_usd * scale
+    return DryRun(len(features), len(features) - len(left), len(left), *n, cost if cost is not None or price is None else 0.0)
+
+
+def _asks(job: Job) -> bool:
+    """Whether a job needs its language model at all."""
+    return job.explainer == "one-shot" or job.simulator in ("rated", "prompt-logprobs") or "score" in job.stages
+
+
+def _features(job: Job, store: CodesStore) -> list[int]:
+    if isinstance(job.features, str):
+        return parse_features(job.features, store)
+    for index in job.features:
+        store.check_feature(index)
+    return list(dict.fromkeys(job.features))
+
+
+def _price(job: Job, endpoint: Endpoint) -> Price | None:
+    config = load_config()
+    price = config.price(endpoint)
+    if price is None and job.budget.usd is not None:
+        raise InputError(
+            f"a budget in USD needs the price of {endpoint.model!r}, which is not known: add [prices.{json.dumps(endpoint.model)}] with input and output "
+            f"(USD per million tokens) to {config.path}, or give a budget in tokens or minutes"
+        )
+    return price
+
+
+def _parts(job: Job, model: LanguageModel, local: Local) -> tuple[Explainer, Simulator]:
+    explainer: Explainer = TopTokens() if job.explainer == "top-tokens" else OneShot(model, style(job.style, rule_cap=job.rule_cap))
+    if job.simulator == "rated":
+        return explainer, Rated(model)
+    if job.simulator == "lexical":
+        return explainer, Lexical()
+    if job.simulator == "prompt-logprobs":
+        return explainer, PromptLogprobs(model, lambda: local.tokenizer(_tokenizer_name(job.endpoint)))
+    return explainer, local.simulator(job)
+
+
+def _tokenizer_name(endpoint: Endpoint) -> str:
+    if endpoint.base_url is None:
+        raise InputError("the embedded model's server does not read prompts: use --simulator all-at-once, or give an endpoint that does")
+    return endpoint.tokenizer or endpoint.model
+
+
+def _explain_job(
+    job: Job,
+    store: CodesStore,
+    journal: Journal,
+    explainer: Explainer,
+    simulator: Simulator,
+    model: LanguageModel,
+    meter: Meter,
+    on_event: Callable[[Event], None],
+) -> ExplainJob:
+    plan = job.effective_plan
+    names = store.windows.document_ids()
+    return ExplainJob(
+        journal,
+        explainer,
+        simulator,
+        judge=model if plan.detection or plan.fuzzing or plan.complexity else None,
+        plan=plan,
+        source=[store.fingerprint, job.records.seed, job.records.n_quantiles, job.records.half_width, list(job.records.counts.items())],
+        meter=meter,
+        budget=job.budget,
+        max_failure_rate=job.max_failure_rate,
+        document_name=names.__getitem__,
+        on_event=on_event,
+    )
+
+
+def _records(job: Job, store: CodesStore, steps: Steps) -> Callable[[Sequence[int]], Iterator[FeatureRecord]]:
+    def records(features: Sequence[int]) -> Iterator[FeatureRecord]:
+        return build_records(job.run, store, features, job.records, progress=lambda done, total: steps("windows embedded", done, total))
+
+    return records
+
+
+def _about(store: CodesStore, job: Job, endpoint: Endpoint, explainer: Explainer, simulator: Simulator, outcome: Outcome) -> dict[str, Any]:
+    from featureinterp import __version__
+
+    meta, n = store.meta, len(outcome.status)
+    settings = [getattr(p, "settings", {}) for p in (explainer, simulator)]
+    facts = {
+        "Subject": f"{meta['model']['name']} ({meta['model']['dtype']})",
+        "SAE": f"{meta['sae']['name']}, {meta['sae']['architecture']}, {store.n_features:,} features at {meta['sae']['hook']}",
+        "Corpus": f"{meta['corpus']['name']}: {store.windows.n_tokens:,} tokens in {len(store.windows):,} windows of {store.windows.length}",
+        "Explainer": f"{job.explainer}, {endpoint.model}" if job.explainer == "one-shot" else job.explainer,
+        "Simulator": f"{job.simulator} {settings[1].get('model', '')}".strip() if "simulate" in job.stages else "none",
+        "Prompts": ", ".join(f"{s['prompt']} {s['prompt_hash'][:8]}" for s in settings if s.get("prompt")) or "none",
+        "Windows judged": f"{job.plan.n_test} of each kind, from documents that the explainer did not see",
+        "Fingerprints": f"model {meta['model']['fingerprint'][:12]}, SAE {meta['sae']['fingerprint'][:12]}, windows {meta['corpus']['windows'][:12]}",
+        "Made with": f"featureinterp {__version__}",
+    }
+    title = f"{n} feature{'' if n == 1 else 's'} of {meta['model']['name']}"
+    return {"title": title, "subtitle": f"SAE {meta['sae']['name']} at {meta['sae']['hook']}, explained and tested", "facts": facts, "job": outcome.job}
+
+
+class _NoSimulator:
+    """Stands for a simulator that costs no requests."""
+
+    def __init__(self, _: Job) -> None:
+        self.settings = {"simulator": "none"}
+
+    async def simulate(self, explanation: object, windows: Sequence[Window]) -> list[Simulation]:
+        import numpy as np
+
+        return [Simulation(np.zeros(len(w.pieces))) for w in windows]
+
+
+class _Understudy:
+    """Answers every request at once with the shortest usual reply, and with its likely number of tokens."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._n = 0
+
+    async def complete(self, request: Request) -> Reply:
+        self._n += 1
+        text = json.dumps(self._instance(dict(request.schema))) if request.schema is not None else "Yes"
+        prompt = sum(len(m.content.encode()) // 4 + 4 for m in request.messages) + len(request.prompt)
+        if request.prompt:
+            return Reply(("",), (False,), Usage(1, len(request.prompt), 1, 0.0, None), ({},), ({"0": -0.1},) * len(request.read_at))
+        first = {"Yes": -0.1, "No": -2.4, "2": -0.1} if request.top_logprobs else {}
+        return Reply((text,), (False,), Usage(1, prompt, max(1, len(text) // 4), 0.0, None), (first,))
+
+    def _instance(self, schema: dict[str, Any]) -> Any:
+        match schema.get("type"):
+            case "object":
+                return {name: self._instance(inner) for name, inner in schema.get("properties", {}).items()}
+            case "array":
+                items = schema.get("prefixItems") or [schema["items"]] * max(1, schema.get("minItems", 1))
+                return [self._instance(item) for item in items]
+            case "string":
+                return f"a phrase that is about as long as an explanation usually is {self._n}"
+            case _:
+                return 1

@@ -1,0 +1,115 @@
+"""A job as a value: the same in a TOML file, in Python and over HTTP.
+
+    run = "RUN"
+    features = "0:40"
+    stages = ["explain", "simulate", "score"]
+    llm = "paid"                  # an endpoint of the configuration file, or a table [llm]
+
+    [plan]
+    n_test = 10
+
+    [budget]
+    usd = 2.5
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from featureinterp.errors import InputError
+from featureinterp.jobs.budget import Budget
+from featureinterp.jobs.explain import Plan
+from featureinterp.llm.config import EMBEDDED, Endpoint, load_config
+from featureinterp.records.policy import RecordPolicy
+from featureinterp.validation import first_problem
+
+Stage = Literal["explain", "simulate", "score"]
+
+
+class Job(pydantic.BaseModel):
+    """Which features of which run are explained and judged, by which models, for how much.
+
+    ``run``: folder that ``collect`` wrote. ``features``: ``"0:40"``, ``"3,17"``, ``"random:20"``, ``"alive"`` or indices. ``out``: folder for
+    journal, results and report (``RUN/explain``). ``stages``: ``explain`` is always needed; ``simulate`` adds correlations, ``score`` detection,
+    fuzzing and complexity. ``llm``: an endpoint, the name of one in the configuration file, or None for the embedded model.
+    ``max_failure_rate``: the job stops when more of its stages fail.
+    """
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    run: Path
+    features: str | tuple[int, ...] = "random:10"
+    out: Path | None = None
+    stages: tuple[Stage, ...] = ("explain", "simulate", "score")
+    explainer: Literal["one-shot", "top-tokens"] = "one-shot"
+    style: Literal["sentence", "rules"] = "sentence"
+    rule_cap: int = pydantic.Field(5, ge=1, le=10)
+    simulator: Literal["all-at-once", "prompt-logprobs", "rated", "lexical"] = "all-at-once"
+    simulator_model: str = EMBEDDED
+    simulator_device: str | None = None
+    simulator_dtype: str | None = None
+    llm: Endpoint | str | None = None
+    plan: Plan = Plan()
+    records: RecordPolicy = RecordPolicy()
+    budget: Budget = Budget()
+    max_failure_rate: float = pydantic.Field(0.5, gt=0, le=1)
+
+    @pydantic.field_validator("stages")
+    @classmethod
+    def _explains(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+        if "explain" not in stages:
+            raise ValueError("explain is missing, without which there is nothing to judge")
+        return stages
+
+    @property
+    def folder(self) -> Path:
+        """Where journal, results and report go."""
+        return self.out or self.run / "explain"
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The endpoint that is meant. Raises ``UnknownNameError`` for a name that the configuration file lacks."""
+        if isinstance(self.llm, str):
+            return load_config().endpoint(self.llm)
+        return self.llm or Endpoint()
+
+    @property
+    def effective_plan(self) -> Plan:
+        """The plan without the stages that are not wanted; one feature at a time on the embedded model."""
+        plan, asks = self.plan, "score" in self.stages
+        return replace(
+            plan,
+            simulate=plan.simulate and "simulate" in self.stages,
+            detection=plan.detection and asks,
+            fuzzing=plan.fuzzing and asks,
+            complexity=plan.complexity and asks,
+            concurrency=1 if self.endpoint.base_url is None else plan.concurrency,
+        )
+
+
+def make_job(**fields: Any) -> Job:
+    """A job from its fields. Raises ``InputError`` that names the first one that is wrong."""
+    try:
+        return Job(**fields)
+    except pydantic.ValidationError as error:
+        raise InputError(f"the job has a mistake: {first_problem(error)}") from error
+
+
+def load_job(path: Path) -> Job:
+    """A job from a TOML file; relative paths in it start from the file's folder. Raises ``InputError`` that names what is wrong."""
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"the job {path} cannot be read: {error}") from error
+    for name in ("run", "out"):
+        if isinstance(fields.get(name), str):
+            fields[name] = path.parent / fields[name]
+    try:
+        return Job.model_validate(fields)
+    except pydantic.ValidationError as error:
+        raise InputError(f"the job {path} has a mistake: {first_problem(error)}") from error

@@ -1,0 +1,146 @@
+"""Answers that were paid for once: on disk, by the content of the request."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+
+from featureinterp.domain.usage import Usage
+from featureinterp.errors import LanguageModelError, StorageError
+from featureinterp.files import content_key
+from featureinterp.interfaces import LanguageModel
+from featureinterp.llm.types import Reply, Request
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS replies (
+    key TEXT PRIMARY KEY, model TEXT NOT NULL, reply TEXT NOT NULL, created REAL NOT NULL
+) STRICT;
+"""
+
+
+class ReplyStore:
+    """A SQLite file of replies. Table ``replies``: ``key`` (hash of endpoint, model and everything in the request that can change
+    the answer), ``model``, ``reply`` (JSON), ``created`` (Unix seconds). A reply is on disk before it is used."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path, isolation_level=None)
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute("PRAGMA synchronous = NORMAL")
+            self._connection.execute("PRAGMA busy_timeout = 10000")
+            self._connection.executescript(_SCHEMA)
+        except (sqlite3.Error, OSError) as error:
+            raise StorageError(f"the cache of replies {path} cannot be opened ({error}): check the path, its permissions and the free space") from error
+
+    def get(self, key: str) -> Reply | None:
+        """The reply under a key."""
+        row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
+        return None if row is None else _reply_from(json.loads(row[0]))
+
+    def put(self, key: str, model: str, reply: Reply) -> None:
+        """Keeps a reply."""
+        try:
+            self._connection.execute(
+                "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (key, model, json.dumps(_to_json(reply), ensure_ascii=False), time.time())
+            )
+        except sqlite3.Error as error:
+            raise StorageError(f"the cache of replies {self.path} cannot be written ({error}): free some space and run the same command again") from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._connection.close()
+
+
+@dataclass(slots=True)
+class _Pending:
+    done: anyio.Event
+    reply: Reply | None = None
+    error: LanguageModelError | None = None
+
+
+class Cached:
+    """Asks ``model`` only what it has not answered before. Equal requests at the same time are one request.
+
+    ``identity`` is what beside the request determines the answer: the endpoint's address and its own parameters. Replies that
+    the request's ``check`` refuses are passed on and not kept. The usage of a kept reply is what it cost when it was new.
+    """
+
+    def __init__(self, model: LanguageModel, store: ReplyStore, *, identity: Any = None) -> None:
+        self.name = model.name
+        self.hits = 0
+        self._model, self._store, self._identity = model, store, identity
+        self._pending: dict[str, _Pending] = {}
+
+    def key(self, request: Request) -> str:
+        """The content key of a request."""
+        asked = [
+            [[m.role, m.content] for m in request.messages],
+            [request.max_tokens, request.temperature, request.seed, request.n, request.top_logprobs],
+            request.stop,
+            request.schema,
+            request.prompt,
+            request.read_at,
+        ]
+        return content_key([self._identity, self.name, asked])
+
+    async def complete(self, request: Request) -> Reply:
+        key = self.key(request)
+        while True:
+            if (known := self._store.get(key)) is not None:
+                self.hits += 1
+                return known
+            pending = self._pending.get(key)
+            if pending is None:
+                return await self._ask(key, request)
+            await pending.done.wait()
+            if pending.error is not None:
+                raise pending.error
+            if pending.reply is not None:
+                return pending.reply
+
+    async def _ask(self, key: str, request: Request) -> Reply:
+        pending = self._pending[key] = _Pending(anyio.Event())
+        try:
+            reply = await self._model.complete(request)
+            if is_answer(request, reply):
+                self._store.put(key, self.name, reply)
+            pending.reply = reply
+            return reply
+        except LanguageModelError as error:
+            pending.error = error
+            raise
+        finally:
+            del self._pending[key]
+            pending.done.set()
+
+
+def is_answer(request: Request, reply: Reply) -> bool:
+    """Whether a reply passes the request's own check."""
+    try:
+        if request.check is not None:
+            request.check(reply)
+    except LanguageModelError:
+        return False
+    return True
+
+
+def _to_json(reply: Reply) -> dict[str, Any]:
+    return {
+        "texts": reply.texts,
+        "truncated": reply.truncated,
+        "usage": asdict(reply.usage),
+        "first_token": [dict(f) for f in reply.first_token],
+        "read": [dict(f) for f in reply.read],
+    }
+
+
+def _reply_from(value: dict[str, Any]) -> Reply:
+    return Reply(tuple(value["texts"]), tuple(value["truncated"]), Usage(**value["usage"]), tuple(value["first_token"]), tuple(value["read"]))

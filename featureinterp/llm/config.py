@@ -1,0 +1,119 @@
+"""Endpoints by name: one of them as a value, and the user's configuration file that lists them.
+
+    [endpoints.fast]
+    base_url = "http://localhost:8000/v1"
+    model = "Qwen/Qwen2.5-7B-Instruct"
+    concurrency = 64
+
+    [endpoints.paid]
+    base_url = "https://openrouter.ai/api/v1"
+    model = "vendor/model"
+    api_key_env = "OPENROUTER_API_KEY"
+    rpm = 500
+    price = { input = 0.15, output = 0.60 }    # USD per million tokens
+
+    [prices."some-model"]
+    input = 1.0
+    output = 4.0
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pydantic
+
+from featureinterp.errors import InputError, UnknownNameError
+from featureinterp.llm.prices import FREE, PRICES, Price, price_of
+from featureinterp.validation import first_problem
+
+CONFIG_VARIABLE = "FEATUREINTERP_CONFIG"
+EMBEDDED = "qwen2.5-coder-1.5b-instruct"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An OpenAI-compatible endpoint. ``base_url`` None stands for the embedded model ``model``.
+
+    ``api_key_env``: name of the environment variable with the key; None: the endpoint needs none. ``rpm``, ``tpm``: requests and tokens per
+    minute at most. ``max_attempts``, ``max_wait_s``: how often and how long a request is tried again. ``price``: USD per million tokens.
+    ``tokenizer``: Hugging Face name or folder of the model's tokenizer, for reading prompts token by token. ``extra_body``: fields that are
+    added to every request.
+    """
+
+    base_url: str | None = None
+    model: str = EMBEDDED
+    api_key_env: str | None = "OPENAI_API_KEY"
+    concurrency: int = 16
+    rpm: int | None = None
+    tpm: int | None = None
+    timeout_s: float = 120.0
+    max_attempts: int = 6
+    max_wait_s: float = 300.0
+    price: Price | None = None
+    tokenizer: str | None = None
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        for name in ("concurrency", "rpm", "tpm", "max_attempts", "timeout_s", "max_wait_s"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"an endpoint's {name} of {value} is not possible: give one above 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the configuration file says; empty when there is none."""
+
+    path: Path
+    endpoints: Mapping[str, Endpoint]
+    prices: Mapping[str, Price]
+
+    def endpoint(self, name: str) -> Endpoint:
+        """The endpoint of that name. Raises ``UnknownNameError`` with those that exist."""
+        if name in self.endpoints:
+            return self.endpoints[name]
+        known = f"it has {', '.join(self.endpoints)}" if self.endpoints else f"add a table [endpoints.{name}] with base_url and model"
+        raise UnknownNameError(f"there is no endpoint {name!r} in {self.path}: {known}")
+
+    def price(self, endpoint: Endpoint) -> Price | None:
+        """An endpoint's price: its own, the file's, or the list price; the embedded model is free."""
+        if endpoint.base_url is None:
+            return FREE
+        return endpoint.price or price_of(endpoint.model, self.prices) or price_of(endpoint.model, PRICES)
+
+
+class _File(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    endpoints: dict[str, Endpoint] = {}
+    prices: dict[str, Price] = {}
+
+
+def config_path() -> Path:
+    """Where the configuration file is looked for: ``$FEATUREINTERP_CONFIG``, or ``config.toml`` in the user's configuration folder."""
+    import platformdirs
+
+    named = os.environ.get(CONFIG_VARIABLE)
+    return Path(named) if named else platformdirs.user_config_path("featureinterp") / "config.toml"
+
+
+def load_config() -> Config:
+    """Reads the configuration file. Raises ``InputError`` with the place of the first mistake in it."""
+    path = config_path()
+    if not path.is_file():
+        return Config(path, {}, {})
+    try:
+        found = _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"the configuration {path} cannot be read: {error}") from error
+    except pydantic.ValidationError as error:
+        raise InputError(f"the configuration {path} has a mistake: {first_problem(error)}") from error
+    return Config(path, found.endpoints, found.prices)

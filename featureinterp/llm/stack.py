@@ -1,0 +1,61 @@
+"""An endpoint with everything around it, put together in one place."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from featureinterp.interfaces import LanguageModel
+from featureinterp.llm.cached import Cached, ReplyStore
+from featureinterp.llm.config import Endpoint
+from featureinterp.llm.limited import Limited, Limits
+from featureinterp.llm.metered import Meter, Metered
+from featureinterp.llm.prices import Price
+from featureinterp.llm.retrying import Retrying
+from featureinterp.llm.tally import Tallied
+from featureinterp.llm.types import Message, Request
+
+PROBE = Request((Message("user", "Say yes."),), max_tokens=4)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """An endpoint that is open. ``limited``: its requests within their limits and tried again. ``bare``: the adapter alone."""
+
+    limited: LanguageModel
+    bare: Any
+    embedded: bool
+
+    def model(self, replies: ReplyStore | None = None) -> LanguageModel:
+        """The model for all work; with a store of replies it asks nothing twice."""
+        identity = None if self.embedded else self.bare.identity
+        return Tallied(self.limited if replies is None else Cached(self.limited, replies, identity=identity))
+
+    async def check(self) -> None:
+        """One small request, so that a wrong key, name or address is known before any work."""
+        if not self.embedded:
+            await self.bare.complete(PROBE)
+
+
+@asynccontextmanager
+async def open_stack(endpoint: Endpoint, meter: Meter, *, price: Price | None = None) -> AsyncIterator[Stack]:
+    """Innermost first: the adapter; metered; limited, so that what waits for its turn has not been spent; retrying, so that a backoff
+    holds no slot; then cached and tallied (:meth:`Stack.model`). The adapter is closed at the end of the block."""
+    bare: Any
+    if endpoint.base_url is None:
+        from featureinterp.llm.embedded import EmbeddedModel
+
+        bare = EmbeddedModel(endpoint.model)
+    else:
+        from featureinterp.llm.openai import OpenAIModel
+
+        bare = OpenAIModel(
+            endpoint.base_url, endpoint.model, api_key_env=endpoint.api_key_env, timeout_s=endpoint.timeout_s, extra_body=endpoint.extra_body
+        )
+    try:
+        limited = Limited(Metered(bare, meter, price=price), Limits(endpoint.concurrency, rpm=endpoint.rpm, tpm=endpoint.tpm))
+        yield Stack(Retrying(limited, attempts=endpoint.max_attempts, max_seconds=endpoint.max_wait_s), bare, endpoint.base_url is None)
+    finally:
+        await bare.aclose()

@@ -1,0 +1,48 @@
+"""What one piece of work cost, whichever of its tasks asked, and whether or not the answer was kept from an earlier time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from featureinterp.domain.usage import Usage
+from featureinterp.interfaces import LanguageModel
+from featureinterp.llm.types import Reply, Request
+
+
+@dataclass
+class Tally:
+    """The sum so far."""
+
+    usage: Usage = Usage()
+
+
+_CURRENT: ContextVar[Tally | None] = ContextVar("tally", default=None)
+
+
+@contextmanager
+def tally() -> Iterator[Tally]:
+    """Adds up what :class:`Tallied` models are asked within the block, by the tasks that are started in it, too."""
+    found = Tally()
+    token = _CURRENT.set(found)
+    try:
+        yield found
+    finally:
+        _CURRENT.reset(token)
+
+
+class Tallied:
+    """Passes requests on to ``model`` and counts the replies towards the :func:`tally` around the caller."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.name = model.name
+        self._model = model
+
+    async def complete(self, request: Request) -> Reply:
+        reply = await self._model.complete(request)
+        current = _CURRENT.get()
+        if current is not None:
+            current.usage += reply.usage
+        return reply

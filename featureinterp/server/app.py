@@ -1,0 +1,380 @@
+"""The HTTP interface: submit, list, watch and cancel jobs, read their results."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import anyio
+import fastapi
+import jinja2
+import pydantic
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+
+from featureinterp import __version__
+from featureinterp.errors import FeatureInterpError, InputError, UnknownNameError
+from featureinterp.server.folder import ENDED, JobsFolder, JobView
+from featureinterp.server.runner import Runner
+
+MAX_BODY = 64_000
+PAGE = 100
+_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What requests may name. ``runs``: the folder whose run folders can be explained. ``endpoints``: names of the configuration file; the
+    embedded model is always allowed. ``simulator_models``: names of local simulators. ``token``: what every request must carry; None: none
+    is needed. ``queue``: how many jobs may wait. ``parallel``: how many run at once."""
+
+    jobs: Path
+    runs: Path
+    endpoints: tuple[str, ...] = ()
+    simulator_models: tuple[str, ...] = ("qwen2.5-coder-1.5b-instruct",)
+    token: str | None = field(default=None, repr=False)
+    queue: int = 100
+    parallel: int = 1
+
+
+class Submission(pydantic.BaseModel):
+    """A job to be run. Names stand for what the operator allowed; there are no paths and no addresses."""
+
+    model_config = pydantic.ConfigDict(
+        extra="forbid",
+        protected_namespaces=(),
+        json_schema_extra={"examples": [{"run": "demo", "features": "random:10", "llm": None, "n_test": 8, "budget_usd": 1.5}]},
+    )
+
+    run: str = pydantic.Field(pattern=_NAME, description="Name of a run folder (GET /api/runs).")
+    features: str = pydantic.Field("random:10", min_length=1, max_length=2000, description='"0:40", "3,17", "random:20" or "alive".')
+    llm: str | None = pydantic.Field(None, pattern=_NAME, description="Name of an endpoint (GET /api/endpoints); null: the embedded model.")
+    stages: list[Literal["explain", "simulate", "score"]] = pydantic.Field(["explain", "simulate", "score"], max_length=3)
+    explainer: Literal["one-shot", "top-tokens"] = "one-shot"
+    style: Literal["sentence", "rules"] = "sentence"
+    rule_cap: int = pydantic.Field(5, ge=1, le=10)
+    simulator: Literal["all-at-once", "rated", "lexical"] = "all-at-once"
+    simulator_model: str | None = pydantic.Field(None, max_length=200, description="One of the local models that are allowed.")
+    n_test: int = pydantic.Field(10, ge=1, le=100, description="Test windows of each kind.")
+    seed: int = pydantic.Field(0, ge=0, le=2**31 - 1)
+    budget_usd: float | None = pydantic.Field(None, gt=0, le=1e6)
+    max_minutes: float | None = pydantic.Field(None, gt=0, le=1e5)
+
+
+class JobAnswer(pydantic.BaseModel):
+    """A job. ``progress``: done, failed, total, in_flight, requests, tokens, cost_usd, seconds, left_s, and the latest explanation."""
+
+    id: str
+    state: Literal["queued", "running", "done", "stopped", "failed", "cancelled"]
+    run: str
+    features: str
+    llm: str
+    submitted_at: float
+    message: str
+    progress: dict[str, Any]
+
+
+class Problem(pydantic.BaseModel):
+    """Why a request was not done."""
+
+    detail: str
+
+
+class Feature(pydantic.BaseModel):
+    """One feature of a job's results."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
+
+    feature: int
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status, self.detail, self.headers = status, detail, headers
+
+
+def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
+    words = {
+        401: "The token is missing or wrong.",
+        404: "There is nothing of that name.",
+        405: "The path takes another method.",
+        409: "The job is not in a state for that.",
+        413: "The body is too large.",
+        422: "The request has a mistake; the detail names it.",
+        429: "The queue is full.",
+    }
+    return {code: {"model": Problem, "description": words[code]} for code in (401, *codes)}
+
+
+JobId = Annotated[str, fastapi.Path(description="The job's id.", max_length=80, examples=["20260101-120000-0123abcd"])]
+Limit = Annotated[int, fastapi.Query(ge=1, le=1000, description="At most so many.")]
+Offset = Annotated[int, fastapi.Query(ge=0, le=10**9, description="Leave out so many first.")]
+
+
+def make_app(rules: Rules) -> fastapi.FastAPI:
+    """The service for an operator's rules. Its workers go on when it ends."""
+    jobs = JobsFolder(rules.jobs)
+    runner = Runner(jobs, parallel=rules.parallel)
+
+    @asynccontextmanager
+    async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
+        async with anyio.create_task_group() as group:
+            group.start_soon(runner.serve)
+            yield
+            group.cancel_scope.cancel()
+
+    app = fastapi.FastAPI(
+        title="featureinterp",
+        version=__version__,
+        summary="Jobs that explain features of sparse autoencoders and test the explanations.",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url="/api/openapi.json",
+    )
+    app.add_middleware(_Gate, rules=rules)
+
+    @app.exception_handler(_Refused)
+    async def refused(_: fastapi.Request, error: _Refused) -> JSONResponse:
+        return JSONResponse({"detail": error.detail}, error.status, error.headers)
+
+    @app.exception_handler(FeatureInterpError)
+    async def failed(_: fastapi.Request, error: FeatureInterpError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, 404 if isinstance(error, UnknownNameError) else 422)
+
+    @app.exception_handler(fastapi.exceptions.RequestValidationError)
+    async def mistaken(_: fastapi.Request, error: fastapi.exceptions.RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return JSONResponse({"detail": f"{'.'.join(str(p) for p in first['loc'][1:]) or 'the body'}: {first['msg']}"}, 422)
+
+    @app.get("/health", tags=["service"], summary="Is the service up? Needs no token.")
+    async def health() -> dict[str, str]:
+        return {"status": "ok", "version": __version__}
+
+    @app.get("/", response_class=HTMLResponse, include_in_schema=False)
+    async def front() -> HTMLResponse:
+        views = await anyio.to_thread.run_sync(lambda: list(jobs.views(PAGE)))
+        page = _template("index.html").render(jobs=[v.to_json() for v in views], ended=ENDED, version=__version__)
+        return HTMLResponse(page, headers=_HEADERS)
+
+    @app.get("/api/runs", tags=["service"], summary="Names of the runs that can be explained", responses=_problems())
+    async def runs() -> list[str]:
+        return await anyio.to_thread.run_sync(_runs, rules)
+
+    @app.get("/api/endpoints", tags=["service"], summary="Names of the endpoints that can be asked", responses=_problems())
+    async def endpoints() -> list[str]:
+        return list(rules.endpoints)
+
+    @app.post("/api/jobs", status_code=201, tags=["jobs"], summary="Submit a job", responses=_problems(404, 413, 422, 429))
+    async def submit(submission: Submission) -> JobAnswer:
+        return await anyio.to_thread.run_sync(_submit, submission, rules, jobs)
+
+    @app.get("/api/jobs", tags=["jobs"], summary="All jobs, the newest first", responses=_problems(422))
+    async def listed(limit: Limit = PAGE, offset: Offset = 0) -> list[JobAnswer]:
+        found = await anyio.to_thread.run_sync(lambda: list(jobs.views(limit + offset))[offset:])
+        return [_answer(view) for view in found]
+
+    @app.get("/api/jobs/{job_id}", tags=["jobs"], summary="One job", responses=_problems(404, 422))
+    async def one(job_id: JobId) -> JobAnswer:
+        return _answer(await anyio.to_thread.run_sync(jobs.view, job_id))
+
+    @app.get(
+        "/api/jobs/{job_id}/events",
+        tags=["jobs"],
+        summary="Watch a job: server-sent events, one whenever it changes, until it has ended",
+        response_class=StreamingResponse,
+        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Events named job, each a job as JSON."}}
+        | _problems(404, 422),
+    )
+    async def events(job_id: JobId) -> StreamingResponse:
+        await anyio.to_thread.run_sync(jobs.path, job_id)
+
+        async def stream() -> AsyncIterator[str]:
+            async for view in runner.watch(job_id):
+                yield f"event: job\ndata: {json.dumps(view.to_json())}\n\n"
+
+        return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+
+    @app.post("/api/jobs/{job_id}/cancel", tags=["jobs"], summary="Ask a job to end; what is finished is kept", responses=_problems(404, 409, 422))
+    async def cancel(job_id: JobId) -> JobAnswer:
+        view = await anyio.to_thread.run_sync(jobs.view, job_id)
+        if view.state in ENDED:
+            raise _Refused(409, f"the job has ended already: it is {view.state}")
+        await anyio.to_thread.run_sync(runner.cancel, job_id)
+        return _answer(await anyio.to_thread.run_sync(jobs.view, job_id))
+
+    @app.post("/api/jobs/{job_id}/resume", tags=["jobs"], summary="Let a job that ended before it was through go on", responses=_problems(404, 409, 422, 429))
+    async def resume(job_id: JobId) -> JobAnswer:
+        view = await anyio.to_thread.run_sync(jobs.view, job_id)
+        if view.state not in ENDED:
+            raise _Refused(409, f"the job has not ended: it is {view.state}")
+        _check_queue(rules, jobs)
+        await anyio.to_thread.run_sync(jobs.resume, job_id)
+        return _answer(await anyio.to_thread.run_sync(jobs.view, job_id))
+
+    @app.get("/api/jobs/{job_id}/results", tags=["results"], summary="Features of a job, without their windows", responses=_problems(404, 422))
+    async def results(job_id: JobId, limit: Limit = PAGE, offset: Offset = 0) -> list[Feature]:
+        found = await anyio.to_thread.run_sync(_results, jobs, job_id, offset, offset + limit)
+        return [Feature(**{k: v for k, v in row.items() if k != "windows"}) for row in found]
+
+    @app.get("/api/jobs/{job_id}/features/{feature}", tags=["results"], summary="One feature, with its windows", responses=_problems(404, 422))
+    async def feature(job_id: JobId, feature: Annotated[int, fastapi.Path(ge=0, le=2**40)]) -> Feature:
+        found = await anyio.to_thread.run_sync(_feature, jobs, job_id, feature)
+        return Feature(**found)
+
+    @app.get(
+        "/api/jobs/{job_id}/report",
+        tags=["results"],
+        summary="The report: one self-contained HTML page",
+        response_class=HTMLResponse,
+        responses=_problems(404, 422),
+    )
+    async def report(job_id: JobId) -> HTMLResponse:
+        path = await anyio.to_thread.run_sync(jobs.path, job_id) / "out" / "report.html"
+        if not path.is_file():
+            raise _Refused(404, f"the job {job_id} has no report yet")
+        return HTMLResponse(await anyio.Path(path).read_text(encoding="utf-8"), headers=_HEADERS)
+
+    return app
+
+
+def _answer(view: JobView) -> JobAnswer:
+    return JobAnswer(**view.to_json())
+
+
+def _runs(rules: Rules) -> list[str]:
+    if not rules.runs.is_dir():
+        return []
+    return sorted(p.name for p in rules.runs.iterdir() if (p / "codes" / "codes.json").is_file())
+
+
+def _check_queue(rules: Rules, jobs: JobsFolder) -> None:
+    if len(jobs.waiting()) >= rules.queue:
+        raise _Refused(429, f"{rules.queue} jobs are waiting already: try again when some have begun", {"Retry-After": "60"})
+
+
+def _submit(submission: Submission, rules: Rules, jobs: JobsFolder) -> JobAnswer:
+    from featureinterp import api
+    from featureinterp.jobs.records import parse_features
+    from featureinterp.jobs.spec import make_job
+
+    if submission.run not in _runs(rules):
+        raise UnknownNameError(f"there is no run {submission.run!r}: GET /api/runs lists them")
+    if submission.llm is not None and submission.llm not in rules.endpoints:
+        raise UnknownNameError(f"there is no endpoint {submission.llm!r}: GET /api/endpoints lists them")
+    model = submission.simulator_model or rules.simulator_models[0]
+    if model not in rules.simulator_models:
+        raise UnknownNameError(f"the simulator {model[:60]!r} is not allowed: choose from {', '.join(rules.simulator_models)}")
+    _check_queue(rules, jobs)
+    folder = rules.runs / submission.run
+    parse_features(submission.features, api.open_run(folder))
+    job = make_job(
+        run=folder,
+        features=submission.features,
+        llm=submission.llm,
+        stages=tuple(submission.stages),
+        explainer=submission.explainer,
+        style=submission.style,
+        rule_cap=submission.rule_cap,
+        simulator=submission.simulator,
+        simulator_model=model,
+        plan={"n_test": submission.n_test, "seed": submission.seed},
+        records={"seed": submission.seed},
+        budget={"usd": submission.budget_usd, "minutes": submission.max_minutes},
+    )
+    return _answer(jobs.view(jobs.submit(job, submission.model_dump(mode="json"))))
+
+
+def _results(jobs: JobsFolder, number: str, start: int, end: int) -> list[dict[str, Any]]:
+    path = jobs.path(number) / "out" / "results.jsonl"
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for i, line in enumerate(file) if start <= i < end]
+
+
+def _feature(jobs: JobsFolder, number: str, index: int) -> dict[str, Any]:
+    for row in _results(jobs, number, 0, 2**62):
+        if row["feature"] == index:
+            return row
+    raise UnknownNameError(f"the job {number} has no results of feature {index}")
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(loader=jinja2.PackageLoader("featureinterp.server"), autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template(name)
+
+
+class _Gate:
+    """Lets in what carries the token and is not too large; all else is answered here."""
+
+    def __init__(self, app: Any, rules: Rules) -> None:
+        self.app, self.token = app, rules.token
+
+    async def __call__(self, scope: dict[str, Any], receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {k.lower(): v for k, v in scope["headers"]}
+        if self.token is not None and scope["path"] != "/health" and not _carries(headers.get(b"authorization", b""), self.token):
+            problem = JSONResponse({"detail": "the token is missing or wrong: send 'Authorization: Bearer TOKEN'"}, 401, {"WWW-Authenticate": "Basic realm=featureinterp"})
+            await problem(scope, receive, send)
+            return
+        body = b""
+        more = scope["method"] not in ("GET", "HEAD")
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > MAX_BODY:
+                await JSONResponse({"detail": f"the body is larger than {MAX_BODY:,} bytes"}, 413)(scope, receive, send)
+                return
+        whole = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Any:
+            return whole.pop() if whole else await receive()
+
+        await self.app(scope, replay, send)
+
+
+def _carries(header: bytes, token: str) -> bool:
+    """Whether an Authorization header holds the token: as a bearer token, or as the password that a browser asks for."""
+    kind, _, value = header.decode("latin-1").partition(" ")
+    if kind.lower() == "basic":
+        try:
+            value = base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return False
+    elif kind.lower() != "bearer":
+        return False
+    return hmac.compare_digest(value.strip().encode(), token.encode())
+
+
+def check_binding(host: str, token: str | None) -> None:
+    """Raises ``InputError`` when the service would be open to other machines without a token."""
+    import ipaddress
+
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local and not token:
+        raise InputError(f"the address {host} can be reached from other machines: give a token with --token-env, or bind to 127.0.0.1")
+    if token is not None and len(token) < 16:
+        raise InputError("the token is shorter than 16 characters: give a longer one")

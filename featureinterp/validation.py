@@ -1,0 +1,16 @@
+"""What pydantic found wrong, in one sentence."""
+
+from __future__ import annotations
+
+import pydantic
+
+
+def first_problem(error: pydantic.ValidationError) -> str:
+    """The place and the nature of the first problem, with the value that has it when it is short."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(p) for p in first["loc"]) or "the whole"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{place} is no known field"
+    value = repr(first["input"])
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {message}" + (f" (it is {value})" if first["type"] != "missing" and len(value) <= 60 else "")

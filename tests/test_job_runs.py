@@ -1,0 +1,388 @@
+"""Whole jobs against a played endpoint that misbehaves: nothing lost, nothing paid twice, and it ends when it should."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+from conftest import D_MODEL, HOOK
+from endpoint import KEY, Endpoint as Played
+from endpoint import endpoint, play
+from test_cli import cli, refused
+from tiny import make_sae
+
+import featureinterp as fi
+from featureinterp.codes.collect import collect
+from featureinterp.corpus.text import load_corpus
+from featureinterp.corpus.windows import WindowPolicy
+from featureinterp.domain.result import FeatureResult
+from featureinterp.errors import BudgetReachedError, EndpointRefusedError, InputError, TooManyFailuresError
+from featureinterp.jobs.journal import Journal
+from featureinterp.jobs.records import alive_features
+from featureinterp.llm.prices import Price
+from featureinterp.resources import prompts_folder
+from featureinterp.sae.load import load_sae, save_sae
+from featureinterp.subject.load import Subject
+
+MIXED = ("429", "429-date", "500", "503", "drop", "truncate", "malformed", "schema", "length", "stall")
+COUNTS = {"top": (4, 2, 2), "random": (0, 2, 2)}
+PLAN = {"n_test": 2, "n_valid": 2, "negatives": ("random",), "concurrency": 16}
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, subject: Subject, corpus_file: Path) -> Path:
+    """A run with more than 200 features that fire."""
+    folder = tmp_path_factory.mktemp("wide")
+    save_sae(folder / "sae", make_sae("topk", D_MODEL, 512), hook=HOOK, model="tiny")
+    collect(subject, load_sae(str(folder / "sae")), load_corpus(str(corpus_file)), folder / "run", WindowPolicy(16, 8))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def features(wide: Path) -> list[int]:
+    return [int(f) for f in alive_features(fi.open_run(wide))[:200]]
+
+
+def job(run: Path, out: Path, server: Played | str, features: list[int], **fields: Any) -> fi.Job:
+    url = server if isinstance(server, str) else server.url
+    llm = fi.Endpoint(url, "m", None, concurrency=64, timeout_s=10, price=fields.pop("price", Price(1, 1)), **fields.pop("llm", {}))
+    plan = fi.Plan(**(PLAN | fields.pop("plan", {})))
+    return fi.Job(
+        run=run, out=out, features=tuple(features), simulator="lexical", llm=llm, plan=plan, records=fi.RecordPolicy(COUNTS), **fields
+    )
+
+
+def essence(results: Any) -> list[Any]:
+    """What does not depend on when or how often something was tried."""
+    return [(r.feature, r.explanation.text if r.explanation else None, r.scores, r.null_of, r.windows, r.complexity) for r in results]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(wide: Path, features: list[int], tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], int]:
+    with endpoint() as server:
+        results = fi.run(job(wide, tmp_path_factory.mktemp("calm"), server, features))
+        assert results.stopped is None and results.n_failures == 0 and not server.paid_twice()
+        return essence(results), len(server.ledger) - 1
+
+
+def check_accounts(results: fi.Results, server: Played, features: list[int]) -> None:
+    """Every feature is done, or has a failure with its cause, or gaps that are counted; no answer that came whole was bought again."""
+    assert results.outcome is not None and results.stopped is None and not results.outcome.left
+    assert [r.feature for r in results] == features and set(results.outcome.status) == set(features)
+    for r in results:
+        status = results.outcome.status[r.feature]
+        assert (status == "failed") == bool(r.failures) and all(f.error and f.message for f in r.failures)
+        if status == "partial":
+            assert any(s.n_failed for s in r.scores)
+        if status == "done":
+            assert r.explanation is not None and not any(s.n_failed for s in r.scores)
+    assert not server.paid_twice()
+
+
+def test_a_job_gets_through_every_fault_at_once(wide: Path, features: list[int], tmp_path: Path, undisturbed: tuple[list[Any], int]):
+    out, expected = tmp_path / "out", undisturbed[0]
+    with endpoint(faults=dict.fromkeys(MIXED, 0.05), stall_s=0.2) as server:
+        first = fi.run(job(wide, out, server, features, max_failure_rate=1.0))
+        check_accounts(first, server, features)
+        assert {e.fault for e in server.ledger} == {None, *MIXED}
+        server.faults = {}
+        url, n = server.url, len(server.ledger)
+        again = fi.run(job(wide, out, url, features))
+        assert set(again.outcome.status.values()) == {"done"} and again.n_failures == 0
+        assert 0 < len(server.ledger) - n < 0.5 * n
+        n = len(server.ledger)
+        third = fi.run(job(wide, out, url, features))
+        assert len(server.ledger) == n and essence(third) == essence(again)
+    same = sum(a == b for a, b in zip(essence(again), expected, strict=True))
+    assert same > 0.7 * len(features)  # the others have an explanation from a second attempt, or a neighbour that has
+    connection = sqlite3.connect(out / "journal.sqlite")
+    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", MIXED)
+def test_a_job_gets_through_each_fault_alone(fault: str, wide: Path, features: list[int], tmp_path: Path):
+    with endpoint(faults={fault: 0.3}) as server:
+        results = fi.run(job(wide, tmp_path / "out", server, features, max_failure_rate=1.0, llm={"max_attempts": 12}))
+    check_accounts(results, server, features)
+    if fault not in ("schema", "length"):
+        assert set(results.outcome.status.values()) == {"done"}
+
+
+def server_process(ledger: Path, *options: str) -> tuple[subprocess.Popen[str], str]:
+    script = Path(__file__).parent / "endpoint.py"
+    process = subprocess.Popen([sys.executable, str(script), "--ledger", str(ledger), *options], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, process.stdout.readline().strip()
+
+
+def written(job: fi.Job, path: Path) -> Path:
+    """A job as a TOML file."""
+    llm, plan = job.endpoint, job.plan
+    assert not isinstance(job.features, str)
+    path.write_text(
+        f"run = {json.dumps(str(job.run))}\nout = {json.dumps(str(job.out))}\nfeatures = {list(job.features)}\nsimulator = 'lexical'\n"
+        f"[llm]\nbase_url = '{llm.base_url}'\nmodel = '{llm.model}'\napi_key_env = 'TEST_KEY'\nconcurrency = {llm.concurrency}\nprice = {{ input = 1, output = 1 }}\n"
+        f"[plan]\nn_test = {plan.n_test}\nn_valid = {plan.n_valid}\nnegatives = ['random']\nconcurrency = {plan.concurrency}\n"
+        f"[records.counts]\n" + "".join(f"{k} = {list(v)}\n" for k, v in COUNTS.items())
+    )
+    return path
+
+
+def program(*args: str) -> subprocess.Popen[str]:
+    env = os.environ | {"TEST_KEY": KEY}
+    return subprocess.Popen([sys.executable, "-m", "featureinterp.cli.main", *args], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def kill_at_random(times: int, wide: Path, features: list[int], folder: Path, expected: tuple[list[Any], int]) -> None:
+    """Kills a job again and again, and looks at what is left each time."""
+    luck, ledger = random.Random(0), folder / "ledger.jsonl"
+    server, url = server_process(ledger, "--latency", "0.1")
+    try:
+        wanted = job(wide, folder / "out", url, features)
+        file = written(wanted, folder / "job.toml")
+        kills = in_flight = 0
+        while kills < times:
+            before = paid(ledger)
+            process = program("run", str(file), "--json")
+            goal = before + luck.randint(1, 2 * expected[1] // times)
+            while process.poll() is None and paid(ledger) < goal:
+                time.sleep(0.01)
+            if process.poll() is not None:
+                break
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            in_flight += 64
+            if (folder / "out" / "journal.sqlite").exists():
+                assert sqlite3.connect(folder / "out" / "journal.sqlite").execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        assert kills >= min(times, 2)
+        last = program("run", str(file), "--json")
+        out, err = last.communicate()
+        assert last.returncode == 0, err
+    finally:
+        server.kill()
+    assert essence(FeatureResult.from_json(json.loads(line)) for line in (folder / "out" / "results.jsonl").read_text().splitlines()) == expected[0]
+    entries = [json.loads(line) for line in ledger.read_text().splitlines()]
+    checks = sum(1 for _ in entries) - len({e["digest"] for e in entries})
+    assert checks <= in_flight + kills + 1
+    digests = Counter(e["digest"] for e in entries)
+    assert len(digests) - 1 == expected[1]
+
+
+def paid(ledger: Path) -> int:
+    return len(ledger.read_text().splitlines()) if ledger.exists() else 0
+
+
+def test_a_job_that_is_killed_goes_on_where_it_was(wide: Path, features: list[int], tmp_path: Path, undisturbed: tuple[list[Any], int]):
+    kill_at_random(2, wide, features, tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_killed_twenty_times(wide: Path, features: list[int], tmp_path: Path, undisturbed: tuple[list[Any], int]):
+    kill_at_random(20, wide, features, tmp_path, undisturbed)
+
+
+def test_a_wrong_key_stops_within_the_first_requests_and_names_the_variable(wide: Path, features: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TEST_KEY", "a-wrong-key-1234")
+    with endpoint(key=KEY) as server:
+        wanted = job(wide, tmp_path / "out", server, features[:20])
+        wanted = wanted.model_copy(update={"llm": fi.Endpoint(server.url, "m", "TEST_KEY")})
+        with pytest.raises(EndpointRefusedError, match="TEST_KEY") as caught:
+            fi.run(wanted)
+        assert len(server.ledger) == 1 and not (tmp_path / "out").exists()
+        monkeypatch.setenv("TEST_KEY", KEY)
+        fi.run(wanted.model_copy(update={"features": tuple(features[:3])}))
+        n = len(server.ledger)
+        monkeypatch.setenv("TEST_KEY", "a-wrong-key-1234")
+        with pytest.raises(EndpointRefusedError, match="TEST_KEY"):
+            fi.run(wanted)
+        assert len(server.ledger) - n <= 16
+        kept = b"".join(p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file())
+    for secret in (KEY, "a-wrong-key-1234"):
+        assert secret.encode() not in kept and secret not in str(caught.value) and not any(secret in e.path for e in server.ledger)
+
+
+@pytest.mark.parametrize("fault", ["429", "429-date"])
+def test_a_retry_comes_no_sooner_than_the_endpoint_asks(fault: str, wide: Path, features: list[int], tmp_path: Path):
+    with endpoint(faults={fault: 1.0}, retry_after_s=2.0) as server:
+        server.draw = lambda: fault if len(server.ledger) in (1, 2) else None  # type: ignore[method-assign]
+        results = fi.run(job(wide, tmp_path / "out", server, features[:1]))
+    assert results.n_failures == 0
+    tries = Counter(e.digest for e in server.ledger)
+    for digest, n in tries.items():
+        at = [e.at for e in server.ledger if e.digest == digest]
+        assert n == 1 or min(b - a for a, b in zip(at, at[1:], strict=False)) >= (2.0 if fault == "429" else 1.0)
+    assert max(tries.values()) > 1
+
+
+def test_a_budget_stops_in_time_and_says_what_the_rest_would_cost(wide: Path, features: list[int], tmp_path: Path, undisturbed: tuple[list[Any], int]):
+    with endpoint(latency_s=0.01) as server:
+        whole = fi.dry_run(job(wide, tmp_path / "none", server, features))
+        assert not server.ledger and not (tmp_path / "none").exists()
+        assert whole.left == 200 and whole.requests == pytest.approx(undisturbed[1], rel=0.15) and whole.cost_usd is not None
+        limit = whole.cost_usd / 4
+        stopped = fi.run(job(wide, tmp_path / "out", server, features, budget=fi.Budget(usd=limit)))
+        assert isinstance(stopped.stopped, BudgetReachedError) and stopped.outcome is not None
+        tokens = [e.tokens for e in server.ledger[1:]]
+        spent = sum(tokens) / 1e6
+        assert limit <= spent <= limit + 64 * max(tokens) / 1e6
+        assert 0 < len(stopped) < 200 and len(stopped.outcome.left) == 200 - len(stopped)
+        rest = stopped.outcome.price_of_the_rest
+        assert rest is not None and rest > 0
+        done = fi.run(job(wide, tmp_path / "out", server, features))
+        assert essence(done) == undisturbed[0] and not server.paid_twice()
+        assert sum(e.tokens for e in server.ledger[1:]) / 1e6 - spent == pytest.approx(rest, rel=0.6)
+
+
+def test_a_budget_in_money_needs_a_price(wide: Path, features: list[int], tmp_path: Path):
+    with endpoint() as server, pytest.raises(InputError, match=r"prices\.\"m\""):
+        fi.run(job(wide, tmp_path / "out", server, features[:2], price=None, budget=fi.Budget(usd=1)))
+    assert not server.ledger
+
+
+def test_time_that_is_over_stops_a_job(wide: Path, features: list[int], tmp_path: Path):
+    with endpoint(latency_s=0.05) as server:
+        results = fi.run(job(wide, tmp_path / "out", server, features, budget=fi.Budget(minutes=0.01), plan={"concurrency": 2}))
+    assert isinstance(results.stopped, BudgetReachedError) and results.outcome is not None and results.outcome.left
+
+
+def test_too_many_failures_stop_a_job_and_name_their_causes(wide: Path, features: list[int], tmp_path: Path):
+    with endpoint(lambda _: "no JSON at all") as server:
+        results = fi.run(job(wide, tmp_path / "out", server, features, plan={"concurrency": 4}))
+    assert isinstance(results.stopped, TooManyFailuresError) and "times explain: MalformedReplyError" in str(results.stopped)
+    assert len(server.ledger) < 150
+
+
+def test_an_interrupt_ends_quickly_and_loses_nothing(wide: Path, features: list[int], tmp_path: Path):
+    ledger = tmp_path / "ledger.jsonl"
+    server, url = server_process(ledger, "--latency", "0.3")
+    try:
+        file = written(job(wide, tmp_path / "out", url, features), tmp_path / "job.toml")
+        process = program("run", str(file))
+        while paid(ledger) < 300:
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.02)
+        start = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        assert time.monotonic() - start < 3 and process.returncode == 130
+        assert "the same command goes on" in err and "Traceback" not in err
+        n = sqlite3.connect(tmp_path / "out" / "replies.sqlite").execute("SELECT count(*) FROM replies").fetchone()[0]
+        assert n >= paid(ledger) - 64 - 1
+        shown = json.loads(cli("status", str(tmp_path / "out"), "--json").stdout)
+        assert shown["wanted"] == 200 and shown["left"] == 200 - shown["done"] and "interrupted" in shown["last_run"]
+    finally:
+        server.kill()
+
+
+def test_a_changed_prompt_reruns_the_stages_that_use_it_and_no_other(wide: Path, features: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    prompts = tmp_path / "prompts"
+    shutil.copytree(prompts_folder(), prompts)
+    monkeypatch.setattr("featureinterp.prompts.prompts_folder", lambda: prompts)
+    some = features[:6]
+    with endpoint() as server:
+        fi.run(job(wide, tmp_path / "out", server, some))
+        rows = stages(tmp_path / "out")
+        text = (prompts / "detect" / "v1" / "system.txt").read_text()
+        (prompts / "detect" / "v1" / "system.txt").write_text(text + " Think first.")
+        n = len(server.ledger)
+        fi.run(job(wide, tmp_path / "out", server, some))
+        new = [e.body["messages"][0]["content"] for e in server.ledger[n:]]
+        assert new and all("Think first." in system for system in new)
+    after = stages(tmp_path / "out")
+    assert {s for s in after if after[s] != rows[s]} == {"detection"} and after["detection"] == 2 * rows["detection"]
+
+
+def stages(out: Path) -> dict[str, int]:
+    return dict(sqlite3.connect(out / "journal.sqlite").execute("SELECT stage, count(*) FROM results GROUP BY stage"))
+
+
+def test_a_file_a_value_and_the_command_line_are_one_job(wide: Path, features: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TEST_KEY", KEY)
+    some = features[:4]
+    with endpoint() as server:
+        value = job(wide, tmp_path / "a", server, some)
+        one = fi.run(value)
+        file = written(value.model_copy(update={"out": tmp_path / "b"}), tmp_path / "job.toml")
+        dry = json.loads(cli("run", str(file), "--dry-run", "--json").stdout)
+        assert dry["left"] == 4 and dry["requests"] > 0 and not (tmp_path / "b").exists()
+        n = len(server.ledger)
+        done = cli("run", str(file), "--json")
+        assert done.returncode == 0, done.stderr
+        assert len(server.ledger) - n == dry["requests"] + 1
+        assert essence(fi.load_job(file).model_copy() and read(tmp_path / "b")) == essence(one)
+        n = len(server.ledger)
+        again = json.loads(cli("run", str(file), "--dry-run", "--json").stdout)
+        assert again["left"] == 0 and again["requests"] == 0 and again["cost_usd"] == 0 and cli("run", str(file)).returncode == 0
+        assert len(server.ledger) == n
+
+
+def read(folder: Path) -> list[FeatureResult]:
+    return [FeatureResult.from_json(json.loads(line)) for line in (folder / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_status_and_export(wide: Path, features: list[int], tmp_path: Path):
+    def nasty(body: dict[str, Any]) -> Any:
+        reply = play(body)
+        if body.get("response_format"):
+            reply["choices"][0]["message"]["content"] = '{"explanation": "=cmd(\\"x\\"), \\"quoted\\" | ü"}'
+        return reply
+
+    out = tmp_path / "out"
+    with endpoint(nasty) as server:
+        results = fi.run(job(wide, out, server, features[:3]))
+    shown = cli("status", str(out))
+    assert "3 of 3 features done" in shown.stdout and "detection" in shown.stdout and "$" in shown.stdout
+    for to in ("parquet", "csv", "jsonl"):
+        assert cli("export", str(out), "--to", to).returncode == 0
+    table = pyarrow.parquet.read_table(out / "features.parquet").to_pylist()
+    lines = [json.loads(line) for line in (out / "features.jsonl").read_text(encoding="utf-8").splitlines()]
+    with (out / "features.csv").open(newline="", encoding="utf-8") as file:
+        sheet = list(csv.DictReader(file))
+    assert table == lines and [r["feature"] for r in table] == features[:3] == [int(r["feature"]) for r in sheet]
+    score = results[0].score("correlation")
+    assert score is not None and table[0]["correlation"] == score.value and table[0]["correlation_null"] == score.null
+    assert all(r["explanation"].startswith("=cmd") for r in table) and all(r["explanation"].startswith("'=cmd") for r in sheet)
+    refused(cli("export", str(out), "--to", "xlsx"), "xlsx", "parquet")
+    refused(cli("status", str(tmp_path)), "holds no job")
+
+
+def test_jobs_that_make_no_sense(wide: Path, tmp_path: Path):
+    file = tmp_path / "j.toml"
+    for text, words in (
+        ("", ("run",)),
+        ("run = 3", ("run",)),
+        ('run = "x"\nwhat = 1', ("what", "no known field")),
+        ('run = "x"\n[plan]\nn = 1', ("plan.n",)),
+        ('run = "x"\n[budget]\nusd = 0', ("budget",)),
+        ('run = "x"\nllm = "nobody"', ("x",)),
+        (f'run = "{wide}"\nllm = "nobody"', ("nobody",)),
+        (f'run = "{wide}"\nfeatures = "9999"', ("9999",)),
+        ("run = ", ("cannot be read",)),
+    ):
+        file.write_text(text)
+        refused(cli("run", str(file), FEATUREINTERP_CONFIG=str(tmp_path / "c.toml")), *words)
+    refused(cli("run", str(tmp_path / "none.toml")), "none.toml")
+
+
+def test_a_journal_of_another_version_is_left_alone(tmp_path: Path):
+    connection = sqlite3.connect(tmp_path / "j.sqlite")
+    connection.execute("CREATE TABLE results (key TEXT)")
+    connection.commit()
+    connection.close()
+    with pytest.raises(InputError, match="another version"):
+        Journal(tmp_path / "j.sqlite")
