@@ -1,6 +1,6 @@
 """Compares versions of the prompts, so that the defaults are chosen by figures.
 
-    python scripts/compare_prompts.py truth --simulator v1 v2 v3
+    python scripts/compare_prompts.py truth --simulator v1 v2
     python scripts/compare_prompts.py features --run RUN --explainer v1 v2 --simulator v1 --features 20 --seed 1
 
 ``truth`` marks tokens of the embedded corpus by hand-written definitions (names of months, modal verbs, …) and simulates each concept with
@@ -78,14 +78,14 @@ def concept_windows(table: WindowTable, concept: Concept, n: int) -> list[Window
 
 def compare_truth(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
     """Rows of the table of simulators."""
-    yield ("simulator prompt", "header tokens", "prompt tokens per token", "true", "too broad", "wrong", "ranked right")
+    yield ("simulator prompt", "temperature", "header tokens", "prompt tokens per token", "true", "too broad", "wrong", "ranked right")
     model = load_causal_lm(api.EXPLAINER)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(model_source(api.SUBJECT)))
         table = build_windows(load_corpus(api.CORPUS), tokenizer, WindowPolicy(args.length, args.length, 40_000), Path(folder))
         windows = [concept_windows(table, c, args.windows) for c in CONCEPTS]
     for version in args.simulator:
-        simulator = AllAtOnce(lambda: model, name=api.EXPLAINER, version=version)
+        simulator = AllAtOnce(lambda: model, name=api.EXPLAINER, version=version, temperature=args.temperature)
         rs = []
         for concept, shown in zip(CONCEPTS, windows, strict=True):
             found = []
@@ -97,12 +97,12 @@ def compare_truth(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
         per_token = mean(len(simulator.builder.window(w.pieces).ids) / len(w.pieces) for shown in windows for w in shown)
         ranked = mean(a > b > c for a, b, c in rs)
         figures = (f"{value:.2f}" for value in np.mean(rs, 0))
-        yield (version, str(len(simulator.builder.header)), f"{per_token:.1f}", *figures, f"{ranked:.0%}")
+        yield (version, f"{args.temperature:g}", str(len(simulator.builder.header)), f"{per_token:.1f}", *figures, f"{ranked:.0%}")
 
 
 async def compare_features(args: argparse.Namespace, put: Callable[[tuple[str, ...]], None]) -> None:
     """Rows of the table of explainers and simulators."""
-    put(("explainer prompt", "simulator prompt", "window", "mean r", "mean null r", "above the null's interval", "above top tokens"))
+    put(("explainer prompt", "simulator prompt", "temperature", "window", "mean r", "mean null r", "above the null's interval", "above top tokens"))
     store = api.open_run(args.run)
     chosen = random_features(store, args.features, seed=args.seed, min_windows=api.DEMO_MIN_WINDOWS)
     records = list(api.records(args.run, chosen, policy=RecordPolicy({"top": (10, 10, 10), "random": (0, 0, 10)})))
@@ -116,7 +116,7 @@ async def compare_features(args: argparse.Namespace, put: Callable[[tuple[str, .
     async with EmbeddedModel() as model:
         for explainer_version in args.explainer:
             for simulator_version in args.simulator:
-                simulator = AllAtOnce(load, name=api.EXPLAINER, version=simulator_version)
+                simulator = AllAtOnce(load, name=api.EXPLAINER, version=simulator_version, temperature=args.temperature)
                 plan = Plan(n_test=args.windows, n_valid=0, negatives=("random",), concurrency=1, seed=args.seed)
                 start = time.monotonic()
                 with Journal(args.work / "journal.sqlite") as journal:
@@ -129,7 +129,7 @@ async def compare_features(args: argparse.Namespace, put: Callable[[tuple[str, .
                     )
                     results = await job.run(records)
                 say(f"{time.monotonic() - start:.0f} s")
-                put((explainer_version, simulator_version, str(store.windows.length), *figures_of(results)))
+                put((explainer_version, simulator_version, f"{args.temperature:g}", str(store.windows.length), *figures_of(results)))
 
 
 def figures_of(results: list[FeatureResult]) -> tuple[str, ...]:
@@ -161,12 +161,13 @@ def main() -> None:
     kinds = parser.add_subparsers(dest="kind", required=True)
     truth, features = kinds.add_parser("truth"), kinds.add_parser("features")
     for kind, n in ((truth, 5), (features, 8)):
-        kind.add_argument("--simulator", nargs="+", default=["v1"], help="versions of prompts/simulate-all-at-once")
+        kind.add_argument("--simulator", nargs="+", default=["v1", "v2"], help="versions of prompts/simulate-all-at-once")
+        kind.add_argument("--temperature", type=float, default=0.5, help="of the level distribution; below 1 sharpens it")
         kind.add_argument("--windows", type=int, default=n, help="windows of each kind")
     truth.add_argument("--length", type=int, default=24, help="tokens per window")
     features.add_argument("--run", type=Path, required=True)
     features.add_argument("--work", type=Path, default=Path("compare-prompts"))
-    features.add_argument("--explainer", nargs="+", default=["v1"], help="versions of prompts/explain-sentence")
+    features.add_argument("--explainer", nargs="+", default=["v1", "v2"], help="versions of prompts/explain-sentence")
     features.add_argument("--features", type=int, default=20)
     features.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

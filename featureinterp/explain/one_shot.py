@@ -47,7 +47,7 @@ class Style(Protocol):
 class SentenceStyle:
     """Excerpts with marked tokens, and the tokens that activate most in front; the reply is one phrase. Short prompts."""
 
-    def __init__(self, version: str = "v1", *, context: int = 12, n_tokens: int = 8) -> None:
+    def __init__(self, version: str = "v2", *, context: int = 12, n_tokens: int = 8) -> None:
         self.prompt = load_prompt("explain-sentence", version)
         self.context, self.n_tokens = context, n_tokens
 

@@ -34,7 +34,7 @@ class AllAtOnce:
 
     ``load`` gives the model with its head and its tokenizer; it is called when the first window is simulated, so that a run whose
     simulations are all known loads nothing. ``temperature`` T sharpens (< 1) or flattens (> 1) the level distribution: p^(1/T),
-    renormalised.
+    renormalised; a small model leaves some probability on every level everywhere, which 0.5 damps (``docs/prompts.md``).
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class AllAtOnce:
         *,
         name: str,
         dtype: str = "bfloat16",
-        version: str = "v1",
-        temperature: float = 1.0,
+        version: str = "v2",
+        temperature: float = 0.5,
         batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         if temperature <= 0:
