@@ -209,14 +209,31 @@ async def explain_async(
 
 
 def _local() -> Local:
+    """What a job may need of the model library; a model that explains and simulates is loaded once."""
     from featureinterp.jobs.run import Local
+
+    loaded: dict[tuple[Any, ...], tuple[Any, Any]] = {}
+
+    def load(name: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+        from featureinterp.subject.load import load_causal_lm
+
+        key = (name, device, dtype)
+        if key not in loaded:
+            loaded[key] = load_causal_lm(name, device=device, dtype=dtype)
+        return loaded[key]
+
+    def simulator(job: Job) -> Simulator:
+        from featureinterp.simulate.all_at_once import AllAtOnce
+
+        name, device, dtype = job.simulator_model, job.simulator_device, job.simulator_dtype
+        return AllAtOnce(lambda: load(name, device, dtype), name=name, dtype=dtype or "bfloat16")
 
     def tokenizer(name: str) -> Any:
         from featureinterp.subject.load import load_tokenizer
 
         return load_tokenizer(name)
 
-    return Local(lambda job: local_simulator(job.simulator_model, device=job.simulator_device, dtype=job.simulator_dtype), tokenizer)
+    return Local(simulator, load, tokenizer)
 
 
 def local_simulator(name: str = EXPLAINER, *, device: str | None = None, dtype: str | None = None) -> Simulator:

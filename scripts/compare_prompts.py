@@ -105,7 +105,8 @@ async def compare_features(args: argparse.Namespace, put: Callable[[tuple[str, .
     put(("explainer prompt", "simulator prompt", "temperature", "window", "mean r", "mean null r", "above the null's interval", "above top tokens"))
     store = api.open_run(args.run)
     chosen = random_features(store, args.features, seed=args.seed, min_windows=api.DEMO_MIN_WINDOWS)
-    records = list(api.records(args.run, chosen, policy=RecordPolicy({"top": (10, 10, 10), "random": (0, 0, 10)})))
+    policy = RecordPolicy({"top": (10, 10, 10), "random": (0, 0, 10)})
+    records = dict(zip(chosen, api.records(args.run, chosen, policy=policy), strict=True))
     loaded: list[tuple[object, object]] = []
 
     def load() -> tuple[object, object]:
@@ -127,7 +128,8 @@ async def compare_features(args: argparse.Namespace, put: Callable[[tuple[str, .
                         plan=plan,
                         on_event=lambda e: say(f"{e.stage} {e.done}/{e.total}: {e.result.feature} {e.result.explanation and e.result.explanation.text}"),
                     )
-                    results = await job.run(records)
+                    await job.run(chosen, lambda features: iter([records[f] for f in features]))
+                    results = list(journal.features(job.key, chosen))
                 say(f"{time.monotonic() - start:.0f} s")
                 put((explainer_version, simulator_version, f"{args.temperature:g}", str(store.windows.length), *figures_of(results)))
 

@@ -9,7 +9,7 @@ import sys
 import typer
 
 from featureinterp import __version__
-from featureinterp.cli import collect, demo, explain, jobs, llm, models, records, report
+from featureinterp.cli import collect, demo, explain, jobs, llm, models, records, report, serve
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or a request to end."""
@@ -30,6 +30,7 @@ app.command("explain")(explain.explain)
 app.command("run")(jobs.run)
 app.command("status")(jobs.status)
 app.command("export")(jobs.export)
+app.command("serve")(serve.serve)
 app.command("report")(report.report)
 app.add_typer(llm.app, name="llm")
 

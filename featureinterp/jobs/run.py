@@ -41,9 +41,10 @@ Steps = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Local:
-    """What needs a model library: the all-at-once simulator of a job, and the tokenizer of a name."""
+    """What needs a model library: the all-at-once simulator of a job, model and tokenizer of a name, a tokenizer alone."""
 
     simulator: Callable[[Job], Simulator]
+    load: Callable[[str], tuple[Any, Any]]
     tokenizer: Callable[[str], Any]
 
 
@@ -86,7 +87,7 @@ async def run_job(
     price = _price(job, endpoint)
     meter = Meter()
     path = job.folder / "journal.sqlite"
-    async with open_stack(endpoint, meter, price=price) as stack:
+    async with open_stack(endpoint, meter, price=price, load=local.load) as stack:
         if _asks(job) and not path.exists():
             await stack.check()
         with explained_storage(job.folder), Journal(path) as journal, closing(ReplyStore(job.folder / "replies.sqlite")) as replies:

@@ -24,7 +24,7 @@ import pydantic
 from featureinterp.errors import InputError
 from featureinterp.jobs.budget import Budget
 from featureinterp.jobs.explain import Plan
-from featureinterp.llm.config import EMBEDDED, Endpoint, load_config
+from featureinterp.llm.config import EMBEDDED, LOCAL, Endpoint, load_config
 from featureinterp.records.policy import RecordPolicy
 from featureinterp.validation import first_problem
 
@@ -88,7 +88,7 @@ class Job(pydantic.BaseModel):
             detection=plan.detection and asks,
             fuzzing=plan.fuzzing and asks,
             complexity=plan.complexity and asks,
-            concurrency=1 if self.endpoint.base_url is None else plan.concurrency,
+            concurrency=1 if self.endpoint.base_url in (None, LOCAL) else plan.concurrency,
         )
 
 

@@ -33,12 +33,16 @@ from featureinterp.llm.prices import FREE, PRICES, Price, price_of
 from featureinterp.validation import first_problem
 
 CONFIG_VARIABLE = "FEATUREINTERP_CONFIG"
+LOCAL = "local"
+"""Stands for an address when the model runs in this process."""
+
 EMBEDDED = "qwen2.5-coder-1.5b-instruct"
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An OpenAI-compatible endpoint. ``base_url`` None stands for the embedded model ``model``.
+    """An OpenAI-compatible endpoint. ``base_url`` None stands for the embedded model ``model``, and
+    ``"local"`` for a transformers model (a Hugging Face name or folder) that runs in this process, one request at a time.
 
     ``api_key_env``: name of the environment variable with the key; None: the endpoint needs none. ``rpm``, ``tpm``: requests and tokens per
     minute at most. ``max_attempts``, ``max_wait_s``: how often and how long a request is tried again. ``price``: USD per million tokens.
@@ -85,7 +89,7 @@ class Config:
 
     def price(self, endpoint: Endpoint) -> Price | None:
         """An endpoint's price: its own, the file's, or the list price; the embedded model is free."""
-        if endpoint.base_url is None:
+        if endpoint.base_url in (None, LOCAL):
             return FREE
         return endpoint.price or price_of(endpoint.model, self.prices) or price_of(endpoint.model, PRICES)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from featureinterp.errors import InputError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.cached import Cached, ReplyStore
-from featureinterp.llm.config import Endpoint
+from featureinterp.llm.config import LOCAL, Endpoint
 from featureinterp.llm.limited import Limited, Limits
 from featureinterp.llm.metered import Meter, Metered
 from featureinterp.llm.prices import Price
@@ -17,37 +19,46 @@ from featureinterp.llm.retrying import Retrying
 from featureinterp.llm.tally import Tallied
 from featureinterp.llm.types import Message, Request
 
+LoadModel = Callable[[str], tuple[Any, Any]]
 PROBE = Request((Message("user", "Say yes."),), max_tokens=4)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """An endpoint that is open. ``limited``: its requests within their limits and tried again. ``bare``: the adapter alone."""
+    """An endpoint that is open. ``limited``: its requests within their limits and tried again. ``bare``: the adapter alone. ``own``: whether it is a
+    model of this machine, which needs no check."""
 
     limited: LanguageModel
     bare: Any
-    embedded: bool
+    own: bool
 
     def model(self, replies: ReplyStore | None = None) -> LanguageModel:
         """The model for all work; with a store of replies it asks nothing twice."""
-        identity = None if self.embedded else self.bare.identity
+        identity = None if self.own else self.bare.identity
         return Tallied(self.limited if replies is None else Cached(self.limited, replies, identity=identity))
 
     async def check(self) -> None:
         """One small request, so that a wrong key, name or address is known before any work."""
-        if not self.embedded:
+        if not self.own:
             await self.bare.complete(PROBE)
 
 
 @asynccontextmanager
-async def open_stack(endpoint: Endpoint, meter: Meter, *, price: Price | None = None) -> AsyncIterator[Stack]:
+async def open_stack(endpoint: Endpoint, meter: Meter, *, price: Price | None = None, load: LoadModel | None = None) -> AsyncIterator[Stack]:
     """Innermost first: the adapter; metered; limited, so that what waits for its turn has not been spent; retrying, so that a backoff
-    holds no slot; then cached and tallied (:meth:`Stack.model`). The adapter is closed at the end of the block."""
+    holds no slot; then cached and tallied (:meth:`Stack.model`). The adapter is closed at the end of the block. ``load`` gives model and
+    tokenizer of a name, for an endpoint that is this process itself."""
     bare: Any
     if endpoint.base_url is None:
         from featureinterp.llm.embedded import EmbeddedModel
 
         bare = EmbeddedModel(endpoint.model)
+    elif endpoint.base_url == LOCAL:
+        from featureinterp.llm.local import LocalModel
+
+        if load is None:
+            raise InputError(f"a local language model cannot be loaded here: give {endpoint.model!r} an endpoint's address")
+        bare = LocalModel(partial(load, endpoint.model), name=endpoint.model)
     else:
         from featureinterp.llm.openai import OpenAIModel
 
@@ -56,6 +67,6 @@ async def open_stack(endpoint: Endpoint, meter: Meter, *, price: Price | None = 
         )
     try:
         limited = Limited(Metered(bare, meter, price=price), Limits(endpoint.concurrency, rpm=endpoint.rpm, tpm=endpoint.tpm))
-        yield Stack(Retrying(limited, attempts=endpoint.max_attempts, max_seconds=endpoint.max_wait_s), bare, endpoint.base_url is None)
+        yield Stack(Retrying(limited, attempts=endpoint.max_attempts, max_seconds=endpoint.max_wait_s), bare, endpoint.base_url in (None, LOCAL))
     finally:
         await bare.aclose()

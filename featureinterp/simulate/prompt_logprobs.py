@@ -29,7 +29,7 @@ class PromptLogprobs:
     among the most probable tokens that the endpoint returns, renormalised; a place where none of them is a level is a failure of the window.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Callable[[], Any], *, version: str = "v1", temperature: float = 1.0) -> None:
+    def __init__(self, model: LanguageModel, tokenizer: Callable[[], Any], *, version: str = "v2", temperature: float = 0.5) -> None:
         self.model, self.temperature = model, temperature
         self.prompt = load_prompt("simulate-all-at-once", version)
         self._tokenizer = tokenizer
