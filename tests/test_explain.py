@@ -49,7 +49,7 @@ def test_a_sentence_with_its_provenance():
     found, model = explain(lambda _: '{"explanation": "Names of months."}')
     assert found.text == "Names of months" and not found.structured
     p = found.provenance
-    assert (p.method, p.model, p.prompt, p.examples, p.usage.requests) == ("one-shot", "function", "explain-sentence/v1", (1, 2), 1)
+    assert (p.method, p.model, p.prompt, p.examples, p.usage.requests) == ("one-shot", "function", "explain-sentence/v2", (1, 2), 1)
     assert p.prompt_hash == SentenceStyle().prompt.hash
     assert Explanation.from_json(json.loads(json.dumps(found.to_json()))) == found
     request = model.requests[0]

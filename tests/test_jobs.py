@@ -51,8 +51,7 @@ def records(store: CodesStore) -> list[FeatureRecord]:
 
 
 def answer(request: Request) -> str | Reply:
-    system = request.messages[0].content
-    if "short phrase" in system:
+    if request.schema is not None:
         return json.dumps({"explanation": f"good {hash(request.messages[-1].content) % 10_000}"})
     logprobs = {"Yes": -0.2, "No": -1.7, "2": -0.1}
     return Reply(("Yes",), (False,), Usage(1, 5, 1, 0.0, None), (logprobs,))
@@ -101,14 +100,14 @@ def test_only_what_a_change_affects_runs_again(tmp_path: Path, records: list[Fea
     run(tmp_path, records)
     _, model, simulator = run(tmp_path, records, plan=Plan(n_test=3, n_valid=3, negatives=("random", "random_negative")))
     assert simulator.calls == 2 * len(records)
-    assert not [r for r in model.requests if "short phrase" in r.messages[0].content]
+    assert not [r for r in model.requests if r.schema is not None]
 
 
 def test_a_failure_is_a_row_and_stops_nothing_and_is_tried_again(tmp_path: Path, records: list[FeatureRecord]):
     victim = records[1].get("train", "top")[0].pieces
 
     def sometimes(request: Request) -> str | Reply:
-        if "short phrase" in request.messages[0].content and "".join(victim[-4:]).strip()[:6] in request.messages[-1].content and len(seen) < 3:
+        if request.schema is not None and "".join(victim[-4:]).strip()[:6] in request.messages[-1].content and len(seen) < 3:
             seen.append(1)
             return "no json"
         return answer(request)
@@ -121,7 +120,7 @@ def test_a_failure_is_a_row_and_stops_nothing_and_is_tried_again(tmp_path: Path,
     rows = sqlite3.connect(tmp_path / "j.sqlite").execute("SELECT feature, stage, value FROM results WHERE status = 'failed'").fetchall()
     assert rows[0][:2] == (failed[0].feature, "explain") and "MalformedReplyError" in rows[0][2]
     again, model, _ = run(tmp_path, records)
-    assert not any(r.failures for r in again) and [r for r in model.requests if "short phrase" in r.messages[0].content]
+    assert not any(r.failures for r in again) and [r for r in model.requests if r.schema is not None]
     assert sqlite3.connect(tmp_path / "j.sqlite").execute("SELECT count(*) FROM results WHERE status = 'failed'").fetchone() == (0,)
 
 

@@ -41,7 +41,7 @@ def simulator(family: str, **options: Any) -> tuple[AllAtOnce, Any, Any]:
     return AllAtOnce(lambda: (model, tok), name="tiny", dtype="float32", **options), model, tok
 
 
-def plain(model: Any, sim: AllAtOnce, rule: str, shown: Window, temperature: float = 1.0) -> np.ndarray:
+def plain(model: Any, sim: AllAtOnce, rule: str, shown: Window) -> np.ndarray:
     """One full prompt per window, every block, every logit."""
     built = sim.builder.window(shown.pieces)
     start = [*sim.builder.header, *sim.builder.explanation(rule)]
@@ -49,7 +49,7 @@ def plain(model: Any, sim: AllAtOnce, rule: str, shown: Window, temperature: flo
         logits = model(torch.tensor([[*start, *built.ids]])).logits[0].double()
     out = []
     for position in built.positions:
-        p = torch.softmax(logits[len(start) + position], 0)[sim.builder.levels] ** (1 / temperature)
+        p = torch.softmax(logits[len(start) + position], 0)[sim.builder.levels] ** (1 / sim.temperature)
         out.append(float((p / p.sum()) @ torch.arange(6.0).double()))
     return np.array(out)
 
@@ -71,12 +71,12 @@ def test_predictions_differ_and_depend_on_the_explanation():
     assert a.min() >= 0 and a.max() <= 5 and a.std() > 0.01 and np.abs(a - b).max() > 1e-3
 
 
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 def test_temperature_sharpens_the_level_distribution(temperature: float):
     sim, model, _ = simulator("qwen2", temperature=temperature)
     found = sim.predict(Explanation.sentence("months", P), WINDOWS[:2])
     for shown, simulation in zip(WINDOWS, found, strict=False):
-        np.testing.assert_allclose(simulation.expected, plain(model, sim, "months", shown, temperature), atol=1e-4)
+        np.testing.assert_allclose(simulation.expected, plain(model, sim, "months", shown), atol=1e-4)
 
 
 def test_several_rules_are_the_maximum_of_level_times_strength():
@@ -116,7 +116,7 @@ def test_a_model_is_loaded_only_when_it_is_needed():
         return model, tokenizer()
 
     sim = AllAtOnce(load, name="tiny")
-    assert sim.settings["prompt"] == "simulate-all-at-once/v1" and not loads
+    assert sim.settings["prompt"] == "simulate-all-at-once/v2" and not loads
     anyio.run(sim.simulate, RULES, WINDOWS[:1])
     sim.predict(RULES, WINDOWS[:1])
     assert len(loads) == 1
