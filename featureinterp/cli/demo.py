@@ -8,6 +8,8 @@ import typer
 
 from featureinterp.cli.screen import Screen, one_line, plain
 
+MOST_ROWS = 50
+
 
 def demo(
     features: int = typer.Option(5, help="How many features to explain."),
@@ -41,7 +43,7 @@ def finish(screen: Screen, results: object) -> None:
         screen.result(results.to_json())
     else:
         rows = []
-        for r in results:
+        for r in results[:MOST_ROWS]:
             score, floor = r.score("correlation"), r.baseline_score("correlation")
             interval = f"{score.interval.low:.2f} to {score.interval.high:.2f}" if score and score.interval else ""
             rows.append(
@@ -55,6 +57,8 @@ def finish(screen: Screen, results: object) -> None:
                 )
             )
         screen.table(rows, ("feature", "explanation", "r", "95 % interval", "null", "top tokens"))
+        if len(results) > MOST_ROWS:
+            print(f"… and {len(results) - MOST_ROWS:,} more: 'featureinterp export {results.folder}' writes all of them as a table")
         print(f"Report: {(results.folder / 'report.html').resolve()}")
     if results.stopped is not None and results.outcome is not None:
         rest = results.outcome.price_of_the_rest

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featureinterp.domain.score import Score
-    from featureinterp.jobs.explain import Event
+    from featureinterp.jobs.explain import Event, Progress
 
 _LOG_EVERY_S = 10.0
 _SHORT_CELL = 32
+_EACH_UP_TO = 50
+"""Jobs of more features are shown as a whole, not feature by feature; what fails always is."""
 
 
 class Screen:
@@ -31,6 +33,7 @@ class Screen:
         )
         self._tasks: dict[str, Any] = {}
         self._logged: dict[str, float] = {}
+        self._job: Any = None
 
     @contextmanager
     def live(self) -> Iterator[Screen]:
@@ -66,14 +69,32 @@ class Screen:
         """A feature that got through a stage."""
         result = event.result
         self.step(event.stage, event.done, event.total)
+        self._note(event.progress)
         for failure in result.failures:
+            if (failure.stage == "explain") != (event.stage == "explained"):
+                continue  # it is told with the stage that it belongs to
             self.say(f"feature {result.feature}: {failure.stage} failed: {failure.message}")
+        if event.total > _EACH_UP_TO:
+            return
         if event.stage == "explained" and result.explanation is not None:
             floor = result.baseline_score("correlation")
             known = f"  [top-token list r = {figure(floor)}]" if floor else ""
             self.say(f"feature {result.feature}: {one_line(result.explanation.text)}{known}")
         if event.stage == "scored" and (score := result.score("correlation")):
             self.say(f"feature {result.feature}: r = {figure(score)}, null {plain(score.null)}, {'as before' if event.reused else 'new'}")
+
+    def _note(self, progress: Progress) -> None:
+        """How the job as a whole is going: beside the bars, or in a log now and then."""
+        line = progress_line(progress)
+        if self.console.is_terminal:
+            if self._job is None:
+                self._job = self._progress.add_task(line, total=None)
+            self._progress.update(self._job, description=line)
+            return
+        now = time.monotonic()
+        if now - self._logged.get("job", 0.0) >= _LOG_EVERY_S:
+            self._logged["job"] = now
+            self.say(line)
 
     def table(self, rows: list[tuple[str, ...]], header: tuple[str, ...]) -> None:
         """A table on standard output. Short cells stay in one line, so that a name can be copied; long ones wrap."""
@@ -94,6 +115,19 @@ class Screen:
         """The verb's result for a program: one JSON document on standard output."""
         json.dump(value, sys.stdout, ensure_ascii=False)
         sys.stdout.write("\n")
+
+
+def progress_line(p: Progress) -> str:
+    """A job's progress in one line."""
+    parts = [f"{p.done:,} done", f"{p.failed:,} failed", f"{p.in_flight} in flight"]
+    if p.tokens and p.seconds > 0:
+        parts.append(f"{p.tokens / p.seconds:,.0f} tokens/s")
+    if p.cost_usd:
+        parts.append(f"${p.cost_usd:.4f}")
+    if p.left_s is not None:
+        minutes = p.left_s / 60
+        parts.append(f"{minutes / 60:.1f} h left" if minutes >= 90 else f"{minutes:.0f} min left" if minutes >= 1.5 else f"{p.left_s:.0f} s left")
+    return ", ".join(parts)
 
 
 def figure(score: Score | None) -> str:
