@@ -1,0 +1,173 @@
+"""A transformers model as language model and as reader of prompts, against the library itself and against the local simulator."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import anyio
+import numpy as np
+import pytest
+import torch
+from endpoint import endpoint
+from test_simulate import RULES, WINDOWS
+from tiny import make_model, tokenizer
+
+from featureinterp.errors import EndpointRefusedError, InputError, MalformedReplyError, RequestRefusedError
+from featureinterp.llm.function import FunctionModel
+from featureinterp.llm.local import LocalModel
+from featureinterp.llm.openai import OpenAIModel
+from featureinterp.llm.types import Message, Reply, Request
+from featureinterp.domain.usage import Usage
+from featureinterp.simulate.all_at_once import AllAtOnce
+from featureinterp.simulate.prompt_logprobs import PromptLogprobs, expected_level
+
+TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+ASK = (Message("system", "s"), Message("user", "The army marched"))
+
+
+def parts(family: str = "llama", template: str | None = TEMPLATE) -> tuple[Any, Any]:
+    tok = tokenizer()
+    tok.chat_template = template
+    return make_model(family), tok
+
+
+def ask(model: LocalModel, request: Request) -> Reply:
+    return anyio.run(model.complete, request)
+
+
+def test_greedy_generation_is_the_model_s_own_argmax():
+    loaded = parts()
+    model, tok = loaded
+    reply = ask(LocalModel(lambda: loaded, name="tiny"), Request(ASK, 6, top_logprobs=4))
+    ids = tok.encode("system: s\nuser: The army marched\nassistant:", add_special_tokens=False)
+    start = len(ids)
+    first = None
+    with torch.no_grad():
+        for _ in range(6):
+            logits = model(torch.tensor([ids])).logits[0, -1]
+            first = torch.log_softmax(logits, -1) if first is None else first
+            ids.append(int(logits.argmax()))
+            if ids[-1] == tok.eos_token_id:
+                break
+    whole = ids[-1] == tok.eos_token_id
+    assert reply.texts == (tok.decode(ids[start : -1 if whole else None], skip_special_tokens=True),) and reply.truncated == (not whole,)
+    assert reply.usage.prompt_tokens == start and reply.usage.completion_tokens == len(ids) - start and reply.usage.cost_usd == 0
+    values, places = first.topk(4)
+    for value, place in zip(values.tolist(), places.tolist(), strict=True):
+        assert reply.first_token[0][tok.decode([place])] == pytest.approx(value, abs=1e-4)
+
+
+def test_sampling_is_reproducible_and_gives_as_many_choices_as_asked():
+    loaded = parts()
+    model = LocalModel(lambda: loaded, name="tiny")
+    one, two, other = (ask(model, Request(ASK, 12, 1.0, seed, n=3)) for seed in (1, 1, 2))
+    assert one.texts == two.texts and len(one.texts) == 3 and other.texts != one.texts
+
+
+def test_a_stop_ends_a_reply():
+    loaded = parts()
+    model = LocalModel(lambda: loaded, name="tiny")
+    whole = ask(model, Request(ASK, 24)).text
+    stop = whole[3:5]
+    reply = ask(model, Request(ASK, 24, stop=(stop,)))
+    assert reply.text == whole[: whole.index(stop)] and reply.truncated == (False,)
+
+
+def test_what_cannot_be_answered():
+    loaded = parts(template=None)
+    with pytest.raises(InputError, match="chat template"):
+        ask(LocalModel(lambda: loaded, name="tiny"), Request(ASK))
+    loaded = parts()
+    with pytest.raises(RequestRefusedError, match="do not fit"):
+        ask(LocalModel(lambda: loaded, name="tiny"), Request((Message("user", "word " * 5000),)))
+
+
+def test_the_event_loop_goes_on_while_the_model_computes():
+    gate = threading.Event()
+    loaded = parts()
+
+    def load() -> tuple[Any, Any]:
+        assert gate.wait(30)
+        return loaded
+
+    async def go() -> bool:
+        async with anyio.create_task_group() as group:
+            group.start_soon(LocalModel(load, name="tiny").complete, Request(ASK, 2))
+            await anyio.wait_all_tasks_blocked()
+            gate.set()
+        return True
+
+    assert anyio.run(go)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_reading_prompts_gives_what_the_local_simulator_computes(family: str):
+    model, tok = parts(family)
+    local = AllAtOnce(lambda: (model, tok), name="tiny", dtype="float32").predict(RULES, WINDOWS)
+    reader = LocalModel(lambda: (model, tok), name="tiny")
+
+    class All(FunctionModel):
+        """Returns every token's probability, as an endpoint without a bound on alternatives would."""
+
+        async def complete(self, request: Request) -> Reply:
+            from dataclasses import replace
+
+            return await reader.complete(replace(request, top_logprobs=10**6))
+
+    read = anyio.run(PromptLogprobs(All(lambda _: ""), lambda: tok).simulate, RULES, WINDOWS)
+    for a, b in zip(local, read, strict=True):
+        assert a.expected is not None and b.expected is not None
+        np.testing.assert_allclose(a.expected, b.expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["prompt_logprobs", "echo"])
+def test_reading_over_http_in_either_form(way: str):
+    model, tok = parts()
+    local = AllAtOnce(lambda: (model, tok), name="tiny", dtype="float32").predict(RULES, WINDOWS[:2])
+
+    def answer(body: dict[str, Any]) -> Any:
+        if ("prompt_logprobs" in body) != (way == "prompt_logprobs"):
+            return 400, {}, {"error": {"message": "unknown field"}}
+        with torch.no_grad():
+            table = torch.log_softmax(model(torch.tensor([body["prompt"]])).logits[0], -1)
+        texts = [tok.decode([i]) for i in range(table.shape[1])]
+        rows: list[Any] = [None]
+        for row in table[:-1].tolist():
+            pairs = list(zip(texts, row, strict=True))
+            rows.append({str(i): {"logprob": p, "rank": 1, "decoded_token": t} for i, (t, p) in enumerate(pairs)} if way == "prompt_logprobs" else dict(pairs))
+        choice: dict[str, Any] = {"index": 0, "text": "x", "finish_reason": "length", "logprobs": None}
+        if way == "echo":
+            choice["logprobs"] = {"tokens": ["t"] * len(rows), "token_logprobs": [None] * len(rows), "top_logprobs": rows, "text_offset": [0] * len(rows)}
+        else:
+            choice["prompt_logprobs"] = rows
+        return {"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+
+    async def go(url: str) -> Any:
+        endpoint_model = OpenAIModel(url, "m", api_key_env=None)
+        try:
+            return await PromptLogprobs(endpoint_model, lambda: tok).simulate(RULES, WINDOWS[:2])
+        finally:
+            await endpoint_model.aclose()
+
+    with endpoint(answer) as server:
+        read = anyio.run(go, server.url)
+    for a, b in zip(local, read, strict=True):
+        np.testing.assert_allclose(a.expected, b.expected, atol=1e-4)
+
+
+def test_levels_that_are_not_among_the_alternatives():
+    assert expected_level({"5": 0.0}) == 5 and expected_level({"0": -1.0, "4": -1.0, "x": 0.0}) == 2
+    assert expected_level({"0": np.log(0.9), "5": np.log(0.1)}, 0.5) == pytest.approx(5 * 0.01 / 0.82)
+    with pytest.raises(MalformedReplyError, match="larger model"):
+        expected_level({"x": -0.1})
+    tok = tokenizer()
+    none = FunctionModel(lambda r: Reply(("",), (False,), Usage(1), ({},), ({"x": -0.1},) * len(r.read_at)))
+    found = anyio.run(PromptLogprobs(none, lambda: tok).simulate, RULES, WINDOWS[:2])
+    assert all(s.expected is None and "larger model" in str(s.failure) for s in found)
+
+    def refuse(_: Request) -> str:
+        raise EndpointRefusedError("no such thing")
+
+    with pytest.raises(EndpointRefusedError):
+        anyio.run(PromptLogprobs(FunctionModel(refuse), lambda: tok).simulate, RULES, WINDOWS[:1])
