@@ -54,8 +54,10 @@ def test_greedy_generation_is_the_model_s_own_argmax():
     assert reply.texts == (tok.decode(ids[start : -1 if whole else None], skip_special_tokens=True),) and reply.truncated == (not whole,)
     assert reply.usage.prompt_tokens == start and reply.usage.completion_tokens == len(ids) - start and reply.usage.cost_usd == 0
     values, places = first.topk(4)
+    expected: dict[str, float] = {}
     for value, place in zip(values.tolist(), places.tolist(), strict=True):
-        assert reply.first_token[0][tok.decode([place])] == pytest.approx(value, abs=1e-4)
+        expected.setdefault(tok.decode([place]), value)  # halves of characters decode alike
+    assert reply.first_token[0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_sampling_is_reproducible_and_gives_as_many_choices_as_asked():

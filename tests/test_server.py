@@ -73,7 +73,7 @@ def test_what_a_request_may_name(client: TestClient, rules: Rules):
         answer = client.post("/api/jobs", json=SMALL | change)
         assert answer.status_code == status and isinstance(answer.json()["detail"], str), (change, answer.text)
     assert client.get("/api/jobs").json() == []
-    for path in ("../jobs", "%2e%2e%2fjobs", "..%5c..", "20260101-000000-00000000", "x" * 200, "a/../b"):
+    for path in ("%2e%2e%2fjobs", "..%2f..%2fetc", "..%5c..", "20260101-000000-00000000", "x" * 200):  # a client resolves bare dots itself
         for tail in ("", "/events", "/report", "/results", "/features/1"):
             assert client.get(f"/api/jobs/{path}{tail}").status_code in (404, 422)
 
