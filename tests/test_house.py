@@ -100,6 +100,25 @@ def test_façade_names():
         assert getattr(featureinterp, name) is not None
 
 
+def test_functions_that_share_a_room_s_name_can_be_called_whatever_was_imported_before():
+    code = (
+        "import featureinterp as fi\n"
+        "first = fi.records\n"
+        "import featureinterp.report.render as render, featureinterp.records.build, featureinterp.explain.one_shot\n"
+        "from featureinterp.records import build\n"
+        "assert render.write_report and build.RecordBuilder and fi.records.build is build and callable(first)\n"
+        "for call in (lambda: fi.report('nowhere'), lambda: list(fi.records('nowhere')), lambda: fi.explain('nowhere', '0:1')):\n"
+        "    try:\n"
+        "        call()\n"
+        "    except fi.InputError as error:\n"
+        "        assert 'nowhere' in str(error)\n"
+        "    else:\n"
+        "        raise AssertionError\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_importing_the_package_and_asking_for_help_brings_in_nothing_heavy():
     code = (
         "import sys, featureinterp, featureinterp.cli.main\n"
