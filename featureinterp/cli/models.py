@@ -38,9 +38,7 @@ def list_parts(as_json: bool = _JSON) -> None:
             }
         )
         return
-    rows = [
-        (p.name, f"{p.size / 1e6:,.0f} MB", "cached" if is_cached(p.name) else "not here", p.licence, f"{p.kind}: {p.summary}") for p in PARTS
-    ]
+    rows = [(p.name, f"{p.size / 1e6:,.0f} MB", "cached" if is_cached(p.name) else "not here", p.licence, f"{p.kind}: {p.summary}") for p in PARTS]
     screen.table(rows, ("name", "size", "state", "licence", "what"))
     print(f"Cache: {cache_folder()}")
 
