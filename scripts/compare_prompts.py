@@ -91,12 +91,13 @@ def compare_truth(args: argparse.Namespace) -> Iterator[tuple[str, ...]]:
             found = []
             for text in concept.explanations:
                 simulated = simulator.predict(Explanation.sentence(text, Provenance("given")), shown)
-                found.append(correlation(Pairs.of(shown, simulated), "r", seed=0).value or 0.0)
+                r = correlation(Pairs.of(shown, simulated), "r", seed=0).value
+                found.append(float("nan") if r is None else r)  # undefined: left out of the means, and never ranked right
             rs.append(found)
             say(f"{version}: {concept.explanations[0]}: " + " / ".join(f"{r:.2f}" for r in found))
         per_token = mean(len(simulator.builder.window(w.pieces).ids) / len(w.pieces) for shown in windows for w in shown)
         ranked = mean(a > b > c for a, b, c in rs)
-        figures = (f"{value:.2f}" for value in np.mean(rs, 0))
+        figures = (f"{value:.2f}" for value in np.nanmean(rs, 0))
         yield (version, f"{args.temperature:g}", str(len(simulator.builder.header)), f"{per_token:.1f}", *figures, f"{ranked:.0%}")
 
 

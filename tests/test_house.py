@@ -100,6 +100,12 @@ def test_façade_names():
         assert getattr(featureinterp, name) is not None
 
 
+def run_alone(code: str) -> None:
+    """Runs a program in an interpreter that has imported nothing yet; it must end well."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_functions_that_share_a_room_s_name_can_be_called_whatever_was_imported_before():
     code = (
         "import featureinterp as fi\n"
@@ -115,8 +121,7 @@ def test_functions_that_share_a_room_s_name_can_be_called_whatever_was_imported_
         "    else:\n"
         "        raise AssertionError\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_alone(code)
 
 
 def test_importing_the_package_and_asking_for_help_brings_in_nothing_heavy():
@@ -127,8 +132,7 @@ def test_importing_the_package_and_asking_for_help_brings_in_nothing_heavy():
         "heavy = {'torch', 'transformers', 'openai', 'faiss', 'sentence_transformers', 'numpy', 'httpx'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_alone(code)
 
 
 def test_every_function_of_the_facade_has_a_docstring():
