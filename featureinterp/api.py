@@ -12,7 +12,6 @@ from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import InputError, JobStoppedError
 from featureinterp.jobs.explain import Event, Outcome, Plan
 from featureinterp.jobs.spec import Job, load_job, make_job
-from featureinterp.llm.config import Endpoint
 
 if TYPE_CHECKING:
     from featureinterp.codes.store import CodesStore

@@ -13,14 +13,15 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet
 import pytest
 from conftest import D_MODEL, HOOK
-from endpoint import KEY, Endpoint as Played
-from endpoint import endpoint, play
+from endpoint import KEY, endpoint, play
+from endpoint import Endpoint as Played
 from test_cli import cli, refused
 from tiny import make_sae
 
@@ -60,9 +61,7 @@ def job(run: Path, out: Path, server: Played | str, features: list[int], **field
     url = server if isinstance(server, str) else server.url
     llm = fi.Endpoint(url, "m", None, concurrency=64, timeout_s=10, price=fields.pop("price", Price(1, 1)), **fields.pop("llm", {}))
     plan = fi.Plan(**(PLAN | fields.pop("plan", {})))
-    return fi.Job(
-        run=run, out=out, features=tuple(features), simulator="lexical", llm=llm, plan=plan, records=fi.RecordPolicy(COUNTS), **fields
-    )
+    return fi.Job(run=run, out=out, features=tuple(features), simulator="lexical", llm=llm, plan=plan, records=fi.RecordPolicy(COUNTS), **fields)
 
 
 def essence(results: Any) -> list[Any]:
@@ -171,7 +170,7 @@ def kill_at_random(times: int, wide: Path, features: list[int], folder: Path, ex
                 assert sqlite3.connect(folder / "out" / "journal.sqlite").execute("PRAGMA integrity_check").fetchone() == ("ok",)
         assert kills >= min(times, 2)
         last = program("run", str(file), "--json")
-        out, err = last.communicate()
+        _, err = last.communicate()
         assert last.returncode == 0, err
     finally:
         server.kill()
@@ -225,7 +224,7 @@ def test_a_retry_comes_no_sooner_than_the_endpoint_asks(fault: str, wide: Path, 
     tries = Counter(e.digest for e in server.ledger)
     for digest, n in tries.items():
         at = [e.at for e in server.ledger if e.digest == digest]
-        assert n == 1 or min(b - a for a, b in zip(at, at[1:], strict=False)) >= (2.0 if fault == "429" else 1.0)
+        assert n == 1 or min(b - a for a, b in pairwise(at)) >= (2.0 if fault == "429" else 1.0)
     assert max(tries.values()) > 1
 
 

@@ -408,8 +408,8 @@ def test_budgets():
     guard.before()
     used = Usage(1, 50, 49, 0.0, 0.99)
     guard.before()
-    for used, later, word in ((Usage(1, 0, 0, 0.0, 1.0), 0.0, "\\$1"), (Usage(1, 60, 40), 0.0, "100 tokens"), (Usage(), 120.0, "2 minutes")):
-        now[0] = later
+    for spent, later, word in ((Usage(1, 0, 0, 0.0, 1.0), 0.0, "\\$1"), (Usage(1, 60, 40), 0.0, "100 tokens"), (Usage(), 120.0, "2 minutes")):
+        used, now[0] = spent, later
         with pytest.raises(BudgetReachedError, match=word):
             guard.before()
     with pytest.raises(InputError):

@@ -13,12 +13,12 @@ from endpoint import endpoint
 from test_simulate import RULES, WINDOWS
 from tiny import make_model, tokenizer
 
+from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, InputError, MalformedReplyError, RequestRefusedError
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.local import LocalModel
 from featureinterp.llm.openai import OpenAIModel
 from featureinterp.llm.types import Message, Reply, Request
-from featureinterp.domain.usage import Usage
 from featureinterp.simulate.all_at_once import AllAtOnce
 from featureinterp.simulate.prompt_logprobs import PromptLogprobs, expected_level
 

@@ -17,8 +17,8 @@ from featureinterp.domain.record import SPLITS, FeatureRecord, Window, levels
 from featureinterp.errors import FeatureRangeError, InputError
 from featureinterp.jobs.records import alive_features, parse_features, random_features
 from featureinterp.records.build import RecordBuilder
-from featureinterp.records.policy import RecordPolicy
 from featureinterp.records.files import write_records
+from featureinterp.records.policy import RecordPolicy
 from featureinterp.records.quantile import quantile_order
 from featureinterp.records.similar import SimilarWindows, window_embeddings
 from featureinterp.records.splits import SplitAssigner

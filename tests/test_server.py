@@ -98,7 +98,7 @@ def test_the_token_guards_everything_but_the_health_check(rules: Rules):
     from dataclasses import replace
 
     with TestClient(make_app(replace(rules, token=TOKEN))) as client:
-        paths = [p for p in client.get("/api/openapi.json", headers={"Authorization": f"Bearer {TOKEN}"}).json()["paths"]]
+        paths = list(client.get("/api/openapi.json", headers={"Authorization": f"Bearer {TOKEN}"}).json()["paths"])
         for path in [*paths, "/", "/api/openapi.json", "/nothing"]:
             for method in ("GET", "POST", "PUT", "OPTIONS"):
                 answer = client.request(method, path.replace("{job_id}", "20260101-000000-00000000").replace("{feature}", "1"))
@@ -122,7 +122,7 @@ def test_binding_beyond_this_machine_needs_a_token():
 
 
 def test_a_page_escapes_what_a_job_says(client: TestClient, rules: Rules, runs: Path):
-    nasty = '</script><script>alert(1)</script>"\'&'
+    nasty = "</script><script>alert(1)</script>\"'&"
     jobs = JobsFolder(rules.jobs)
     number = jobs.submit(make_job(run=runs / "tiny"), {"run": nasty, "features": nasty, "llm": nasty})
     end(rules.jobs / number, "failed", nasty)
@@ -137,7 +137,9 @@ def test_a_worker_gives_the_same_results_as_a_call(client: TestClient, rules: Ru
     assert worker.work(rules.jobs / number) == 0
     view = client.get(f"/api/jobs/{number}").json()
     assert view["state"] == "done" and view["progress"]["done"] == 3
-    own = fi.explain(runs / "tiny", "3,5,9", out=tmp_path / "own", simulator="lexical", explainer="top-tokens", stages=("explain", "simulate"), plan={"n_test": 2})
+    own = fi.explain(
+        runs / "tiny", "3,5,9", out=tmp_path / "own", simulator="lexical", explainer="top-tokens", stages=("explain", "simulate"), plan={"n_test": 2}
+    )
     whole = [r.to_json() for r in own]
     assert [client.get(f"/api/jobs/{number}/features/{f}").json() for f in (3, 5, 9)] == json.loads(json.dumps(whole))
     assert client.get(f"/api/jobs/{number}/results?offset=1&limit=1").json()[0]["feature"] == 5

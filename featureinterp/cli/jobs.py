@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from featureinterp.cli.demo import finish
-from featureinterp.cli.screen import Screen, one_line, plain
+from featureinterp.cli.screen import Screen, one_line
 
 _JSON = typer.Option(False, "--json", help="Print as JSON.")
 

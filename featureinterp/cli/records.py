@@ -22,8 +22,8 @@ def records(
     Example: featureinterp records RUN --features 0:100
     """
     from featureinterp import api
-    from featureinterp.records.policy import RecordPolicy
     from featureinterp.records.files import write_records
+    from featureinterp.records.policy import RecordPolicy
 
     screen = Screen(as_json=as_json)
     target = out or run / "records.jsonl"

@@ -36,9 +36,7 @@ class Guard:
     """Called before every request: raises ``BudgetReachedError`` when a limit has been reached. Called with every stage's outcome: raises
     ``TooManyFailuresError`` when at least 20 stages have run and more than ``max_failure_rate`` of them failed."""
 
-    def __init__(
-        self, budget: Budget, usage: Callable[[], Usage], *, max_failure_rate: float = 0.5, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, budget: Budget, usage: Callable[[], Usage], *, max_failure_rate: float = 0.5, clock: Callable[[], float] = time.monotonic) -> None:
         if not 0 < max_failure_rate <= 1:
             raise InputError(f"a failure rate of {max_failure_rate:g} is not possible: give one above 0 and up to 1")
         self.budget, self.max_failure_rate = budget, max_failure_rate

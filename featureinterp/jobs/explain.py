@@ -205,7 +205,7 @@ class ExplainJob:
         plan, asked = self.plan, []
         if self.judge is not None:
             wanted = ((plan.detection, Detection), (plan.fuzzing, Fuzzing), (plan.complexity, Complexity))
-            asked = [kind(self.judge).prompt.name + kind(self.judge).prompt.hash for on, kind in wanted if on]  # type: ignore[abstract]
+            asked = [kind(self.judge).prompt.name + kind(self.judge).prompt.hash for on, kind in wanted if on]
         return {
             "explainer": _settings_of(self.explainer),
             "simulator": _settings_of(self.simulator) if plan.simulate else None,
@@ -531,7 +531,8 @@ class _Run:
         return event
 
     async def _say(self, stage: str, state: _State, done: int, result: FeatureResult | None = None) -> None:
-        result = result or await anyio.to_thread.run_sync(self.job.result, state)
+        if result is None:
+            result = await anyio.to_thread.run_sync(self.job.result, state)
         self.job.on_event(Event(stage, result, done, len(self.left), self.progress(), state.reused))
 
     def progress(self) -> Progress:

@@ -75,9 +75,7 @@ class DryRun:
         return asdict(self)
 
 
-async def run_job(
-    job: Job, store: CodesStore, local: Local, *, on_event: Callable[[Event], None] = lambda _: None, steps: Steps = lambda *_: None
-) -> Ran:
+async def run_job(job: Job, store: CodesStore, local: Local, *, on_event: Callable[[Event], None] = lambda _: None, steps: Steps = lambda *_: None) -> Ran:
     """Runs a job as far as it gets. What is in its journal is not done again; a job that is through asks nothing at all.
 
     Raises ``InputError`` for what cannot work and a ``LanguageModelError`` when
@@ -116,9 +114,12 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
             await work.run(sample, _records(job, store, steps))
     used = meter.usage
     scale = len(left) / len(sample) if sample else 0.0
-    n = [round(x * scale) for x in (used.requests, used.prompt_tokens, used.completion_tokens)]
-    cost = None if price is None else used.cost_usd and used.cost_usd * scale
-    return DryRun(len(features), len(features) - len(left), len(left), *n, cost if cost is not None or price is None else 0.0)
+    requests, prompt_tokens, completion_tokens = (round(x * scale) for x in (used.requests, used.prompt_tokens, used.completion_tokens))
+    if price is None:
+        cost = None
+    else:
+        cost = (used.cost_usd or 0.0) * scale
+    return DryRun(len(features), len(features) - len(left), len(left), requests, prompt_tokens, completion_tokens, cost)
 
 
 def _asks(job: Job) -> bool:

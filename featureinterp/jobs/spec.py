@@ -1,15 +1,15 @@
 """A job as a value: the same in a TOML file, in Python and over HTTP.
 
-    run = "RUN"
-    features = "0:40"
-    stages = ["explain", "simulate", "score"]
-    llm = "paid"                  # an endpoint of the configuration file, or a table [llm]
+run = "RUN"
+features = "0:40"
+stages = ["explain", "simulate", "score"]
+llm = "paid"                  # an endpoint of the configuration file, or a table [llm]
 
-    [plan]
-    n_test = 10
+[plan]
+n_test = 10
 
-    [budget]
-    usd = 2.5
+[budget]
+usd = 2.5
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
 """Endpoints by name: one of them as a value, and the user's configuration file that lists them.
 
-    [endpoints.fast]
-    base_url = "http://localhost:8000/v1"
-    model = "Qwen/Qwen2.5-7B-Instruct"
-    concurrency = 64
+[endpoints.fast]
+base_url = "http://localhost:8000/v1"
+model = "Qwen/Qwen2.5-7B-Instruct"
+concurrency = 64
 
-    [endpoints.paid]
-    base_url = "https://openrouter.ai/api/v1"
-    model = "vendor/model"
-    api_key_env = "OPENROUTER_API_KEY"
-    rpm = 500
-    price = { input = 0.15, output = 0.60 }    # USD per million tokens
+[endpoints.paid]
+base_url = "https://openrouter.ai/api/v1"
+model = "vendor/model"
+api_key_env = "OPENROUTER_API_KEY"
+rpm = 500
+price = { input = 0.15, output = 0.60 }    # USD per million tokens
 
-    [prices."some-model"]
-    input = 1.0
-    output = 4.0
+[prices."some-model"]
+input = 1.0
+output = 4.0
 """
 
 from __future__ import annotations

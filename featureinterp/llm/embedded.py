@@ -14,7 +14,6 @@ from featureinterp.llm.openai import OpenAIModel
 from featureinterp.llm.types import Reply, Request
 
 
-
 class EmbeddedModel:
     """An embedded GGUF model behind a server of our own. Use it as an async context manager, so that the server ends with it."""
 

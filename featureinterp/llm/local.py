@@ -39,7 +39,7 @@ class LocalModel:
     async def aclose(self) -> None:
         """There is nothing to close."""
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _complete(self, request: Request) -> Reply:
         with self._busy:
             start = time.monotonic()

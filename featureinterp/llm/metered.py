@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError
@@ -17,7 +17,7 @@ class Meter:
     """What a job has used so far, over all its models. ``before`` is called before every request and raises when there is
     nothing left to spend. ``in_flight``: requests under way. ``refused``: why no further request has a chance."""
 
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     in_flight: int = 0
     before: Callable[[], None] = lambda: None
     refused: EndpointRefusedError | None = None

@@ -62,9 +62,7 @@ async def open_stack(endpoint: Endpoint, meter: Meter, *, price: Price | None = 
     else:
         from featureinterp.llm.openai import OpenAIModel
 
-        bare = OpenAIModel(
-            endpoint.base_url, endpoint.model, api_key_env=endpoint.api_key_env, timeout_s=endpoint.timeout_s, extra_body=endpoint.extra_body
-        )
+        bare = OpenAIModel(endpoint.base_url, endpoint.model, api_key_env=endpoint.api_key_env, timeout_s=endpoint.timeout_s, extra_body=endpoint.extra_body)
     try:
         limited = Limited(Metered(bare, meter, price=price), Limits(endpoint.concurrency, rpm=endpoint.rpm, tpm=endpoint.tpm))
         yield Stack(Retrying(limited, attempts=endpoint.max_attempts, max_seconds=endpoint.max_wait_s), bare, endpoint.base_url in (None, LOCAL))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from featureinterp.domain.usage import Usage
 from featureinterp.interfaces import LanguageModel
@@ -16,7 +16,7 @@ from featureinterp.llm.types import Reply, Request
 class Tally:
     """The sum so far."""
 
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
 
 
 _CURRENT: ContextVar[Tally | None] = ContextVar("tally", default=None)

@@ -101,7 +101,7 @@ class Feature(pydantic.BaseModel):
     feature: int
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
         self.status, self.detail, self.headers = status, detail, headers
@@ -148,8 +148,8 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
     )
     app.add_middleware(_Gate, rules=rules)
 
-    @app.exception_handler(_Refused)
-    async def refused(_: fastapi.Request, error: _Refused) -> JSONResponse:
+    @app.exception_handler(_RefusedError)
+    async def refused(_: fastapi.Request, error: _RefusedError) -> JSONResponse:
         return JSONResponse({"detail": error.detail}, error.status, error.headers)
 
     @app.exception_handler(FeatureInterpError)
@@ -197,8 +197,10 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
         tags=["jobs"],
         summary="Watch a job: server-sent events, one whenever it changes, until it has ended",
         response_class=StreamingResponse,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Events named job, each a job as JSON."}}
-        | _problems(404, 422),
+        responses={
+            200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Events named job, each a job as JSON."},
+            **_problems(404, 422),
+        },
     )
     async def events(job_id: JobId) -> StreamingResponse:
         await anyio.to_thread.run_sync(jobs.path, job_id)
@@ -213,17 +215,17 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
     async def cancel(job_id: JobId) -> JobAnswer:
         view = await anyio.to_thread.run_sync(jobs.view, job_id)
         if view.state in ENDED:
-            raise _Refused(409, f"the job has ended already: it is {view.state}")
-        await anyio.to_thread.run_sync(runner.cancel, job_id)
+            raise _RefusedError(409, f"the job has ended already: it is {view.state}")
+        await runner.cancel(job_id)
         return _answer(await anyio.to_thread.run_sync(jobs.view, job_id))
 
     @app.post("/api/jobs/{job_id}/resume", tags=["jobs"], summary="Let a job that ended before it was through go on", responses=_problems(404, 409, 422, 429))
     async def resume(job_id: JobId) -> JobAnswer:
         view = await anyio.to_thread.run_sync(jobs.view, job_id)
         if view.state not in ENDED:
-            raise _Refused(409, f"the job has not ended: it is {view.state}")
+            raise _RefusedError(409, f"the job has not ended: it is {view.state}")
         _check_queue(rules, jobs)
-        await anyio.to_thread.run_sync(jobs.resume, job_id)
+        await runner.resume(job_id)
         return _answer(await anyio.to_thread.run_sync(jobs.view, job_id))
 
     @app.get("/api/jobs/{job_id}/results", tags=["results"], summary="Features of a job, without their windows", responses=_problems(404, 422))
@@ -246,7 +248,7 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
     async def report(job_id: JobId) -> HTMLResponse:
         path = await anyio.to_thread.run_sync(jobs.path, job_id) / "out" / "report.html"
         if not path.is_file():
-            raise _Refused(404, f"the job {job_id} has no report yet")
+            raise _RefusedError(404, f"the job {job_id} has no report yet")
         return HTMLResponse(await anyio.Path(path).read_text(encoding="utf-8"), headers=_HEADERS)
 
     return app
@@ -264,7 +266,7 @@ def _runs(rules: Rules) -> list[str]:
 
 def _check_queue(rules: Rules, jobs: JobsFolder) -> None:
     if len(jobs.waiting()) >= rules.queue:
-        raise _Refused(429, f"{rules.queue} jobs are waiting already: try again when some have begun", {"Retry-After": "60"})
+        raise _RefusedError(429, f"{rules.queue} jobs are waiting already: try again when some have begun", {"Retry-After": "60"})
 
 
 def _submit(submission: Submission, rules: Rules, jobs: JobsFolder) -> JobAnswer:
@@ -331,7 +333,9 @@ class _Gate:
             return
         headers = {k.lower(): v for k, v in scope["headers"]}
         if self.token is not None and scope["path"] != "/health" and not _carries(headers.get(b"authorization", b""), self.token):
-            problem = JSONResponse({"detail": "the token is missing or wrong: send 'Authorization: Bearer TOKEN'"}, 401, {"WWW-Authenticate": "Basic realm=featureinterp"})
+            problem = JSONResponse(
+                {"detail": "the token is missing or wrong: send 'Authorization: Bearer TOKEN'"}, 401, {"WWW-Authenticate": "Basic realm=featureinterp"}
+            )
             await problem(scope, receive, send)
             return
         body = b""

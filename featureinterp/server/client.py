@@ -113,7 +113,7 @@ class Service:
 
     def report(self, number: str) -> str:
         """The report, as HTML."""
-        return self._send("GET", f"/api/jobs/{number}/report").text
+        return str(self._send("GET", f"/api/jobs/{number}/report").text)
 
     def _get(self, path: str, **query: Any) -> Any:
         return self._send("GET", path, params=query).json()

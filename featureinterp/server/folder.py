@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ State = Literal["queued", "running", "done", "stopped", "failed", "cancelled"]
 ENDED: tuple[State, ...] = ("done", "stopped", "failed", "cancelled")
 MAX_STARTS = 5
 """A worker that ends so often without an outcome is not started again."""
+_PROBING = threading.Lock()
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 
 
@@ -144,11 +146,12 @@ def is_locked(folder: Path) -> bool:
     if not (folder / "lock").exists():
         return False
     lock = lock_of(folder)
-    try:
-        lock.acquire(blocking=False)
-    except filelock.Timeout:
-        return True
-    lock.release()
+    with _PROBING:  # two looks at once would take each other for a worker
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            return True
+        lock.release()
     return False
 
 

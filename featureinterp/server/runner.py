@@ -26,17 +26,22 @@ class Runner:
         self._children: dict[str, subprocess.Popen[bytes]] = {}
         self._views: dict[str, JobView] = {}
         self._changed = anyio.Condition()
+        self._looking = anyio.Lock()
 
     async def serve(self) -> None:
         """Looks after the folder until it is cancelled. Workers go on then."""
         while True:
-            await anyio.to_thread.run_sync(self._start_workers)
-            views = await anyio.to_thread.run_sync(lambda: {v.id: v for v in self.jobs.views()})
-            if views != self._views:
-                async with self._changed:
-                    self._views = views
-                    self._changed.notify_all()
+            async with self._looking:
+                await anyio.to_thread.run_sync(self._start_workers)
+                await self._look()
             await anyio.sleep(EVERY_S)
+
+    async def _look(self) -> None:
+        views = await anyio.to_thread.run_sync(lambda: {v.id: v for v in self.jobs.views()})
+        if views != self._views:
+            async with self._changed:
+                self._views = views
+                self._changed.notify_all()
 
     def _start_workers(self) -> None:
         for number, child in list(self._children.items()):
@@ -56,7 +61,8 @@ class Runner:
         """A job whenever something about it changes, from now until it has ended."""
         last: JobView | None = None
         while True:
-            view = self._views.get(number) or await anyio.to_thread.run_sync(self.jobs.view, number)
+            known = self._views.get(number)
+            view: JobView = known if known is not None else await anyio.to_thread.run_sync(self.jobs.view, number)
             if view != last:
                 last = view
                 yield view
@@ -66,8 +72,19 @@ class Runner:
                 if self._views.get(number, view) == last:
                     await self._changed.wait()
 
-    def cancel(self, number: str) -> None:
+    async def cancel(self, number: str) -> None:
         """Asks a job to end, its worker with the signal of Ctrl-C."""
+        async with self._looking:
+            await anyio.to_thread.run_sync(self._cancel, number)
+            await self._look()
+
+    async def resume(self, number: str) -> None:
+        """Lets a job that ended before it was through go on; whoever watches it from now on does not see its former end."""
+        async with self._looking:
+            await anyio.to_thread.run_sync(self.jobs.resume, number)
+            await self._look()
+
+    def _cancel(self, number: str) -> None:
         self.jobs.cancel(number)
         folder = self.jobs.path(number)
         pid = folder / "pid"
@@ -79,7 +96,7 @@ class Runner:
 def start_worker(folder: Path) -> subprocess.Popen[bytes]:
     """Starts the worker of a job in a session of its own, so that what ends the service does not end it."""
     with (folder / "worker.log").open("ab") as log:
-        child = subprocess.Popen(
+        child = subprocess.Popen(  # noqa: S603 (our own module, and a folder that the operator named)
             [sys.executable, "-m", "featureinterp.server.worker", str(folder)],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -88,4 +105,3 @@ def start_worker(folder: Path) -> subprocess.Popen[bytes]:
         )
     (folder / "pid").write_text(str(child.pid))
     return child
-

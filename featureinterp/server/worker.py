@@ -12,9 +12,11 @@ import filelock
 from featureinterp.errors import FeatureInterpError
 from featureinterp.files import write_json
 from featureinterp.jobs.explain import Event
-from featureinterp.server.folder import JobsFolder, end, lock_of
+from featureinterp.server.folder import JobsFolder, State, end, lock_of
 
 WRITE_EVERY_S = 0.25
+LOCK_S = 2.0
+"""A service that looks whether a job is at work holds its lock for a moment."""
 
 
 class _Watch:
@@ -46,7 +48,7 @@ def work(folder: Path) -> int:
     jobs = JobsFolder(folder.parent)
     lock = lock_of(folder)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=LOCK_S)
     except filelock.Timeout:
         return 0
     with lock:
@@ -63,7 +65,7 @@ def work(folder: Path) -> int:
         except FeatureInterpError as error:
             end(folder, "failed", str(error))
             return 2
-        state = "stopped" if results.stopped else "done"
+        state: State = "stopped" if results.stopped else "done"
         message = str(results.stopped) if results.stopped else f"{results.n_failures} stages failed" if results.n_failures else ""
         end(folder, state, message, n_features=len(results), n_failures=results.n_failures)
     return 0

@@ -13,8 +13,8 @@ import asyncio
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -123,7 +123,14 @@ def main() -> None:
         limit = n / bare(url, n)
         took, cpu_ms, growth = ours(url, n)
         limit = max(limit, n / bare(url, n))
-    report("client: requests per second, 256 in flight, 20 ms", n / took, limit, n / took / limit, cpu_ms_per_request=round(cpu_ms, 3), bytes_per_request=round(growth, 1))
+    report(
+        "client: requests per second, 256 in flight, 20 ms",
+        n / took,
+        limit,
+        n / took / limit,
+        cpu_ms_per_request=round(cpu_ms, 3),
+        bytes_per_request=round(growth, 1),
+    )
     for latency, rounds in ((1.0, 4), (0.3, 8)):
         with server(latency) as url:
             took, _, _ = ours(url, IN_FLIGHT * rounds)
