@@ -167,8 +167,9 @@ async def run_async(job: Job | str | Path, *, on_event: Callable[[Event], None] 
 
     job = job if isinstance(job, Job) else load_job(Path(job))
     ran = await run_job(job, open_run(job.run), _local(), on_event=on_event, steps=steps)
-    write_results(job.folder, ran.results, ran.about)
-    write_report(job.folder / "report.html", ran.results, ran.about)
+    if ran.results:
+        write_results(job.folder, ran.results, ran.about)
+        write_report(job.folder / "report.html", ran.results, ran.about)
     return Results(ran.results, job.folder, ran.about, ran.outcome)
 
 

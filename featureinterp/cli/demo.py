@@ -41,7 +41,7 @@ def finish(screen: Screen, results: object) -> None:
     assert isinstance(results, api.Results)
     if screen.as_json:
         screen.result(results.to_json())
-    else:
+    elif results:
         rows = []
         for r in results[:MOST_ROWS]:
             score, floor = r.score("correlation"), r.baseline_score("correlation")

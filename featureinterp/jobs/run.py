@@ -22,7 +22,7 @@ from featureinterp.jobs.explain import Event, ExplainJob, Outcome
 from featureinterp.jobs.journal import Journal, Rehearsal
 from featureinterp.jobs.records import build_records, parse_features
 from featureinterp.jobs.spec import Job
-from featureinterp.llm.cached import ReplyStore
+from featureinterp.llm.cached import Cached, ReplyStore
 from featureinterp.llm.config import Endpoint, load_config
 from featureinterp.llm.metered import Meter, Metered
 from featureinterp.llm.prices import Price
@@ -104,7 +104,7 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
     price = load_config().price(endpoint)
     path = job.folder / "journal.sqlite"
     meter = Meter()
-    model = Tallied(Metered(_Understudy(endpoint.model), meter, price=price))
+    model = Tallied(Cached(Metered(_Understudy(endpoint.model), meter, price=price), ReplyStore(None)))
     explainer, simulator = _parts(job, model, replace(local, simulator=_NoSimulator))
     with Journal(path if path.exists() else ":memory:") as journal, Rehearsal(journal) as rehearsal:
         work = _explain_job(job, store, rehearsal, explainer, simulator, model, meter, lambda _: None)

@@ -26,13 +26,14 @@ CREATE TABLE IF NOT EXISTS replies (
 
 class ReplyStore:
     """A SQLite file of replies. Table ``replies``: ``key`` (hash of endpoint, model and everything in the request that can change
-    the answer), ``model``, ``reply`` (JSON), ``created`` (Unix seconds). A reply is on disk before it is used."""
+    the answer), ``model``, ``reply`` (JSON), ``created`` (Unix seconds). A reply is on disk before it is used. ``path`` None: kept in memory."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self.path = path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path, isolation_level=None)
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            self._connection = sqlite3.connect(path or ":memory:", isolation_level=None)
             self._connection.execute("PRAGMA journal_mode = WAL")
             self._connection.execute("PRAGMA synchronous = NORMAL")
             self._connection.execute("PRAGMA busy_timeout = 10000")
