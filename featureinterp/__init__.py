@@ -83,8 +83,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'featureinterp' has no attribute {name!r}")
     value = getattr(import_module(f"featureinterp.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+    return globals().setdefault(name, value)  # importing may have put a room of that name there, which is callable too
 
 
 def __dir__() -> list[str]:

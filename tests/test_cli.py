@@ -151,13 +151,15 @@ def test_explain_refuses_what_cannot_work_before_it_writes(run: Path, tmp_path: 
         env = {"TEST_KEY": KEY}
         refused(cli(*args, "--base-url", server.url, "--features", "64", **env), "0 to 63")
         refused(cli(*args, "--base-url", server.url, "--features", "a:b", **env), "names no features")
-        refused(cli(*args, "--base-url", server.url, "--simulator", "best", **env), "simulator", "'best'", "'all-at-once', 'prompt-logprobs', 'rated' or 'lexical'")
+        refused(
+            cli(*args, "--base-url", server.url, "--simulator", "best", **env), "simulator", "'best'", "'all-at-once', 'prompt-logprobs', 'rated' or 'lexical'"
+        )
         refused(cli(*args, "--base-url", "host", **env), "not the address")
         refused(cli(*args, "--base-url", server.url, TEST_KEY=""), "TEST_KEY", "is not set")
         refused(cli("explain", str(run), "--base-url", server.url), "--llm-model")
         assert not server.ledger
         done = cli(*args, "--base-url", server.url, **env)
-        refused(done, "refused the key", "--api-key-env")
+        refused(done, "refused the key", "environment variable TEST_KEY")
         assert KEY not in done.stderr and len(server.ledger) == 1
     refused(cli(*args, "--base-url", server.url, **env), "cannot be reached")
     refused(cli("explain", str(tmp_path / "none")), "no run folder")
