@@ -29,6 +29,8 @@ def parse_reply(text: str, form: type[Form]) -> Form:
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             problem = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+        except (RecursionError, ValueError):
+            problem = "its brackets are nested too deeply"
     raise MalformedReplyError(f"the reply does not have the form that was asked for ({problem}): {' '.join(text.split())[:120]!r}")
 
 

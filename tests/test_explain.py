@@ -8,7 +8,7 @@ from typing import Any
 import anyio
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import NASTY
 
@@ -129,6 +129,70 @@ def test_the_parser_never_fails_otherwise(text: str):
             parse_reply(text, form)
         except MalformedReplyError as error:
             assert "\n" not in str(error)
+
+
+PHRASES = st.one_of(
+    st.text(min_size=1, max_size=40),
+    st.sampled_from(['words "in" quotes', "it's", 'a \\"b\\" c', "{not: json}", "[1, 2]", "a, b: c", "```json", "// no comment", "null", "NaN", "d" * 600]),
+)
+ODD = st.one_of(
+    st.none(), st.booleans(), st.floats(), st.integers(), st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)
+)
+RULES = st.lists(
+    st.fixed_dictionaries({"activates_on": st.one_of(PHRASES, PHRASES, ODD), "strength": st.one_of(st.integers(0, 5), st.integers(0, 5), ODD)}), max_size=6
+)
+SPOILT = st.lists(
+    st.tuples(st.floats(0, 1), st.sampled_from(['"', "'", "\\", "{", "}", "[", "]", ",", ":", "\n", "\0", "“", "```", "NaN", '"strength": 3', "[" * 3000])),
+    max_size=4,
+)
+
+
+@st.composite
+def spoilt_replies(draw: st.DrawFn) -> tuple[str, str]:
+    """What a model may send instead of rules: (the reply, everything that it says)."""
+    rules = draw(RULES)
+    reply = json.dumps({"rules": rules}, ensure_ascii=draw(st.booleans()))
+    if draw(st.booleans()):
+        reply = reply.replace('"strength"', '"strength": 2, "strength"', 1)
+    for place, what in draw(SPOILT):
+        at = int(place * len(reply))
+        reply = reply[:at] + what + reply[at:]
+    if draw(st.booleans()):
+        reply = reply[: int(draw(st.floats(0, 1)) * len(reply))]
+    if draw(st.booleans()):
+        reply = f"Sure:\n```json\n{reply}\n```\nAnything else?"
+    return reply, " ".join(str(r["activates_on"]) for r in rules)
+
+
+def letters(text: str) -> str:
+    """A text without what quoting and escaping add or take."""
+    return "".join(c for c in text if c.isalnum())
+
+
+def check_spoilt(case: tuple[str, str]) -> None:
+    reply, said = case
+    try:
+        rules = rules_of(parse_reply(reply, RulesReply), 5)
+    except MalformedReplyError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+        return
+    assert 1 <= len(rules) <= 5
+    for rule in rules:
+        assert letters(rule.activates_on) in letters(reply) or letters(rule.activates_on) in letters(said)
+        assert str(rule.strength) in reply
+
+
+@settings(max_examples=300, deadline=None)
+@given(spoilt_replies())
+def test_no_rule_comes_from_nowhere(case: tuple[str, str]):
+    check_spoilt(case)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(spoilt_replies())
+def test_no_rule_comes_from_nowhere_at_length(case: tuple[str, str]):
+    check_spoilt(case)
 
 
 def test_rules_are_capped_and_each_said_once():

@@ -20,6 +20,13 @@ class RuleReply(pydantic.BaseModel):
     activates_on: str = pydantic.Field(min_length=1, max_length=MAX_TEXT)
     strength: int = pydantic.Field(ge=0, le=5)
 
+    @pydantic.field_validator("strength", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: object) -> object:
+        if isinstance(value, bool):
+            raise ValueError("a strength is a number from 0 to 5")
+        return value
+
 
 class RulesReply(pydantic.BaseModel):
     """The reply to the prompt for rules."""
