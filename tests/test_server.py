@@ -47,7 +47,7 @@ def rules(runs: Path, tmp_path: Path) -> Rules:
 
 @pytest.fixture
 def client(rules: Rules) -> Iterator[TestClient]:
-    with TestClient(make_app(rules)) as client:
+    with TestClient(make_app(rules), base_url="http://127.0.0.1") as client:
         yield client
 
 
@@ -97,7 +97,7 @@ def test_the_token_guards_everything_but_the_health_check(rules: Rules):
     import base64
     from dataclasses import replace
 
-    with TestClient(make_app(replace(rules, token=TOKEN))) as client:
+    with TestClient(make_app(replace(rules, token=TOKEN)), base_url="http://jobs.example.org") as client:
         paths = list(client.get("/api/openapi.json", headers={"Authorization": f"Bearer {TOKEN}"}).json()["paths"])
         for path in [*paths, "/", "/api/openapi.json", "/nothing"]:
             for method in ("GET", "POST", "PUT", "OPTIONS"):
@@ -108,6 +108,15 @@ def test_the_token_guards_everything_but_the_health_check(rules: Rules):
         basic = base64.b64encode(f"anybody:{TOKEN}".encode()).decode()
         for header in (f"Bearer {TOKEN}", f"bearer {TOKEN}", f"Basic {basic}"):
             assert client.get("/api/runs", headers={"Authorization": header}).status_code == 200
+
+
+def test_pages_of_other_sites_can_do_nothing(client: TestClient):
+    assert client.get("/", headers={"Host": "evil.example:8765"}).status_code == 403
+    assert client.get("/api/jobs", headers={"Host": ""}).status_code == 403
+    for host in ("localhost:8765", "127.0.0.1:1", "[::1]:8765"):
+        assert client.get("/api/jobs", headers={"Host": host}).status_code == 200
+    for origin, status in (("https://evil.example", 403), ("null", 403), ("http://127.0.0.1.evil.example", 403), ("http://127.0.0.1", 404)):
+        assert client.post("/api/jobs/20260101-000000-00000000/cancel", headers={"Origin": origin}).status_code == status
 
 
 def test_binding_beyond_this_machine_needs_a_token():
@@ -127,7 +136,8 @@ def test_a_page_escapes_what_a_job_says(client: TestClient, rules: Rules, runs: 
     number = jobs.submit(make_job(run=runs / "tiny"), {"run": nasty, "features": nasty, "llm": nasty})
     end(rules.jobs / number, "failed", nasty)
     page = client.get("/")
-    assert "alert(1)</script>" not in page.text and "&lt;script&gt;" in page.text
+    assert "alert(1)" in page.text and page.text.count("</script>") == 1 and "&lt;script&gt;" in page.text
+    assert "<script>alert" not in page.text and "\\u003cscript" in page.text
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
 
 

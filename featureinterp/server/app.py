@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import binascii
 import hmac
+import ipaddress
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import anyio
 import fastapi
@@ -110,6 +112,7 @@ class _RefusedError(Exception):
 def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
     words = {
         401: "The token is missing or wrong.",
+        403: "The request comes from a page of another site.",
         404: "There is nothing of that name.",
         405: "The path takes another method.",
         409: "The job is not in a state for that.",
@@ -117,7 +120,7 @@ def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
         422: "The request has a mistake; the detail names it.",
         429: "The queue is full.",
     }
-    return {code: {"model": Problem, "description": words[code]} for code in (401, *codes)}
+    return {code: {"model": Problem, "description": words[code]} for code in (401, 403, *codes)}
 
 
 JobId = Annotated[str, fastapi.Path(description="The job's id.", max_length=80, examples=["20260101-120000-0123abcd"])]
@@ -168,7 +171,7 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def front() -> HTMLResponse:
         views = await anyio.to_thread.run_sync(lambda: list(jobs.views(PAGE)))
-        page = _template("index.html").render(jobs=[v.to_json() for v in views], ended=ENDED, version=__version__)
+        page = _template("index.html").render(jobs=[v.to_json() for v in views], ended=ENDED, page=PAGE, version=__version__)
         return HTMLResponse(page, headers=_HEADERS)
 
     @app.get("/api/runs", tags=["service"], summary="Names of the runs that can be explained", responses=_problems())
@@ -338,6 +341,9 @@ class _Gate:
             )
             await problem(scope, receive, send)
             return
+        if scope["path"] != "/health" and not _is_own(scope["method"], headers, self.token):
+            await JSONResponse({"detail": "the request comes from a page of another site"}, 403)(scope, receive, send)
+            return
         body = b""
         more = scope["method"] not in ("GET", "HEAD")
         while more:
@@ -357,6 +363,22 @@ class _Gate:
         await self.app(scope, replay, send)
 
 
+def _is_own(method: str, headers: dict[bytes, bytes], token: str | None) -> bool:
+    """Whether no other site's page in the user's browser sent a request: pages may not change anything here, and without a token they may
+    not reach the service under a name of their own either (DNS rebinding)."""
+    host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin")
+    if token is None and not _is_local(urlsplit(f"//{host}").hostname or ""):
+        return False
+    return method in ("GET", "HEAD") or origin is None or urlsplit(origin.decode("latin-1")).netloc == host
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def _carries(header: bytes, token: str) -> bool:
     """Whether an Authorization header holds the token: as a bearer token, or as the password that a browser asks for."""
     kind, _, value = header.decode("latin-1").partition(" ")
@@ -372,13 +394,7 @@ def _carries(header: bytes, token: str) -> bool:
 
 def check_binding(host: str, token: str | None) -> None:
     """Raises ``InputError`` when the service would be open to other machines without a token."""
-    import ipaddress
-
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not local and not token:
+    if not _is_local(host) and not token:
         raise InputError(f"the address {host} can be reached from other machines: give a token with --token-env, or bind to 127.0.0.1")
     if token is not None and len(token) < 16:
         raise InputError("the token is shorter than 16 characters: give a longer one")
