@@ -109,7 +109,8 @@ class _RefusedError(Exception):
         self.status, self.detail, self.headers = status, detail, headers
 
 
-def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
+def _problems(*codes: int, json_only: bool = True) -> dict[int | str, dict[str, Any]]:
+    """What may go wrong, for the interface's description. ``json_only`` False: the answer itself is no JSON, but these are."""
     words = {
         401: "The token is missing or wrong.",
         403: "The request comes from a page of another site.",
@@ -120,7 +121,10 @@ def _problems(*codes: int) -> dict[int | str, dict[str, Any]]:
         422: "The request has a mistake; the detail names it.",
         429: "The queue is full.",
     }
-    return {code: {"model": Problem, "description": words[code]} for code in (401, 403, *codes)}
+    form: dict[str, Any] = {"model": Problem}
+    if not json_only:
+        form = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
+    return {code: {**form, "description": words[code]} for code in (401, 403, *codes)}
 
 
 JobId = Annotated[str, fastapi.Path(description="The job's id.", max_length=80, examples=["20260101-120000-0123abcd"])]
@@ -202,7 +206,7 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
         response_class=StreamingResponse,
         responses={
             200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Events named job, each a job as JSON."},
-            **_problems(404, 422),
+            **_problems(404, 422, json_only=False),
         },
     )
     async def events(job_id: JobId) -> StreamingResponse:
@@ -246,7 +250,7 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
         tags=["results"],
         summary="The report: one self-contained HTML page",
         response_class=HTMLResponse,
-        responses=_problems(404, 422),
+        responses=_problems(404, 422, json_only=False),
     )
     async def report(job_id: JobId) -> HTMLResponse:
         path = await anyio.to_thread.run_sync(jobs.path, job_id) / "out" / "report.html"
