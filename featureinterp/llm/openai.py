@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import json
 import os
 import re
 import time
@@ -105,7 +106,7 @@ class OpenAIModel:
                 with anyio.fail_after(self.timeout_s):
                     if request.prompt:
                         return await self._read(request, start)
-                    completion = await self._client.chat.completions.create(**self._arguments(request))
+                    completion = await self._post("/chat/completions", self._arguments(request))
                 return self._reply(completion, time.monotonic() - start)
             except TimeoutError:
                 raise EndpointUnavailableError(self._late()) from None
@@ -134,9 +135,12 @@ class OpenAIModel:
             arguments["response_format"] = {"type": "json_object"}
         if request.top_logprobs and accepts.logprobs:
             arguments |= {"logprobs": True, "top_logprobs": request.top_logprobs}
-        if self._extra:
-            arguments["extra_body"] = self._extra
-        return arguments
+        return arguments | self._extra
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON that an endpoint answers. The SDK's typed methods build a tree of models out of each request and reply, which costs more than
+        everything else together."""
+        return json.loads(await self._client.post(path, cast_to=bytes, body=body))
 
     def _give_way(self, error: Exception, request: Request) -> bool:
         """Whether a refusal was about a parameter that can be left out or put otherwise; it then is, from now on."""
@@ -162,14 +166,10 @@ class OpenAIModel:
         ways = ("prompt_logprobs", "echo")
         first = ways.index(self.accepts.prompt_logprobs) if self.accepts.prompt_logprobs else len(ways)
         for way in ways[first:]:
-            extra = dict(self._extra)
             arguments: dict[str, Any] = {"model": self.name, "prompt": list(request.prompt), "max_tokens": 1, "temperature": 0.0}
-            if way == "echo":
-                arguments |= {"echo": True, "logprobs": request.top_logprobs}
-            else:
-                extra["prompt_logprobs"] = request.top_logprobs
+            arguments |= {"echo": True, "logprobs": request.top_logprobs} if way == "echo" else {"prompt_logprobs": request.top_logprobs}
             try:
-                completion = await self._client.completions.create(**arguments, extra_body=extra or None)
+                completion = await self._post("/completions", arguments | self._extra)
             except self._sdk.APIStatusError as error:
                 if error.status_code not in (400, 404, 405, 415, 422, 501):
                     raise
@@ -185,24 +185,25 @@ class OpenAIModel:
         )
 
     def _reply(self, completion: Any, seconds: float) -> Reply:
-        choices = getattr(completion, "choices", None)
+        choices = completion.get("choices") if isinstance(completion, dict) else None
         if not choices:
             raise MalformedReplyError(f"{self.base_url} answered without any choice: is it an OpenAI-compatible endpoint?")
         texts, truncated, first = [], [], []
         try:
             for choice in choices:
-                texts.append(str(choice.message.content or ""))
-                truncated.append(choice.finish_reason == "length")
-                tokens = choice.logprobs.content if choice.logprobs and choice.logprobs.content else []
-                first.append({str(t.token): float(t.logprob) for t in tokens[0].top_logprobs or ()} if tokens else {})
-        except (AttributeError, TypeError, ValueError) as error:
-            raise MalformedReplyError(f"{self.base_url} answered in another form than OpenAI's ({error}): is it an OpenAI-compatible endpoint?") from None
+                texts.append(str(choice["message"].get("content") or ""))
+                truncated.append(choice.get("finish_reason") == "length")
+                tokens = (choice.get("logprobs") or {}).get("content") or []
+                first.append({str(t["token"]): float(t["logprob"]) for t in tokens[0].get("top_logprobs") or ()} if tokens else {})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            problem = f"{type(error).__name__}: {error}"[:100]
+            raise MalformedReplyError(f"{self.base_url} answered in another form than OpenAI's ({problem}): is it an OpenAI-compatible endpoint?") from None
         return Reply(tuple(texts), tuple(truncated), self._usage(completion, seconds), tuple(first))
 
     @staticmethod
     def _usage(completion: Any, seconds: float) -> Usage:
-        usage = getattr(completion, "usage", None)
-        prompt, reply = (getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens"))
+        usage = completion.get("usage")
+        prompt, reply = (usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens"))
         return Usage(1, prompt if isinstance(prompt, int) else 0, reply if isinstance(reply, int) else 0, seconds, None)
 
     def _late(self) -> str:
@@ -261,10 +262,11 @@ def read_prompt(completion: Any, places: tuple[int, ...]) -> tuple[dict[str, flo
     vLLM's ``prompt_logprobs``: per token None or ``{token id: {logprob, decoded_token}}``. The completions API with ``echo``:
     ``logprobs.top_logprobs``, per token None or ``{text: logprob}``.
     """
-    choices = getattr(completion, "choices", None) or [None]
-    per_token = getattr(choices[0], "prompt_logprobs", None) or getattr(completion, "prompt_logprobs", None)
-    if per_token is None:
-        per_token = getattr(getattr(choices[0], "logprobs", None), "top_logprobs", None)
+    try:
+        choice = (completion.get("choices") or [{}])[0]
+        per_token = choice.get("prompt_logprobs") or completion.get("prompt_logprobs") or (choice.get("logprobs") or {}).get("top_logprobs")
+    except (AttributeError, KeyError, TypeError):
+        return None
     if not isinstance(per_token, list) or not places or len(per_token) <= max(places):
         return None
     out = []
