@@ -377,6 +377,25 @@ def test_status_and_export(wide: Path, features: list[int], tmp_path: Path):
     refused(cli("status", str(tmp_path)), "holds no job")
 
 
+def test_endpoints_by_name(tmp_path: Path):
+    file = tmp_path / "config.toml"
+    env = {"FEATUREINTERP_CONFIG": str(file), "FEATUREINTERP_CACHE": str(tmp_path / "cache"), "TEST_KEY": KEY}
+    assert "no endpoints yet" in cli("llm", "list", **env).stdout
+    with endpoint(key=KEY) as server:
+        file.write_text(
+            f'[endpoints.paid]\nbase_url = "{server.url}"\nmodel = "m"\napi_key_env = "TEST_KEY"\nprice = {{ input = 1, output = 1 }}\n'
+            f'[endpoints.keyless]\nbase_url = "{server.url}"\nmodel = "n"\n'
+        )
+        assert cli("llm", "list", **env).stdout.count("not tested") == 2
+        tested = cli("llm", "test", "paid", **env)
+        assert tested.returncode == 0 and "JSON schema" in tested.stdout and "one small call" in tested.stdout and "$0.0000" in tested.stdout
+        rows = json.loads(cli("llm", "list", "--json", **env).stdout)["endpoints"]
+        assert rows["paid"]["probed"]["logprobs"] is True and rows["keyless"]["probed"] is None
+        refused(cli("llm", "test", "keyless", **env), "refused the key", "--api-key-env")
+    refused(cli("llm", "test", "nobody", **env), "nobody", "paid, keyless")
+    assert KEY not in tested.stdout + json.dumps(rows)
+
+
 def test_jobs_that_make_no_sense(wide: Path, tmp_path: Path):
     file = tmp_path / "j.toml"
     for text, words in (

@@ -27,7 +27,7 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ask(url: str, request: Request = ASK, wrap: Any = lambda m: m, **options: Any) -> Reply:
     async def go() -> Reply:
-        model = OpenAIModel(url, "m", api_key_env="TEST_KEY", **options)
+        model = OpenAIModel(url, "m", **({"api_key_env": "TEST_KEY"} | options))
         try:
             return await wrap(model).complete(request)
         finally:
@@ -92,9 +92,19 @@ def test_wrong_addresses_and_missing_keys(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TEST_KEY")
     with pytest.raises(InputError, match="TEST_KEY"):
         OpenAIModel("http://localhost/v1", "m", api_key_env="TEST_KEY")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with pytest.raises(InputError, match="OPENAI_API_KEY"):
+        OpenAIModel("https://api.openai.com/v1", "m")
     for wrong in ("localhost:8000", "https://key@host/v1"):
         with pytest.raises(InputError):
             OpenAIModel(wrong, "m", api_key_env=None)
+
+
+def test_a_key_is_sent_to_nobody_it_is_not_meant_for(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with endpoint(lambda _: "x") as server:
+        assert ask(server.url, api_key_env=None).text == "x"
+    assert not any(KEY in str(e.key) for e in server.ledger)
 
 
 def test_retries_wait_as_long_as_the_endpoint_asks_and_then_succeed():

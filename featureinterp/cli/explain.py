@@ -27,7 +27,7 @@ def explain(
     llm: str = typer.Option(None, help="An endpoint of the configuration file, by name ('featureinterp llm list')."),
     base_url: str = typer.Option(None, help="OpenAI-compatible endpoint; the embedded model when not given."),
     llm_model: str = typer.Option(None, help="The endpoint's model."),
-    api_key_env: str = typer.Option("OPENAI_API_KEY", help="Name of the variable that holds the endpoint's key."),
+    api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key; only OpenAI's own has a default, OPENAI_API_KEY."),
     concurrency: int = typer.Option(16, help="Requests in flight at most."),
     rpm: int = typer.Option(None, help="Requests per minute at most."),
     tpm: int = typer.Option(None, help="Tokens per minute at most."),

@@ -44,15 +44,15 @@ class Endpoint:
     """An OpenAI-compatible endpoint. ``base_url`` None stands for the embedded model ``model``, and
     ``"local"`` for a transformers model (a Hugging Face name or folder) that runs in this process, one request at a time.
 
-    ``api_key_env``: name of the environment variable with the key; None: the endpoint needs none. ``rpm``, ``tpm``: requests and tokens per
-    minute at most. ``max_attempts``, ``max_wait_s``: how often and how long a request is tried again. ``price``: USD per million tokens.
-    ``tokenizer``: Hugging Face name or folder of the model's tokenizer, for reading prompts token by token. ``extra_body``: fields that are
-    added to every request.
+    ``api_key_env``: name of the environment variable with the key; None: the endpoint needs none (OpenAI's own: ``OPENAI_API_KEY``).
+    ``rpm``, ``tpm``: requests and tokens per minute at most. ``max_attempts``, ``max_wait_s``: how often and how long a request is tried again.
+    ``price``: USD per million tokens. ``tokenizer``: Hugging Face name or folder of the model's tokenizer, for reading prompts token by token.
+    ``extra_body``: fields that are added to every request.
     """
 
     base_url: str | None = None
     model: str = EMBEDDED
-    api_key_env: str | None = "OPENAI_API_KEY"
+    api_key_env: str | None = None
     concurrency: int = 16
     rpm: int | None = None
     tpm: int | None = None

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import anyio
 
@@ -46,7 +47,8 @@ class Accepts:
 class OpenAIModel:
     """A model behind an OpenAI-compatible endpoint. One HTTP client for its lifetime; the SDK's own retries are off.
 
-    ``api_key_env`` names the environment variable that holds the key; the key itself is in no attribute, message or repr.
+    ``api_key_env`` names the environment variable that holds the key; the key itself is in no attribute, message or repr. None: no key
+    is sent, but to OpenAI itself that of ``OPENAI_API_KEY``, which nobody else gets to see unless it is named.
     ``timeout_s`` bounds a whole request, also one that is answered drop by drop. Raises ``InputError`` at once when that variable is
     not set or the address is none.
     """
@@ -56,7 +58,7 @@ class OpenAIModel:
         base_url: str,
         model: str,
         *,
-        api_key_env: str | None = "OPENAI_API_KEY",
+        api_key_env: str | None = None,
         api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         extra_body: Mapping[str, Any] | None = None,
@@ -66,6 +68,8 @@ class OpenAIModel:
             raise InputError(f"{base_url!r} is not the address of an endpoint: give one like https://host/v1")
         if "@" in base_url.split("//", 1)[1].split("/", 1)[0] or re.search(r"[?&](api_?)?key=", base_url, re.IGNORECASE):
             raise InputError("the endpoint's address holds a user name or key: name the variable that holds the key with --api-key-env instead")
+        if api_key_env is None and api_key is None and urlsplit(base_url).hostname == "api.openai.com":
+            api_key_env = "OPENAI_API_KEY"
         key = api_key or (os.environ.get(api_key_env, "") if api_key_env else "none")
         if not key:
             raise InputError(f"the environment variable {api_key_env} with the endpoint's key is not set: set it, or name another with --api-key-env")

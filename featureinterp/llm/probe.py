@@ -34,7 +34,7 @@ class _Colour(pydantic.BaseModel):
 class Probed:
     """What was found. ``reply_form``: the strictest form of a structured reply that is taken. ``follows``: whether the reply had it.
     ``prompt_logprobs``: the field that asks for the probabilities of a prompt's tokens, None when there is none. ``order_matters``: whether
-    they changed when another prompt was read in between; None when there are none. ``seconds``: of one small call. ``usage``: of all."""
+    they changed when another prompt was read in between; None when there are none. ``call``: of one small call. ``usage``: of all."""
 
     reply_form: str
     follows: bool
@@ -42,7 +42,7 @@ class Probed:
     choices: bool
     prompt_logprobs: str | None
     order_matters: bool | None
-    seconds: float
+    call: Usage
     usage: Usage
     at: float
 
@@ -60,23 +60,26 @@ class Probed:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Probed:
         """Reads what :meth:`to_json` wrote."""
-        return cls(**{**value, "usage": Usage(**value["usage"])})
+        return cls(**{**value, "call": Usage(**value["call"]), "usage": Usage(**value["usage"])})
 
     def lines(self) -> list[tuple[str, str]]:
         """What a person reads."""
         form = {"json_schema": "JSON schema", "json_object": "JSON without a schema", "text": "free text only"}[self.reply_form]
         prompts = {"prompt_logprobs": "yes (prompt_logprobs)", "echo": "yes (echo)", None: "no: use the rated simulator, or a local one"}
         warning = "; they depend on the order of requests, so scores do a little, too" if self.order_matters else ""
-        usage = self.usage
-        cost = "price not known" if usage.cost_usd is None else f"${usage.cost_usd:.6f}"
         return [
             ("structured replies", form + ("" if self.follows else ", but its reply did not have the form")),
             ("logprobs", "yes" if self.logprobs else "no: verdicts are words, without probabilities"),
             ("prompt logprobs", prompts[self.prompt_logprobs] + warning),
             ("several choices", "yes" if self.choices else "no"),
-            ("one small call", f"{self.seconds:.2f} s"),
-            ("this test", f"{usage.requests} calls, {usage.prompt_tokens} + {usage.completion_tokens} tokens, {cost}"),
+            ("one small call", f"{self.call.seconds:.2f} s, {_spent(self.call)}"),
+            ("this test", f"{self.usage.requests} calls, {_spent(self.usage)}"),
         ]
+
+
+def _spent(usage: Usage) -> str:
+    cost = "price not known" if usage.cost_usd is None else f"${usage.cost_usd:.6f}"
+    return f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, {cost}"
 
 
 async def probe(endpoint: Endpoint, price: Price | None = None) -> Probed:
@@ -84,9 +87,7 @@ async def probe(endpoint: Endpoint, price: Price | None = None) -> Probed:
     meter = Meter()
     async with open_stack(endpoint, meter, price=price) as stack:
         model = Metered(stack.bare, meter, price=price)
-        start = time.monotonic()
         reply = await model.complete(Request(_ASK, 40, schema=_SCHEMA))
-        seconds = time.monotonic() - start
         try:
             follows = bool(parse_reply(reply.text, _Colour).colour)
         except MalformedReplyError:
@@ -100,7 +101,7 @@ async def probe(endpoint: Endpoint, price: Price | None = None) -> Probed:
         form = accepts.reply_form if accepts else "json_schema"
         meter.refused = None
         way, order_matters = await _prompts(model, accepts)
-    probed = Probed(form, follows, bool(found.first_token and found.first_token[0]), choices, way, order_matters, seconds, meter.usage, time.time())
+    probed = Probed(form, follows, bool(found.first_token and found.first_token[0]), choices, way, order_matters, reply.usage, meter.usage, time.time())
     write_json(_file(endpoint), probed.to_json())
     return probed
 
