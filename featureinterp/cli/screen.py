@@ -24,23 +24,33 @@ class Screen:
 
     def __init__(self, *, as_json: bool = False) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.text import Text
+
+        elapsed = TimeElapsedColumn()
+
+        class Count(MofNCompleteColumn):
+            def render(self, task: Task) -> Text:
+                return Text() if task.total is None else super().render(task)
+
+        class Time(TimeRemainingColumn):
+            def render(self, task: Task) -> Text:
+                return elapsed.render(task) if task.total is None else super().render(task)
 
         self.as_json = as_json
         self.console = Console(stderr=True, highlight=False)
-        self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=self.console, transient=True
-        )
+        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), Count(), Time(), console=self.console, transient=True)
         self._tasks: dict[str, Any] = {}
         self._logged: dict[str, float] = {}
         self._job: Any = None
 
     @contextmanager
     def live(self) -> Iterator[Screen]:
-        """Bars are drawn within the block."""
+        """Bars are drawn within the block; one that says how long it has been at work is there from the start."""
         if not self.console.is_terminal:
             yield self
             return
+        self._job = self._progress.add_task("working", total=None)
         with self._progress:
             yield self
 
@@ -88,7 +98,7 @@ class Screen:
         line = progress_line(progress)
         if self.console.is_terminal:
             if self._job is None:
-                self._job = self._progress.add_task(line, total=None)
+                return
             self._progress.update(self._job, description=line)
             return
         now = time.monotonic()

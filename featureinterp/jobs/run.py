@@ -93,6 +93,8 @@ async def run_job(job: Job, store: CodesStore, local: Local, *, on_event: Callab
             explainer, simulator = _parts(job, model, local)
             work = _explain_job(job, store, journal, explainer, simulator, model, meter, on_event)
             write_json(job.folder / "job.json", {"key": work.key, "job": job.model_dump(mode="json"), "features": features})
+            if left := len(work.remaining(features)):
+                steps("explained", 0, left)
             outcome = await work.run(features, _records(job, store, steps))
             results = tuple(journal.features(work.key, features))
     return Ran(outcome, results, _about(store, job, endpoint, explainer, simulator, outcome))
