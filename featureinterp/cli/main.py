@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from types import FrameType
+from typing import NoReturn
 
 import typer
 
@@ -49,13 +51,29 @@ def _main(
     pass
 
 
+def _terminated(number: int, frame: FrameType | None) -> None:
+    """Ends as Ctrl-C does; at once where that is ignored (in the background of a script). What is finished is on disk in either case."""
+    interrupt = signal.getsignal(signal.SIGINT)
+    if callable(interrupt):
+        interrupt(number, frame)
+    else:
+        _stop()
+
+
+def _stop() -> NoReturn:
+    print("featureinterp: stopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)  # a model that computes in a thread would hold up an orderly exit
+
+
 def main() -> None:
     """Runs the program: exit code 0 done, 1 finished with failures, 2 could not start or go on; errors are one sentence."""
     debug = "--debug" in sys.argv[1:]
     argv = [a for a in sys.argv[1:] if a != "--debug"]
     from featureinterp.errors import FeatureInterpError
 
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app(args=argv)
     except FeatureInterpError as error:
@@ -66,10 +84,7 @@ def main() -> None:
     except SystemExit as end:
         if end.code != INTERRUPTED:
             raise
-        print("featureinterp: stopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(INTERRUPTED)  # a model that computes in a thread would hold up an orderly exit
+        _stop()
 
 
 if __name__ == "__main__":

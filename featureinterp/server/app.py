@@ -68,25 +68,12 @@ class Submission(pydantic.BaseModel):
     explainer: Literal["one-shot", "top-tokens"] = "one-shot"
     style: Literal["sentence", "rules"] = "sentence"
     rule_cap: int = pydantic.Field(5, ge=1, le=10)
-    simulator: Literal["all-at-once", "rated", "lexical"] = "all-at-once"
+    simulator: Literal["all-at-once", "prompt-logprobs", "rated", "lexical"] = "all-at-once"
     simulator_model: str | None = pydantic.Field(None, max_length=200, description="One of the local models that are allowed.")
     n_test: int = pydantic.Field(10, ge=1, le=100, description="Test windows of each kind.")
     seed: int = pydantic.Field(0, ge=0, le=2**31 - 1)
     budget_usd: float | None = pydantic.Field(None, gt=0, le=1e6)
     max_minutes: float | None = pydantic.Field(None, gt=0, le=1e5)
-
-
-class JobAnswer(pydantic.BaseModel):
-    """A job. ``progress``: done, failed, total, in_flight, requests, tokens, cost_usd, seconds, left_s, and the latest explanation."""
-
-    id: str
-    state: Literal["queued", "running", "done", "stopped", "failed", "cancelled"]
-    run: str
-    features: str
-    llm: str
-    submitted_at: float
-    message: str
-    progress: dict[str, Any]
 
 
 class Problem(pydantic.BaseModel):
@@ -187,17 +174,16 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
         return list(rules.endpoints)
 
     @app.post("/api/jobs", status_code=201, tags=["jobs"], summary="Submit a job", responses=_problems(404, 413, 422, 429))
-    async def submit(submission: Submission) -> JobAnswer:
+    async def submit(submission: Submission) -> JobView:
         return await anyio.to_thread.run_sync(_submit, submission, rules, jobs)
 
     @app.get("/api/jobs", tags=["jobs"], summary="All jobs, the newest first", responses=_problems(422))
-    async def listed(limit: Limit = PAGE, offset: Offset = 0) -> list[JobAnswer]:
-        found = await anyio.to_thread.run_sync(lambda: list(jobs.views(limit + offset))[offset:])
-        return [_answer(view) for view in found]
+    async def listed(limit: Limit = PAGE, offset: Offset = 0) -> list[JobView]:
+        return await anyio.to_thread.run_sync(lambda: list(jobs.views(limit + offset))[offset:])
 
     @app.get("/api/jobs/{job_id}", tags=["jobs"], summary="One job", responses=_problems(404, 422))
-    async def one(job_id: JobId) -> JobAnswer:
-        return _answer(await anyio.to_thread.run_sync(jobs.view, job_id))
+    async def one(job_id: JobId) -> JobView:
+        return await anyio.to_thread.run_sync(jobs.view, job_id)
 
     @app.get(
         "/api/jobs/{job_id}/events",
@@ -219,21 +205,21 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
         return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.post("/api/jobs/{job_id}/cancel", tags=["jobs"], summary="Ask a job to end; what is finished is kept", responses=_problems(404, 409, 422))
-    async def cancel(job_id: JobId) -> JobAnswer:
+    async def cancel(job_id: JobId) -> JobView:
         view = await anyio.to_thread.run_sync(jobs.view, job_id)
         if view.state in ENDED:
             raise _RefusedError(409, f"the job has ended already: it is {view.state}")
         await runner.cancel(job_id)
-        return _answer(await anyio.to_thread.run_sync(jobs.view, job_id))
+        return await anyio.to_thread.run_sync(jobs.view, job_id)
 
     @app.post("/api/jobs/{job_id}/resume", tags=["jobs"], summary="Let a job that ended before it was through go on", responses=_problems(404, 409, 422, 429))
-    async def resume(job_id: JobId) -> JobAnswer:
+    async def resume(job_id: JobId) -> JobView:
         view = await anyio.to_thread.run_sync(jobs.view, job_id)
         if view.state not in ENDED:
             raise _RefusedError(409, f"the job has not ended: it is {view.state}")
         _check_queue(rules, jobs)
         await runner.resume(job_id)
-        return _answer(await anyio.to_thread.run_sync(jobs.view, job_id))
+        return await anyio.to_thread.run_sync(jobs.view, job_id)
 
     @app.get("/api/jobs/{job_id}/results", tags=["results"], summary="Features of a job, without their windows", responses=_problems(404, 422))
     async def results(job_id: JobId, limit: Limit = PAGE, offset: Offset = 0) -> list[Feature]:
@@ -261,10 +247,6 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
     return app
 
 
-def _answer(view: JobView) -> JobAnswer:
-    return JobAnswer(**view.to_json())
-
-
 def _runs(rules: Rules) -> list[str]:
     if not rules.runs.is_dir():
         return []
@@ -276,7 +258,7 @@ def _check_queue(rules: Rules, jobs: JobsFolder) -> None:
         raise _RefusedError(429, f"{rules.queue} jobs are waiting already: try again when some have begun", {"Retry-After": "60"})
 
 
-def _submit(submission: Submission, rules: Rules, jobs: JobsFolder) -> JobAnswer:
+def _submit(submission: Submission, rules: Rules, jobs: JobsFolder) -> JobView:
     from featureinterp import api
     from featureinterp.jobs.records import parse_features
     from featureinterp.jobs.spec import make_job
@@ -305,7 +287,7 @@ def _submit(submission: Submission, rules: Rules, jobs: JobsFolder) -> JobAnswer
         records={"seed": submission.seed},
         budget={"usd": submission.budget_usd, "minutes": submission.max_minutes},
     )
-    return _answer(jobs.view(jobs.submit(job, submission.model_dump(mode="json"))))
+    return jobs.view(jobs.submit(job, submission.model_dump(mode="json")))
 
 
 def _results(jobs: JobsFolder, number: str, start: int, end: int) -> list[dict[str, Any]]:

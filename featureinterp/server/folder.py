@@ -33,7 +33,8 @@ _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}")
 
 @dataclass(frozen=True)
 class JobView:
-    """A job as the service shows it. ``progress`` is empty before the first feature."""
+    """A job as the service shows it. ``progress``: done, failed, total, in_flight, requests, tokens, cost_usd, seconds, left_s, and the
+    latest explanation; empty before the first feature."""
 
     id: str
     state: State

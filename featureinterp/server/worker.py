@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -72,4 +73,5 @@ def work(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a service in the background of a script has it ignored, and so would its workers
     sys.exit(work(Path(sys.argv[1])))
