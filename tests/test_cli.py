@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from endpoint import KEY, completion, endpoint
 from tiny import make_sae
 
 from featureinterp.cli.main import main
+from featureinterp.cli.screen import Screen
 from featureinterp.errors import InputError
+from featureinterp.quiet import quiet_transformers
 from featureinterp.records.similar import SentenceEmbedder
 from featureinterp.sae.load import save_sae
 
@@ -211,3 +214,29 @@ def test_the_local_server_ends_with_its_parent(tmp_path: Path):
     import select
 
     assert select.select([handle], [], [], 30)[0], "the child outlived its parent"
+
+
+def test_lines_are_not_lost_while_a_library_is_silenced(capsys: pytest.CaptureFixture[str]):
+    screen = Screen()
+    with quiet_transformers():
+        print("noise", file=sys.stderr)
+        screen.say("feature 1: seen")
+        with quiet_transformers():
+            screen.step("explained", 1, 2)
+    err = capsys.readouterr().err
+    assert "feature 1: seen" in err and "explained: 1 of 2" in err and "noise" not in err
+
+
+def test_threads_that_silence_at_once_leave_the_stream_as_it_was():
+    before, inside = sys.stderr, threading.Event()
+
+    def first() -> None:
+        with quiet_transformers():
+            inside.set()
+
+    with quiet_transformers():
+        thread = threading.Thread(target=first)
+        thread.start()
+        assert not inside.is_set()
+    thread.join(10)
+    assert inside.is_set() and sys.stderr is before

@@ -38,7 +38,7 @@ class Screen:
                 return elapsed.render(task) if task.total is None else super().render(task)
 
         self.as_json = as_json
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(file=sys.stderr, highlight=False)  # this very stream: libraries are silenced by putting another in its place
         self._progress = Progress(TextColumn("{task.description}"), BarColumn(), Count(), Time(), console=self.console, transient=True)
         self._tasks: dict[str, Any] = {}
         self._logged: dict[str, float] = {}
