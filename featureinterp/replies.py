@@ -29,8 +29,10 @@ def parse_reply(text: str, form: type[Form]) -> Form:
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             problem = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
-        except (RecursionError, ValueError):
+        except RecursionError:
             problem = "its brackets are nested too deeply"
+        except ValueError as error:
+            problem = f"it cannot be read: {' '.join(str(error).split())[:100]}"
     raise MalformedReplyError(f"the reply does not have the form that was asked for ({problem}): {' '.join(text.split())[:120]!r}")
 
 

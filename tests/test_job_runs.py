@@ -128,7 +128,7 @@ def test_a_job_gets_through_every_fault_at_once(n_features: int, wide: Path, tmp
         third = fi.run(job(wide, out, url, features))
         assert len(server.ledger) == n and essence(third) == essence(again)
     same = sum(a == b for a, b in zip(essence(again), calm.results, strict=True))
-    assert same > 0.5 * len(features)  # the others have an explanation from a second attempt, or a neighbour that has
+    assert same > (0.7 if n_features == MANY else 0.5) * len(features)  # the others have an explanation from a second attempt, or a neighbour that has
     connection = sqlite3.connect(out / "journal.sqlite")
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
@@ -299,7 +299,7 @@ def test_an_interrupt_ends_quickly_and_loses_nothing(number: signal.Signals, wid
         start = time.monotonic()
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
-        assert time.monotonic() - start < 10 and process.returncode == 130
+        assert time.monotonic() - start < 3 and process.returncode == 130
         assert "the same command goes on" in err and "Traceback" not in err
         n = sqlite3.connect(tmp_path / "out" / "replies.sqlite").execute("SELECT count(*) FROM replies").fetchone()[0]
         assert n >= paid(ledger) - 64 - 1

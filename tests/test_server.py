@@ -172,6 +172,15 @@ def test_a_worker_leaves_a_job_alone_that_another_has_or_that_has_ended(rules: R
     assert worker.work(rules.jobs / number) == 0 and jobs.view(number).state == "cancelled"
 
 
+def test_a_wish_to_cancel_outlives_the_worker_that_it_killed(rules: Rules, runs: Path):
+    jobs = JobsFolder(rules.jobs)
+    number = jobs.submit(make_job(run=runs / "tiny", features="3", simulator="lexical", explainer="top-tokens"), {"run": "tiny", "features": "3"})
+    with lock_of(rules.jobs / number):
+        jobs.cancel(number)
+    assert not (rules.jobs / number / "outcome.json").exists()
+    assert worker.work(rules.jobs / number) == 0 and jobs.view(number).state == "cancelled" and not (rules.jobs / number / "out").exists()
+
+
 def test_a_worker_that_dies_again_and_again_is_given_up(rules: Rules, runs: Path):
     jobs = JobsFolder(rules.jobs)
     number = jobs.submit(make_job(run=runs / "tiny"), {"run": "tiny", "features": "3"})

@@ -259,14 +259,14 @@ class ExplainJob:
             except (EndpointRefusedError, JobStoppedError, StorageError, OSError):
                 raise
             except Exception as error:  # whatever goes wrong with one feature is a row and stops no other
-                if known is not None:  # with gaps from an earlier run, which is more than nothing
-                    state.partial = True
-                    return known.value
                 failure = Failure(state.record.feature.index, stage, type(error).__name__, str(error))
-                state.failures.append(failure)
-                self.journal.failed(key, failure, usage=spent.usage)
+                if known is not None:  # with gaps from an earlier run, which is more than nothing and holds their causes
+                    state.partial = True
+                else:
+                    state.failures.append(failure)
+                    self.journal.failed(key, failure, usage=spent.usage)
                 self.guard.outcome(failure)
-                return None
+                return known.value if known is not None else None
             self.journal.stage(key, state.record.feature.index, stage, value, usage=spent.usage, provenance=provenance, partial=incomplete)
         self.guard.outcome(None)
         state.partial = state.partial or incomplete

@@ -276,7 +276,10 @@ def read_prompt(completion: Any, places: tuple[int, ...]) -> tuple[dict[str, flo
     out = []
     for place in places:
         found: dict[str, float] = {}
-        for name, value in (per_token[place] or {}).items():
+        alternatives = per_token[place]
+        if not isinstance(alternatives, dict):
+            return None
+        for name, value in alternatives.items():
             text, probability = (value.get("decoded_token"), value.get("logprob")) if isinstance(value, dict) else (name, value)
             if isinstance(text, str) and isinstance(probability, int | float):
                 found[text] = max(float(probability), found.get(text, float("-inf")))

@@ -55,6 +55,9 @@ def work(folder: Path) -> int:
     with lock:
         if (folder / "outcome.json").exists():
             return 0
+        if (folder / "cancel").exists():  # a worker that it reached too early to say so
+            end(folder, "cancelled", "it was cancelled; what is finished is kept")
+            return 0
         watch = _Watch(folder)
         try:
             results = api.run(jobs.job(folder.name), on_event=watch.event, steps=watch.steps)
