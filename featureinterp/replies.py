@@ -11,6 +11,10 @@ from featureinterp.errors import MalformedReplyError
 
 Form = TypeVar("Form", bound=pydantic.BaseModel)
 _MAX_REPLY = 20_000
+_EVEN = r"(?<!\\)((?:\\\\)*)"
+_PAIR = re.compile(_EVEN + r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
+_CUT_ESCAPE = re.compile(_EVEN + r"(?:\\u[dD][89abAB][0-9a-fA-F]{2})?(?:\\(?:u[0-9a-fA-F]{0,3})?)?\Z")
+"""What is left of an escape, or of a pair of them, where the reply ends within it. ``_EVEN`` holds the escaped backslashes before it."""
 
 
 def parse_reply(text: str, form: type[Form]) -> Form:
@@ -39,4 +43,5 @@ def parse_reply(text: str, form: type[Form]) -> Form:
 def _loads(text: str) -> Any:
     import json_repair
 
-    return json_repair.loads(text)
+    paired = _PAIR.sub(lambda m: m[1] + bytes.fromhex(m[2] + m[3]).decode("utf-16-be"), text.rstrip())
+    return json_repair.loads(_CUT_ESCAPE.sub(r"\1", paired))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import anyio
@@ -169,6 +170,12 @@ def letters(text: str) -> str:
     return "".join(c for c in text if c.isalnum())
 
 
+def unescaped(text: str) -> str:
+    """A text with JSON's escapes replaced by what they stand for, wherever they are."""
+    units = re.sub(r"\\u([0-9a-fA-F]{4})", lambda m: chr(int(m[1], 16)), re.sub(r"\\[ntbfr]", " ", text))
+    return units.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def check_spoilt(case: tuple[str, str]) -> None:
     reply, said = case
     try:
@@ -178,7 +185,7 @@ def check_spoilt(case: tuple[str, str]) -> None:
         return
     assert 1 <= len(rules) <= 5
     for rule in rules:
-        assert letters(rule.activates_on) in letters(reply) or letters(rule.activates_on) in letters(said)
+        assert any(letters(rule.activates_on) in letters(where) for where in (reply, unescaped(reply), said))
         assert str(rule.strength) in reply
 
 
@@ -193,6 +200,20 @@ def test_no_rule_comes_from_nowhere(case: tuple[str, str]):
 @given(spoilt_replies())
 def test_no_rule_comes_from_nowhere_at_length(case: tuple[str, str]):
     check_spoilt(case)
+
+
+@pytest.mark.parametrize(
+    ("reply", "read"),
+    [
+        ('{"explanation": "caf\\u00e9 \\u00', "café"),
+        ('{"explanation": "a \\ud83d\\ude00 face', "a 😀 face"),
+        ('{"explanation": "a face \\ud83d', "a face"),
+        ('{"explanation": "a face \\ud83d\\ude', "a face"),
+        ('{"explanation": "a \\\\ is\\\\\\' + "\n", "a \\ is\\"),
+    ],
+)
+def test_a_cut_escape_is_no_part_of_the_text(reply: str, read: str):
+    assert parse_reply(reply, SentenceReply).explanation.strip() == read
 
 
 def test_rules_are_capped_and_each_said_once():
