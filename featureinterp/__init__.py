@@ -57,7 +57,7 @@ _HOME = {
     "TopTokens": "explain.baselines",
     "ExplainJob": "jobs.explain",
     "Budget": "jobs.budget",
-    "Plan": "jobs.explain",
+    "Plan": "jobs.plan",
     "Job": "jobs.spec",
     "load_job": "jobs.spec",
     "Endpoint": "llm.config",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import InputError, JobStoppedError
-from featureinterp.jobs.explain import Event, Outcome, Plan
+from featureinterp.jobs.plan import Event, Outcome, Plan
 from featureinterp.jobs.spec import Job, load_job, make_job
 
 if TYPE_CHECKING:
@@ -214,19 +214,18 @@ def _local() -> Local:
 
     loaded: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
-    def load(name: str, device: str | None = None, dtype: str | None = None) -> tuple[Any, Any]:
+    def load(job: Job, name: str) -> tuple[Any, Any]:
         from featureinterp.subject.load import load_causal_lm
 
-        key = (name, device, dtype)
+        key = (name, job.simulator_device, job.simulator_dtype)
         if key not in loaded:
-            loaded[key] = load_causal_lm(name, device=device, dtype=dtype)
+            loaded[key] = load_causal_lm(name, device=job.simulator_device, dtype=job.simulator_dtype)
         return loaded[key]
 
     def simulator(job: Job) -> Simulator:
         from featureinterp.simulate.all_at_once import AllAtOnce
 
-        name, device, dtype = job.simulator_model, job.simulator_device, job.simulator_dtype
-        return AllAtOnce(lambda: load(name, device, dtype), name=name, dtype=dtype or "bfloat16")
+        return AllAtOnce(lambda: load(job, job.simulator_model), name=job.simulator_model, dtype=job.simulator_dtype or "bfloat16")
 
     def tokenizer(name: str) -> Any:
         from featureinterp.subject.load import load_tokenizer

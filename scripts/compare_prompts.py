@@ -34,8 +34,9 @@ from featureinterp.domain.explanation import Explanation, Provenance
 from featureinterp.domain.record import Window
 from featureinterp.domain.result import FeatureResult
 from featureinterp.explain.one_shot import OneShot, SentenceStyle
-from featureinterp.jobs.explain import ExplainJob, Plan
+from featureinterp.jobs.explain import ExplainJob
 from featureinterp.jobs.journal import Journal
+from featureinterp.jobs.plan import Plan
 from featureinterp.jobs.records import random_features
 from featureinterp.llm.embedded import EmbeddedModel
 from featureinterp.records.policy import RecordPolicy

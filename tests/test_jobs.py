@@ -18,8 +18,9 @@ from featureinterp.domain.score import Failure, Simulation
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, EndpointUnavailableError, StorageError
 from featureinterp.explain.one_shot import OneShot, SentenceStyle
-from featureinterp.jobs.explain import ExplainJob, Plan
+from featureinterp.jobs.explain import ExplainJob
 from featureinterp.jobs.journal import Journal, Row
+from featureinterp.jobs.plan import Plan
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.types import Reply, Request
 from featureinterp.records.build import RecordBuilder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -18,9 +19,11 @@ from featureinterp.errors import EndpointRefusedError, InputError, MalformedRepl
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.local import LocalModel
 from featureinterp.llm.openai import OpenAIModel
+from featureinterp.llm.prefix_cache import PrefixModel, shared_tokens
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.simulate.all_at_once import AllAtOnce
 from featureinterp.simulate.prompt_logprobs import PromptLogprobs, expected_level
+from featureinterp.tasks import each
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 ASK = (Message("system", "s"), Message("user", "The army marched"))
@@ -85,6 +88,74 @@ def test_what_cannot_be_answered():
         ask(LocalModel(lambda: loaded, name="tiny"), Request((Message("user", "word " * 5000),)))
 
 
+def questions(n: int, **settings: Any) -> list[Request]:
+    return [Request((*ASK, Message("user", f"the army of {'many ' * i}men")), 4, top_logprobs=5, **settings) for i in range(n)]
+
+
+def ask_all(model: LocalModel, requests: list[Request]) -> list[Reply]:
+    return anyio.run(each, model.complete, requests)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("known", [True, False])
+def test_short_answers_in_one_pass_are_those_of_one_at_a_time(family: str, known: bool):
+    loaded = parts(family)
+    alone = [ask(LocalModel(lambda: loaded, name="tiny"), request) for request in questions(9)]
+    answers = tuple(tok_text for reply in alone for tok_text in reply.first_token[0]) if known else ("none of its words",)
+    together = ask_all(LocalModel(lambda: loaded, name="tiny"), questions(9, answers=answers))
+    for one, other in zip(alone, together, strict=True):
+        assert other.first_token[0] == pytest.approx(one.first_token[0], abs=1e-4)
+        assert other.usage.prompt_tokens == one.usage.prompt_tokens
+        if known:  # it ends with its first token
+            assert (
+                other.text == max(one.first_token[0], key=one.first_token[0].__getitem__) and other.truncated == (False,) and other.usage.completion_tokens == 1
+            )
+        else:
+            assert other.text == one.text and other.truncated == one.truncated
+
+
+def test_what_questions_have_in_common_is_read_once(monkeypatch: pytest.MonkeyPatch):
+    loaded = parts()
+    model, read = LocalModel(lambda: loaded, name="tiny"), []
+    prefix, hidden = PrefixModel.prefix, PrefixModel.hidden
+    monkeypatch.setattr(PrefixModel, "prefix", lambda self, ids, before=None: read.append(len(ids)) or prefix(self, ids, before))
+    monkeypatch.setattr(PrefixModel, "hidden", lambda self, before, ids: read.append(ids.numel()) or hidden(self, before, ids))
+    asked = [Request((*ASK, Message("user", f"the army of men {i}")), 1, top_logprobs=5, answers=("x",)) for i in range(8)]
+    ids = [model._ids(request) for request in asked]
+    common = len(shared_tokens(ids))
+    ask(model, asked[0])
+    whole = sum(read)
+    assert common > 10 and whole >= len(ids[0])
+    ask_all(model, asked)
+    assert sum(read) - whole <= 8 * (max(map(len, ids)) - common)
+
+
+def test_a_question_that_fails_or_is_cancelled_takes_no_other_with_it():
+    loaded = parts()
+    model = LocalModel(lambda: loaded, name="tiny")
+    long = Request((Message("user", "word " * 5000),), 4, top_logprobs=5, answers=("Yes",))
+    got: dict[int, object] = {}
+
+    async def one(index: int, request: Request) -> None:
+        try:
+            got[index] = await model.complete(request)
+        except RequestRefusedError as error:
+            got[index] = error
+
+    async def go() -> None:
+        async with anyio.create_task_group() as group:
+            with anyio.CancelScope() as scope:
+                async with anyio.create_task_group() as first:
+                    first.start_soon(one, 0, questions(1, answers=("x",))[0])
+                    for index, request in enumerate([long, *questions(5, answers=("x",))], 1):
+                        group.start_soon(one, index, request)
+                    await anyio.wait_all_tasks_blocked()
+                    scope.cancel()
+
+    anyio.run(go)
+    assert isinstance(got.pop(1), RequestRefusedError) and set(got) >= {2, 3, 4, 5, 6} and all(isinstance(r, Reply) for r in got.values())
+
+
 def test_the_event_loop_goes_on_while_the_model_computes():
     gate = threading.Event()
     loaded = parts()
@@ -113,8 +184,6 @@ def test_reading_prompts_gives_what_the_local_simulator_computes(family: str):
         """Returns every token's probability, as an endpoint without a bound on alternatives would."""
 
         async def complete(self, request: Request) -> Reply:
-            from dataclasses import replace
-
             return await reader.complete(replace(request, top_logprobs=10**6))
 
     read = anyio.run(PromptLogprobs(All(lambda _: ""), lambda: tok).simulate, RULES, WINDOWS)

@@ -16,9 +16,9 @@ from featureinterp.domain.record import Window
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, IncompatibleError, InputError
 from featureinterp.llm.function import FunctionModel
+from featureinterp.llm.prefix_cache import PrefixModel
 from featureinterp.llm.types import Reply, Request
 from featureinterp.simulate.all_at_once import AllAtOnce
-from featureinterp.simulate.prefix_cache import PrefixModel
 from featureinterp.simulate.rated import Rated
 
 P = Provenance("test")

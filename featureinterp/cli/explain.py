@@ -47,7 +47,7 @@ def explain(
     """
     from featureinterp import api
     from featureinterp.jobs.budget import Budget
-    from featureinterp.jobs.explain import Plan
+    from featureinterp.jobs.plan import Plan
     from featureinterp.records.policy import RecordPolicy
 
     llm = endpoint_of(llm, base_url, llm_model, api_key_env, concurrency, rpm, tpm, timeout_s, max_attempts)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featureinterp.domain.score import Score
-    from featureinterp.jobs.explain import Event, Progress
+    from featureinterp.jobs.plan import Event, Progress
 
 _LOG_EVERY_S = 10.0
 _SHORT_CELL = 32

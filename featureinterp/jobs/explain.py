@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,15 +10,13 @@ import anyio
 import anyio.abc
 import anyio.to_thread
 import numpy as np
-import pydantic
 
 from featureinterp.domain.explanation import Explanation
-from featureinterp.domain.record import FeatureRecord, Source, SplitName, Window
-from featureinterp.domain.result import FeatureResult, ShownWindow
+from featureinterp.domain.record import FeatureRecord, Window
+from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.score import Failure, Score, Simulation
 from featureinterp.errors import (
     EndpointRefusedError,
-    FeatureInterpError,
     InputError,
     JobStoppedError,
     LanguageModelError,
@@ -30,142 +26,18 @@ from featureinterp.explain.baselines import TopTokens
 from featureinterp.files import content_key
 from featureinterp.interfaces import Explainer, LanguageModel, Simulator
 from featureinterp.jobs.budget import Budget, Guard
+from featureinterp.jobs.feature import FeatureState, result_of
 from featureinterp.jobs.journal import Journal
+from featureinterp.jobs.plan import Event, Outcome, Part, Plan
+from featureinterp.jobs.schedule import RecordsOf, Run
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.tally import tally
 from featureinterp.score.complexity import Complexity
-from featureinterp.score.correlation import (
-    Pairs,
-    correlation,
-    deviation_explained,
-    explained_variance,
-    false_positives,
-)
 from featureinterp.score.detection import Detection
 from featureinterp.score.fuzzing import Fuzzing
 from featureinterp.score.verdicts import Verdict, judge
-from featureinterp.simulate.lexical import Lexical
 
 FORMAT = 3
-NULL_REACH = 8
-"""How many of the following features are looked at for an explanation that can be a null."""
-Part = tuple[SplitName, Source]
-RecordsOf = Callable[[Sequence[int]], Iterator[FeatureRecord]]
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a job is. ``in_flight``: requests under way. ``cost_usd`` None: the price is not known. ``seconds`` since the run began,
-    ``left_s`` until it is likely to end (None: not known yet)."""
-
-    done: int
-    failed: int
-    total: int
-    in_flight: int
-    requests: int
-    tokens: int
-    cost_usd: float | None
-    seconds: float
-    left_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that a screen may show: ``stage`` ("explained", "scored"), the feature, and how many of ``total`` are through it."""
-
-    stage: str
-    result: FeatureResult
-    done: int
-    total: int
-    progress: Progress
-    reused: bool = False
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How explanations are judged.
-
-    ``n_test``, ``n_valid``: windows per source at most. ``negatives``: the kinds of windows that top windows are put beside, each
-    giving a correlation of its own; the first is the main one, and the null and the affine fit use it. ``concurrency``: how many
-    features are worked on at once. ``simulate``: whether explanations are simulated at all.
-    """
-
-    n_test: int = 10
-    n_valid: int = 5
-    negatives: tuple[Source, ...] = ("random", "similar_negative", "random_negative")
-    simulate: bool = True
-    detection: bool = True
-    fuzzing: bool = True
-    complexity: bool = True
-    concurrency: int = 4
-    seed: int = 0
-
-    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
-
-    def parts(self) -> list[tuple[Part, int]]:
-        """What is simulated with the feature's own explanation."""
-        main = self.negatives[0]
-        return [
-            (("test", "top"), self.n_test),
-            *((("test", source), self.n_test) for source in self.negatives),
-            (("valid", "top"), self.n_valid),
-            (("valid", main), self.n_valid),
-        ]
-
-    def null_parts(self) -> list[tuple[Part, int]]:
-        """What is simulated with another feature's explanation."""
-        return [(("test", "top"), self.n_test), (("test", self.negatives[0]), self.n_test)]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run of a job ended. ``status`` of every feature that it is through with ("done", "partial", "failed"), those of earlier
-    runs included; ``left``: the features that it is not through with. ``stopped``: why it ended before it was through."""
-
-    job: str
-    status: Mapping[int, str]
-    left: tuple[int, ...]
-    progress: Progress
-    stopped: JobStoppedError | None = None
-
-    @property
-    def price_of_the_rest(self) -> float | None:
-        """USD that the features left would take, if they cost what those of this run did; None when that is not known."""
-        worked = self.progress.done + self.progress.failed
-        if self.progress.cost_usd is None or not worked:
-            return None
-        return self.progress.cost_usd / worked * len(self.left)
-
-
-@dataclass(frozen=True, slots=True)
-class _Null:
-    """Another feature's explanation."""
-
-    feature: int
-    explanation: Explanation
-
-
-@dataclass
-class _State:
-    """What is known of a feature while a job runs."""
-
-    record: FeatureRecord
-    baseline: Explanation | None = None
-    explanation: Explanation | None = None
-    null: _Null | None = None
-    own: dict[Part, list[Simulation]] = field(default_factory=dict)
-    null_simulated: dict[Part, list[Simulation]] = field(default_factory=dict)
-    asked: list[Score] = field(default_factory=list)
-    ratings: tuple[float | None, ...] = ()
-    failures: list[Failure] = field(default_factory=list)
-    partial: bool = False
-    reused: bool = True
-
-    @property
-    def status(self) -> str:
-        if self.failures:
-            return "failed"
-        return "partial" if self.partial else "done"
 
 
 class ExplainJob:
@@ -231,7 +103,7 @@ class ExplainJob:
         ring = self.order(features)
         left = self.remaining(features)
         number = self.journal.start(self.key, len(left))
-        work = _Run(self, ring, left)
+        work = Run(self, ring, left)
         ended = "interrupted"
         try:
             stopped = await work.go(records)
@@ -246,7 +118,11 @@ class ExplainJob:
         worked = set(left) - work.worked
         return Outcome(self.key, status, tuple(f for f in left if f in worked), work.progress(), stopped)
 
-    async def _stage(self, state: _State, stage: str, depends: Mapping[str, Any], work: Callable[[], Any], provenance: Mapping[str, Any]) -> Any | None:
+    async def result(self, state: FeatureState) -> FeatureResult:
+        """What is known of a feature, as a result."""
+        return await anyio.to_thread.run_sync(result_of, state, self.plan, self.document_name)
+
+    async def _stage(self, state: FeatureState, stage: str, depends: Mapping[str, Any], work: Callable[[], Any], provenance: Mapping[str, Any]) -> Any | None:
         """The journalled value of a stage, or what ``work`` gives now; None when it failed. ``work`` returns (value, whether a part of it failed)."""
         key = content_key({"format": FORMAT, "stage": stage, "record": record_key(state.record), **depends})
         known = self.journal.get(key)
@@ -272,7 +148,7 @@ class ExplainJob:
         state.partial = state.partial or incomplete
         return value
 
-    async def explain(self, state: _State) -> None:
+    async def explain(self, state: FeatureState) -> None:
         """The stage ``explain``, and the baseline."""
         try:
             state.baseline = await TopTokens().explain(state.record)
@@ -286,7 +162,7 @@ class ExplainJob:
         value = await self._stage(state, "explain", {"explainer": settings}, work, settings)
         state.explanation = Explanation.from_json(value) if value else None
 
-    async def score(self, state: _State) -> None:
+    async def score(self, state: FeatureState) -> None:
         """The stages after ``explain``, for a feature that has an explanation."""
         explanation = state.explanation
         if explanation is None:
@@ -298,7 +174,7 @@ class ExplainJob:
         if self.judge is not None:
             await self._ask(state, explanation, self.judge)
 
-    async def _simulated(self, state: _State, stage: str, explanation: Explanation, parts: Sequence[tuple[Part, int]]) -> dict[Part, list[Simulation]]:
+    async def _simulated(self, state: FeatureState, stage: str, explanation: Explanation, parts: Sequence[tuple[Part, int]]) -> dict[Part, list[Simulation]]:
         chosen = {part: state.record.get(*part)[:n] for part, n in parts}
         windows = [w for part in chosen.values() for w in part]
 
@@ -321,7 +197,7 @@ class ExplainJob:
         simulations = iter([Simulation(None, v["failure"]) if isinstance(v, dict) else Simulation(np.array(v)) for v in value])
         return {part: [next(simulations) for _ in windows] for part, windows in chosen.items()}
 
-    async def _ask(self, state: _State, explanation: Explanation, judge_model: LanguageModel) -> None:
+    async def _ask(self, state: FeatureState, explanation: Explanation, judge_model: LanguageModel) -> None:
         """Detection, fuzzing and complexity; each is a stage of its own."""
         record = state.record
         top = record.get("test", "top")[: self.plan.n_test]
@@ -363,195 +239,6 @@ class ExplainJob:
                 state.asked.append(Score.from_json(value["score"]))
                 state.ratings = tuple(value["ratings"])
 
-    def result(self, state: _State) -> FeatureResult:
-        record, plan = state.record, self.plan
-        own = self._scores(state, state.own) if state.own else []
-        baseline: list[Score] = []
-        if state.baseline is not None:
-            parts = {part: Lexical().predict(state.baseline, record.get(*part)[:n]) for part, n in plan.parts()}
-            baseline = self._scores(state, parts, nulls=False)
-        return FeatureResult(
-            feature=record.feature.index,
-            sae=record.feature.sae,
-            scale=record.scale,
-            density=record.density,
-            count=record.count,
-            windows=tuple(self._shown(state)),
-            explanation=state.explanation,
-            scores=(*own, *state.asked),
-            baseline=state.baseline,
-            baseline_scores=tuple(baseline),
-            null_of=state.null.feature if state.null else None,
-            failures=tuple(state.failures),
-            shortfalls=dict(record.shortfalls),
-            complexity=state.ratings,
-        )
-
-    def _scores(self, state: _State, simulated: Mapping[Part, list[Simulation]], nulls: bool = True) -> list[Score]:
-        record, plan = state.record, self.plan
-
-        def pairs(part: Part, source: Mapping[Part, list[Simulation]] = simulated) -> Pairs:
-            simulations = source.get(part, [])
-            return Pairs.of(record.get(*part)[: len(simulations)], simulations)
-
-        main = plan.negatives[0]
-        top = pairs(("test", "top"))
-        scores = []
-        for source in plan.negatives:
-            name = "correlation" if source == main else f"correlation_{source}"
-            score = correlation(top + pairs(("test", source)), name, seed=plan.seed)
-            if source == main and nulls and state.null_simulated:
-                null = correlation(pairs(("test", "top"), state.null_simulated) + pairs(("test", main), state.null_simulated), seed=plan.seed)
-                score = Score(name, score.value, score.n_scored, score.n_failed, score.interval, score.undefined, null.value, null.interval)
-            scores.append(score)
-        valid = pairs(("valid", "top")) + pairs(("valid", main))
-        test = top + pairs(("test", main))
-        scores += [explained_variance(valid, test, seed=plan.seed), deviation_explained(valid, test, seed=plan.seed)]
-        scores += [false_positives(pairs(("test", s)), f"false_positives_{s}", seed=plan.seed) for s in plan.negatives if s.endswith("negative")]
-        return scores
-
-    def _shown(self, state: _State) -> list[ShownWindow]:
-        record = state.record
-        parts: list[tuple[Part, int]] = [(("train", "top"), self.plan.n_test), (("train", "weighted"), self.plan.n_test), *self.plan.parts()]
-        shown = []
-        for part, n in parts:
-            own, null = state.own.get(part, []), state.null_simulated.get(part, [])
-            for i, window in enumerate(record.get(*part)[:n]):
-                mine = own[i] if i < len(own) else None
-                other = null[i] if i < len(null) else None
-                shown.append(
-                    ShownWindow(
-                        part[0],
-                        part[1],
-                        window.row,
-                        self.document_name(window.document),
-                        window.pieces,
-                        tuple(np.round(window.activations.astype(float), 4).tolist()),
-                        _levels(mine),
-                        _levels(other),
-                        mine.failure if mine else None,
-                    )
-                )
-        return shown
-
-
-class _Run:
-    """One run of a job: which features are under way, which explanations are known, and why it stops."""
-
-    def __init__(self, job: ExplainJob, ring: list[int], left: list[int]) -> None:
-        self.job, self.ring, self.left = job, ring, left
-        self.worked: set[int] = set()
-        self._place = {feature: i for i, feature in enumerate(ring)}
-        self._todo = set(left)
-        self._explained: dict[int, Explanation | None] = {}
-        self._events: dict[int, anyio.Event] = {}
-        self._error: Exception | None = None
-        self._slots = anyio.Semaphore(job.plan.concurrency)
-        self._backlog = anyio.Semaphore(job.plan.concurrency + NULL_REACH + 1)
-        self._start = time.monotonic()
-        self._failed = 0
-        self._n_explained = 0
-
-    async def go(self, records: RecordsOf) -> JobStoppedError | None:
-        """Works on all features; returns why it stopped early, and raises what no run can go on after."""
-        if not self.left:
-            return None
-        found = records(self.left)
-        async with anyio.create_task_group() as group:
-            for feature in self.left:
-                await self._backlog.acquire()
-                if self._error is not None:
-                    break
-                try:
-                    record = await anyio.to_thread.run_sync(next, found)
-                except (FeatureInterpError, OSError) as error:
-                    self._give_up(error)
-                    break
-                group.start_soon(self._feature, feature, record)
-        if self._error is not None and not isinstance(self._error, JobStoppedError):
-            raise self._error
-        return self._error
-
-    async def _feature(self, feature: int, record: FeatureRecord) -> None:
-        state = _State(record)
-        try:
-            async with self._slots:
-                if self._error is None:
-                    await self.job.explain(state)
-            if self._error is not None:
-                return
-            self._explained[feature] = state.explanation
-            self._event(feature).set()
-            self._n_explained += 1
-            await self._say("explained", state, self._n_explained)
-            if self.job.plan.simulate and state.explanation is not None:
-                state.null = await self._null(feature, state.explanation)
-            async with self._slots:
-                if self._error is None:
-                    await self.job.score(state)
-                if self._error is not None:
-                    return
-                result = await anyio.to_thread.run_sync(self.job.result, state)
-                self.job.journal.finish(self.job.key, result, state.status)
-            self.worked.add(feature)
-            self._failed += bool(state.failures)
-            await self._say("scored", state, len(self.worked), result)
-        except (FeatureInterpError, OSError) as error:
-            self._give_up(error)
-        finally:
-            self._backlog.release()
-
-    def _give_up(self, error: Exception) -> None:
-        """Begins nothing more; what waits for another feature waits no longer."""
-        self._error = self._error or error
-        for event in self._events.values():
-            event.set()
-
-    async def _null(self, feature: int, explanation: Explanation) -> _Null | None:
-        """The explanation of the next feature in the circle that has one with another text."""
-        place, n = self._place[feature], len(self.ring)
-        for step in range(1, min(NULL_REACH, n - 1) + 1):
-            other = self.ring[(place + step) % n]
-            if other in self._todo:
-                await self._event(other).wait()
-                if self._error is not None:
-                    return None
-            elif other not in self._explained:
-                known = next(self.job.journal.features(self.job.key, [other]), None)
-                self._explained[other] = known.explanation if known else None
-            found = self._explained.get(other)
-            if found is not None and found.text != explanation.text:
-                return _Null(other, found)
-        return None
-
-    def _event(self, feature: int) -> anyio.Event:
-        event = self._events.setdefault(feature, anyio.Event())
-        if self._error is not None:
-            event.set()
-        return event
-
-    async def _say(self, stage: str, state: _State, done: int, result: FeatureResult | None = None) -> None:
-        if result is None:
-            result = await anyio.to_thread.run_sync(self.job.result, state)
-        self.job.on_event(Event(stage, result, done, len(self.left), self.progress(), state.reused))
-
-    def progress(self) -> Progress:
-        """How far the run is."""
-        meter, seconds = self.job.meter, time.monotonic() - self._start
-        usage, n = meter.usage, len(self.worked)
-        left = seconds / n * (len(self.left) - n) if n else None
-        return Progress(
-            n - self._failed,
-            self._failed,
-            len(self.left),
-            meter.in_flight,
-            usage.requests,
-            usage.prompt_tokens + usage.completion_tokens,
-            usage.cost_usd,
-            seconds,
-            left,
-        )
-
 
 def _scrambled(indices: np.ndarray, seed: int) -> np.ndarray:
     """Numbers that look random, each from its index and the seed alone (SplitMix64, Steele et al. 2014), uint64 ``[index]``."""
@@ -564,10 +251,6 @@ def _scrambled(indices: np.ndarray, seed: int) -> np.ndarray:
 def _settings_of(part: Any) -> dict[str, Any]:
     """Everything that a part's work depends on, as it says itself."""
     return getattr(part, "settings", None) or {"kind": type(part).__name__}
-
-
-def _levels(simulation: Simulation | None) -> tuple[float, ...] | None:
-    return None if simulation is None or simulation.expected is None else tuple(np.round(simulation.expected, 3).tolist())
 
 
 def record_key(record: FeatureRecord) -> str:

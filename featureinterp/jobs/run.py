@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from featureinterp.codes.store import CodesStore
@@ -18,12 +19,13 @@ from featureinterp.explain.baselines import TopTokens
 from featureinterp.explain.one_shot import OneShot, style
 from featureinterp.files import explained_storage, write_json
 from featureinterp.interfaces import Explainer, LanguageModel, Simulator
-from featureinterp.jobs.explain import Event, ExplainJob, Outcome
+from featureinterp.jobs.explain import ExplainJob
 from featureinterp.jobs.journal import Journal, Rehearsal
+from featureinterp.jobs.plan import Event, Outcome
 from featureinterp.jobs.records import build_records, parse_features
 from featureinterp.jobs.spec import Job
 from featureinterp.llm.cached import Cached, ReplyStore
-from featureinterp.llm.config import Endpoint, load_config
+from featureinterp.llm.config import LOCAL, Endpoint, load_config
 from featureinterp.llm.metered import Meter, Metered
 from featureinterp.llm.prices import Price
 from featureinterp.llm.stack import open_stack
@@ -41,10 +43,10 @@ Steps = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Local:
-    """What needs a model library: the all-at-once simulator of a job, model and tokenizer of a name, a tokenizer alone."""
+    """What needs a model library: the all-at-once simulator of a job, model and tokenizer of a name for a job, a tokenizer alone."""
 
     simulator: Callable[[Job], Simulator]
-    load: Callable[[str], tuple[Any, Any]]
+    load: Callable[[Job, str], tuple[Any, Any]]
     tokenizer: Callable[[str], Any]
 
 
@@ -85,13 +87,17 @@ async def run_job(job: Job, store: CodesStore, local: Local, *, on_event: Callab
     price = _price(job, endpoint)
     meter = Meter()
     path = job.folder / "journal.sqlite"
-    async with open_stack(endpoint, meter, price=price, load=local.load) as stack:
+    async with AsyncExitStack() as opened:
+        judging = _judge_endpoint(job)
+        endpoints = [endpoint] if judging == endpoint else [endpoint, judging]  # never twice, as each has limits of its own
+        stack, *own = [await opened.enter_async_context(open_stack(e, meter, price=price, load=partial(local.load, job))) for e in endpoints]
         if _asks(job) and not path.exists():
             await stack.check()
         with explained_storage(job.folder), Journal(path) as journal, closing(ReplyStore(job.folder / "replies.sqlite")) as replies:
             model = stack.model(replies)
+            judge = own[0].model(replies) if own else model
             explainer, simulator = _parts(job, model, local)
-            work = _explain_job(job, store, journal, explainer, simulator, model, meter, on_event)
+            work = _explain_job(job, store, journal, explainer, simulator, judge, meter, on_event)
             write_json(job.folder / "job.json", {"key": work.key, "job": job.model_dump(mode="json"), "features": features})
             if left := len(work.remaining(features)):
                 steps("explained", 0, left)
@@ -137,6 +143,14 @@ def _features(job: Job, store: CodesStore) -> list[int]:
     return list(dict.fromkeys(job.features))
 
 
+def _judge_endpoint(job: Job) -> Endpoint:
+    """Where the questions of scores go: to the job's endpoint, but to the simulator itself when that is the embedded model in this process,
+    which answers many short questions in one pass."""
+    endpoint = job.endpoint
+    simulates = "simulate" in job.stages and job.simulator == "all-at-once" and job.simulator_model == endpoint.model
+    return replace(endpoint, base_url=LOCAL) if endpoint.base_url is None and simulates else endpoint
+
+
 def _price(job: Job, endpoint: Endpoint) -> Price | None:
     config = load_config()
     price = config.price(endpoint)
@@ -171,7 +185,7 @@ def _explain_job(
     journal: Journal,
     explainer: Explainer,
     simulator: Simulator,
-    model: LanguageModel,
+    judge: LanguageModel,
     meter: Meter,
     on_event: Callable[[Event], None],
 ) -> ExplainJob:
@@ -181,7 +195,7 @@ def _explain_job(
         journal,
         explainer,
         simulator,
-        judge=model if plan.detection or plan.fuzzing or plan.complexity else None,
+        judge=judge if plan.detection or plan.fuzzing or plan.complexity else None,
         plan=plan,
         source=[store.fingerprint, job.records.seed, job.records.n_quantiles, job.records.half_width, list(job.records.counts.items())],
         meter=meter,

@@ -23,7 +23,7 @@ import pydantic
 
 from featureinterp.errors import InputError
 from featureinterp.jobs.budget import Budget
-from featureinterp.jobs.explain import Plan
+from featureinterp.jobs.plan import Plan
 from featureinterp.llm.config import EMBEDDED, LOCAL, Endpoint, load_config
 from featureinterp.records.policy import RecordPolicy
 from featureinterp.validation import first_problem

@@ -17,6 +17,8 @@ from featureinterp.llm.types import Reply, Request
 class EmbeddedModel:
     """An embedded GGUF model behind a server of our own. Use it as an async context manager, so that the server ends with it."""
 
+    identity = "embedded"
+
     def __init__(self, name: str = EMBEDDED, *, threads: int | None = None) -> None:
         check_runtime()
         self.name = name

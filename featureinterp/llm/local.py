@@ -4,37 +4,80 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
+import anyio
 import anyio.to_thread
 import torch
 
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import InputError, RequestRefusedError
+from featureinterp.llm.prefix_cache import PrefixCache, PrefixModel, shared_tokens
 from featureinterp.llm.types import Reply, Request
+
+BATCH_TOKENS = 1024
+
+
+@dataclass(slots=True)
+class _Question:
+    """A request for one of a few short answers, until it has its reply or the error that it caused."""
+
+    request: Request
+    reply: Reply | None = None
+    error: Exception | None = None
 
 
 class LocalModel:
-    """Answers requests with a causal language model and its tokenizer, one request at a time; ``load`` gives both when the first one comes.
+    """Answers requests with a causal language model and its tokenizer; ``load`` gives both when the first one comes.
 
-    Sampling is reproducible: the same request has the same answer. A JSON schema is not enforced, so that structured replies rest on
-    the prompt. Raises ``InputError`` for a tokenizer without a chat template and ``RequestRefusedError`` for a prompt beyond the context.
+    Requests that name their ``answers`` are read together, as many as wait: what they begin with in common is read once, and one pass
+    gives every reply's first token. All others are answered one at a time. Sampling is reproducible: the same request has the same
+    answer. A JSON schema is not enforced, so that structured replies rest on the prompt. Raises ``InputError`` for a tokenizer without
+    a chat template and ``RequestRefusedError`` for a prompt beyond the context.
     """
+
+    identity = "local"
 
     def __init__(self, load: Callable[[], tuple[Any, Any]], *, name: str) -> None:
         self.name = name
         self._load = load
         self._busy = threading.Lock()
+        self._questions: list[_Question] = []
+        self._turn = anyio.Lock()
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         return self._load()
 
+    @cached_property
+    def _prefixes(self) -> PrefixCache:
+        return PrefixCache(PrefixModel(self._loaded[0]))
+
     async def complete(self, request: Request) -> Reply:
         """One request, computed in a worker thread."""
+        if request.answers and request.n == 1 and not (request.temperature or request.stop or request.prompt):
+            return await self._answer(_Question(request))
         return await anyio.to_thread.run_sync(self._complete, request, abandon_on_cancel=True)
+
+    async def _answer(self, question: _Question) -> Reply:
+        """The reply to a question. Whoever has its turn answers all that wait, so that most find theirs answered."""
+        self._questions.append(question)
+        try:
+            async with self._turn:
+                if question.reply is None and question.error is None:
+                    waiting = [q for q in self._questions if q.reply is None and q.error is None]
+                    await anyio.to_thread.run_sync(self._answer_all, waiting, abandon_on_cancel=True)
+        finally:
+            self._questions.remove(question)
+        if question.error is not None:
+            raise question.error
+        assert question.reply is not None
+        return question.reply
 
     async def aclose(self) -> None:
         """There is nothing to close."""
@@ -44,13 +87,54 @@ class LocalModel:
         with self._busy:
             start = time.monotonic()
             model, tokenizer = self._loaded
-            ids = torch.tensor([list(request.prompt) or self._chat(tokenizer, request)], device=model.device)
-            most = getattr(model.config, "max_position_embeddings", None)
-            if most is not None and ids.shape[1] + request.max_tokens > most:
-                raise RequestRefusedError(f"{ids.shape[1]:,} prompt tokens and {request.max_tokens:,} of a reply do not fit into the {most:,} of {self.name}")
+            ids = torch.tensor([self._ids(request)], device=model.device)
             if request.prompt:
                 return self._read(model, tokenizer, ids, request, start)
             return self._generate(model, tokenizer, ids, request, start)
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def _answer_all(self, questions: Sequence[_Question]) -> None:
+        """Gives every question its reply, or the error that its own request causes."""
+        prompts = []
+        with self._busy:
+            for question in questions:
+                try:
+                    prompts.append((question, self._ids(question.request)))
+                except (InputError, RequestRefusedError) as error:
+                    question.error = error
+            for batch in _batches(prompts):
+                self._answer_batch(batch)
+
+    def _answer_batch(self, batch: Sequence[tuple[_Question, list[int]]]) -> None:
+        start = time.monotonic()
+        model, tokenizer = self._loaded
+        prefix = self._prefixes.common([ids for _, ids in batch])
+        rest = [ids[prefix.n_tokens :] for _, ids in batch]
+        width = max(map(len, rest))
+        padded = torch.tensor([ids + [ids[-1]] * (width - len(ids)) for ids in rest], device=model.device)
+        last = torch.tensor([len(ids) - 1 for ids in rest], device=model.device)
+        prefixed = self._prefixes.model
+        logits = prefixed.logits(prefixed.hidden(prefix, padded)[torch.arange(len(rest), device=model.device), last])
+        seconds = (time.monotonic() - start) / len(batch)
+        ends = _ends(model, tokenizer)
+        for (question, ids), row in zip(batch, logits, strict=True):
+            request, token = question.request, int(row.argmax())
+            text = "" if token in ends else tokenizer.decode([token])
+            whole = token in ends or text.strip().lower() in {a.lower() for a in request.answers}
+            if whole or request.max_tokens == 1:
+                first = _alternatives(tokenizer, row, request.top_logprobs)
+                question.reply = Reply((text,), (not whole,), Usage(1, len(ids), 1, seconds, 0.0), (first,))
+            else:  # it says something else, or an answer of several tokens
+                question.reply = self._generate(model, tokenizer, torch.tensor([ids], device=model.device), request, time.monotonic())
+
+    def _ids(self, request: Request) -> list[int]:
+        """The tokens that a request's reply begins after."""
+        model, tokenizer = self._loaded
+        ids = list(request.prompt) or self._chat(tokenizer, request)
+        most = getattr(model.config, "max_position_embeddings", None)
+        if most is not None and len(ids) + request.max_tokens > most:
+            raise RequestRefusedError(f"{len(ids):,} prompt tokens and {request.max_tokens:,} of a reply do not fit into the {most:,} of {self.name}")
+        return ids
 
     def _chat(self, tokenizer: Any, request: Request) -> list[int]:
         if not getattr(tokenizer, "chat_template", None):
@@ -90,6 +174,15 @@ class LocalModel:
         logits = model(ids).logits[0]
         read = tuple(_alternatives(tokenizer, logits[place - 1], request.top_logprobs) for place in request.read_at)
         return Reply(("",), (False,), Usage(1, ids.shape[1], 0, time.monotonic() - start, 0.0), ({},), read)
+
+
+def _batches(prompts: Sequence[tuple[_Question, list[int]]]) -> Iterator[list[tuple[_Question, list[int]]]]:
+    """Prompts that begin alike, together, with at most about ``BATCH_TOKENS`` tokens after what they share."""
+    for _, group in groupby(sorted(prompts, key=itemgetter(1)), key=lambda p: p[1][:1]):
+        alike = list(group)
+        width = max(len(ids) for _, ids in alike) - len(shared_tokens([ids for _, ids in alike]))
+        step = max(1, BATCH_TOKENS // max(1, width))
+        yield from (alike[at : at + step] for at in range(0, len(alike), step))
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:

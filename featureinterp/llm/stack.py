@@ -34,8 +34,7 @@ class Stack:
 
     def model(self, replies: ReplyStore | None = None) -> LanguageModel:
         """The model for all work; with a store of replies it asks nothing twice."""
-        identity = None if self.own else self.bare.identity
-        return Tallied(self.limited if replies is None else Cached(self.limited, replies, identity=identity))
+        return Tallied(self.limited if replies is None else Cached(self.limited, replies, identity=self.bare.identity))
 
     async def check(self) -> None:
         """One small request, so that a wrong key, name or address is known before any work."""

@@ -22,8 +22,9 @@ class Request:
     """One completion: of a chat (``messages``), or the reading of a raw prompt (``prompt``, token ids of the model's own tokenizer).
 
     ``schema``: JSON schema of the reply, or None for free text. ``top_logprobs``: how many alternatives to return for the reply's
-    first token, or for each place of the prompt in ``read_at`` (0: none). ``n``: how many replies. ``check`` is called with the
-    reply and raises a ``LanguageModelError`` when it is no answer; such a reply is not kept for another time.
+    first token, or for each place of the prompt in ``read_at`` (0: none). ``n``: how many replies. ``answers``: the short replies
+    that are expected; a model may end with the first token that is one of them. ``check`` is called with the reply and raises a
+    ``LanguageModelError`` when it is no answer; such a reply is not kept for another time.
     """
 
     messages: tuple[Message, ...] = ()
@@ -35,6 +36,7 @@ class Request:
     top_logprobs: int = 0
     stop: tuple[str, ...] = ()
     check: Callable[[Reply], object] | None = field(default=None, compare=False, repr=False)
+    answers: tuple[str, ...] = ()
     prompt: tuple[int, ...] = ()
     read_at: tuple[int, ...] = ()
 

@@ -28,7 +28,8 @@ class Complexity:
         usage, cause = Usage(), ""
         for rule in explanation.rules:
             try:
-                reply = await self.model.complete(Request(self._messages(rule.activates_on), max_tokens=4, top_logprobs=10, check=rating))
+                request = Request(self._messages(rule.activates_on), max_tokens=4, top_logprobs=10, answers=LEVELS, check=rating)
+                reply = await self.model.complete(request)
                 usage += reply.usage
                 ratings.append(rating(reply))
             except EndpointRefusedError:

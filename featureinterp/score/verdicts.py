@@ -56,7 +56,7 @@ async def ask(model: LanguageModel, prompt: Prompt, description: str, questions:
     async def one(question: Question) -> Verdict:
         user = Message("user", prompt.render("user.j2", description=description, text=question.text))
         try:
-            reply = await model.complete(Request((*head, user), max_tokens=4, top_logprobs=10, check=_answer))
+            reply = await model.complete(Request((*head, user), max_tokens=4, top_logprobs=10, answers=("Yes", "No"), check=_answer))
             spent.append(reply.usage)
             return Verdict(question.label, *_answer(reply), row=question.row)
         except EndpointRefusedError:

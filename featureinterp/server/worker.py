@@ -12,7 +12,7 @@ import filelock
 
 from featureinterp.errors import FeatureInterpError
 from featureinterp.files import write_json
-from featureinterp.jobs.explain import Event
+from featureinterp.jobs.plan import Event
 from featureinterp.server.folder import JobsFolder, State, end, lock_of
 
 WRITE_EVERY_S = 0.25

@@ -21,9 +21,9 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
 from featureinterp.errors import InputError
+from featureinterp.llm.prefix_cache import Prefix, PrefixModel
 from featureinterp.prompts import load_prompt
 from featureinterp.simulate.parts import Built, PromptBuilder
-from featureinterp.simulate.prefix_cache import Prefix, PrefixModel
 
 BATCH_TOKENS = 1024
 

@@ -27,6 +27,10 @@ class Prefix:
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     n_tokens: int
 
+    def first(self, n: int) -> Prefix:
+        """The prefix's first ``n`` tokens."""
+        return Prefix(tuple((keys[:, :, :n], values[:, :, :n]) for keys, values in self.layers), n)
+
 
 _current: list[Prefix] = []
 
@@ -84,7 +88,7 @@ class PrefixModel:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.device  # type: ignore[no-any-return]
+        return self.model.device
 
     @torch.inference_mode()
     def prefix(self, ids: Sequence[int], before: Prefix | None = None) -> Prefix:
@@ -101,12 +105,12 @@ class PrefixModel:
         return self._shared(prefix, ids) if self.shares_prefix and self._fits(prefix, ids) else self._plain(prefix, ids)
 
     @torch.inference_mode()
-    def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-        """Logits of a few tokens only, float32 ``[…, token]``, for hidden states ``[…, d_model]``."""
-        weight = self.head.weight[token_ids]
-        out = torch.matmul(hidden, weight.T).float()
+    def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of a few tokens only (None: of all), float32 ``[…, token]``, for hidden states ``[…, d_model]``."""
+        rows = slice(None) if token_ids is None else token_ids
+        out = torch.matmul(hidden, self.head.weight[rows].T).float()
         if getattr(self.head, "bias", None) is not None:
-            out = out + self.head.bias[token_ids].float()
+            out = out + self.head.bias[rows].float()
         return out if self._softcap is None else self._softcap * torch.tanh(out / self._softcap)
 
     def _shared(self, prefix: Prefix, ids: torch.Tensor) -> torch.Tensor:
@@ -114,14 +118,14 @@ class PrefixModel:
         with self._attention(_NAME):
             _current.append(prefix)
             try:
-                return self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
+                return self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
             finally:
                 _current.pop()
 
     def _plain(self, prefix: Prefix, ids: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(prefix.n_tokens, prefix.n_tokens + ids.shape[1], device=self.device).unsqueeze(0)
         cache = self._cache(prefix, ids.shape[0])
-        return self.body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state  # type: ignore[no-any-return]
+        return self.body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state
 
     def _cache(self, prefix: Prefix | None, batch: int) -> Any:
         from transformers import DynamicCache
@@ -164,3 +168,32 @@ class PrefixModel:
             return False
         spread = float(plain.std())
         return bool((shared - plain).abs().max() <= _TOLERANCE[self.model.dtype] * spread)
+
+
+class PrefixCache:
+    """The keys and values of the last few prompts' common beginnings, so that prompts which begin alike are read from where they part."""
+
+    def __init__(self, model: PrefixModel, *, kept: int = 4) -> None:
+        self.model, self.kept = model, kept
+        self._known: list[tuple[tuple[int, ...], Prefix]] = []
+
+    def common(self, prompts: Sequence[Sequence[int]]) -> Prefix:
+        """The longest beginning that all ``prompts`` share, at least one token shorter than each of them. Raises ``ValueError`` when
+        they share nothing."""
+        start = shared_tokens(prompts)[: min(len(p) for p in prompts) - 1]
+        if not start:
+            raise ValueError("the prompts have no common beginning")
+        best, prefix = max(self._known, key=lambda k: len(shared_tokens([k[0], start])), default=((), None))
+        n = len(shared_tokens([best, start]))
+        before = prefix.first(n) if prefix is not None and n else None
+        found = before if before is not None and n == len(start) else self.model.prefix(start[n:], before)
+        self._known = [k for k in self._known if k[0] != start[: len(k[0])]]
+        self._known = [(start, found), *self._known][: self.kept]
+        return found
+
+
+def shared_tokens(prompts: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The tokens with which all prompts begin."""
+    low, high = min(map(tuple, prompts)), max(map(tuple, prompts))
+    n = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high)))
+    return low[:n]

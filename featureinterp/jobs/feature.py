@@ -1,0 +1,126 @@
+"""One feature within a job: what is known of it while it is worked on, and the result that is made of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from featureinterp.domain.explanation import Explanation
+from featureinterp.domain.record import FeatureRecord
+from featureinterp.domain.result import FeatureResult, ShownWindow
+from featureinterp.domain.score import Failure, Score, Simulation
+from featureinterp.jobs.plan import Part, Plan
+from featureinterp.score.correlation import Pairs, correlation, deviation_explained, explained_variance, false_positives
+from featureinterp.simulate.lexical import Lexical
+
+
+@dataclass(frozen=True, slots=True)
+class Null:
+    """Another feature's explanation."""
+
+    feature: int
+    explanation: Explanation
+
+
+@dataclass
+class FeatureState:
+    """What is known of a feature while a job runs."""
+
+    record: FeatureRecord
+    baseline: Explanation | None = None
+    explanation: Explanation | None = None
+    null: Null | None = None
+    own: dict[Part, list[Simulation]] = field(default_factory=dict)
+    null_simulated: dict[Part, list[Simulation]] = field(default_factory=dict)
+    asked: list[Score] = field(default_factory=list)
+    ratings: tuple[float | None, ...] = ()
+    failures: list[Failure] = field(default_factory=list)
+    partial: bool = False
+    reused: bool = True
+
+    @property
+    def status(self) -> str:
+        if self.failures:
+            return "failed"
+        return "partial" if self.partial else "done"
+
+
+def result_of(state: FeatureState, plan: Plan, document_name: Callable[[int], str] = str) -> FeatureResult:
+    """What a job says of a feature: its windows, its explanation, and the scores of what was simulated and asked."""
+    record = state.record
+    own = _scores(state, plan, state.own) if state.own else []
+    baseline: list[Score] = []
+    if state.baseline is not None:
+        parts = {part: Lexical().predict(state.baseline, record.get(*part)[:n]) for part, n in plan.parts()}
+        baseline = _scores(state, plan, parts, nulls=False)
+    return FeatureResult(
+        feature=record.feature.index,
+        sae=record.feature.sae,
+        scale=record.scale,
+        density=record.density,
+        count=record.count,
+        windows=tuple(_shown(state, plan, document_name)),
+        explanation=state.explanation,
+        scores=(*own, *state.asked),
+        baseline=state.baseline,
+        baseline_scores=tuple(baseline),
+        null_of=state.null.feature if state.null else None,
+        failures=tuple(state.failures),
+        shortfalls=dict(record.shortfalls),
+        complexity=state.ratings,
+    )
+
+
+def _scores(state: FeatureState, plan: Plan, simulated: Mapping[Part, list[Simulation]], nulls: bool = True) -> list[Score]:
+    record = state.record
+
+    def pairs(part: Part, source: Mapping[Part, list[Simulation]] = simulated) -> Pairs:
+        simulations = source.get(part, [])
+        return Pairs.of(record.get(*part)[: len(simulations)], simulations)
+
+    main = plan.negatives[0]
+    top = pairs(("test", "top"))
+    scores = []
+    for source in plan.negatives:
+        name = "correlation" if source == main else f"correlation_{source}"
+        score = correlation(top + pairs(("test", source)), name, seed=plan.seed)
+        if source == main and nulls and state.null_simulated:
+            null = correlation(pairs(("test", "top"), state.null_simulated) + pairs(("test", main), state.null_simulated), seed=plan.seed)
+            score = Score(name, score.value, score.n_scored, score.n_failed, score.interval, score.undefined, null.value, null.interval)
+        scores.append(score)
+    valid = pairs(("valid", "top")) + pairs(("valid", main))
+    test = top + pairs(("test", main))
+    scores += [explained_variance(valid, test, seed=plan.seed), deviation_explained(valid, test, seed=plan.seed)]
+    scores += [false_positives(pairs(("test", s)), f"false_positives_{s}", seed=plan.seed) for s in plan.negatives if s.endswith("negative")]
+    return scores
+
+
+def _shown(state: FeatureState, plan: Plan, document_name: Callable[[int], str]) -> list[ShownWindow]:
+    record = state.record
+    parts: list[tuple[Part, int]] = [(("train", "top"), plan.n_test), (("train", "weighted"), plan.n_test), *plan.parts()]
+    shown = []
+    for part, n in parts:
+        own, null = state.own.get(part, []), state.null_simulated.get(part, [])
+        for i, window in enumerate(record.get(*part)[:n]):
+            mine = own[i] if i < len(own) else None
+            other = null[i] if i < len(null) else None
+            shown.append(
+                ShownWindow(
+                    part[0],
+                    part[1],
+                    window.row,
+                    document_name(window.document),
+                    window.pieces,
+                    tuple(np.round(window.activations.astype(float), 4).tolist()),
+                    _levels(mine),
+                    _levels(other),
+                    mine.failure if mine else None,
+                )
+            )
+    return shown
+
+
+def _levels(simulation: Simulation | None) -> tuple[float, ...] | None:
+    return None if simulation is None or simulation.expected is None else tuple(np.round(simulation.expected, 3).tolist())

@@ -1,0 +1,98 @@
+"""What a job of explaining is asked to do, and how it says how far it is and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pydantic
+
+from featureinterp.domain.record import Source, SplitName
+from featureinterp.domain.result import FeatureResult
+from featureinterp.errors import JobStoppedError
+
+Part = tuple[SplitName, Source]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a job is. ``in_flight``: requests under way. ``cost_usd`` None: the price is not known. ``seconds`` since the run began,
+    ``left_s`` until it is likely to end (None: not known yet)."""
+
+    done: int
+    failed: int
+    total: int
+    in_flight: int
+    requests: int
+    tokens: int
+    cost_usd: float | None
+    seconds: float
+    left_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that a screen may show: ``stage`` ("explained", "scored"), the feature, and how many of ``total`` are through it."""
+
+    stage: str
+    result: FeatureResult
+    done: int
+    total: int
+    progress: Progress
+    reused: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How explanations are judged.
+
+    ``n_test``, ``n_valid``: windows per source at most. ``negatives``: the kinds of windows that top windows are put beside, each
+    giving a correlation of its own; the first is the main one, and the null and the affine fit use it. ``concurrency``: how many
+    features are worked on at once. ``simulate``: whether explanations are simulated at all.
+    """
+
+    n_test: int = 10
+    n_valid: int = 5
+    negatives: tuple[Source, ...] = ("random", "similar_negative", "random_negative")
+    simulate: bool = True
+    detection: bool = True
+    fuzzing: bool = True
+    complexity: bool = True
+    concurrency: int = 4
+    seed: int = 0
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+    def parts(self) -> list[tuple[Part, int]]:
+        """What is simulated with the feature's own explanation."""
+        main = self.negatives[0]
+        return [
+            (("test", "top"), self.n_test),
+            *((("test", source), self.n_test) for source in self.negatives),
+            (("valid", "top"), self.n_valid),
+            (("valid", main), self.n_valid),
+        ]
+
+    def null_parts(self) -> list[tuple[Part, int]]:
+        """What is simulated with another feature's explanation."""
+        return [(("test", "top"), self.n_test), (("test", self.negatives[0]), self.n_test)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run of a job ended. ``status`` of every feature that it is through with ("done", "partial", "failed"), those of earlier
+    runs included; ``left``: the features that it is not through with. ``stopped``: why it ended before it was through."""
+
+    job: str
+    status: Mapping[int, str]
+    left: tuple[int, ...]
+    progress: Progress
+    stopped: JobStoppedError | None = None
+
+    @property
+    def price_of_the_rest(self) -> float | None:
+        """USD that the features left would take, if they cost what those of this run did; None when that is not known."""
+        worked = self.progress.done + self.progress.failed
+        if self.progress.cost_usd is None or not worked:
+            return None
+        return self.progress.cost_usd / worked * len(self.left)

@@ -1,0 +1,142 @@
+"""The order of work in a job: which features are under way, and what waits for what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import anyio
+import anyio.to_thread
+
+from featureinterp.domain.explanation import Explanation
+from featureinterp.domain.record import FeatureRecord
+from featureinterp.domain.result import FeatureResult
+from featureinterp.errors import FeatureInterpError, JobStoppedError
+from featureinterp.jobs.feature import FeatureState, Null
+from featureinterp.jobs.plan import Event, Progress
+
+if TYPE_CHECKING:
+    from featureinterp.jobs.explain import ExplainJob
+
+NULL_REACH = 8
+"""How many of the following features are looked at for an explanation that can be a null."""
+RecordsOf = Callable[[Sequence[int]], Iterator[FeatureRecord]]
+
+
+class Run:
+    """One run of a job: which features are under way, which explanations are known, and why it stops."""
+
+    def __init__(self, job: ExplainJob, ring: list[int], left: list[int]) -> None:
+        self.job, self.ring, self.left = job, ring, left
+        self.worked: set[int] = set()
+        self._place = {feature: i for i, feature in enumerate(ring)}
+        self._todo = set(left)
+        self._explained: dict[int, Explanation | None] = {}
+        self._events: dict[int, anyio.Event] = {}
+        self._error: Exception | None = None
+        self._slots = anyio.Semaphore(job.plan.concurrency)
+        self._backlog = anyio.Semaphore(job.plan.concurrency + NULL_REACH + 1)
+        self._start = time.monotonic()
+        self._failed = 0
+        self._n_explained = 0
+
+    async def go(self, records: RecordsOf) -> JobStoppedError | None:
+        """Works on all features; returns why it stopped early, and raises what no run can go on after."""
+        if not self.left:
+            return None
+        found = records(self.left)
+        async with anyio.create_task_group() as group:
+            for feature in self.left:
+                await self._backlog.acquire()
+                if self._error is not None:
+                    break
+                try:
+                    record = await anyio.to_thread.run_sync(next, found)
+                except (FeatureInterpError, OSError) as error:
+                    self._give_up(error)
+                    break
+                group.start_soon(self._feature, feature, record)
+        if self._error is not None and not isinstance(self._error, JobStoppedError):
+            raise self._error
+        return self._error
+
+    async def _feature(self, feature: int, record: FeatureRecord) -> None:
+        state = FeatureState(record)
+        try:
+            async with self._slots:
+                if self._error is None:
+                    await self.job.explain(state)
+            if self._error is not None:
+                return
+            self._explained[feature] = state.explanation
+            self._event(feature).set()
+            self._n_explained += 1
+            await self._say("explained", state, self._n_explained)
+            if self.job.plan.simulate and state.explanation is not None:
+                state.null = await self._null(feature, state.explanation)
+            async with self._slots:
+                if self._error is None:
+                    await self.job.score(state)
+                if self._error is not None:
+                    return
+                result = await self.job.result(state)
+                self.job.journal.finish(self.job.key, result, state.status)
+            self.worked.add(feature)
+            self._failed += bool(state.failures)
+            await self._say("scored", state, len(self.worked), result)
+        except (FeatureInterpError, OSError) as error:
+            self._give_up(error)
+        finally:
+            self._backlog.release()
+
+    def _give_up(self, error: Exception) -> None:
+        """Begins nothing more; what waits for another feature waits no longer."""
+        self._error = self._error or error
+        for event in self._events.values():
+            event.set()
+
+    async def _null(self, feature: int, explanation: Explanation) -> Null | None:
+        """The explanation of the next feature in the circle that has one with another text."""
+        place, n = self._place[feature], len(self.ring)
+        for step in range(1, min(NULL_REACH, n - 1) + 1):
+            other = self.ring[(place + step) % n]
+            if other in self._todo:
+                await self._event(other).wait()
+                if self._error is not None:
+                    return None
+            elif other not in self._explained:
+                known = next(self.job.journal.features(self.job.key, [other]), None)
+                self._explained[other] = known.explanation if known else None
+            found = self._explained.get(other)
+            if found is not None and found.text != explanation.text:
+                return Null(other, found)
+        return None
+
+    def _event(self, feature: int) -> anyio.Event:
+        event = self._events.setdefault(feature, anyio.Event())
+        if self._error is not None:
+            event.set()
+        return event
+
+    async def _say(self, stage: str, state: FeatureState, done: int, result: FeatureResult | None = None) -> None:
+        if result is None:
+            result = await self.job.result(state)
+        self.job.on_event(Event(stage, result, done, len(self.left), self.progress(), state.reused))
+
+    def progress(self) -> Progress:
+        """How far the run is."""
+        meter, seconds = self.job.meter, time.monotonic() - self._start
+        usage, n = meter.usage, len(self.worked)
+        left = seconds / n * (len(self.left) - n) if n else None
+        return Progress(
+            n - self._failed,
+            self._failed,
+            len(self.left),
+            meter.in_flight,
+            usage.requests,
+            usage.prompt_tokens + usage.completion_tokens,
+            usage.cost_usd,
+            seconds,
+            left,
+        )
