@@ -202,11 +202,14 @@ def test_reading_over_http_in_either_form(way: str):
             return 400, {}, {"error": {"message": "unknown field"}}
         with torch.no_grad():
             table = torch.log_softmax(model(torch.tensor([body["prompt"]])).logits[0], -1)
-        texts = [tok.decode([i]) for i in range(table.shape[1])]
+        levels = {text: tok.encode(text)[0] for text in "012345"}
         rows: list[Any] = [None]
         for row in table[:-1].tolist():
-            pairs = list(zip(texts, row, strict=True))
-            rows.append({str(i): {"logprob": p, "rank": 1, "decoded_token": t} for i, (t, p) in enumerate(pairs)} if way == "prompt_logprobs" else dict(pairs))
+            pairs = [(text, token, row[token]) for text, token in levels.items()]
+            if way == "prompt_logprobs":
+                rows.append({str(token): {"logprob": p, "rank": 1, "decoded_token": text} for text, token, p in pairs})
+            else:
+                rows.append({text: p for text, _, p in pairs})
         choice: dict[str, Any] = {"index": 0, "text": "x", "finish_reason": "length", "logprobs": None}
         if way == "echo":
             choice["logprobs"] = {"tokens": ["t"] * len(rows), "token_logprobs": [None] * len(rows), "top_logprobs": rows, "text_offset": [0] * len(rows)}
