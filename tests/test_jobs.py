@@ -21,6 +21,8 @@ from featureinterp.explain.one_shot import OneShot, SentenceStyle
 from featureinterp.jobs.explain import ExplainJob
 from featureinterp.jobs.journal import Journal, Row
 from featureinterp.jobs.plan import Plan
+from featureinterp.jobs.spec import Job
+from featureinterp.llm.config import LOCAL, Endpoint
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.types import Reply, Request
 from featureinterp.records.build import RecordBuilder
@@ -196,3 +198,19 @@ def test_the_journal_survives_and_refuses_what_is_none(tmp_path: Path):
     with pytest.raises(StorageError, match="bad.sqlite"):
         Journal(tmp_path / "bad.sqlite")
     assert sqlite3.connect(tmp_path / "j.sqlite").execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+@pytest.mark.parametrize(
+    ("fields", "in_process"),
+    [
+        ({}, True),
+        ({"simulator": "rated"}, False),
+        ({"simulator_model": "another"}, False),
+        ({"stages": ("explain", "score")}, False),
+        ({"llm": Endpoint("http://localhost:1/v1")}, False),
+    ],
+)
+def test_questions_go_to_the_simulator_s_model_when_it_is_the_embedded_one(fields: dict[str, Any], in_process: bool):
+    job = Job(run=Path("run"), **fields)
+    assert (job.judge_endpoint != job.endpoint) == in_process and (job.judge_endpoint.base_url == LOCAL) == in_process
+    assert job.judge_endpoint.model == job.endpoint.model

@@ -26,9 +26,10 @@ import featureinterp as fi
 from featureinterp.errors import EndpointRefusedError, EndpointUnavailableError, InputError, UnknownNameError
 from featureinterp.jobs.spec import make_job
 from featureinterp.server import worker
-from featureinterp.server.app import MAX_BODY, Rules, check_binding, make_app
+from featureinterp.server.app import Rules, make_app
 from featureinterp.server.client import Service
 from featureinterp.server.folder import MAX_STARTS, JobsFolder, end, lock_of
+from featureinterp.server.gate import MAX_BODY, check_binding
 
 TOKEN = "a-token-of-the-test-0123"
 SMALL = {"run": "tiny", "features": "3,5,9", "simulator": "lexical", "explainer": "top-tokens", "stages": ["explain", "simulate"], "n_test": 2}

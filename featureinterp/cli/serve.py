@@ -28,7 +28,8 @@ def serve(
     try:
         import uvicorn
 
-        from featureinterp.server.app import Rules, check_binding, make_app
+        from featureinterp.server.app import Rules, make_app
+        from featureinterp.server.gate import check_binding
     except ImportError as error:
         raise InputError(f"the service needs the package {error.name}: pip install 'featureinterp[server]'") from error
     from featureinterp.llm.config import load_config

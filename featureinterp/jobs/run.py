@@ -25,7 +25,7 @@ from featureinterp.jobs.plan import Event, Outcome
 from featureinterp.jobs.records import build_records, parse_features
 from featureinterp.jobs.spec import Job
 from featureinterp.llm.cached import Cached, ReplyStore
-from featureinterp.llm.config import LOCAL, Endpoint, load_config
+from featureinterp.llm.config import Endpoint, load_config
 from featureinterp.llm.metered import Meter, Metered
 from featureinterp.llm.prices import Price
 from featureinterp.llm.stack import open_stack
@@ -88,8 +88,7 @@ async def run_job(job: Job, store: CodesStore, local: Local, *, on_event: Callab
     meter = Meter()
     path = job.folder / "journal.sqlite"
     async with AsyncExitStack() as opened:
-        judging = _judge_endpoint(job)
-        endpoints = [endpoint] if judging == endpoint else [endpoint, judging]  # never twice, as each has limits of its own
+        endpoints = [endpoint] if job.judge_endpoint == endpoint else [endpoint, job.judge_endpoint]  # never twice, as each has limits of its own
         stack, *own = [await opened.enter_async_context(open_stack(e, meter, price=price, load=partial(local.load, job))) for e in endpoints]
         if _asks(job) and not path.exists():
             await stack.check()
@@ -141,14 +140,6 @@ def _features(job: Job, store: CodesStore) -> list[int]:
     for index in job.features:
         store.check_feature(index)
     return list(dict.fromkeys(job.features))
-
-
-def _judge_endpoint(job: Job) -> Endpoint:
-    """Where the questions of scores go: to the job's endpoint, but to the simulator itself when that is the embedded model in this process,
-    which answers many short questions in one pass."""
-    endpoint = job.endpoint
-    simulates = "simulate" in job.stages and job.simulator == "all-at-once" and job.simulator_model == endpoint.model
-    return replace(endpoint, base_url=LOCAL) if endpoint.base_url is None and simulates else endpoint
 
 
 def _price(job: Job, endpoint: Endpoint) -> Price | None:

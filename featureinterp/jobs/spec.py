@@ -79,6 +79,14 @@ class Job(pydantic.BaseModel):
         return self.llm or Endpoint()
 
     @property
+    def judge_endpoint(self) -> Endpoint:
+        """Where the questions of scores go: to the job's endpoint, but to the simulator itself when that is the embedded model in this
+        process, which answers many short questions in one pass."""
+        endpoint = self.endpoint
+        simulates = "simulate" in self.stages and self.simulator == "all-at-once" and self.simulator_model == endpoint.model
+        return replace(endpoint, base_url=LOCAL) if endpoint.base_url is None and simulates else endpoint
+
+    @property
     def effective_plan(self) -> Plan:
         """The plan without the stages that are not wanted; one feature at a time on the embedded model."""
         plan, asks = self.plan, "score" in self.stages
