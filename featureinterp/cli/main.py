@@ -52,12 +52,10 @@ def _main(
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    """Ends as Ctrl-C does; at once where that is ignored (in the background of a script). What is finished is on disk in either case."""
+    """Ends as Ctrl-C does."""
     interrupt = signal.getsignal(signal.SIGINT)
-    if callable(interrupt):
-        interrupt(number, frame)
-    else:
-        _stop()
+    assert callable(interrupt)
+    interrupt(number, frame)
 
 
 def _stop() -> NoReturn:
@@ -73,6 +71,9 @@ def main() -> None:
     argv = [a for a in sys.argv[1:] if a != "--debug"]
     from featureinterp.errors import FeatureInterpError
 
+    if not callable(signal.getsignal(signal.SIGINT)):  # ignored, in the background of a script: it still is, but there is a way to end in order
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         app(args=argv)

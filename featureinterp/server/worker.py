@@ -76,5 +76,8 @@ def work(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a service in the background of a script has it ignored, and so would its workers
+    # a service in the background of a script has Ctrl-C's signal ignored or blocked, and so would its workers, which it ends by it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sys.exit(work(Path(sys.argv[1])))
