@@ -28,7 +28,7 @@ from featureinterp.sae.load import save_sae
 from featureinterp.sae.topk import TopK
 from featureinterp.simulate.all_at_once import AllAtOnce
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("embedded")]
+pytestmark = pytest.mark.slow
 SMALL = ("--features", "2", "--seed", "3", "--max-tokens", "10000", "--n-test", "4")
 
 
