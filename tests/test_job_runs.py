@@ -114,7 +114,7 @@ def test_a_job_gets_through_every_fault_at_once(n_features: int, wide: Path, tmp
     out, calm = tmp_path / "out", undisturbed(n_features)
     features = calm.features
     with endpoint(faults=dict.fromkeys(MIXED, 0.05), stall_s=0.2) as server:
-        first = fi.run(job(wide, out, server, features, max_failure_rate=1.0))
+        first = fi.run(job(wide, out, server, features, max_failure_rate=1.0, llm={"max_attempts": 4}))
         check_accounts(first, server, features)
         assert n_features == FEW or {e.fault for e in server.ledger} == {None, *MIXED}
         server.faults = {}
