@@ -28,6 +28,7 @@ from featureinterp.llm.types import Reply, Request
 DEFAULT_TIMEOUT_S = 120.0
 MAX_CONNECTIONS = 1024
 ReplyForm = Literal["json_schema", "json_object", "text"]
+_CHAT, _COMPLETIONS = "chat/completions", "completions"
 _FORMS: tuple[ReplyForm, ...] = ("json_schema", "json_object", "text")
 
 
@@ -87,6 +88,9 @@ class OpenAIModel:
             base_url=base_url, api_key=key, max_retries=0, timeout=timeout_s, http_client=openai.DefaultAioHttpClient(limits=limits, timeout=timeout_s)
         )
 
+        base = self._client.base_url  # whole addresses, which the SDK would put together and take apart again with every request
+        self._addresses = {path: str(base.copy_with(raw_path=base.raw_path + path.encode())) for path in (_CHAT, _COMPLETIONS)}
+
     def __repr__(self) -> str:
         return f"OpenAIModel({self.base_url!r}, {self.name!r})"
 
@@ -110,7 +114,7 @@ class OpenAIModel:
                 with anyio.fail_after(self.timeout_s):
                     if request.prompt:
                         return await self._read(request, start)
-                    completion = await self._post("/chat/completions", self._arguments(request))
+                    completion = await self._post(_CHAT, self._arguments(request))
                 return self._reply(completion, time.monotonic() - start)
             except TimeoutError:
                 raise EndpointUnavailableError(self._late()) from None
@@ -144,7 +148,7 @@ class OpenAIModel:
     async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The JSON that an endpoint answers. The SDK's typed methods build a tree of models out of each request and reply, which costs more than
         everything else together."""
-        return json.loads(await self._client.post(path, cast_to=bytes, body=body))
+        return json.loads(await self._client.post(self._addresses[path], cast_to=bytes, body=body))
 
     def _give_way(self, error: Exception, request: Request) -> bool:
         """Whether a refusal was about a parameter that can be left out or put otherwise; it then is, from now on."""
@@ -173,7 +177,7 @@ class OpenAIModel:
             arguments: dict[str, Any] = {"model": self.name, "prompt": list(request.prompt), "max_tokens": 1, "temperature": 0.0}
             arguments |= {"echo": True, "logprobs": request.top_logprobs} if way == "echo" else {"prompt_logprobs": request.top_logprobs}
             try:
-                completion = await self._post("/completions", arguments | self._extra)
+                completion = await self._post(_COMPLETIONS, arguments | self._extra)
             except self._sdk.APIStatusError as error:
                 if error.status_code not in (400, 404, 405, 415, 422, 501):
                     raise
