@@ -18,6 +18,7 @@ from featureinterp import api
 from featureinterp.assets import fetch
 from featureinterp.codes.store import CodesStore
 from featureinterp.domain.record import SPLITS
+from featureinterp.jobs.spec import Job
 from featureinterp.llm.embedded import EMBEDDED, EmbeddedModel
 from featureinterp.llm.local_server import local_server
 from featureinterp.llm.types import Message, Request
@@ -67,6 +68,8 @@ def test_a_second_demo_computes_nothing_again(demo: tuple[Path, dict], monkeypat
     monkeypatch.setattr("featureinterp.codes.collect.encode_windows", forbidden)
     done = cli("demo", *SMALL, "--out", str(folder), "--json")
     assert done.returncode == 0 and json.loads(done.stdout) == out
+    written = json.loads((folder / "explain" / "job.json").read_text(encoding="utf-8"))
+    assert api.dry_run(Job.model_validate(written["job"])).left == 0
 
 
 def test_similar_negatives_on_the_demo_corpus_are_exact(demo: tuple[Path, dict]):

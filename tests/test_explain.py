@@ -249,19 +249,26 @@ def test_impossible_rules(bad: tuple[str, int]):
 
 def test_top_tokens_are_the_largest_means():
     found = anyio.run(TopTokens(2).explain, record(MAY, JUNE, window(3, [" May", " or", "\n"], [4, 0, 9])))
-    assert [(r.activates_on, r.strength) for r in found.rules] == [("' May'", 4), ("' June'", 3)]
+    assert [(r.activates_on, r.strength) for r in found.rules] == [('" May"', 4), ('" June"', 3)]
     assert top_tokens((MAY, JUNE), 3) == [" May", " June"] and top_tokens((MAY, JUNE), 1) == [" May"]
     only_space = anyio.run(TopTokens().explain, record(window(1, [" ", "\n\n"], [0, 5])))
-    assert only_space.rules[0].activates_on == repr("\n\n")
+    assert only_space.rules[0].activates_on == r'"\n\n"'
 
 
 def test_the_lexical_simulator_by_hand():
-    exact = Explanation((Rule("' May'", 4), Rule("' June'", 2)), Provenance("top-tokens"))
+    exact = Explanation((Rule('" May"', 4), Rule('" June"', 2)), Provenance("top-tokens"))
     words = Explanation.sentence("names such as May or June", Provenance("x"))
     shown = window(5, [" May", "May", " may", " so", " 日本"], [0] * 5)
     assert Lexical().predict(exact, [shown])[0].expected.tolist() == [4, 0, 0, 0, 0]
     assert Lexical().predict(words, [shown])[0].expected.tolist() == [5, 5, 5, 0, 0]
     assert anyio.run(Lexical().simulate, exact, [shown])[0].expected.tolist() == [4, 0, 0, 0, 0]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20))
+def test_a_top_token_s_rule_names_exactly_that_token(piece: str):
+    found = anyio.run(TopTokens(1).explain, record(window(1, [piece], [5])))
+    other = window(2, [piece, f"{piece}x", f"x{piece}"], [0] * 3)
+    assert (Lexical().predict(found, [other])[0].expected > 0).tolist() == [True, False, False]
 
 
 def test_excerpts_are_around_the_peak():

@@ -174,6 +174,32 @@ def test_the_event_loop_goes_on_while_the_model_computes():
     assert anyio.run(go)
 
 
+def test_a_simulator_and_a_language_model_on_one_model_do_not_disturb_each_other():
+    loaded = parts()
+    request, question = Request(ASK, 4, top_logprobs=4), questions(1, answers=("x",))[0]
+    simulator = AllAtOnce(lambda: loaded, name="tiny", dtype="float32")
+    text, answer = (ask(LocalModel(lambda: loaded, name="tiny"), r) for r in (request, question))
+    levels = simulator.predict(RULES, WINDOWS)
+    model = LocalModel(lambda: loaded, name="tiny")
+
+    async def go() -> None:
+        async def simulated() -> None:
+            for found, known in zip(await simulator.simulate(RULES, WINDOWS), levels, strict=True):
+                np.testing.assert_allclose(found.expected, known.expected, atol=1e-5)
+
+        async def asked(request: Request, known: Reply) -> None:
+            reply = await model.complete(request)
+            assert reply.texts == known.texts and reply.first_token[0] == pytest.approx(known.first_token[0], abs=1e-4)
+
+        async with anyio.create_task_group() as group:
+            for _ in range(10):
+                group.start_soon(simulated)
+                group.start_soon(asked, request, text)
+                group.start_soon(asked, question, answer)
+
+    anyio.run(go)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_reading_prompts_gives_what_the_local_simulator_computes(family: str):
     model, tok = parts(family)

@@ -40,7 +40,7 @@ def result(index: int = 7, text: str = "names of months", **changes: object) -> 
         windows=(shown((" May", " we")), shown((" so",), "similar_negative"), shown((" x",), "top", "train")),
         explanation=Explanation((Rule(text, 5), Rule("dates", 2)), P),
         scores=(score, Score("explained_variance", None, 16, undefined="constant <i>"), Score("complexity", 2.5, 2)),
-        baseline=Explanation((Rule("' May'", 4),), Provenance("top-tokens")),
+        baseline=Explanation((Rule('" May"', 4),), Provenance("top-tokens")),
         baseline_scores=(Score("correlation", 0.7, 16, interval=Interval(0.5, 0.9)),),
         null_of=8,
         shortfalls={"test/top": "8 of 10: few"},

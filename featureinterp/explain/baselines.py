@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 
 from featureinterp.domain.explanation import MAX_RULES, Explanation, Provenance, Rule
@@ -35,5 +36,5 @@ class TopTokens:
                     seen[piece or "\u200b"] += 1
         means = {piece: total[piece] / seen[piece] for piece in total if total[piece] > 0}
         best = sorted(means, key=lambda piece: -means[piece])[: self.n_tokens]
-        rules = tuple(Rule(repr(piece), min(5, max(1, round(5 * means[piece] / record.scale)))) for piece in best)
+        rules = tuple(Rule(json.dumps(piece, ensure_ascii=False), min(5, max(1, round(5 * means[piece] / record.scale)))) for piece in best)
         return Explanation(rules, Provenance("top-tokens", examples=tuple(w.row for w in windows)))

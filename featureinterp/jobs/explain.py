@@ -12,7 +12,7 @@ import anyio.to_thread
 import numpy as np
 
 from featureinterp.domain.explanation import Explanation
-from featureinterp.domain.record import FeatureRecord, Window
+from featureinterp.domain.record import Window
 from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.score import Failure, Score, Simulation
 from featureinterp.errors import (
@@ -124,7 +124,7 @@ class ExplainJob:
 
     async def _stage(self, state: FeatureState, stage: str, depends: Mapping[str, Any], work: Callable[[], Any], provenance: Mapping[str, Any]) -> Any | None:
         """The journalled value of a stage, or what ``work`` gives now; None when it failed. ``work`` returns (value, whether a part of it failed)."""
-        key = content_key({"format": FORMAT, "stage": stage, "record": record_key(state.record), **depends})
+        key = content_key({"format": FORMAT, "stage": stage, "record": state.record_key, **depends})
         known = self.journal.get(key)
         if known is not None and known.status == "done":
             return known.value
@@ -251,14 +251,3 @@ def _scrambled(indices: np.ndarray, seed: int) -> np.ndarray:
 def _settings_of(part: Any) -> dict[str, Any]:
     """Everything that a part's work depends on, as it says itself."""
     return getattr(part, "settings", None) or {"kind": type(part).__name__}
-
-
-def record_key(record: FeatureRecord) -> str:
-    """A hash of a record's windows and activations."""
-    windows = [
-        [split, source, w.row, w.start, np.asarray(w.token_ids).tolist(), np.round(w.activations.astype(float), 4).tolist()]
-        for split, by_source in record.splits.items()
-        for source, ws in by_source.items()
-        for w in ws
-    ]
-    return content_key([record.feature.sae, record.feature.index, round(record.scale, 6), windows])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Failure, Score, Simulation
+from featureinterp.files import content_key
 from featureinterp.jobs.plan import Part, Plan
 from featureinterp.score.correlation import Pairs, correlation, deviation_explained, explained_variance, false_positives
 from featureinterp.simulate.lexical import Lexical
@@ -39,6 +41,18 @@ class FeatureState:
     failures: list[Failure] = field(default_factory=list)
     partial: bool = False
     reused: bool = True
+
+    @cached_property
+    def record_key(self) -> str:
+        """A hash of the record's windows and activations."""
+        record = self.record
+        windows = [
+            [split, source, w.row, w.start, np.asarray(w.token_ids).tolist(), np.round(w.activations.astype(float), 4).tolist()]
+            for split, by_source in record.splits.items()
+            for source, ws in by_source.items()
+            for w in ws
+        ]
+        return content_key([record.feature.sae, record.feature.index, round(record.scale, 6), windows])
 
     @property
     def status(self) -> str:

@@ -111,10 +111,10 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
     price = load_config().price(endpoint)
     path = job.folder / "journal.sqlite"
     meter = Meter()
-    model = Tallied(Cached(Metered(_Understudy(endpoint.model), meter, price=price), ReplyStore(None)))
+    model, judge = (Tallied(Cached(Metered(_Understudy(e.name), meter, price=price), ReplyStore(None))) for e in (endpoint, job.judge_endpoint))
     explainer, simulator = _parts(job, model, replace(local, simulator=_NoSimulator))
     with Journal(path if path.exists() else ":memory:") as journal, Rehearsal(journal) as rehearsal:
-        work = _explain_job(job, store, rehearsal, explainer, simulator, model, meter, lambda _: None)
+        work = _explain_job(job, store, rehearsal, explainer, simulator, judge, meter, lambda _: None)
         left = work.remaining(features)
         sample = left[:: max(1, -(-len(left) // REHEARSED))]
         if sample:

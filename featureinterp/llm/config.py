@@ -65,6 +65,11 @@ class Endpoint:
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
+    @property
+    def name(self) -> str:
+        """The model as results name it; the embedded one's weights in this process are of another precision than its server's."""
+        return f"{self.model} in this process" if self.base_url == LOCAL else self.model
+
     def __post_init__(self) -> None:
         for name in ("concurrency", "rpm", "tpm", "max_attempts", "timeout_s", "max_wait_s"):
             value = getattr(self, name)

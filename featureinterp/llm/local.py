@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -17,7 +18,7 @@ import torch
 
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import InputError, RequestRefusedError
-from featureinterp.llm.prefix_cache import PrefixCache, PrefixModel, shared_tokens
+from featureinterp.llm.prefix_cache import PrefixCache, PrefixModel, lock_of, shared_tokens
 from featureinterp.llm.types import Reply, Request
 
 BATCH_TOKENS = 1024
@@ -58,6 +59,12 @@ class LocalModel:
     def _prefixes(self) -> PrefixCache:
         return PrefixCache(PrefixModel(self._loaded[0]))
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Loads the model once, and computes with it alone."""
+        with self._busy, lock_of(self._loaded[0]):
+            yield
+
     async def complete(self, request: Request) -> Reply:
         """One request, computed in a worker thread."""
         if request.answers and request.n == 1 and not (request.temperature or request.stop or request.prompt):
@@ -84,7 +91,7 @@ class LocalModel:
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _complete(self, request: Request) -> Reply:
-        with self._busy:
+        with self._alone():
             start = time.monotonic()
             model, tokenizer = self._loaded
             ids = torch.tensor([self._ids(request)], device=model.device)
@@ -96,7 +103,7 @@ class LocalModel:
     def _answer_all(self, questions: Sequence[_Question]) -> None:
         """Gives every question its reply, or the error that its own request causes."""
         prompts = []
-        with self._busy:
+        with self._alone():
             for question in questions:
                 try:
                     prompts.append((question, self._ids(question.request)))

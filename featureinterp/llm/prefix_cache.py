@@ -10,6 +10,7 @@ few tokens and take the plain way, with the prefix's keys and values repeated fo
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,18 @@ class Prefix:
         return Prefix(tuple((keys[:, :, :n], values[:, :, :n]) for keys, values in self.layers), n)
 
 
-_current: list[Prefix] = []
+class _Current(threading.local):
+    """The prefix that this thread's forward pass reads."""
+
+    prefix: Prefix
+
+
+_current = _Current()
+
+
+def lock_of(model: Any) -> threading.Lock:
+    """The lock that whoever computes with a model holds: a pass behind a shared prefix changes the model's attention for its time."""
+    return model.__dict__.setdefault("_featureinterp_lock", threading.Lock())
 
 
 def _attention(
@@ -40,7 +52,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of ``query [batch, head, n, d]`` to the current prefix and, causally, to the batch's own keys and values."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    keys, values = _current[-1].layers[module.layer_idx]  # type: ignore[index]
+    keys, values = _current.prefix.layers[module.layer_idx]  # type: ignore[index]
     batch, heads, n, width = query.shape
     kv_heads = key.shape[1]
     shared = query.view(batch, kv_heads, heads // kv_heads, n, width).permute(1, 2, 0, 3, 4).reshape(1, kv_heads, -1, width)
@@ -72,7 +84,8 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 
 class PrefixModel:
-    """A causal language model for work behind a shared prefix. ``model`` is the whole model with its head, in evaluation mode."""
+    """A causal language model for work behind a shared prefix. ``model`` is the whole model with its head, in evaluation mode. Hold its
+    :func:`lock_of` while anything is computed, where several threads may."""
 
     def __init__(self, model: Any) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -116,11 +129,11 @@ class PrefixModel:
     def _shared(self, prefix: Prefix, ids: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(prefix.n_tokens, prefix.n_tokens + ids.shape[1], device=self.device).unsqueeze(0)
         with self._attention(_NAME):
-            _current.append(prefix)
+            _current.prefix = prefix
             try:
                 return self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
             finally:
-                _current.pop()
+                del _current.prefix
 
     def _plain(self, prefix: Prefix, ids: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(prefix.n_tokens, prefix.n_tokens + ids.shape[1], device=self.device).unsqueeze(0)

@@ -57,7 +57,7 @@ async def open_stack(endpoint: Endpoint, meter: Meter, *, price: Price | None = 
 
         if load is None:
             raise InputError(f"a local language model cannot be loaded here: give {endpoint.model!r} an endpoint's address")
-        bare = LocalModel(partial(load, endpoint.model), name=endpoint.model)
+        bare = LocalModel(partial(load, endpoint.model), name=endpoint.name)
     else:
         from featureinterp.llm.openai import OpenAIModel
 

@@ -21,7 +21,7 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
 from featureinterp.errors import InputError
-from featureinterp.llm.prefix_cache import Prefix, PrefixModel
+from featureinterp.llm.prefix_cache import Prefix, PrefixModel, lock_of
 from featureinterp.prompts import load_prompt
 from featureinterp.simulate.parts import Built, PromptBuilder
 
@@ -94,7 +94,7 @@ class AllAtOnce:
 
     def predict(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
         """The same, for callers without an event loop. Several rules: the maximum over rules of level · strength / 5."""
-        with self._busy:
+        with self._busy, lock_of(self._loaded[0]):
             return self._predict(explanation, windows)
 
     @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import json
 import re
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 class Lexical:
-    """A rule that is a quoted token predicts its strength where exactly that token stands; any other rule where a word of the
+    """A rule that is one token in double quotes (a JSON string) predicts its strength where exactly that token stands; any other rule where a word of the
     token occurs in the rule's text. A token gets the strongest rule that applies, else 0."""
 
     async def simulate(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
@@ -43,10 +43,9 @@ class Lexical:
 
 
 def _quoted(text: str) -> str | None:
-    if len(text) < 2 or text[0] not in "'\"" or text[-1] != text[0]:
-        return None
+    """The token that a rule names in quotes, read as JSON."""
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        value = json.loads(text)
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, str) else None
