@@ -46,7 +46,7 @@ class Limits:
             if value is not None and value < 1:
                 raise InputError(f"{name} of {value} is not possible: give at least 1")
         self.concurrency, self.rpm, self.tpm = concurrency, rpm, tpm
-        self.slots = anyio.Semaphore(concurrency, max_value=concurrency)
+        self.slots = anyio.Semaphore(concurrency, max_value=concurrency, fast_acquire=True)
         self._clock, self._sleep = clock, sleep
         self._turn = anyio.Lock()
         self._recent: deque[_Entry] = deque()

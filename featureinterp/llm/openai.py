@@ -24,6 +24,7 @@ from featureinterp.errors import (
     RequestRefusedError,
 )
 from featureinterp.llm.types import Reply, Request
+from featureinterp.tasks import Turns
 
 DEFAULT_TIMEOUT_S = 120.0
 MAX_CONNECTIONS = 1024
@@ -87,7 +88,7 @@ class OpenAIModel:
         self._client = openai.AsyncOpenAI(
             base_url=base_url, api_key=key, max_retries=0, timeout=timeout_s, http_client=openai.DefaultAioHttpClient(limits=limits, timeout=timeout_s)
         )
-
+        self._turns = Turns()
         base = self._client.base_url  # whole addresses, which the SDK would put together and take apart again with every request
         self._addresses = {path: str(base.copy_with(raw_path=base.raw_path + path.encode())) for path in (_CHAT, _COMPLETIONS)}
 
@@ -108,6 +109,7 @@ class OpenAIModel:
 
         Raises ``EndpointUnavailableError``, ``EndpointRefusedError`` or ``MalformedReplyError``, with what to do.
         """
+        await self._turns.take()
         start = time.monotonic()
         while True:
             try:

@@ -1,0 +1,5 @@
+"""``python -m featureinterp``: the command line."""
+
+from featureinterp.cli.main import main
+
+main()
