@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -166,8 +166,11 @@ def written(job: fi.Job, path: Path) -> Path:
 def program(*args: str, interruptible: bool = True) -> subprocess.Popen[str]:
     """The program as a shell starts it; not ``interruptible``: as a script does in its background, where the system ignores Ctrl-C."""
     command, env = [sys.executable, "-m", "featureinterp.cli.main", *args], os.environ | {"TEST_KEY": KEY}
-    handler = signal.SIG_DFL if interruptible else signal.SIG_IGN
-    before = partial(signal.signal, signal.SIGINT, handler)
+
+    def before() -> None:  # whatever the tests themselves were started from
+        signal.signal(signal.SIGINT, signal.SIG_DFL if interruptible else signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
     return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, preexec_fn=before)
 
 
