@@ -69,6 +69,7 @@ class Endpoint:
     in_flight: int = 0
     most_in_flight: int = 0
     keep_bodies: bool = True
+    mistakes: list[Exception] = field(default_factory=list)
     file: TextIO | None = None
 
     def __post_init__(self) -> None:
@@ -122,6 +123,8 @@ def instance(schema: dict[str, Any], luck: random.Random) -> Any:
     kind = schema.get("type")
     if kind == "object":
         return {name: instance(inner, luck) for name, inner in schema.get("properties", {}).items()}
+    if kind == "array" and "prefixItems" in schema:
+        return [instance(item, luck) for item in schema["prefixItems"]]
     if kind == "array":
         return [instance(schema["items"], luck) for _ in range(luck.randint(schema.get("minItems", 1), schema.get("maxItems", 3)))]
     if kind == "integer":
@@ -174,6 +177,9 @@ class _Connection(asyncio.Protocol):
             if wait:
                 await asyncio.sleep(wait)
             status, extra, payload = self.reply(entry, body)
+        except Exception as error:  # a mistake of the player's own: answered, so that nobody waits, and raised when the block ends
+            state.mistakes.append(error)
+            status, extra, payload = 500, {}, repr(error).encode()
         finally:
             state.in_flight -= 1
         await self.send(entry, status, extra, payload)
@@ -269,6 +275,8 @@ def endpoint(answer: Answer = play, **settings: Any) -> Iterator[Endpoint]:
     finally:
         loop.call_soon_threadsafe(tasks[0].cancel)
         thread.join(10)
+    if state.mistakes:
+        raise state.mistakes[0]
 
 
 def main() -> None:

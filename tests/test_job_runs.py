@@ -26,7 +26,7 @@ from conftest import D_MODEL, HOOK
 from endpoint import KEY, endpoint, play
 from endpoint import Endpoint as Played
 from test_cli import cli, refused
-from tiny import make_sae
+from tiny import make_sae, make_subject_folder
 
 import featureinterp as fi
 from featureinterp.codes.collect import collect
@@ -66,7 +66,7 @@ def job(run: Path, out: Path, server: Played | str, features: list[int], **field
     url = server if isinstance(server, str) else server.url
     llm = fi.Endpoint(url, "m", None, timeout_s=120, price=fields.pop("price", Price(1, 1)), **({"concurrency": 64} | fields.pop("llm", {})))
     plan = fi.Plan(**(PLAN | fields.pop("plan", {})))
-    return fi.Job(run=run, out=out, features=tuple(features), simulator="lexical", llm=llm, plan=plan, records=fi.RecordPolicy(COUNTS), **fields)
+    return fi.Job(run=run, out=out, features=tuple(features), llm=llm, plan=plan, records=fi.RecordPolicy(COUNTS), **({"simulator": "lexical"} | fields))
 
 
 def essence(results: Any) -> list[Any]:
@@ -267,6 +267,20 @@ def test_a_budget_stops_in_time_and_says_what_the_rest_would_cost(wide: Path, tm
         done = fi.run(job(wide, tmp_path / "out", server, features))
         assert essence(done) == calm.results and not server.paid_twice()
         assert sum(e.tokens for e in server.ledger[1:]) / 1e6 - spent == pytest.approx(rest, rel=0.6)
+
+
+@pytest.mark.parametrize("simulator", ["all-at-once", "rated"])
+def test_a_dry_run_of_a_finished_job_leaves_nothing(simulator: str, wide: Path, features: list[int], tmp_path: Path):
+    model = str(make_subject_folder(tmp_path / "model", "llama"))
+    with endpoint() as server:
+        settings = {"simulator": simulator, "simulator_model": model, "simulator_dtype": "float32", "plan": {"n_test": 2}}
+        asked = job(wide, tmp_path / "out", server, features[:2], **settings)
+        before = fi.dry_run(asked)
+        assert (before.done, before.left) == (0, 2) and before.requests
+        done = fi.run(asked)
+        assert done.n_failures == 0 and all(r.score("correlation") for r in done)
+        after = fi.dry_run(asked)
+        assert (after.done, after.left, after.requests) == (2, 0, 0)
 
 
 def test_a_budget_in_money_needs_a_price(wide: Path, features: list[int], tmp_path: Path):

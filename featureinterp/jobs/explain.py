@@ -79,8 +79,8 @@ class ExplainJob:
             wanted = ((plan.detection, Detection), (plan.fuzzing, Fuzzing), (plan.complexity, Complexity))
             asked = [kind(self.judge).prompt.name + kind(self.judge).prompt.hash for on, kind in wanted if on]
         return {
-            "explainer": _settings_of(self.explainer),
-            "simulator": _settings_of(self.simulator) if plan.simulate else None,
+            "explainer": settings_of(self.explainer),
+            "simulator": settings_of(self.simulator) if plan.simulate else None,
             "judge": [self.judge.name, *asked] if self.judge is not None else None,
             "plan": [plan.n_test, plan.n_valid, list(plan.negatives), plan.seed],
         }
@@ -158,7 +158,7 @@ class ExplainJob:
         async def work() -> Any:
             return (await self.explainer.explain(state.record)).to_json(), False
 
-        settings = _settings_of(self.explainer)
+        settings = settings_of(self.explainer)
         value = await self._stage(state, "explain", {"explainer": settings}, work, settings)
         state.explanation = Explanation.from_json(value) if value else None
 
@@ -185,7 +185,7 @@ class ExplainJob:
                 raise LanguageModelError(f"no window could be simulated: {failed[0]}")
             return [{"failure": s.failure} if s.expected is None else np.round(s.expected, 5).tolist() for s in simulations], bool(failed)
 
-        settings = _settings_of(self.simulator)
+        settings = settings_of(self.simulator)
         depends = {
             "simulator": settings,
             "rules": [[r.activates_on, r.strength] for r in explanation.rules],
@@ -248,6 +248,6 @@ def _scrambled(indices: np.ndarray, seed: int) -> np.ndarray:
     return np.asarray(z ^ (z >> np.uint64(31)))
 
 
-def _settings_of(part: Any) -> dict[str, Any]:
+def settings_of(part: Any) -> dict[str, Any]:
     """Everything that a part's work depends on, as it says itself."""
     return getattr(part, "settings", None) or {"kind": type(part).__name__}

@@ -19,7 +19,7 @@ from featureinterp.explain.baselines import TopTokens
 from featureinterp.explain.one_shot import OneShot, style
 from featureinterp.files import explained_storage, write_json
 from featureinterp.interfaces import Explainer, LanguageModel, Simulator
-from featureinterp.jobs.explain import ExplainJob
+from featureinterp.jobs.explain import ExplainJob, settings_of
 from featureinterp.jobs.journal import Journal, Rehearsal
 from featureinterp.jobs.plan import Event, Outcome
 from featureinterp.jobs.records import build_records, parse_features
@@ -112,7 +112,7 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
     path = job.folder / "journal.sqlite"
     meter = Meter()
     model, judge = (Tallied(Cached(Metered(_Understudy(e.name), meter, price=price), ReplyStore(None))) for e in (endpoint, job.judge_endpoint))
-    explainer, simulator = _parts(job, model, replace(local, simulator=_NoSimulator))
+    explainer, simulator = _parts(job, model, replace(local, simulator=lambda job: _NoSimulator(local.simulator(job))))
     with Journal(path if path.exists() else ":memory:") as journal, Rehearsal(journal) as rehearsal:
         work = _explain_job(job, store, rehearsal, explainer, simulator, judge, meter, lambda _: None)
         left = work.remaining(features)
@@ -225,10 +225,10 @@ def _about(store: CodesStore, job: Job, endpoint: Endpoint, explainer: Explainer
 
 
 class _NoSimulator:
-    """Stands for a simulator that costs no requests."""
+    """Stands for a simulator that costs no requests, of the same settings."""
 
-    def __init__(self, _: Job) -> None:
-        self.settings = {"simulator": "none"}
+    def __init__(self, simulator: Simulator) -> None:
+        self.settings = settings_of(simulator)
 
     async def simulate(self, explanation: object, windows: Sequence[Window]) -> list[Simulation]:
         import numpy as np
