@@ -22,7 +22,7 @@ from featureinterp.records.policy import RecordPolicy
 from featureinterp.records.quantile import quantile_order
 from featureinterp.records.similar import SimilarWindows, window_embeddings
 from featureinterp.records.splits import SplitAssigner
-from featureinterp.records.top import top_candidates
+from featureinterp.records.top import top_order
 from featureinterp.records.uniform import uniform_rows
 from featureinterp.records.weighted import weighted_order
 
@@ -169,13 +169,11 @@ def test_weighted_sampling_has_the_probabilities_that_it_claims():
     assert abs(sum(pair == (2, 1) for pair in pairs) / 4000 - expected) < 0.04
 
 
-def test_top_candidates_by_hand():
-    maxima = np.array([1.0, 5.0, 3.0, 4.0, 2.0])
-    order = top_candidates(maxima, 5, 3, 1000, np.random.default_rng(0))
-    assert order.tolist() == [1, 3, 2, 4, 0]
-    wide = top_candidates(np.arange(100.0), 10_000, 3, 500, np.random.default_rng(0))
-    assert set(wide[:20].tolist()) == set(range(80, 100)) and wide[20:].tolist() == list(range(79, -1, -1))
-    assert wide[:3].tolist() == sorted(wide[:3].tolist(), reverse=True)
+def test_top_windows_are_drawn_from_the_top_quantile_and_offered_by_rank():
+    assert top_order(5, 5, 3, 1000, np.random.default_rng(0)).tolist() == [0, 1, 2, 3, 4]
+    wide = top_order(100, 10_000, 3, 500, np.random.default_rng(0)).tolist()
+    assert set(wide[:20]) == set(range(20)) and wide[20:] == list(range(20, 100))
+    assert wide[:3] == sorted(wide[:3]) != [0, 1, 2]
 
 
 def test_quantile_order_takes_bins_in_turn():
@@ -193,7 +191,7 @@ def test_splits_never_share_a_document(rows: list[tuple[int, int]], a: int, b: i
     documents = np.zeros(41, np.int64)
     for row, document in rows:
         documents[row] = document
-    assigner = SplitAssigner(documents)
+    assigner = SplitAssigner(documents.tolist())
     seen: dict[int, str] = {}
     for offered in ([r for r, _ in rows], [r for r, _ in reversed(rows)]):
         taken = assigner.take(offered, {"train": a, "valid": b, "test": c})

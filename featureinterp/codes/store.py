@@ -74,7 +74,7 @@ class CodesStore:
                 path = folder / f"{name}.bin"
                 if path.stat().st_size != size * np.dtype(dtype).itemsize:
                     raise IncompleteStoreError(f"{path} has not the size that codes.json declares: delete {folder} and collect again")
-                arrays[name] = np.memmap(path, dtype, "r", shape=(size,)) if size else np.zeros(0, dtype)
+                arrays[name] = np.asarray(np.memmap(path, dtype, "r", shape=(size,))) if size else np.zeros(0, dtype)
         return cls(folder, meta, WindowTable.open(run / "windows"), **arrays)
 
     @property

@@ -114,7 +114,7 @@ class WindowTable:
                 path = folder / f"{name}.bin"
                 if path.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
                     raise IncompleteStoreError(f"{path} has not the size that windows.json declares: delete {folder} and collect again")
-                arrays[name] = np.memmap(path, dtype, "r", shape=shape)
+                arrays[name] = np.asarray(np.memmap(path, dtype, "r", shape=shape))
         return cls(folder, meta, **arrays)
 
     def __len__(self) -> int:
@@ -137,7 +137,7 @@ class WindowTable:
 
     @cached_property
     def _bytes(self) -> np.ndarray:
-        return np.memmap(self.folder / "text.bin", np.uint8, "r") if self.spans[-1] else np.zeros(0, np.uint8)
+        return np.asarray(np.memmap(self.folder / "text.bin", np.uint8, "r")) if self.spans[-1] else np.zeros(0, np.uint8)
 
     def text(self, row: int) -> str:
         """The text of a window."""

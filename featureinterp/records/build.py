@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from featureinterp.records.policy import RecordPolicy
 from featureinterp.records.quantile import quantile_order
 from featureinterp.records.similar import SimilarWindows
 from featureinterp.records.splits import SplitAssigner
-from featureinterp.records.top import top_candidates
+from featureinterp.records.top import top_order
 from featureinterp.records.uniform import uniform_rows
 from featureinterp.records.weighted import weighted_order
 
@@ -39,9 +39,9 @@ class RecordBuilder:
         if needs_similar and similar is None:
             raise InputError("similar windows need the embeddings of all windows: pass SimilarWindows, or set their counts to 0")
         self.store, self.policy, self.similar = store, policy, similar if needs_similar else None
-        self._documents = np.asarray(store.windows.documents)
+        self._documents: list[int] = np.asarray(store.windows.documents).tolist()
         self._fires = np.zeros(len(store.windows), bool)
-        self._row = lru_cache(_CACHED_ROWS)(lambda row: (store.windows.ids(row), store.windows.pieces(row), int(self._documents[row])))
+        self._row = lru_cache(_CACHED_ROWS)(lambda row: (store.windows.ids(row), store.windows.pieces(row), self._documents[row]))
 
     def build(self, features: Iterable[int]) -> Iterator[FeatureRecord]:
         """The records of ``features``, in order. Raises ``FeatureRangeError`` before any work when one does not exist."""
@@ -60,7 +60,7 @@ class RecordBuilder:
         queries = np.zeros((len(features), self.similar.embeddings.shape[1]), np.float32)
         for i, summary in enumerate(summaries):
             if len(summary.rows):
-                queries[i] = self.similar.query(summary.ranked_rows())
+                queries[i] = self.similar.query(summary.ranked_rows)
         for summary, query, known in zip(summaries, queries, self.similar.search(queries), strict=True):
             yield self._record(summary, query, known)
 
@@ -108,7 +108,7 @@ class RecordBuilder:
         n_windows = len(self.store.windows)
         match source:
             case "top":
-                return summary.rows[top_candidates(summary.maxima, n_windows, n_wanted, self.policy.n_quantiles, rng)].tolist()
+                return summary.ranked_rows[top_order(len(summary.rows), n_windows, n_wanted, self.policy.n_quantiles, rng)].tolist()
             case "quantile":
                 return summary.rows[quantile_order(summary.maxima, summary.scale, max(n_wanted, 1), rng)].tolist() if len(summary.rows) else []
             case "weighted":
@@ -145,8 +145,11 @@ class RecordBuilder:
         half = self.policy.half_width
         for (split, source, row, centre), own in zip(taken, activations, strict=True):
             ids, pieces, document = self._row(row)
-            left, right = (0, len(ids)) if centre is None else (max(0, centre - half), min(len(ids), centre + half + 1))
-            window = Window(row, document, ids[left:right], pieces[left:right], own[left:right], left)
+            if centre is None:
+                window = Window(row, document, ids, pieces, own[: len(ids)])
+            else:
+                part = slice(max(0, centre - half), min(len(ids), centre + half + 1))
+                window = Window(row, document, ids[part], pieces[part], own[part], part.start)
             found.setdefault((split, source), []).append(window)
         for (split, source), windows in found.items():
             splits[split][source] = tuple(windows)
@@ -158,7 +161,7 @@ class RecordBuilder:
         return f"{len(self.store.windows)} windows in {len(np.unique(self._documents))} documents have no more that are unused and in a document of this split"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Summary:
     """One feature's nonzeros, and its maximum in each window where it fires."""
 
@@ -179,6 +182,7 @@ class _Summary:
         maxima = np.maximum.reduceat(values, starts) if len(starts) else np.zeros(0, np.float32)
         return cls(index, positions, values, rows_of[starts], starts, maxima, float(values.max(initial=0.0)))
 
+    @cached_property
     def ranked_rows(self) -> np.ndarray:
         """Firing windows, strongest first."""
         return self.rows[np.argsort(-self.maxima, kind="stable")]

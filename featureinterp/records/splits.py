@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import numpy as np
+from collections.abc import Iterable, Sequence
 
 from featureinterp.domain.record import SPLITS, SplitName
 
@@ -16,7 +14,7 @@ class SplitAssigner:
     that windows offered by rank are interleaved and every split is equally strong.
     """
 
-    def __init__(self, documents: np.ndarray) -> None:
+    def __init__(self, documents: Sequence[int]) -> None:
         self._documents = documents
         self._split_of: dict[int, SplitName] = {}
         self.used: set[int] = set()
@@ -31,7 +29,7 @@ class SplitAssigner:
         for row in offered:
             if row in self.used:
                 continue
-            document = int(self._documents[row])
+            document = self._documents[row]
             split = self._split_of.get(document)
             if split is None:
                 split = max(SPLITS, key=missing.__getitem__)
