@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -68,13 +69,13 @@ class FeatureRecord:
     shortfalls: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        owner: dict[int, str] = {}
-        rows: dict[int, str] = {}
+        rows = {split: {w.row for w in self.windows(split)} for split in SPLITS}
+        documents = {split: {w.document for w in self.windows(split)} for split in SPLITS}
+        for what, seen in (("document", documents), ("window", rows)):
+            for one, other in combinations(SPLITS, 2):
+                if both := seen[one] & seen[other]:
+                    raise AssertionError(f"{what} {min(both)} of feature {self.feature} is in both {one} and {other}")
         for split in SPLITS:
-            for window in self.windows(split):
-                for what, seen, value in (("document", owner, window.document), ("window", rows, window.row)):
-                    if seen.setdefault(value, split) != split:
-                        raise AssertionError(f"{what} {value} of feature {self.feature} is in both {seen[value]} and {split}")
             for source in NEGATIVE_SOURCES:
                 windows = self.get(split, source)
                 if windows and np.concatenate([w.activations for w in windows]).any():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -27,6 +27,8 @@ from featureinterp.records.uniform import uniform_rows
 from featureinterp.records.weighted import weighted_order
 
 ALIVE_ABOVE = 15
+_Taken = tuple[SplitName, Source, list[int], Mapping[int, int]]
+"""Rows for a split and source, and the token that a row is cut around, where there is one."""
 _BATCH = 256
 _CACHED_ROWS = 16_384
 
@@ -69,7 +71,7 @@ class RecordBuilder:
         assigner = SplitAssigner(self._documents)
         self._fires[summary.rows] = True
         try:
-            taken: list[tuple[SplitName, Source, int, int | None]] = []
+            taken: list[_Taken] = []
             shortfalls: dict[str, str] = {}
             for source in self.policy.counts:
                 wanted = dict(zip(SPLITS, self.policy.counts[source], strict=True))
@@ -78,7 +80,7 @@ class RecordBuilder:
                 centres: dict[int, int] = {}
                 offered = self._offer(source, summary, rng, assigner, query, known, centres, sum(wanted.values()))
                 for split, rows in assigner.take(offered, wanted).items():
-                    taken += [(split, source, row, centres.get(row)) for row in rows]
+                    taken.append((split, source, rows, centres))
                     if len(rows) < wanted[split]:
                         shortfalls[f"{split}/{source}"] = f"{len(rows)} of {wanted[split]}: {self._why_short(source, summary)}"
         finally:
@@ -137,22 +139,21 @@ class RecordBuilder:
                 centres[row] = int(summary.positions[below[i]] - row * self.store.windows.length)
                 yield row
 
-    def _windows(self, feature: int, taken: Sequence[tuple[SplitName, Source, int, int | None]]) -> dict[SplitName, dict[Source, tuple[Window, ...]]]:
+    def _windows(self, feature: int, taken: Sequence[_Taken]) -> dict[SplitName, dict[Source, tuple[Window, ...]]]:
         """The windows of the rows that were taken, cut around their centre where they have one."""
-        activations = self.store.window_activations(feature, [row for _, _, row, _ in taken])
         splits: dict[SplitName, dict[Source, tuple[Window, ...]]] = {s: {} for s in SPLITS}
-        found: dict[tuple[SplitName, Source], list[Window]] = {}
-        half = self.policy.half_width
-        for (split, source, row, centre), own in zip(taken, activations, strict=True):
-            ids, pieces, document = self._row(row)
-            if centre is None:
-                window = Window(row, document, ids, pieces, own[: len(ids)])
-            else:
-                part = slice(max(0, centre - half), min(len(ids), centre + half + 1))
-                window = Window(row, document, ids[part], pieces[part], own[part], part.start)
-            found.setdefault((split, source), []).append(window)
-        for (split, source), windows in found.items():
-            splits[split][source] = tuple(windows)
+        activations = iter(self.store.window_activations(feature, [row for *_, rows, _ in taken for row in rows]))
+        for split, source, rows, centres in taken:
+            windows = []
+            for row, own in zip(rows, activations, strict=False):
+                ids, pieces, document = self._row(row)
+                if row in centres:
+                    part = slice(max(0, centres[row] - self.policy.half_width), min(len(ids), centres[row] + self.policy.half_width + 1))
+                    windows.append(Window(row, document, ids[part], pieces[part], own[part], part.start))
+                else:
+                    windows.append(Window(row, document, ids, pieces, own[: len(ids)]))
+            if windows:
+                splits[split][source] = tuple(windows)
         return splits
 
     def _why_short(self, source: Source, summary: _Summary) -> str:

@@ -16,30 +16,28 @@ class SplitAssigner:
 
     def __init__(self, documents: Sequence[int]) -> None:
         self._documents = documents
-        self._split_of: dict[int, SplitName] = {}
+        self._split_of: dict[int, int] = {}
         self.used: set[int] = set()
 
     def take(self, offered: Iterable[int], wanted: dict[SplitName, int]) -> dict[SplitName, list[int]]:
         """Takes from ``offered`` rows, in order, up to ``wanted`` for each split; stops when all are served."""
-        taken: dict[SplitName, list[int]] = {s: [] for s in SPLITS}
-        missing = {s: wanted.get(s, 0) for s in SPLITS}
-        open_places = sum(missing.values())
-        if not open_places:
-            return taken
-        for row in offered:
-            if row in self.used:
+        taken: tuple[list[int], ...] = tuple([] for _ in SPLITS)
+        missing = [wanted.get(s, 0) for s in SPLITS]
+        open_places = sum(missing)
+        documents, split_of, used = self._documents, self._split_of, self.used
+        for row in offered if open_places else ():
+            if row in used:
                 continue
-            document = self._documents[row]
-            split = self._split_of.get(document)
+            document = documents[row]
+            split = split_of.get(document)
             if split is None:
-                split = max(SPLITS, key=missing.__getitem__)
-                self._split_of[document] = split
+                split = split_of[document] = missing.index(max(missing))
             elif not missing[split]:
                 continue
-            self.used.add(row)
+            used.add(row)
             taken[split].append(row)
             missing[split] -= 1
             open_places -= 1
             if not open_places:
                 break
-        return taken
+        return dict(zip(SPLITS, taken, strict=True))

@@ -1,9 +1,10 @@
-"""Records of a whole dictionary: milliseconds per feature, beside reading every nonzero once and one matrix product.
+"""Records of a whole dictionary: milliseconds per feature, beside reading every nonzero once, one matrix product and assembling windows.
 
     python scripts/bench/records.py [--quick] [--device cpu|cuda]
 
 5,000 windows of 32 tokens, 5.1 million nonzeros over 4,608 features, embeddings given (they are computed once and cached). Records are
-built on the processor; ``--device`` is taken for uniformity.
+built on the processor; ``--device`` is taken for uniformity. The limit is 2 ms per feature where the bare work takes 0.62 ms: ``slower`` says how many
+times longer that takes here.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ from common import arguments, compare, report
 from featureinterp.codes.store import CodesStore, RunWriter
 from featureinterp.corpus.text import Corpus, Document
 from featureinterp.corpus.windows import WindowPolicy, build_windows
+from featureinterp.domain.record import Window
 from featureinterp.records.build import RecordBuilder
 from featureinterp.records.policy import RecordPolicy
 from featureinterp.records.similar import SimilarWindows
 
 N_WINDOWS, LENGTH, D_SAE, K = 5000, 32, 4608, 32
+LIMIT_MS, BARE_MS = 2.0, 0.62
 
 
 class Words:
@@ -66,6 +69,9 @@ def main() -> None:
         embeddings = rng.normal(size=(N_WINDOWS, 384)).astype(np.float32)
         embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
         features = np.sort(rng.choice(D_SAE, n, replace=False)).tolist()
+        n_taken = sum(map(sum, RecordPolicy().counts.values()))
+        table = [(store.windows.ids(row), store.windows.pieces(row)) for row in range(N_WINDOWS)]
+        taken = rng.integers(N_WINDOWS, size=(n, n_taken))
 
         def ours() -> None:
             for _ in RecordBuilder(store, RecordPolicy(), SimilarWindows(embeddings)).build(features):
@@ -73,12 +79,14 @@ def main() -> None:
 
         def limit() -> None:
             queries = np.zeros((n, 384), np.float32)
-            for i, f in enumerate(features):
+            for i, (f, chosen) in enumerate(zip(features, taken, strict=True)):
                 codes = store.feature(f)
                 rows = codes.positions // LENGTH
                 starts = np.flatnonzero(np.diff(rows, prepend=rows[:1] - 1))
                 maxima = np.maximum.reduceat(codes.values.astype(np.float32), starts)
                 queries[i] = embeddings[rows[starts][np.argsort(-maxima)[:400]]].mean(0)
+                for row, own in zip(chosen.tolist(), store.window_activations(f, chosen), strict=True):
+                    Window(row, row // 5, *table[row], own)
             queries @ embeddings.T
 
         mine, bare = compare(ours, limit, "cpu", args.rounds or (1 if args.quick else 3))
@@ -88,7 +96,8 @@ def main() -> None:
             1000 * bare / n,
             bare / mine,
             unit="ms/feature",
-            target="<= 2 ms/feature",
+            target=f">= {BARE_MS / LIMIT_MS:.2f}",
+            slower=round(1000 * bare / n / BARE_MS, 1),
             n_nonzeros=store.meta["n_nonzeros"],
             device="cpu",
         )
