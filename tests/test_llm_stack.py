@@ -34,7 +34,7 @@ from featureinterp.llm.prices import Price, price_of
 from featureinterp.llm.probe import probe, recall
 from featureinterp.llm.retrying import Retrying
 from featureinterp.llm.stack import open_stack
-from featureinterp.llm.tally import Tallied, tally
+from featureinterp.llm.tally import Tallied, count, tally
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.tasks import each
 
@@ -426,9 +426,12 @@ def test_the_tally_counts_what_the_tasks_of_a_block_asked():
             return spent.usage.requests
 
         await model.complete(asking())
-        return await each(one, [1, 5, 3])
+        with tally() as outer:
+            found = await each(one, [1, 5, 3])
+            count(Usage(2))
+        return [*found, outer.usage.requests]
 
-    assert anyio.run(go) == [1, 5, 3]
+    assert anyio.run(go) == [1, 5, 3, 11]
 
 
 def test_the_whole_stack_over_http(tmp_path: Path):

@@ -31,7 +31,7 @@ from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.plan import Event, Outcome, Part, Plan
 from featureinterp.jobs.schedule import RecordsOf, Run
 from featureinterp.llm.metered import Meter
-from featureinterp.llm.tally import tally
+from featureinterp.llm.tally import count, tally
 from featureinterp.score.complexity import Complexity
 from featureinterp.score.detection import Detection
 from featureinterp.score.fuzzing import Fuzzing
@@ -116,7 +116,7 @@ class ExplainJob:
         finished = self.journal.finished(self.key)
         status = {f: finished[f] for f in ring if f in finished}
         worked = set(left) - work.worked
-        return Outcome(self.key, status, tuple(f for f in left if f in worked), work.progress(), stopped)
+        return Outcome(self.key, status, tuple(f for f in left if f in worked), work.progress(), stopped, work.price_of_the_rest())
 
     async def result(self, state: FeatureState) -> FeatureResult:
         """What is known of a feature, as a result."""
@@ -127,6 +127,7 @@ class ExplainJob:
         key = content_key({"format": FORMAT, "stage": stage, "record": state.record_key, **depends})
         known = self.journal.get(key)
         if known is not None and known.status == "done":
+            count(known.usage)
             return known.value
         state.reused = False
         with tally() as spent:

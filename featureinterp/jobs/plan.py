@@ -81,18 +81,12 @@ class Plan:
 @dataclass(frozen=True)
 class Outcome:
     """How a run of a job ended. ``status`` of every feature that it is through with ("done", "partial", "failed"), those of earlier
-    runs included; ``left``: the features that it is not through with. ``stopped``: why it ended before it was through."""
+    runs included; ``left``: the features that it is not through with. ``stopped``: why it ended before it was through. ``price_of_the_rest``: USD that
+    the features left would take, if they cost what those of this run did; None when that is not known."""
 
     job: str
     status: Mapping[int, str]
     left: tuple[int, ...]
     progress: Progress
     stopped: JobStoppedError | None = None
-
-    @property
-    def price_of_the_rest(self) -> float | None:
-        """USD that the features left would take, if they cost what those of this run did; None when that is not known."""
-        worked = self.progress.done + self.progress.failed
-        if self.progress.cost_usd is None or not worked:
-            return None
-        return self.progress.cost_usd / worked * len(self.left)
+    price_of_the_rest: float | None = None

@@ -12,9 +12,11 @@ import anyio.to_thread
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.result import FeatureResult
+from featureinterp.domain.usage import Usage
 from featureinterp.errors import FeatureInterpError, JobStoppedError
 from featureinterp.jobs.feature import FeatureState, Null
 from featureinterp.jobs.plan import Event, Progress
+from featureinterp.llm.tally import Tally, tally
 
 if TYPE_CHECKING:
     from featureinterp.jobs.explain import ExplainJob
@@ -40,6 +42,8 @@ class Run:
         self._start = time.monotonic()
         self._failed = 0
         self._n_explained = 0
+        self._spent = Usage()
+        self._begun: dict[int, Tally] = {}
 
     async def go(self, records: RecordsOf) -> JobStoppedError | None:
         """Works on all features; returns why it stopped early, and raises what no run can go on after."""
@@ -62,33 +66,39 @@ class Run:
         return self._error
 
     async def _feature(self, feature: int, record: FeatureRecord) -> None:
-        state = FeatureState(record)
         try:
-            async with self._slots:
-                if self._error is None:
-                    await self.job.explain(state)
-            if self._error is not None:
-                return
-            self._explained[feature] = state.explanation
-            self._event(feature).set()
-            self._n_explained += 1
-            await self._say("explained", state, self._n_explained)
-            if self.job.plan.simulate and state.explanation is not None:
-                state.null = await self._null(feature, state.explanation)
-            async with self._slots:
-                if self._error is None:
-                    await self.job.score(state)
-                if self._error is not None:
-                    return
-                result = await self.job.result(state)
-                self.job.journal.finish(self.job.key, result, state.status)
-            self.worked.add(feature)
-            self._failed += bool(state.failures)
-            await self._say("scored", state, len(self.worked), result)
+            with tally() as self._begun[feature]:
+                await self._work(FeatureState(record))
         except (FeatureInterpError, OSError) as error:
             self._give_up(error)
         finally:
             self._backlog.release()
+        if feature in self.worked:
+            self._spent += self._begun.pop(feature).usage
+
+    async def _work(self, state: FeatureState) -> None:
+        feature = state.record.feature.index
+        async with self._slots:
+            if self._error is None:
+                await self.job.explain(state)
+        if self._error is not None:
+            return
+        self._explained[feature] = state.explanation
+        self._event(feature).set()
+        self._n_explained += 1
+        await self._say("explained", state, self._n_explained)
+        if self.job.plan.simulate and state.explanation is not None:
+            state.null = await self._null(feature, state.explanation)
+        async with self._slots:
+            if self._error is None:
+                await self.job.score(state)
+            if self._error is not None:
+                return
+            result = await self.job.result(state)
+            self.job.journal.finish(self.job.key, result, state.status)
+        self.worked.add(feature)
+        self._failed += bool(state.failures)
+        await self._say("scored", state, len(self.worked), result)
 
     def _give_up(self, error: Exception) -> None:
         """Begins nothing more; what waits for another feature waits no longer."""
@@ -123,6 +133,13 @@ class Run:
         if result is None:
             result = await self.job.result(state)
         self.job.on_event(Event(stage, result, done, len(self.left), self.progress(), state.reused))
+
+    def price_of_the_rest(self) -> float | None:
+        """USD for what is left: the mean of the features that are through, less what those that were interrupted hold of their answers."""
+        total, held, n = self._spent.cost_usd, sum((t.usage for t in self._begun.values()), Usage()).cost_usd, len(self.worked)
+        if total is None or held is None or not n:
+            return None
+        return max(0.0, total / n * (len(self.left) - n) - held)
 
     def progress(self) -> Progress:
         """How far the run is."""

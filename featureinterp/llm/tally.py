@@ -24,13 +24,22 @@ _CURRENT: ContextVar[Tally | None] = ContextVar("tally", default=None)
 
 @contextmanager
 def tally() -> Iterator[Tally]:
-    """Adds up what :class:`Tallied` models are asked within the block, by the tasks that are started in it, too."""
+    """Adds up what :class:`Tallied` models are asked within the block, by the tasks that are started in it, too. What an inner block adds up
+    counts towards the outer one when it ends."""
     found = Tally()
     token = _CURRENT.set(found)
     try:
         yield found
     finally:
         _CURRENT.reset(token)
+        count(found.usage)
+
+
+def count(usage: Usage) -> None:
+    """Adds ``usage`` to the :func:`tally` around the caller, if there is one."""
+    current = _CURRENT.get()
+    if current is not None:
+        current.usage += usage
 
 
 class Tallied:
@@ -42,7 +51,5 @@ class Tallied:
 
     async def complete(self, request: Request) -> Reply:
         reply = await self._model.complete(request)
-        current = _CURRENT.get()
-        if current is not None:
-            current.usage += reply.usage
+        count(reply.usage)
         return reply
