@@ -30,6 +30,7 @@ from featureinterp.domain.usage import Usage
 from featureinterp.errors import InputError, StorageError
 
 VERSION = 3
+_dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS results (
     key TEXT PRIMARY KEY, feature INTEGER NOT NULL, stage TEXT NOT NULL, status TEXT NOT NULL CHECK (status IN ('done', 'partial', 'failed')),
@@ -176,7 +177,3 @@ class Rehearsal(Journal):
 
     def finished(self, job: str) -> dict[int, str]:
         return self._real.finished(job) | super().finished(job)
-
-
-def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
