@@ -10,7 +10,7 @@ import numpy as np
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
-from featureinterp.domain.score import Score, Simulation
+from featureinterp.domain.score import Agreement, Score, Simulation
 from featureinterp.llm.types import Reply, Request
 
 
@@ -40,6 +40,14 @@ class Simulator(Protocol):
 
     async def simulate(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
         """One simulation per window: expected levels 0–5 per token, or the cause why there are none."""
+        ...
+
+
+class Agree(Protocol):
+    """Compares simulations with what is true of their windows."""
+
+    def __call__(self, windows: Sequence[Window], simulations: Sequence[Simulation]) -> Agreement:
+        """The correlation, with and without each window."""
         ...
 
 

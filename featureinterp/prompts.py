@@ -11,11 +11,12 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from featureinterp.errors import UnknownNameError
+from featureinterp.errors import InputError, UnknownNameError
 from featureinterp.resources import prompts_folder
 
 _ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
@@ -50,6 +51,19 @@ class Prompt:
     def json(self, file: str) -> Any:
         """A JSON file's value."""
         return json.loads(self.files[file])
+
+    def with_examples(self, file: str, path: Path) -> Prompt:
+        """The prompt with the JSON list of worked examples at ``path`` in place of ``file``; its hash is another. Raises ``InputError`` when
+        it cannot be read or its examples lack a field that those of ``file`` have."""
+        try:
+            text = path.read_text(encoding="utf-8")
+            examples = json.loads(text)
+        except (OSError, ValueError) as error:
+            raise InputError(f"the worked examples {path} cannot be read: {error}") from error
+        wanted = set(self.json(file)[0])
+        if not isinstance(examples, list) or not all(isinstance(e, dict) and wanted <= set(e) for e in examples):
+            raise InputError(f"the worked examples {path} are no list of objects with the fields {', '.join(sorted(wanted))}")
+        return replace(self, files={**self.files, file: text})
 
     def render(self, file: str, **values: Any) -> str:
         """A template filled in. Raises ``jinja2.UndefinedError`` when it names a value that is not given."""

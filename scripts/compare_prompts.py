@@ -33,7 +33,8 @@ from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_window
 from featureinterp.domain.explanation import Explanation, Provenance
 from featureinterp.domain.record import Window
 from featureinterp.domain.result import FeatureResult
-from featureinterp.explain.one_shot import OneShot, SentenceStyle
+from featureinterp.explain.one_shot import OneShot
+from featureinterp.explain.styles import SentenceStyle
 from featureinterp.jobs.explain import ExplainJob
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.plan import Plan

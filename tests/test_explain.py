@@ -18,9 +18,12 @@ from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import InputError, MalformedReplyError, TruncatedReplyError
+from featureinterp.explain.asking import MAX_ATTEMPTS
 from featureinterp.explain.baselines import TopTokens
-from featureinterp.explain.one_shot import MAX_ATTEMPTS, OneShot, RulesStyle, SentenceStyle, excerpt, top_tokens
+from featureinterp.explain.one_shot import OneShot
 from featureinterp.explain.parse import RulesReply, SentenceReply, clean, rules_of
+from featureinterp.explain.styles import RulesStyle, SentenceStyle
+from featureinterp.explain.windows import excerpt, top_tokens
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.types import Reply, Request
 from featureinterp.replies import parse_reply

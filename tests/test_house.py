@@ -27,7 +27,7 @@ ALLOWED = {
     "corpus": {"corpus", "errors", "files", "assets"},
     "subject": {"subject", "corpus", "errors", "files", "assets", "quiet"},
     "sae": {"sae", "errors", "files", "resources"},
-    "codes": {"codes", "sae", "subject", "corpus", "errors", "files"},
+    "codes": {"codes", "sae", "subject", "corpus", "domain", "errors", "files"},
     "records": {"records", "codes", "corpus", "domain", "errors", "files", "assets", "quiet"},
     "llm": {"llm", "domain", "errors", "files", "interfaces", "assets", "replies", "tasks", "validation"},
     "explain": LANGUAGE | {"explain"},

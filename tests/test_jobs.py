@@ -17,7 +17,8 @@ from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.score import Failure, Simulation
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, EndpointUnavailableError, StorageError
-from featureinterp.explain.one_shot import OneShot, SentenceStyle
+from featureinterp.explain.one_shot import OneShot
+from featureinterp.explain.styles import SentenceStyle
 from featureinterp.jobs.explain import ExplainJob
 from featureinterp.jobs.journal import Journal, Row
 from featureinterp.jobs.plan import Plan

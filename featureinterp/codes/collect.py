@@ -152,6 +152,11 @@ def scored_tokens(residual: torch.Tensor, subject: Subject) -> torch.Tensor:
     norms = residual.float().norm(dim=-1)
     if not bool(torch.isfinite(norms).all()):
         raise FeatureInterpError(f"{subject.name} gives activations that are not finite: run it with --dtype float32 or bfloat16")
+    return scored_by_norm(norms, subject)
+
+
+def scored_by_norm(norms: torch.Tensor, subject: Subject) -> torch.Tensor:
+    """The same from the residuals' norms ``[window, token]``."""
     scored = norms <= SINK_FACTOR * norms.median(dim=1, keepdim=True).values
     if isinstance(subject.sink, SkipFirst):
         scored[:, 0] = False

@@ -27,6 +27,38 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class SearchNode:
+    """One explanation that a tree search tried.
+
+    ``number``: its place in the order of making; ``parent``: the number of the one that it improves, None for a root; ``depth``: 0 for a
+    root. ``improvement``: what the model said was wrong with the parent. ``train``, ``valid``, ``test``: correlations of its simulation with
+    the true activations on each split, None where undefined or not computed; the search looks at the first two alone. ``kept``: whether the
+    search went on from it. ``chosen``: whether it is the answer. ``failure``: why there is no explanation (``rules`` is empty) or no score.
+    """
+
+    number: int
+    parent: int | None
+    depth: int
+    rules: tuple[Rule, ...]
+    improvement: str | None = None
+    train: float | None = None
+    valid: float | None = None
+    test: float | None = None
+    kept: bool = False
+    chosen: bool = False
+    failure: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-serialisable form that :meth:`from_json` reads back to an equal value."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"rules": _rules_json(self.rules)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> SearchNode:
+        """Reads what :meth:`to_json` wrote."""
+        return cls(**{**value, "rules": tuple(Rule(**r) for r in value["rules"])})
+
+
+@dataclass(frozen=True, slots=True)
 class Provenance:
     """Where an explanation came from. ``method``: explainer's name; ``prompt``: name/version; ``prompt_hash``: of its files."""
 
@@ -42,11 +74,15 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Structured rules, or one sentence (``rules`` is then a single rule of strength 5 and ``structured`` is False)."""
+    """Structured rules, or one sentence (``rules`` is then a single rule of strength 5 and ``structured`` is False).
+
+    ``search``: everything that was tried, where the explanation was searched for.
+    """
 
     rules: tuple[Rule, ...]
     provenance: Provenance
     structured: bool = True
+    search: tuple[SearchNode, ...] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.rules) <= MAX_RULES:
@@ -69,7 +105,8 @@ class Explanation:
         p = self.provenance
         return {
             "structured": self.structured,
-            "rules": [{"activates_on": r.activates_on, "strength": r.strength} for r in self.rules],
+            "rules": _rules_json(self.rules),
+            "search": [node.to_json() for node in self.search],
             "provenance": {
                 **{name: getattr(p, name) for name in ("method", "model", "prompt", "prompt_hash", "temperature", "seed")},
                 "examples": list(p.examples),
@@ -82,4 +119,9 @@ class Explanation:
         """Reads what :meth:`to_json` wrote."""
         p = dict(value["provenance"])
         provenance = Provenance(**{**p, "examples": tuple(p["examples"]), "usage": Usage(**p["usage"])})
-        return cls(tuple(Rule(**r) for r in value["rules"]), provenance, value["structured"])
+        search = tuple(map(SearchNode.from_json, value.get("search", ())))
+        return cls(tuple(Rule(**r) for r in value["rules"]), provenance, value["structured"], search)
+
+
+def _rules_json(rules: tuple[Rule, ...]) -> list[dict[str, Any]]:
+    return [{"activates_on": r.activates_on, "strength": r.strength} for r in rules]

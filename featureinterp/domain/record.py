@@ -27,7 +27,8 @@ class Window:
 
     ``row``: its number in the window table; ``start``: first token kept of that row (above 0 only where a window was centred
     on a token). ``pieces``: exact text of each token, joined they are the text. ``token_ids`` int32 ``[token]``;
-    ``activations`` float32 ``[token]``, raw SAE units, ≥ 0.
+    ``activations`` float32 ``[token]``, raw SAE units, ≥ 0. ``holistic`` float32 ``[token]``, in the same units: how much the mean activation
+    falls without the token; None where it was not computed.
     """
 
     row: int
@@ -36,6 +37,7 @@ class Window:
     pieces: tuple[str, ...]
     activations: np.ndarray
     start: int = 0
+    holistic: np.ndarray | None = None
 
     @property
     def text(self) -> str:
@@ -59,6 +61,7 @@ class FeatureRecord:
 
     ``scale``: its largest activation in the corpus; ``density``: share of scored tokens where it fires; ``count``: on how many.
     ``shortfalls``: for each "split/source" that has fewer windows than were asked for, how many are missing and why.
+    ``holistic``: the method of its windows' holistic activations ("exact", "gradient"), None where there are none.
     """
 
     feature: FeatureId
@@ -67,6 +70,7 @@ class FeatureRecord:
     count: int
     splits: Mapping[SplitName, Mapping[Source, tuple[Window, ...]]]
     shortfalls: Mapping[str, str] = field(default_factory=dict)
+    holistic: str | None = None
 
     def __post_init__(self) -> None:
         rows = {split: {w.row for w in self.windows(split)} for split in SPLITS}

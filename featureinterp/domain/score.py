@@ -85,3 +85,14 @@ class Simulation:
     def __post_init__(self) -> None:
         if (self.expected is None) == (self.failure is None):
             raise ValueError("a simulation holds expected levels or the cause of its failure, and not both")
+
+
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """Correlation of predictions with true activations over some windows. ``value`` None: undefined, or nothing could be simulated.
+    ``without``, float64 ``[window]``: the same with that window left out, NaN where undefined. ``n_failed``: windows that could not be
+    simulated; they are left out of everything, and NaN in ``without``."""
+
+    value: float | None
+    without: np.ndarray
+    n_failed: int = 0

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 from featureinterp.domain.explanation import MAX_RULES, Explanation, Provenance, Rule
 from featureinterp.domain.record import FeatureRecord
-from featureinterp.explain.one_shot import training_windows
+from featureinterp.explain.windows import training_windows
 
 
 class TopTokens:

@@ -16,7 +16,8 @@ from featureinterp.domain.score import Simulation
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import InputError
 from featureinterp.explain.baselines import TopTokens
-from featureinterp.explain.one_shot import OneShot, style
+from featureinterp.explain.one_shot import OneShot
+from featureinterp.explain.styles import style
 from featureinterp.files import explained_storage, write_json
 from featureinterp.interfaces import Explainer, LanguageModel, Simulator
 from featureinterp.jobs.explain import ExplainJob, settings_of

@@ -36,12 +36,13 @@ _FORMS: tuple[ReplyForm, ...] = ("json_schema", "json_object", "text")
 @dataclass
 class Accepts:
     """What an endpoint takes, learnt from its refusals: each is tried once and left out from then on. ``reply_form``: the strictest form of
-    a structured reply. ``prompt_logprobs``: the field that asks for them, None when neither is taken."""
+    a structured reply. ``several``: replies to one request. ``prompt_logprobs``: the field that asks for them, None when neither is taken."""
 
     reply_form: ReplyForm = "json_schema"
     logprobs: bool = True
     seed: bool = True
     temperature: bool = True
+    several: bool = True
     length_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     prompt_logprobs: Literal["prompt_logprobs", "echo"] | None = "prompt_logprobs"
 
@@ -133,7 +134,7 @@ class OpenAIModel:
         }
         if accepts.temperature:
             arguments["temperature"] = request.temperature
-        if request.n != 1:
+        if request.n != 1 and accepts.several:
             arguments["n"] = request.n
         if request.seed is not None and accepts.seed:
             arguments["seed"] = request.seed
@@ -163,6 +164,8 @@ class OpenAIModel:
             accepts.logprobs = False
         elif request.seed is not None and accepts.seed and re.search(r"\bseed\b", about):
             accepts.seed = False
+        elif request.n != 1 and accepts.several and re.search(r"\bn\b", about):
+            accepts.several = False
         elif accepts.temperature and "temperature" in about:
             accepts.temperature = False
         elif request.schema is not None and accepts.reply_form != "text" and _speaks_of_form(about):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from featureinterp.domain.record import Window
-from featureinterp.domain.score import Score, Simulation
+from featureinterp.domain.score import Agreement, Score, Simulation
 from featureinterp.score.intervals import bootstrap
 
 FALSE_POSITIVE_LEVEL = 2.5
@@ -60,9 +60,27 @@ def correlation(pairs: Pairs, name: str = "correlation", *, seed: int = 0) -> Sc
     reason = _constant(x, y)
     if reason:
         return Score(name, None, len(pairs.true), pairs.n_failed, undefined=reason)
-    sums = np.array([[len(a), a.sum(), b.sum(), a @ a, b @ b, a @ b] for a, b in zip(_centred(pairs.predicted), _centred(pairs.true), strict=True)])
+    sums = _sums(pairs)
     interval = bootstrap(lambda counts: _pearson(counts @ sums), len(sums), np.random.default_rng(seed))
     return Score(name, float(_pearson(sums.sum(0)[None])[0]), len(pairs.true), pairs.n_failed, interval)
+
+
+def agreement(windows: Sequence[Window], simulations: Sequence[Simulation]) -> Agreement:
+    """Pearson's r over all windows, and with each window left out."""
+    pairs = Pairs.of(windows, simulations)
+    without = np.full(len(windows), np.nan)
+    if _constant(pairs.x, pairs.y):
+        return Agreement(None, without, pairs.n_failed)
+    sums = _sums(pairs)
+    simulated = [i for i, s in enumerate(simulations) if s.expected is not None]
+    if len(simulated) > 1:
+        without[simulated] = _pearson(sums.sum(0) - sums)
+    return Agreement(float(_pearson(sums.sum(0)[None])[0]), without, pairs.n_failed)
+
+
+def _sums(pairs: Pairs) -> np.ndarray:
+    """Rows of (n, Σx, Σy, Σx², Σy², Σxy), one per window, of centred predictions and activations."""
+    return np.array([[len(a), a.sum(), b.sum(), a @ a, b @ b, a @ b] for a, b in zip(_centred(pairs.predicted), _centred(pairs.true), strict=True)])
 
 
 def _constant(x: np.ndarray, y: np.ndarray) -> str | None:

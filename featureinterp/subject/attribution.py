@@ -1,0 +1,161 @@
+"""A subject model on texts from which one token is missing, every token in turn, and what a token's embedding does.
+
+Leaving out token t changes nothing before it and everything after it. So all n deletions of a window are one sequence: the window itself,
+then for each t the tokens after t, which see the window's first t tokens and one another and stand one position earlier. That is
+n + n(n−1)/2 tokens in one pass instead of n(n−1) in n passes. Models whose attention takes no mask of this kind are found out by a check
+on a few tokens and read every deletion in full, in batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from featureinterp.subject.hooks import find_blocks, residual_after
+from featureinterp.subject.load import PrependToken, Subject
+
+PACKED_TOKENS = 1536
+"""Longest sequence of packed deletions; longer windows take several."""
+BATCH_TOKENS = 4096
+_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+
+
+class Deletions:
+    """Residual streams at ``hook`` of windows with each token left out."""
+
+    def __init__(self, subject: Subject, hook: str) -> None:
+        self.subject, self.hook = subject, hook
+        self.block = find_blocks(subject.model, subject.n_blocks)[subject.check_hook(hook)]
+        self.packs = self._packing_works()
+
+    @torch.inference_mode()
+    def residuals(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """For token ids ``[window, n]``: residuals ``[window, row, d_model]`` whose first n rows are the window's own, and the row of every
+        token of every deletion, int64 ``[n, n − 1]`` (deletion, token that is left)."""
+        return (self._packed if self.packs and self._fits(ids.shape[1]) else self._plain)(ids.to(self.subject.device))
+
+    def _packed(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        n = ids.shape[1]
+        bos = self._bos
+        own: torch.Tensor | None = None
+        parts = []
+        for first, end in _groups(n, PACKED_TOKENS):
+            source, position, mask = _layout(n, first, end, bos is not None)
+            tokens = ids if bos is None else torch.cat([ids, ids.new_full((len(ids), 1), bos)], 1)
+            additive = torch.zeros(1, 1, *mask.shape, dtype=self.subject.dtype, device=ids.device)
+            additive.masked_fill_(~mask.to(ids.device), torch.finfo(self.subject.dtype).min)
+            found = [
+                self._run(input_ids=batch[:, source.to(ids.device)], position_ids=position.to(ids.device).expand(len(batch), -1), attention_mask=additive)
+                for batch in tokens.split(max(1, BATCH_TOKENS // len(source)))
+            ]
+            found = torch.cat(found)[:, int(bos is not None) :]
+            own = found[:, :n] if own is None else own
+            parts.append(found[:, n:])
+        assert own is not None
+        return torch.cat([own, *parts], 1), deletion_rows(n).to(ids.device)
+
+    def _plain(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        n = ids.shape[1]
+        left = _others(n).to(ids.device)
+        own = self.subject.residual(ids, self.hook)
+        rows = (n + torch.arange(n * (n - 1), device=ids.device)).reshape(n, n - 1)
+        if n == 1:
+            return own, rows
+        cut = ids[:, left].reshape(len(ids) * n, n - 1)
+        found = torch.cat([self.subject.residual(batch, self.hook) for batch in cut.split(max(1, BATCH_TOKENS // (n - 1)))])
+        return torch.cat([own, found.reshape(len(ids), n * (n - 1), -1)], 1), rows
+
+    @property
+    def _bos(self) -> int | None:
+        sink = self.subject.sink
+        return sink.token_id if isinstance(sink, PrependToken) else None
+
+    def _fits(self, n: int) -> bool:
+        """Whether no attention window is shorter than the text: a packed sequence has no sliding mask."""
+        config = self.subject.model.config.get_text_config()
+        sliding = getattr(config, "sliding_window", None)
+        return sliding is None or n + 1 <= sliding
+
+    def _run(self, **inputs: Any) -> torch.Tensor:
+        return residual_after(self.subject.model, self.block, inputs | {"use_cache": False})
+
+    @torch.inference_mode()
+    def _packing_works(self) -> bool:
+        vocabulary = self.subject.model.get_input_embeddings().weight.shape[0]
+        ids = torch.tensor([[i * 37 % vocabulary for i in range(1, 8)]], device=self.subject.device)
+        plain, places = self._plain(ids)
+        try:
+            packed, rows = self._packed(ids)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return False
+        difference = (packed[:, rows].float() - plain[:, places].float()).abs().max()
+        return bool(difference <= _TOLERANCE[self.subject.dtype] * float(plain.float().std()))
+
+
+@lru_cache(64)
+def deletion_rows(n: int) -> torch.Tensor:
+    """Where the packed sequence of a window of ``n`` tokens holds token j of deletion t, int64 ``[n, n − 1]``: tokens before t are the window's
+    own."""
+    starts = [n + t * (n - 1) - t * (t - 1) // 2 for t in range(n)]
+    rows = [[*range(t), *range(starts[t], starts[t] + n - 1 - t)] for t in range(n)]
+    return torch.tensor(rows, dtype=torch.int64).reshape(n, n - 1)
+
+
+def _others(n: int) -> torch.Tensor:
+    """Row t: 0 … n − 1 without t."""
+    return torch.tensor([[j for j in range(n) if j != t] for t in range(n)], dtype=torch.int64).reshape(n, n - 1)
+
+
+def _groups(n: int, longest: int) -> list[tuple[int, int]]:
+    """Deletions in ranges whose tokens, with the window's own, are at most ``longest`` where that is possible."""
+    groups, first, size = [], 0, 0
+    for t in range(n):
+        more = n - 1 - t
+        if size and n + size + more > longest:
+            groups.append((first, t))
+            first, size = t, 0
+        size += more
+    groups.append((first, n))
+    return groups
+
+
+@lru_cache(64)
+def _layout(n: int, first: int, end: int, bos: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The packed sequence of deletions ``first`` to ``end``: which token of the window (n: the BOS) stands where, its position in the text, and
+    what it sees, bool ``[row, row]``."""
+    lead = int(bos)
+    source = [n] * lead + list(range(n))
+    position = list(range(lead + n))
+    blocks = []
+    for t in range(first, end):
+        blocks.append((t, len(source), n - 1 - t))
+        source += range(t + 1, n)
+        position += range(lead + t, lead + n - 1)
+    mask = torch.zeros(len(source), len(source), dtype=torch.bool)
+    mask[: lead + n, : lead + n] = torch.ones(lead + n, lead + n, dtype=torch.bool).tril()
+    for t, start, length in blocks:
+        mask[start : start + length, : lead + t] = True
+        mask[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
+    return torch.tensor(source), torch.tensor(position), mask
+
+
+def embedding_effects(subject: Subject, hook: str, ids: torch.Tensor, total: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Gradient × input: for token ids ``[window, n]`` and a differentiable ``total`` of residuals ``[window, n, d_model]``, one value per
+    window, the first-order effect of every token's embedding on it, float32 ``[window, n]``."""
+    block = find_blocks(subject.model, subject.n_blocks)[subject.check_hook(hook)]
+    ids = ids.to(subject.device)
+    sink = subject.sink
+    lead = 0
+    if isinstance(sink, PrependToken):
+        ids, lead = torch.cat([ids.new_full((len(ids), 1), sink.token_id), ids], 1), 1
+    with torch.enable_grad():
+        embedded = subject.model.get_input_embeddings()(ids).detach().requires_grad_(True)
+        residual = residual_after(subject.model, block, {"inputs_embeds": embedded, "use_cache": False})[:, lead:]
+        summed = total(residual).sum()
+        if not summed.requires_grad:
+            return torch.zeros(len(ids), ids.shape[1] - lead)
+        (gradient,) = torch.autograd.grad(summed, embedded)
+    return (gradient.float() * embedded.detach().float()).sum(-1)[:, lead:].cpu()
