@@ -40,7 +40,7 @@ ALLOWED = {
     "cli": {"cli", "server", "api", "errors", "assets", "domain", "jobs", "records", "llm", "__version__"},
 }
 TORCH_ROOMS = {"subject", "sae", "codes"}
-TORCH_FILES = {"simulate/all_at_once.py", "llm/prefix_cache.py", "llm/local.py"}
+TORCH_FILES = {"records/projected.py", "simulate/all_at_once.py", "llm/prefix_cache.py", "llm/local.py"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

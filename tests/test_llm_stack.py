@@ -254,6 +254,7 @@ def test_a_form_of_reply_that_is_refused_gives_way_to_a_looser_one_once():
         ("temperature", "'temperature' does not support 0.0 with this model", {}),
         ("seed", "seed is not supported", {"seed": 3}),
         ("logprobs", "logprobs are not available", {"top_logprobs": 4}),
+        ("n", "Only n = 1 is supported", {"n": 3}),
     ],
 )
 def test_a_parameter_that_is_refused_is_left_out_from_then_on(field: str, message: str, fields: dict[str, Any]):

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import linalg, stats
 
 from featureinterp.codes.store import CodesStore
 from featureinterp.domain.feature import FeatureId
@@ -19,12 +20,14 @@ from featureinterp.jobs.records import alive_features, parse_features, random_fe
 from featureinterp.records.build import RecordBuilder
 from featureinterp.records.files import write_records
 from featureinterp.records.policy import RecordPolicy
+from featureinterp.records.projected import Learned, Whitening, projected_ranking
 from featureinterp.records.quantile import quantile_order
 from featureinterp.records.similar import SimilarWindows, window_embeddings
 from featureinterp.records.splits import SplitAssigner
 from featureinterp.records.top import top_order
 from featureinterp.records.uniform import uniform_rows
 from featureinterp.records.weighted import weighted_order
+from featureinterp.sae.neighbours import nearest_directions
 
 
 class HashEmbedder:
@@ -250,3 +253,95 @@ def test_records_on_disk(built: list[FeatureRecord], tmp_path: Path):
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [r["feature"] for r in rows] == [0, 1, 2]
     assert rows[0]["splits"]["test"]["top"] == [[w.row, w.start, len(w.pieces), round(w.max_activation, 6)] for w in built[0].get("test", "top")]
+
+
+def mean_cosine(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return (unit @ unit[rows].T).mean(1)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(0, 12))
+@settings(max_examples=40, deadline=None)
+def test_whitening_is_the_inverse_root_of_the_shrunk_covariance(seed: int, n: int, k: int):
+    rng = np.random.default_rng(seed)
+    d, shrinkage = 10, 0.1
+    x = rng.normal(size=(60, d)) * np.linspace(0.1, 2, d) + rng.normal(size=d)
+    positives = np.sort(rng.permutation(60)[:n])
+    inside = x[positives] - x[positives].mean(0)
+    values, vectors = np.linalg.eigh(inside.T @ inside / max(n - 1, 1))
+    values, vectors = values[::-1], vectors[:, ::-1]
+    told_apart = min(k, max(n - 1, 0), d)
+    ridge = shrinkage * values.sum() / d
+    flat = ridge + (values[told_apart:].sum() / max(d - told_apart, 1))
+    variances = np.full(d, flat)
+    variances[:told_apart] = np.maximum(values[:told_apart] + ridge, flat)
+    covariance = vectors @ np.diag(variances) @ vectors.T if n > 1 else np.eye(d)
+    expected = mean_cosine(x @ np.real(linalg.inv(linalg.sqrtm(covariance))), positives)
+    found = Whitening.fit(x[positives], n_directions=k, shrinkage=shrinkage).similarity(x.astype(np.float32), positives)
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+
+
+def test_projections_find_what_a_features_windows_agree_in():
+    """The windows agree in one coordinate and differ widely in twenty; close misses agree in it, too, and others are near by chance."""
+    rng = np.random.default_rng(0)
+    x = np.concatenate([np.zeros((300, 1)), rng.normal(size=(300, 20)), rng.normal(size=(300, 3)) * 0.05], 1)
+    x[:60, 0] = x[280:, 0] = 0.7
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    positives, misses = np.arange(60), set(range(280, 300))
+    plain = np.argsort(-mean_cosine(x, positives))
+    hits = {"plain": len(misses & set(plain[plain >= 60][:20].tolist()))}
+    for kind in ("closed-form", "info-nce"):
+        order = np.array(list(projected_ranking(x, positives, kind, np.random.default_rng(1), np.arange(60, 280))))
+        assert sorted(order.tolist()) == list(range(300))
+        hits[kind] = len(misses & set(order[order >= 60][:20].tolist()))
+    assert min(hits["closed-form"], hits["info-nce"]) >= 2 * hits["plain"], hits
+
+
+def test_a_learned_projection_of_too_few_windows_changes_nothing():
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    assert np.array_equal(Learned.fit(x[:1], x).matrix, np.eye(4)) and np.array_equal(Learned.fit(x, x[:0]).matrix, np.eye(4))
+    assert np.array_equal(Learned.fit(x, x, seed=3).matrix, Learned.fit(x, x, seed=3).matrix)
+
+
+def test_nearest_directions_equal_a_plain_loop():
+    decoder = torch.randn(30, 6) * torch.rand(30, 1) * 5
+    indices, cosines = nearest_directions(decoder, [4, 0, 29], 5)
+    for row, feature in enumerate([4, 0, 29]):
+        all_cosines = [-9.0 if i == feature else float(torch.nn.functional.cosine_similarity(decoder[feature], decoder[i], dim=0)) for i in range(30)]
+        assert indices[row].tolist() == np.argsort(-np.array(all_cosines))[:5].tolist()
+        np.testing.assert_allclose(cosines[row], np.sort(all_cosines)[::-1][:5], atol=1e-5)
+    assert nearest_directions(decoder[:3], [1], 5)[0].shape == (1, 2) and nearest_directions(decoder, [], 5)[0].shape == (0, 5)
+
+
+def test_co_active_windows_are_silent_and_their_neighbours_fire(store: CodesStore):
+    neighbours = {i: ([(i + 1) % 64, (i + 7) % 64, (i + 9) % 64], [0.9, 0.5, -0.4]) for i in range(64)}
+    policy = RecordPolicy({"top": (2, 2, 2), "coactive_negative": (2, 2, 2)})
+    n_found = 0
+    everything = {i: store.window_activations(i, range(len(store.windows))).max(1) for i in range(64)}
+    for record in RecordBuilder(store, policy, neighbours=neighbours.__getitem__).build(range(64)):
+        feature = record.feature.index
+        found = [w.row for s in SPLITS for w in record.get(s, "coactive_negative")]
+        n_found += len(found)
+        strength = np.zeros(len(store.windows))
+        for other, cosine in zip(*neighbours[feature], strict=True):
+            if cosine > 0 and everything[other].max() > 0:
+                strength = np.maximum(strength, cosine * everything[other] / everything[other].max())
+        assert all(everything[feature][row] == 0 and strength[row] > 0 for row in found)
+        left_out = (everything[feature] == 0) & (strength > (max(strength[found]) if found else 0) + 1e-6)
+        taken_documents = {int(store.windows.documents[w.row]) for s in SPLITS for w in record.get(s, "top")} | {int(store.windows.documents[r]) for r in found}
+        assert all(int(store.windows.documents[row]) in taken_documents for row in np.flatnonzero(left_out))
+        assert len(found) == 6 or any("neighbours" in why for why in record.shortfalls.values())
+    assert n_found > 50
+    with pytest.raises(InputError, match="decoder"):
+        RecordBuilder(store, policy)
+
+
+def test_projected_windows_in_a_record(store: CodesStore, embeddings: np.ndarray):
+    alive = [i for i in range(64) if 60 < store.counts()[i] < 3000][:4]
+    for projection in ("closed-form", "info-nce"):
+        policy = RecordPolicy({"top": (2, 2, 2), "projected_similar_negative": (2, 2, 2), "projected_similar": (0, 1, 1)}, projection=projection)
+        for record in RecordBuilder(store, policy, SimilarWindows(embeddings)).build(alive):
+            found = [w for s in SPLITS for w in record.get(s, "projected_similar_negative")]
+            assert found and not any(w.fires for w in found) and record.get("test", "projected_similar")
+    with pytest.raises(InputError, match="closed-form, info-nce"):
+        RecordPolicy(projection="pca")  # type: ignore[arg-type]

@@ -14,11 +14,25 @@ from featureinterp.domain.feature import FeatureId
 SplitName = Literal["train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
 
-Source = Literal["top", "weighted", "quantile", "random", "random_negative", "similar", "similar_negative"]
+Source = Literal[
+    "top",
+    "weighted",
+    "quantile",
+    "random",
+    "similar",
+    "projected_similar",
+    "random_negative",
+    "similar_negative",
+    "projected_similar_negative",
+    "coactive_negative",
+]
 POSITIVE_SOURCES: tuple[Source, ...] = ("top", "weighted", "quantile")
-NEGATIVE_SOURCES: tuple[Source, ...] = ("random_negative", "similar_negative")
-SOURCES: tuple[Source, ...] = (*POSITIVE_SOURCES, "random", "similar", *NEGATIVE_SOURCES)
-"""How a window got into a record. ``random`` and ``similar`` are drawn without looking at whether the feature fires."""
+NEGATIVE_SOURCES: tuple[Source, ...] = ("random_negative", "similar_negative", "projected_similar_negative", "coactive_negative")
+COMPLEMENTARY_SOURCES: tuple[Source, ...] = ("random", "similar", "projected_similar", *NEGATIVE_SOURCES)
+SOURCES: tuple[Source, ...] = (*POSITIVE_SOURCES, *COMPLEMENTARY_SOURCES)
+"""How a window got into a record. ``random``, ``similar`` and ``projected_similar`` are drawn without looking at whether the feature fires; in a
+negative one it is silent. ``similar``: sentence embeddings near those of the top windows; ``projected_similar``: the same after a projection that
+pulls the top windows together; ``coactive``: a feature of nearly the same decoder direction fires."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from featureinterp.codes.store import CodesStore
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.errors import InputError
 from featureinterp.interfaces import Embedder
-from featureinterp.records.build import ALIVE_ABOVE, RecordBuilder
+from featureinterp.records.build import ALIVE_ABOVE, Neighbours, RecordBuilder
 from featureinterp.records.policy import RecordPolicy
 from featureinterp.records.similar import (
     SentenceEmbedder,
@@ -78,12 +78,13 @@ def build_records(
     policy: RecordPolicy,
     *,
     embedder: Embedder | None = None,
+    neighbours: Neighbours | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[FeatureRecord]:
     """Records of ``features``. Windows are embedded when the policy asks for similar ones, once per run folder."""
     for index in features:
         store.check_feature(index)
     similar = None
-    if any(sum(policy.counts.get(s, (0, 0, 0))) for s in ("similar", "similar_negative")):
+    if policy.embeds:
         similar = SimilarWindows(window_embeddings(store.windows, embedder or SentenceEmbedder(), run / "embeddings", progress=progress))
-    return RecordBuilder(store, policy, similar).build(features)
+    return RecordBuilder(store, policy, similar, neighbours).build(features)

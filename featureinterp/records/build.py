@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -19,8 +19,9 @@ from featureinterp.domain.record import (
 )
 from featureinterp.errors import InputError
 from featureinterp.records.policy import RecordPolicy
+from featureinterp.records.projected import projected_ranking
 from featureinterp.records.quantile import quantile_order
-from featureinterp.records.similar import SimilarWindows
+from featureinterp.records.similar import MAX_QUERIES, SimilarWindows
 from featureinterp.records.splits import SplitAssigner
 from featureinterp.records.top import top_order
 from featureinterp.records.uniform import uniform_rows
@@ -29,18 +30,22 @@ from featureinterp.records.weighted import weighted_order
 ALIVE_ABOVE = 15
 _Taken = tuple[SplitName, Source, list[int], Mapping[int, int]]
 """Rows for a split and source, and the token that a row is cut around, where there is one."""
+Neighbours = Callable[[int], tuple[Sequence[int], Sequence[float]]]
 _BATCH = 256
 _CACHED_ROWS = 16_384
 
 
 class RecordBuilder:
-    """Builds records from a codes store; ``similar`` is needed when the policy asks for similar windows."""
+    """Builds records from a codes store. ``similar`` is needed when the policy asks for similar or projected similar windows, ``neighbours``, which
+    gives the features of the nearest decoder directions and their cosines, for co-active ones."""
 
-    def __init__(self, store: CodesStore, policy: RecordPolicy, similar: SimilarWindows | None = None) -> None:
-        needs_similar = any(sum(policy.counts.get(s, (0, 0, 0))) for s in ("similar", "similar_negative"))
-        if needs_similar and similar is None:
+    def __init__(self, store: CodesStore, policy: RecordPolicy, similar: SimilarWindows | None = None, neighbours: Neighbours | None = None) -> None:
+        if policy.embeds and similar is None:
             raise InputError("similar windows need the embeddings of all windows: pass SimilarWindows, or set their counts to 0")
-        self.store, self.policy, self.similar = store, policy, similar if needs_similar else None
+        if policy.wants("coactive_negative") and neighbours is None:
+            raise InputError("co-active windows need the SAE's decoder: pass the features' neighbours, or set their counts to 0")
+        self.store, self.policy, self.similar = store, policy, similar if policy.embeds else None
+        self._neighbours = neighbours
         self._documents: list[int] = np.asarray(store.windows.documents).tolist()
         self._fires = np.zeros(len(store.windows), bool)
         self._row = lru_cache(_CACHED_ROWS)(lambda row: (store.windows.ids(row), store.windows.pieces(row), self._documents[row]))
@@ -125,7 +130,27 @@ class RecordBuilder:
                     return []
                 ranking = self.similar.ranking(query, known)
                 return ranking if source == "similar" else (row for row in ranking if not self._fires[row])
+            case "projected_similar" | "projected_similar_negative":
+                assert self.similar is not None
+                if not len(summary.rows):
+                    return []
+                positives = np.sort(summary.ranked_rows[:MAX_QUERIES])
+                ranking = projected_ranking(self.similar.embeddings, positives, self.policy.projection, rng, np.flatnonzero(~self._fires))
+                return ranking if source == "projected_similar" else (row for row in ranking if not self._fires[row])
+            case "coactive_negative":
+                return (row for row in self._coactive_rows(summary.index) if not self._fires[row])
         raise InputError(f"there is no source {source!r}")
+
+    def _coactive_rows(self, feature: int) -> list[int]:
+        """Windows where a neighbour fires, by cosine times its activation there as a share of its largest, the largest first."""
+        assert self._neighbours is not None
+        strength = np.zeros(len(self._fires), np.float64)
+        for index, cosine in zip(*self._neighbours(feature), strict=True):
+            other = _Summary.of(self.store, int(index))
+            if cosine > 0 and len(other.rows):
+                strength[other.rows] = np.maximum(strength[other.rows], cosine * other.maxima / other.scale)
+        rows = np.flatnonzero(strength)
+        return rows[np.argsort(-strength[rows], kind="stable")].tolist()  # type: ignore[no-any-return]
 
     def _offer_weighted(self, summary: _Summary, rng: np.random.Generator, assigner: SplitAssigner, centres: dict[int, int]) -> Iterator[int]:
         taken = np.zeros(len(self._fires), bool)
@@ -157,6 +182,8 @@ class RecordBuilder:
         return splits
 
     def _why_short(self, source: Source, summary: _Summary) -> str:
+        if source == "coactive_negative":
+            return "its neighbours fire in no more windows where it is silent, that are unused and in a document of this split"
         if source in ("top", "weighted", "quantile"):
             return f"the feature fires in {len(summary.rows)} of {len(self.store.windows)} windows"
         return f"{len(self.store.windows)} windows in {len(np.unique(self._documents))} documents have no more that are unused and in a document of this split"

@@ -9,6 +9,7 @@ import pydantic
 
 from featureinterp.domain.record import SOURCES, Source
 from featureinterp.errors import InputError
+from featureinterp.records.projected import PROJECTIONS, Projection
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class RecordPolicy:
     """How many windows of each source go to (train, valid, test), and how they are drawn.
 
     ``n_quantiles``: the ranking is cut into so many parts and top windows come from the first. ``half_width``: tokens kept on
-    each side of an importance-weighted position.
+    each side of an importance-weighted position. ``projection``: that of ``projected_similar`` windows. ``n_neighbours``: how many features of the
+    nearest decoder directions ``coactive_negative`` windows are looked for with.
     """
 
     counts: Mapping[Source, tuple[int, int, int]] = field(
@@ -33,6 +35,8 @@ class RecordPolicy:
     n_quantiles: int = 1000
     half_width: int = 10
     seed: int = 0
+    projection: Projection = "closed-form"
+    n_neighbours: int = 8
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
@@ -40,3 +44,16 @@ class RecordPolicy:
         for source, counts in self.counts.items():
             if source not in SOURCES or len(counts) != 3 or min(counts) < 0:
                 raise InputError(f"the record policy has {source}: {counts}: give a known source ({', '.join(SOURCES)}) and three counts ≥ 0")
+        if self.projection not in PROJECTIONS:
+            raise InputError(f"there is no projection {self.projection!r}: choose from {', '.join(PROJECTIONS)}")
+        if self.n_neighbours < 1:
+            raise InputError(f"co-active windows of {self.n_neighbours} neighbours are none: give at least 1")
+
+    def wants(self, *sources: Source) -> bool:
+        """Whether any window of one of these sources is asked for."""
+        return any(sum(self.counts.get(source, (0, 0, 0))) for source in sources)
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the windows' embeddings are needed."""
+        return self.wants("similar", "similar_negative", "projected_similar", "projected_similar_negative")
