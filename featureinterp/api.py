@@ -6,7 +6,7 @@ import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import InputError, JobStoppedError
@@ -14,11 +14,13 @@ from featureinterp.jobs.plan import Event, Outcome, Plan
 from featureinterp.jobs.spec import Job, load_job, make_job
 
 if TYPE_CHECKING:
+    from featureinterp.codes.holistic import HolisticActivations
     from featureinterp.codes.store import CodesStore
     from featureinterp.domain.record import FeatureRecord
     from featureinterp.interfaces import Simulator
     from featureinterp.jobs.run import DryRun, Local
     from featureinterp.jobs.status import JobStatus
+    from featureinterp.records.build import Neighbours
     from featureinterp.records.policy import RecordPolicy
 
 SUBJECT, SAE, CORPUS, EXPLAINER = "smollm2-135m-instruct", "demo", "sotu", "qwen2.5-coder-1.5b-instruct"
@@ -130,23 +132,67 @@ def open_run(run: str | Path) -> CodesStore:
 
 
 def records(
-    run: str | Path, features: str | Sequence[int] = "0:100", *, policy: RecordPolicy | None = None, embedder: str | None = None, steps: Steps = _silent
+    run: str | Path,
+    features: str | Sequence[int] = "0:100",
+    *,
+    policy: RecordPolicy | None = None,
+    embedder: str | None = None,
+    holistic: Literal["exact", "gradient"] | None = None,
+    model: str | None = None,
+    sae: str | None = None,
+    device: str | None = None,
+    steps: Steps = _silent,
 ) -> Iterator[FeatureRecord]:
-    """Records of features of a run: indices, or text such as ``0:100``, ``3,17``, ``random:20``, ``alive``."""
+    """Records of features of a run: indices, or text such as ``0:100``, ``3,17``, ``random:20``, ``alive``.
+
+    ``holistic``: adds holistic activations to the training windows that fire. ``model``, ``sae``: where the run's own are found now, when not by
+    the names that it recorded; they are needed for holistic activations and co-active windows.
+    """
     from featureinterp.jobs.records import build_records, parse_features
     from featureinterp.records.policy import RecordPolicy
     from featureinterp.records.similar import SentenceEmbedder
 
     store = open_run(run)
     chosen = parse_features(features, store) if isinstance(features, str) else list(features)
-    return build_records(
+    policy = policy or RecordPolicy()
+    built = build_records(
         Path(run),
         store,
         chosen,
-        policy or RecordPolicy(),
+        policy,
         embedder=SentenceEmbedder(embedder) if embedder else None,
+        neighbours=_neighbours(store, sae, policy.n_neighbours, device) if policy.wants("coactive_negative") else None,
         progress=lambda done, total: steps("windows embedded", done, total),
     )
+    return built if holistic is None else _holistic(store, model, sae, holistic, device).add(built)
+
+
+def _holistic(store: CodesStore, model: str | None, sae: str | None, method: Literal["exact", "gradient"], device: str | None) -> HolisticActivations:
+    """Holistic activations by the model and the SAE that made a run."""
+    from featureinterp.codes.holistic import HolisticActivations
+    from featureinterp.sae.load import load_sae
+    from featureinterp.subject.load import load_subject, pick_device
+
+    meta = store.meta
+    subject = load_subject(model or meta["model"]["name"], device=device, dtype=meta["model"]["dtype"])
+    return HolisticActivations.of_run(store, subject, load_sae(sae or meta["sae"]["name"], device=pick_device(device)), method)
+
+
+def _neighbours(store: CodesStore, sae: str | None, n: int, device: str | None) -> Neighbours:
+    """For a feature, those of the nearest decoder directions in the SAE that made a run."""
+    from featureinterp.codes.collect import check_sae
+    from featureinterp.sae.load import load_sae
+    from featureinterp.sae.neighbours import nearest_directions
+    from featureinterp.subject.load import pick_device
+
+    loaded = load_sae(sae or store.meta["sae"]["name"], device=pick_device(device))
+    check_sae(store, loaded)
+
+    def near(feature: int) -> tuple[Sequence[int], Sequence[float]]:
+        indices, cosines = nearest_directions(loaded.sae.W_dec, [feature], n)
+        return indices[0].tolist(), cosines[0].tolist()
+
+    return near
 
 
 def run(job: Job | str | Path, *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent) -> Results:
@@ -232,7 +278,14 @@ def _local() -> Local:
 
         return load_tokenizer(name)
 
-    return Local(simulator, load, tokenizer)
+    def causes(job: Job, store: CodesStore) -> Callable[[Iterator[FeatureRecord]], Iterator[FeatureRecord]]:
+        assert job.holistic is not None
+        return _holistic(store, job.model, job.sae, job.holistic, job.simulator_device).add
+
+    def neighbours(job: Job, store: CodesStore) -> Neighbours:
+        return _neighbours(store, job.sae, job.records.n_neighbours, job.simulator_device)
+
+    return Local(simulator, load, tokenizer, causes, neighbours)
 
 
 def local_simulator(name: str = EXPLAINER, *, device: str | None = None, dtype: str | None = None) -> Simulator:

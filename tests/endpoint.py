@@ -112,7 +112,12 @@ def play(body: dict[str, Any]) -> dict[str, Any]:
     size = len(json.dumps(body.get("messages", ""))) // 4
     form = body.get("response_format") or {}
     if form.get("type") == "json_schema":
-        return completion(json.dumps(instance(form["json_schema"]["schema"], luck)), prompt_tokens=size, completion_tokens=12)
+        n = body.get("n", 1)
+        whole = completion(json.dumps(instance(form["json_schema"]["schema"], luck)), prompt_tokens=size, completion_tokens=12 * n)
+        for index in range(1, n):
+            more = completion(json.dumps(instance(form["json_schema"]["schema"], luck)))["choices"][0]
+            whole["choices"].append(more | {"index": index})
+        return whole
     words = {"Yes": -luck.random() * 3, "No": -luck.random() * 3, **{str(i): -luck.random() * 5 for i in range(6)}}
     word = max(("Yes", "No"), key=words.__getitem__)
     return completion(word, logprobs=words if body.get("logprobs") else None, prompt_tokens=size, completion_tokens=1)

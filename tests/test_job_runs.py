@@ -269,6 +269,47 @@ def test_a_budget_stops_in_time_and_says_what_the_rest_would_cost(wide: Path, tm
         assert sum(e.tokens for e in server.ledger[1:]) / 1e6 - spent == pytest.approx(rest, rel=0.25)
 
 
+def searching(run: Path, out: Path, server: Played | str, features: list[int], **fields: Any) -> fi.Job:
+    """A job that searches with causes, and judges by every kind of window."""
+    negatives = ("random", "projected_similar_negative", "coactive_negative")
+    tree = {"depth": 2, "negatives": ("coactive_negative", "projected_similar_negative"), "n_windows": 3}
+    plan = {"negatives": negatives, "concurrency": 2} | fields.pop("plan", {})
+    return job(run, out, server, features, explainer="tree", style="rules", holistic="exact", tree=fi.TreeSettings(**tree), plan=plan, **fields)
+
+
+def test_a_search_that_is_stopped_goes_on_where_it_was(wide: Path, features: list[int], tmp_path: Path):
+    chosen = features[:4]
+    with endpoint() as server:
+        whole = fi.run(searching(wide, tmp_path / "whole", server, chosen))
+        asked, tokens = len(server.ledger) - 1, sum(e.tokens for e in server.ledger)
+        assert whole.stopped is None and whole.n_failures == 0 and not server.paid_twice()
+        assert fi.dry_run(searching(wide, tmp_path / "whole", server, chosen)).left == 0
+        expected = fi.dry_run(searching(wide, tmp_path / "none", server, chosen))
+        assert expected.left == 4 and expected.requests == pytest.approx(asked, rel=0.3)
+    for r in whole:
+        assert r.explanation is not None and r.explanation.provenance.method == "tree" and r.holistic == "exact"
+        nodes = r.explanation.search
+        assert [n.depth for n in nodes[:3]] == [0, 0, 0] and max(n.depth for n in nodes) <= 2 and sum(n.chosen for n in nodes) == 1
+        chosen_node = next(n for n in nodes if n.chosen)
+        main = r.score("correlation")
+        assert main is not None and chosen_node.rules == r.explanation.rules
+        assert chosen_node.test == (None if main.value is None else pytest.approx(main.value, abs=1e-4))
+        assert {"correlation_projected_similar_negative", "correlation_coactive_negative"} <= {s.name for s in r.scores}
+        assert all((w.holistic is not None) == (w.split == "train" and max(w.activations) > 0) for w in r.windows)
+        assert FeatureResult.from_json(json.loads(json.dumps(r.to_json()))) == r
+    with endpoint() as server:
+        runs = []
+        while not runs or runs[-1].stopped is not None:
+            assert len(runs) < 20
+            runs.append(fi.run(searching(wide, tmp_path / "out", server, chosen, budget=fi.Budget(tokens=tokens // 6))))
+        assert len(runs) > 3 and not server.paid_twice() and len(server.ledger) - len(runs) <= asked
+    assert essence(runs[-1]) == essence(whole)
+    for again, once in zip(runs[-1], whole, strict=True):
+        a, b = again.explanation, once.explanation
+        assert a is not None and b is not None and (a.rules, a.search) == (b.rules, b.search)
+        assert (a.provenance.usage.requests, a.provenance.usage.prompt_tokens) == (b.provenance.usage.requests, b.provenance.usage.prompt_tokens)
+
+
 @pytest.mark.parametrize("simulator", ["all-at-once", "rated"])
 def test_a_dry_run_of_a_finished_job_leaves_nothing(simulator: str, wide: Path, features: list[int], tmp_path: Path):
     model = str(make_subject_folder(tmp_path / "model", "llama"))

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from tiny import NASTY
 
 from featureinterp.api import Results
-from featureinterp.domain.explanation import Explanation, Provenance, Rule
+from featureinterp.domain.explanation import Explanation, Provenance, Rule, SearchNode
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Failure, Interval, Score
 from featureinterp.errors import InputError
-from featureinterp.report.render import histogram, number, read_results, render_report, summarise, visible, whisker, write_report, write_results
+from featureinterp.report.render import histogram, number, read_results, render_report, search_rows, summarise, visible, whisker, write_report, write_results
 
 P = Provenance("one-shot", "m", "explain/v1", "h")
 ABOUT = {"title": "T", "subtitle": "S", "facts": {"Subject": "tiny <b>"}}
@@ -85,6 +85,37 @@ def test_what_the_page_shows():
     assert 'id="f7"' in page and 'href="#f8"' in page
 
 
+def searched(text: str) -> FeatureResult:
+    """A feature whose explanation was searched for, with causes."""
+    nodes = (
+        SearchNode(0, None, 0, (Rule("dates", 5),), None, 0.3, 0.25, 0.2, kept=True),
+        SearchNode(1, None, 0, (Rule("spring", 4),), None, 0.1, None, None),
+        SearchNode(2, 0, 1, (Rule(text, 5), Rule("dates", 2)), f"too broad {text}", 0.7, 0.6, 0.61, chosen=True),
+        SearchNode(3, 0, 1, (), None, failure=f"MalformedReplyError: {text}"),
+    )
+    window = replace(shown((" May", " we"), split="train"), predicted=None, holistic=(0.5, -0.1))
+    return result(explanation=Explanation((Rule(text, 5), Rule("dates", 2)), P, search=nodes), windows=(window, shown((" so",))), holistic="exact")
+
+
+def test_a_search_is_drawn_as_a_tree_and_causes_are_marked():
+    page = render_report([searched("names of months")], ABOUT)
+    assert "4 explanations tried, 1 of them improved" in page
+    rows = re.search(r'<table class="search">.*?</table>', page, re.DOTALL)
+    assert rows is not None
+    order = re.findall(r"dates;|dates|spring|MalformedReplyError", rows[0])
+    assert order == ["dates", "dates", "MalformedReplyError", "spring"]
+    assert rows[0].count('class="chosen"') == 1 and "too broad names of months" in rows[0] and "0.61" in rows[0] and "–" in rows[0]
+    assert page.count("--c:1.00") == 1 and "without this token the feature would fire less" in page
+    plain = render_report([result()], ABOUT)
+    assert "--c:" not in plain and 'class="search"' not in plain and "would fire less" not in plain
+
+
+def test_a_tree_is_read_from_every_root_down():
+    parents = [None, None, 0, 0, 1, 2, 4, None]
+    nodes = [SearchNode(i, parent, 0, (Rule("x", 1),)) for i, parent in enumerate(parents)]
+    assert [n.number for n in search_rows(nodes)] == [0, 2, 5, 3, 1, 4, 6, 7]
+
+
 def test_the_page_needs_nothing_from_outside():
     page = Page(render_report([result()], ABOUT))
     for tag, name, value in page.attributes:
@@ -96,7 +127,7 @@ def test_the_page_needs_nothing_from_outside():
 
 @pytest.mark.parametrize("nasty", [*NASTY, '"><img src=x onerror=alert(1)>', "javascript:alert(1)", "{{ 7 * 7 }}"])
 def test_hostile_text_is_shown_as_text_everywhere(nasty: str):
-    plain, hostile = render_report([result()], ABOUT), None
+    plain = render_report([result(), searched("x")], ABOUT)
     bad = result(
         text=nasty,
         windows=(shown((nasty, " tail")),),
@@ -105,7 +136,7 @@ def test_hostile_text_is_shown_as_text_everywhere(nasty: str):
         baseline=Explanation((Rule(nasty, 4),), P),
         sae=nasty,
     )
-    hostile = render_report([bad], {"title": nasty, "subtitle": nasty, "facts": {nasty: nasty}})
+    hostile = render_report([bad, searched(nasty)], {"title": nasty, "subtitle": nasty, "facts": {nasty: nasty}})
     a, b = Page(plain), Page(hostile)
     assert set(b.tags) <= {*a.tags, "em"} and b.tags.count("script") == 1
     assert not [x for x in b.attributes if x[1].startswith("on")]
@@ -121,7 +152,7 @@ def test_visible_text_has_no_control_or_direction_characters(text: str):
 
 
 def test_results_round_trip(tmp_path: Path):
-    results = [result(), result(8, explanation=None, scores=(), baseline=None)]
+    results = [result(), result(8, explanation=None, scores=(), baseline=None), searched("months")]
     write_results(tmp_path, results, ABOUT)
     again, about = read_results(tmp_path)
     assert again == results and about == ABOUT

@@ -20,7 +20,7 @@ from featureinterp.domain.score import Agreement, Simulation
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, InputError, MalformedReplyError, RequestRefusedError
 from featureinterp.explain.styles import RulesStyle, SentenceStyle
-from featureinterp.explain.tree import Tree, TreeShape, worst
+from featureinterp.explain.tree import Tree, TreeSettings, worst
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.types import Reply, Request
 from featureinterp.score.correlation import agreement
@@ -116,7 +116,7 @@ def test_each_level_goes_on_from_the_best_on_the_training_split():
             return several(request, rules("rope", improvement="x"), rules("mast", improvement="x"))
         return several(request, rules("wind"), rules("May", "wind", "tide"), rules("May", "wind"))
 
-    found, _, _ = search(answer, shape=TreeShape(width=2, depth=1))
+    found, _, _ = search(answer, tree=TreeSettings(width=2, depth=1))
     nodes = found.search
     best = sorted(nodes[:3], key=lambda n: -(n.train or 0))[:2]
     assert [n.rules[0].activates_on for n in best] == ['the word "May"', 'the word "May"']
@@ -128,7 +128,7 @@ def test_a_good_explanation_ends_the_search():
     found, model, _ = search(lambda request: several(request, rules("May")))
     assert len(model.requests) == 1 and len(found.search) == 3 and found.search[0].train == pytest.approx(1.0)
     found, model, _ = search(
-        lambda request: several(request, rules("May", *([] if improving(request) else ["wind"]), improvement="x")), shape=TreeShape(stop_at=0.99)
+        lambda request: several(request, rules("May", *([] if improving(request) else ["wind"]), improvement="x")), tree=TreeSettings(stop_at=0.99)
     )
     assert len(model.requests) == 1 + 1 and max(n.depth for n in found.search) == 1
     assert [r.activates_on for r in found.rules] == ['the word "May"'], "the three equal roots are one to go on from"
@@ -140,7 +140,7 @@ def test_validation_chooses_and_training_does_not():
     def answer(request: Request) -> Reply:
         return several(request, rules("May", improvement="x"), rules("tide", improvement="x"), rules("wind", improvement="x"))
 
-    found, _, _ = search(answer, record(train=" May", valid=" tide"), shape=TreeShape(depth=0))
+    found, _, _ = search(answer, record(train=" May", valid=" tide"), tree=TreeSettings(depth=0))
     by_word = {n.rules[0].activates_on: n for n in found.search}
     assert by_word['the word "May"'].train == pytest.approx(1.0) and (by_word['the word "May"'].valid or 0) < 0.2
     assert found.rules[0].activates_on == 'the word "tide"' and by_word['the word "tide"'].chosen
@@ -159,7 +159,7 @@ def test_feedback_shows_the_worst_windows_token_by_token():
     def answer(request: Request) -> Reply:
         return several(request, rules("wind", improvement="x") if improving(request) else rules("May", "wind"))
 
-    _, model, _ = search(answer, shape=TreeShape(depth=1, roots=1, branching=1, feedback=2))
+    _, model, _ = search(answer, tree=TreeSettings(depth=1, roots=1, branching=1, feedback=2))
     first, second = model.requests
     assert second.messages[: len(first.messages)] == first.messages
     assert json.loads(second.messages[-2].content) == json.loads(rules("May", "wind"))
@@ -188,7 +188,7 @@ def test_what_fails_is_a_node_with_its_cause():
             return several(request, "no rules", rules("May", improvement="x"))
         return several(request, rules("wind"), "nothing", rules("tide"))
 
-    found, _, _ = search(answer, shape=TreeShape(depth=1))
+    found, _, _ = search(answer, tree=TreeSettings(depth=1))
     failed = [n for n in found.search if n.failure]
     assert any("too long" in (n.failure or "") for n in failed) and all(not n.rules for n in failed)
     assert found.rules[0].activates_on == 'the word "May"'
@@ -206,7 +206,7 @@ def test_what_fails_is_a_node_with_its_cause():
 
 def test_an_endpoint_that_gives_one_reply_at_a_time_is_asked_more_often():
     words = iter(["wind", "tide", "sail"])
-    found, model, _ = search(lambda _: rules(next(words)), shape=TreeShape(depth=0))
+    found, model, _ = search(lambda _: rules(next(words)), tree=TreeSettings(depth=0))
     assert len(found.search) == 3 and [r.n for r in model.requests] == [3, 2, 1] and len({r.seed for r in model.requests}) == 3
 
 
@@ -222,7 +222,7 @@ class Broken:
 
 @pytest.mark.parametrize("constant", [True, False])
 def test_undefined_scores_end_nothing(constant: bool):
-    found, model, _ = search(lambda request: several(request, rules("wind", improvement="x")), simulator=Broken(constant), shape=TreeShape(depth=1, roots=1))
+    found, model, _ = search(lambda request: several(request, rules("wind", improvement="x")), simulator=Broken(constant), tree=TreeSettings(depth=1, roots=1))
     assert found.rules and all(n.train is None and n.valid is None for n in found.search)
     assert ("could not be simulated: cut" in (found.search[0].failure or "")) is not constant
     assert "the same everywhere" in model.requests[1].messages[-1].content and "Excerpt 3" in model.requests[1].messages[-1].content
@@ -235,7 +235,7 @@ def test_what_cannot_be_searched():
         search(lambda request: several(request, rules("wind")), silent)
     for wrong in ({"width": 0}, {"roots": 0}, {"depth": -1}, {"branching": 0}):
         with pytest.raises(InputError, match=next(iter(wrong))):
-            TreeShape(**wrong)  # type: ignore[arg-type]
+            TreeSettings(**wrong)  # type: ignore[arg-type]
 
 
 def plain_r(x: np.ndarray, y: np.ndarray) -> float:

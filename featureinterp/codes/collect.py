@@ -96,6 +96,12 @@ def collect(
     return CodesStore.open(run)
 
 
+def check_sae(store: CodesStore, sae: LoadedSae) -> None:
+    """Raises ``IncompatibleError`` when ``sae`` is not the one that made the store's codes."""
+    if store.meta["sae"]["fingerprint"] != sae.fingerprint:
+        raise IncompatibleError(f"the run's codes were made with another SAE than {sae.name!r} is: give the one that it names, {store.meta['sae']['name']!r}")
+
+
 def _check_owner(run: Path, subject: Subject, sae: LoadedSae) -> None:
     """Refuses to replace finished codes of another model or SAE."""
     done = run / "codes" / "codes.json"

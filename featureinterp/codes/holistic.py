@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from featureinterp.codes.collect import check_fit, scored_by_norm
+from featureinterp.codes.collect import check_fit, check_sae, scored_by_norm
 from featureinterp.codes.store import CodesStore
 from featureinterp.domain.record import SPLITS, FeatureRecord, Window
 from featureinterp.errors import IncompatibleError, InputError
@@ -40,9 +40,10 @@ class HolisticActivations:
     @classmethod
     def of_run(cls, store: CodesStore, subject: Subject, sae: LoadedSae, method: Method = "exact") -> HolisticActivations:
         """For records of ``store``. Raises ``IncompatibleError`` when model or SAE are not those that made it."""
-        for what, key, ours in (("model", "model", subject.fingerprint), ("SAE", "sae", sae.fingerprint)):
-            if store.meta[key]["fingerprint"] != ours:
-                raise IncompatibleError(f"the run's codes were made with another {what} than {store.meta[key]['name']!r} is now: collect them again")
+        check_sae(store, sae)
+        if store.meta["model"]["fingerprint"] != subject.fingerprint:
+            named = store.meta["model"]["name"]
+            raise IncompatibleError(f"the run's codes were made with another model than {subject.name!r} is: give the one that it names, {named!r}")
         return cls(subject, sae, method)
 
     def of(self, feature: int, windows: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -13,7 +13,8 @@ from featureinterp.domain.score import Failure, Score
 @dataclass(frozen=True, slots=True)
 class ShownWindow:
     """A window as a page shows it. ``pieces``, ``activations`` (raw units) and, where it was simulated, ``predicted`` (levels
-    0–5) and ``null_predicted`` (by another feature's explanation) have one entry per token."""
+    0–5) and ``null_predicted`` (by another feature's explanation) have one entry per token; so has ``holistic`` (raw units)
+    where it was computed."""
 
     split: str
     source: str
@@ -24,12 +25,14 @@ class ShownWindow:
     predicted: tuple[float, ...] | None = None
     null_predicted: tuple[float, ...] | None = None
     failure: str | None = None
+    holistic: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureResult:
     """One feature of a run. ``explanation`` is None when there is none, and ``failures`` says why. ``baseline``: the top-token
-    list and its scores on the same windows. ``null_of``: the feature whose explanation was the null."""
+    list and its scores on the same windows. ``null_of``: the feature whose explanation was the null. ``holistic``: the method of
+    its windows' holistic activations."""
 
     feature: int
     sae: str
@@ -45,6 +48,7 @@ class FeatureResult:
     failures: tuple[Failure, ...] = ()
     shortfalls: Mapping[str, str] = field(default_factory=dict)
     complexity: tuple[float | None, ...] = ()
+    holistic: str | None = None
 
     def score(self, name: str) -> Score | None:
         """The explanation's score of that name."""
@@ -63,7 +67,7 @@ class FeatureResult:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable form that :meth:`from_json` reads back to an equal value."""
-        out: dict[str, Any] = {name: getattr(self, name) for name in ("feature", "sae", "scale", "density", "count", "null_of")}
+        out: dict[str, Any] = {name: getattr(self, name) for name in ("feature", "sae", "scale", "density", "count", "null_of", "holistic")}
         out["explanation"] = self.explanation.to_json() if self.explanation else None
         out["baseline"] = self.baseline.to_json() if self.baseline else None
         out["scores"] = [s.to_json() for s in self.scores]
@@ -89,5 +93,5 @@ class FeatureResult:
 
 
 def _window(value: Mapping[str, Any]) -> ShownWindow:
-    arrays = {n: None if value[n] is None else tuple(value[n]) for n in ("pieces", "activations", "predicted", "null_predicted")}
+    arrays = {n: None if value.get(n) is None else tuple(value[n]) for n in ("pieces", "activations", "predicted", "null_predicted", "holistic")}
     return ShownWindow(**{**value, **arrays})

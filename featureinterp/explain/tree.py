@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,10 +33,11 @@ class _Improvement(pydantic.BaseModel):
 
 
 @dataclass(frozen=True)
-class TreeShape:
+class TreeSettings:
     """How far a search goes. ``roots``: one-shot explanations at the start. At each of ``depth`` levels the best ``width`` explanations on the
     training split, of those that were not yet, are improved ``branching`` times each. ``stop_at``: the search ends when a training correlation reaches it.
-    ``feedback``: how many of the worst windows are shown."""
+    ``feedback``: how many of the worst windows are shown. ``negatives``: the kinds of windows that stand beside the top ones, as far as a record has
+    them; ``n_windows`` of each kind."""
 
     roots: int = 3
     depth: int = 3
@@ -44,11 +45,13 @@ class TreeShape:
     branching: int = 2
     stop_at: float = 0.9
     feedback: int = 3
+    negatives: tuple[Source, ...] = ("similar_negative", "random_negative")
+    n_windows: int = 10
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
-        for name in ("roots", "width", "branching", "feedback"):
+        for name in ("roots", "width", "branching", "feedback", "n_windows"):
             if getattr(self, name) < 1:
                 raise InputError(f"a tree search with {name} = {getattr(self, name)} is not possible: give at least 1")
         if self.depth < 0:
@@ -74,8 +77,8 @@ class Tree:
     """Searches for an explanation: one-shot roots, then levels of improvements on the windows whose predictions are most wrong.
 
     Simulations of the training split steer the search, those of the validation split choose the answer among all nodes, and the test split is
-    never looked at. ``agree`` compares simulations with the truth. ``negatives``: the kinds of windows that stand beside the top ones, as far as a
-    record has them; ``n_windows`` of each kind. The answer's ``search`` holds every node, its provenance the cost of the whole search.
+    never looked at. ``agree`` compares simulations with the truth. The answer's ``search`` holds every node, its provenance the cost of the whole
+    search.
     """
 
     def __init__(
@@ -85,9 +88,7 @@ class Tree:
         simulator: Simulator,
         agree: Agree,
         *,
-        shape: TreeShape | None = None,
-        negatives: tuple[Source, ...] = ("similar_negative", "random_negative"),
-        n_windows: int = 10,
+        tree: TreeSettings | None = None,
         temperature: float = 1.0,
         improve_temperature: float = 1.2,
         seed: int = 0,
@@ -95,11 +96,10 @@ class Tree:
         version: str = "v1",
     ) -> None:
         self.model, self.style, self.simulator, self.agree = model, style, simulator, agree
-        self.shape = shape or TreeShape()
-        self.negatives, self.n_windows = negatives, n_windows
+        self.tree = tree or TreeSettings()
         self.improve_temperature, self.max_tokens = improve_temperature, max_tokens
         self.prompt = load_prompt("improve", version)
-        self.root = OneShot(model, style, n_windows=n_windows, temperature=temperature, seed=seed, max_tokens=max_tokens)
+        self.root = OneShot(model, style, n_windows=self.tree.n_windows, temperature=temperature, seed=seed, max_tokens=max_tokens)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -108,8 +108,7 @@ class Tree:
             **self.root.settings,
             "explainer": "tree",
             "improve": [self.prompt.name, self.prompt.hash, self.improve_temperature],
-            "shape": [getattr(self.shape, name) for name in self.shape.__dataclass_fields__],
-            "negatives": list(self.negatives),
+            "tree": asdict(self.tree),
             "simulator": getattr(self.simulator, "settings", {"kind": type(self.simulator).__name__}),
         }
 
@@ -122,8 +121,8 @@ class _Search:
     """One feature's search."""
 
     def __init__(self, tree: Tree, record: FeatureRecord) -> None:
-        self.tree, self.record = tree, record
-        self.shown = training_windows(record, tree.n_windows)
+        self.tree, self.shape, self.record = tree, tree.tree, record
+        self.shown = training_windows(record, self.shape.n_windows)
         self.train = self._windows("train")
         self.valid = self._windows("valid")
         if not any(w.fires for w in self.valid):
@@ -133,11 +132,11 @@ class _Search:
         self._known: dict[tuple[tuple[str, int], ...], _Node] = {}
 
     def _windows(self, split: Any) -> list[Window]:
-        sources: tuple[Source, ...] = ("top", *self.tree.negatives)
-        return [w for source in sources for w in self.record.get(split, source)[: self.tree.n_windows]]
+        sources: tuple[Source, ...] = ("top", *self.shape.negatives)
+        return [w for source in sources for w in self.record.get(split, source)[: self.shape.n_windows]]
 
     async def run(self) -> Explanation:
-        shape = self.tree.shape
+        shape = self.shape
         answers = await self.tree.root.samples(self.record, shape.roots)
         self.usage += answers.usage
         if not answers.found:
@@ -166,7 +165,7 @@ class _Search:
     def _best(self) -> list[_Node]:
         """The best nodes that were not improved yet, each explanation once; of equals those that are improvements themselves."""
         fresh = [n for n in self._known.values() if not n.kept.kept]
-        return sorted(fresh, key=lambda n: (-n.rank, -n.kept.depth, n.kept.number))[: self.tree.shape.width]
+        return sorted(fresh, key=lambda n: (-n.rank, -n.kept.depth, n.kept.number))[: self.shape.width]
 
     async def _score(self, nodes: Sequence[_Node]) -> None:
         """Simulates what has not been simulated yet, all at once."""
@@ -193,7 +192,7 @@ class _Search:
 
     async def _improve(self, node: _Node) -> list[tuple[Explanation | None, str | None, str | None]]:
         """Explanations with the improvement in words, and a failure for each that is missing."""
-        tree, shape = self.tree, self.tree.shape
+        tree, shape = self.tree, self.shape
         assert node.explanation is not None
         explanation = node.explanation
         answer = Message("assistant", json.dumps(tree.style.write(explanation), ensure_ascii=False))
@@ -218,7 +217,7 @@ class _Search:
     def _feedback(self, node: _Node) -> str:
         scale = self.record.scale
         windows = []
-        for i in worst(node.train, self.train, node.simulations, scale, self.tree.shape.feedback):
+        for i in worst(node.train, self.train, node.simulations, scale, self.shape.feedback):
             window, expected = self.train[i], node.simulations[i].expected
             assert expected is not None
             true = 5 * window.activations / scale

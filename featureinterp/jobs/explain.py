@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import anyio.abc
 import anyio.to_thread
 import numpy as np
 
-from featureinterp.domain.explanation import Explanation
+from featureinterp.domain.explanation import Explanation, Rule, SearchNode
 from featureinterp.domain.record import Window
 from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.score import Failure, Score, Simulation
@@ -28,14 +29,17 @@ from featureinterp.interfaces import Explainer, LanguageModel, Simulator
 from featureinterp.jobs.budget import Budget, Guard
 from featureinterp.jobs.feature import FeatureState, result_of
 from featureinterp.jobs.journal import Journal
+from featureinterp.jobs.kept import simulations_of, value_of, working_on
 from featureinterp.jobs.plan import Event, Outcome, Part, Plan
 from featureinterp.jobs.schedule import RecordsOf, Run
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.tally import count, tally
 from featureinterp.score.complexity import Complexity
+from featureinterp.score.correlation import Pairs, correlation
 from featureinterp.score.detection import Detection
 from featureinterp.score.fuzzing import Fuzzing
 from featureinterp.score.verdicts import Verdict, judge
+from featureinterp.tasks import each
 
 FORMAT = 3
 
@@ -157,10 +161,12 @@ class ExplainJob:
             state.baseline = None  # the explainer itself says why, as a failure of its own
 
         async def work() -> Any:
-            return (await self.explainer.explain(state.record)).to_json(), False
+            with working_on(state.record.feature.index):
+                return (await self.explainer.explain(state.record)).to_json(), False
 
         settings = settings_of(self.explainer)
-        value = await self._stage(state, "explain", {"explainer": settings}, work, settings)
+        causes = {} if state.record.holistic is None else {"holistic": state.record.holistic}
+        value = await self._stage(state, "explain", {"explainer": settings, **causes}, work, settings)
         state.explanation = Explanation.from_json(value) if value else None
 
     async def score(self, state: FeatureState) -> None:
@@ -172,6 +178,7 @@ class ExplainJob:
             state.own = await self._simulated(state, "simulate", explanation, self.plan.parts())
             if state.null is not None:
                 state.null_simulated = await self._simulated(state, "simulate-null", state.null.explanation, self.plan.null_parts())
+            state.search = await self._search(state, explanation)
         if self.judge is not None:
             await self._ask(state, explanation, self.judge)
 
@@ -184,7 +191,7 @@ class ExplainJob:
             failed = [s.failure for s in simulations if s.expected is None]
             if windows and len(failed) == len(windows):
                 raise LanguageModelError(f"no window could be simulated: {failed[0]}")
-            return [{"failure": s.failure} if s.expected is None else np.round(s.expected, 5).tolist() for s in simulations], bool(failed)
+            return value_of(simulations), bool(failed)
 
         settings = settings_of(self.simulator)
         depends = {
@@ -195,8 +202,21 @@ class ExplainJob:
         value = await self._stage(state, stage, depends, work, settings)
         if value is None:
             return {}
-        simulations = iter([Simulation(None, v["failure"]) if isinstance(v, dict) else Simulation(np.array(v)) for v in value])
+        simulations = iter(simulations_of(value))
         return {part: [next(simulations) for _ in windows] for part, windows in chosen.items()}
+
+    async def _search(self, state: FeatureState, explanation: Explanation) -> tuple[SearchNode, ...]:
+        """The nodes of a search with their correlations on the test windows, which the search itself never sees."""
+        parts = self.plan.null_parts()
+        simulated: dict[tuple[Rule, ...], float | None] = {}
+
+        async def test(rules: tuple[Rule, ...]) -> None:
+            found = await self._simulated(state, "simulate-search-test", replace(explanation, rules=rules), parts)
+            pairs = [Pairs.of(state.record.get(*part)[: len(sims)], sims) for part, sims in found.items()]
+            simulated[rules] = correlation(sum(pairs, Pairs((), ()))).value
+
+        await each(test, dict.fromkeys(node.rules for node in explanation.search if node.rules))
+        return tuple(replace(node, test=simulated.get(node.rules)) for node in explanation.search)
 
     async def _ask(self, state: FeatureState, explanation: Explanation, judge_model: LanguageModel) -> None:
         """Detection, fuzzing and complexity; each is a stage of its own."""

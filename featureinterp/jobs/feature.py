@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
-from featureinterp.domain.explanation import Explanation
+from featureinterp.domain.explanation import Explanation, SearchNode
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Failure, Score, Simulation
@@ -38,6 +38,7 @@ class FeatureState:
     null_simulated: dict[Part, list[Simulation]] = field(default_factory=dict)
     asked: list[Score] = field(default_factory=list)
     ratings: tuple[float | None, ...] = ()
+    search: tuple[SearchNode, ...] = ()
     failures: list[Failure] = field(default_factory=list)
     partial: bool = False
     reused: bool = True
@@ -76,7 +77,7 @@ def result_of(state: FeatureState, plan: Plan, document_name: Callable[[int], st
         density=record.density,
         count=record.count,
         windows=tuple(_shown(state, plan, document_name)),
-        explanation=state.explanation,
+        explanation=replace(state.explanation, search=state.search) if state.explanation and state.search else state.explanation,
         scores=(*own, *state.asked),
         baseline=state.baseline,
         baseline_scores=tuple(baseline),
@@ -84,6 +85,7 @@ def result_of(state: FeatureState, plan: Plan, document_name: Callable[[int], st
         failures=tuple(state.failures),
         shortfalls=dict(record.shortfalls),
         complexity=state.ratings,
+        holistic=record.holistic,
     )
 
 
@@ -131,6 +133,7 @@ def _shown(state: FeatureState, plan: Plan, document_name: Callable[[int], str])
                     _levels(mine),
                     _levels(other),
                     mine.failure if mine else None,
+                    None if window.holistic is None else tuple(np.round(window.holistic.astype(float), 5).tolist()),
                 )
             )
     return shown

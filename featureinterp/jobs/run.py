@@ -18,10 +18,12 @@ from featureinterp.errors import InputError
 from featureinterp.explain.baselines import TopTokens
 from featureinterp.explain.one_shot import OneShot
 from featureinterp.explain.styles import style
+from featureinterp.explain.tree import Tree
 from featureinterp.files import explained_storage, write_json
 from featureinterp.interfaces import Explainer, LanguageModel, Simulator
 from featureinterp.jobs.explain import ExplainJob, settings_of
 from featureinterp.jobs.journal import Journal, Rehearsal
+from featureinterp.jobs.kept import KeptSimulator
 from featureinterp.jobs.plan import Event, Outcome
 from featureinterp.jobs.records import build_records, parse_features
 from featureinterp.jobs.spec import Job
@@ -32,10 +34,13 @@ from featureinterp.llm.prices import Price
 from featureinterp.llm.stack import open_stack
 from featureinterp.llm.tally import Tallied
 from featureinterp.llm.types import Reply, Request
+from featureinterp.records.build import Neighbours
+from featureinterp.score.correlation import agreement
 from featureinterp.simulate.lexical import Lexical
 from featureinterp.simulate.prompt_logprobs import PromptLogprobs
 from featureinterp.simulate.rated import Rated
 
+HOLISTIC = {"exact": "exact, every token left out in turn", "gradient": "approximate, gradient times embedding"}
 REHEARSED = 24
 """How many of a job's features a dry run goes through; the rest are taken to be like them."""
 
@@ -44,11 +49,14 @@ Steps = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Local:
-    """What needs a model library: the all-at-once simulator of a job, model and tokenizer of a name for a job, a tokenizer alone."""
+    """What needs a model library: the all-at-once simulator of a job, model and tokenizer of a name for a job, a tokenizer alone; what adds holistic
+    activations to the records of a job, and which features have the nearest decoder directions."""
 
     simulator: Callable[[Job], Simulator]
     load: Callable[[Job, str], tuple[Any, Any]]
     tokenizer: Callable[[str], Any]
+    causes: Callable[[Job, CodesStore], Callable[[Iterator[FeatureRecord]], Iterator[FeatureRecord]]]
+    neighbours: Callable[[Job, CodesStore], Neighbours]
 
 
 @dataclass(frozen=True)
@@ -96,12 +104,12 @@ async def run_job(job: Job, store: CodesStore, local: Local, *, on_event: Callab
         with explained_storage(job.folder), Journal(path) as journal, closing(ReplyStore(job.folder / "replies.sqlite")) as replies:
             model = stack.model(replies)
             judge = own[0].model(replies) if own else model
-            explainer, simulator = _parts(job, model, local)
+            explainer, simulator = _parts(job, model, local, journal)
             work = _explain_job(job, store, journal, explainer, simulator, judge, meter, on_event)
             write_json(job.folder / "job.json", {"key": work.key, "job": job.model_dump(mode="json"), "features": features})
             if left := len(work.remaining(features)):
                 steps("explained", 0, left)
-            outcome = await work.run(features, _records(job, store, steps))
+            outcome = await work.run(features, _records(job, store, local, steps))
             results = tuple(journal.features(work.key, features))
     return Ran(outcome, results, _about(store, job, endpoint, explainer, simulator, outcome))
 
@@ -113,13 +121,15 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
     path = job.folder / "journal.sqlite"
     meter = Meter()
     model, judge = (Tallied(Cached(Metered(_Understudy(e.name), meter, price=price), ReplyStore(None))) for e in (endpoint, job.judge_endpoint))
-    explainer, simulator = _parts(job, model, replace(local, simulator=lambda job: _NoSimulator(local.simulator(job))))
+    real = local.simulator
+    local = replace(local, simulator=lambda job: _NoSimulator(real(job)), causes=_no_causes)
     with Journal(path if path.exists() else ":memory:") as journal, Rehearsal(journal) as rehearsal:
+        explainer, simulator = _parts(job, model, local, rehearsal)
         work = _explain_job(job, store, rehearsal, explainer, simulator, judge, meter, lambda _: None)
         left = work.remaining(features)
         sample = left[:: max(1, -(-len(left) // REHEARSED))]
         if sample:
-            await work.run(sample, _records(job, store, steps))
+            await work.run(sample, _records(job, store, local, steps))
     used = meter.usage
     scale = len(left) / len(sample) if sample else 0.0
     requests, prompt_tokens, completion_tokens = (round(x * scale) for x in (used.requests, used.prompt_tokens, used.completion_tokens))
@@ -132,7 +142,7 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
 
 def _asks(job: Job) -> bool:
     """Whether a job needs its language model at all."""
-    return job.explainer == "one-shot" or job.simulator in ("rated", "prompt-logprobs") or "score" in job.stages
+    return job.explainer != "top-tokens" or job.simulator in ("rated", "prompt-logprobs") or "score" in job.stages
 
 
 def _features(job: Job, store: CodesStore) -> list[int]:
@@ -154,15 +164,24 @@ def _price(job: Job, endpoint: Endpoint) -> Price | None:
     return price
 
 
-def _parts(job: Job, model: LanguageModel, local: Local) -> tuple[Explainer, Simulator]:
-    explainer: Explainer = TopTokens() if job.explainer == "top-tokens" else OneShot(model, style(job.style, rule_cap=job.rule_cap))
+def _parts(job: Job, model: LanguageModel, local: Local, journal: Journal) -> tuple[Explainer, Simulator]:
+    simulator = _simulator(job, model, local)
+    if job.explainer == "top-tokens":
+        return TopTokens(), simulator
+    form = style(job.style, rule_cap=job.rule_cap, causes=job.holistic is not None, few_shot=job.few_shot)
+    if job.explainer == "tree":
+        return Tree(model, form, KeptSimulator(simulator, journal), agreement, tree=job.tree, seed=job.plan.seed), simulator
+    return OneShot(model, form), simulator
+
+
+def _simulator(job: Job, model: LanguageModel, local: Local) -> Simulator:
     if job.simulator == "rated":
-        return explainer, Rated(model)
+        return Rated(model)
     if job.simulator == "lexical":
-        return explainer, Lexical()
+        return Lexical()
     if job.simulator == "prompt-logprobs":
-        return explainer, PromptLogprobs(model, lambda: local.tokenizer(_tokenizer_name(job.endpoint)))
-    return explainer, local.simulator(job)
+        return PromptLogprobs(model, lambda: local.tokenizer(_tokenizer_name(job.endpoint)))
+    return local.simulator(job)
 
 
 def _tokenizer_name(endpoint: Endpoint) -> str:
@@ -189,7 +208,7 @@ def _explain_job(
         simulator,
         judge=judge if plan.detection or plan.fuzzing or plan.complexity else None,
         plan=plan,
-        source=[store.fingerprint, job.records.seed, job.records.n_quantiles, job.records.half_width, list(job.records.counts.items())],
+        source=[store.fingerprint, *_drawn(job)],
         meter=meter,
         budget=job.budget,
         max_failure_rate=job.max_failure_rate,
@@ -198,11 +217,36 @@ def _explain_job(
     )
 
 
-def _records(job: Job, store: CodesStore, steps: Steps) -> Callable[[Sequence[int]], Iterator[FeatureRecord]]:
+def _drawn(job: Job) -> list[Any]:
+    """What records depend on beside the store."""
+    policy = job.policy
+    found: list[Any] = [policy.seed, policy.n_quantiles, policy.half_width, list(policy.counts.items())]
+    if policy.wants("projected_similar", "projected_similar_negative"):
+        found.append(policy.projection)
+    if policy.wants("coactive_negative"):
+        found.append(policy.n_neighbours)
+    return found if job.holistic is None else [*found, job.holistic]
+
+
+def _records(job: Job, store: CodesStore, local: Local, steps: Steps) -> Callable[[Sequence[int]], Iterator[FeatureRecord]]:
     def records(features: Sequence[int]) -> Iterator[FeatureRecord]:
-        return build_records(job.run, store, features, job.records, progress=lambda done, total: steps("windows embedded", done, total))
+        policy = job.policy
+        neighbours = local.neighbours(job, store) if policy.wants("coactive_negative") else None
+        built = build_records(job.run, store, features, policy, neighbours=neighbours, progress=lambda done, total: steps("windows embedded", done, total))
+        return built if job.holistic is None else local.causes(job, store)(built)
 
     return records
+
+
+def _no_causes(job: Job, store: CodesStore) -> Callable[[Iterator[FeatureRecord]], Iterator[FeatureRecord]]:
+    """Stands for holistic activations, of prompts that are about as long: every token causes its own activation."""
+
+    def add(records: Iterator[FeatureRecord]) -> Iterator[FeatureRecord]:
+        for record in records:
+            train = {s: tuple(replace(w, holistic=w.activations) for w in windows) for s, windows in record.splits.get("train", {}).items()}
+            yield replace(record, splits={**record.splits, "train": train}, holistic=job.holistic)
+
+    return add
 
 
 def _about(store: CodesStore, job: Job, endpoint: Endpoint, explainer: Explainer, simulator: Simulator, outcome: Outcome) -> dict[str, Any]:
@@ -214,7 +258,8 @@ def _about(store: CodesStore, job: Job, endpoint: Endpoint, explainer: Explainer
         "Subject": f"{meta['model']['name']} ({meta['model']['dtype']})",
         "SAE": f"{meta['sae']['name']}, {meta['sae']['architecture']}, {store.n_features:,} features at {meta['sae']['hook']}",
         "Corpus": f"{meta['corpus']['name']}: {store.windows.n_tokens:,} tokens in {len(store.windows):,} windows of {store.windows.length}",
-        "Explainer": f"{job.explainer}, {endpoint.model}" if job.explainer == "one-shot" else job.explainer,
+        "Explainer": job.explainer if job.explainer == "top-tokens" else f"{job.explainer}, {endpoint.model}",
+        **({"Holistic activations": HOLISTIC[job.holistic]} if job.holistic else {}),
         "Simulator": f"{job.simulator} {settings[1].get('model', '')}".strip() if "simulate" in job.stages else "none",
         "Prompts": ", ".join(f"{s['prompt']} {s['prompt_hash'][:8]}" for s in settings if s.get("prompt")) or "none",
         "Windows judged": f"{job.plan.n_test} of each kind, from documents that the explainer did not see",

@@ -21,7 +21,9 @@ from typing import Any, Literal
 
 import pydantic
 
+from featureinterp.domain.record import Source
 from featureinterp.errors import InputError
+from featureinterp.explain.tree import TreeSettings
 from featureinterp.jobs.budget import Budget
 from featureinterp.jobs.plan import Plan
 from featureinterp.llm.config import EMBEDDED, LOCAL, Endpoint, load_config
@@ -37,7 +39,10 @@ class Job(pydantic.BaseModel):
     ``run``: folder that ``collect`` wrote. ``features``: ``"0:40"``, ``"3,17"``, ``"random:20"``, ``"alive"`` or indices. ``out``: folder for
     journal, results and report (``RUN/explain``). ``stages``: ``explain`` is always needed; ``simulate`` adds correlations, ``score`` detection,
     fuzzing and complexity. ``llm``: an endpoint, the name of one in the configuration file, or None for the embedded model.
-    ``max_failure_rate``: the job stops when more of its stages fail.
+    ``few_shot``: a JSON file with worked examples in place of the style's own. ``holistic``: shows the explainer which tokens cause the activations,
+    found by leaving out each in turn ("exact") or by the gradient. ``model``, ``sae``: where the subject and the SAE of the run are found now,
+    for holistic activations and co-active windows; by the names that the run recorded when not given. ``max_failure_rate``: the job stops when
+    more of its stages fail.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -46,9 +51,14 @@ class Job(pydantic.BaseModel):
     features: str | tuple[int, ...] = "random:10"
     out: Path | None = None
     stages: tuple[Stage, ...] = ("explain", "simulate", "score")
-    explainer: Literal["one-shot", "top-tokens"] = "one-shot"
+    explainer: Literal["one-shot", "tree", "top-tokens"] = "one-shot"
     style: Literal["sentence", "rules"] = "sentence"
     rule_cap: int = pydantic.Field(5, ge=1, le=10)
+    few_shot: Path | None = None
+    holistic: Literal["exact", "gradient"] | None = None
+    tree: TreeSettings = TreeSettings()
+    model: str | None = None
+    sae: str | None = None
     simulator: Literal["all-at-once", "prompt-logprobs", "rated", "lexical"] = "all-at-once"
     simulator_model: str = EMBEDDED
     simulator_device: str | None = None
@@ -65,6 +75,30 @@ class Job(pydantic.BaseModel):
         if "explain" not in stages:
             raise ValueError("explain is missing, without which there is nothing to judge")
         return stages
+
+    @pydantic.model_validator(mode="after")
+    def _causes_are_shown(self) -> Job:
+        if self.holistic is not None and self.explainer == "top-tokens":
+            raise ValueError("top-tokens looks at no causes: leave holistic out, or choose the explainer one-shot or tree")
+        return self
+
+    @property
+    def policy(self) -> RecordPolicy:
+        """The record policy, with enough windows of every kind that the plan judges by and the search learns from."""
+        counts = dict(self.records.counts)
+
+        def at_least(source: Source, *wanted: int) -> None:
+            had = counts.get(source, (0, 0, 0))
+            counts[source] = (max(had[0], wanted[0]), max(had[1], wanted[1]), max(had[2], wanted[2]))
+
+        plan = self.plan
+        at_least("top", 0, plan.n_valid, plan.n_test)
+        for i, source in enumerate(plan.negatives):
+            at_least(source, 0, 0 if i else plan.n_valid, plan.n_test)
+        if self.explainer == "tree":
+            for source in ("top", *self.tree.negatives):
+                at_least(source, self.tree.n_windows, self.tree.n_windows, 0)
+        return replace(self.records, counts=counts)
 
     @property
     def folder(self) -> Path:
@@ -114,7 +148,7 @@ def load_job(path: Path) -> Job:
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"the job {path} cannot be read: {error}") from error
-    for name in ("run", "out"):
+    for name in ("run", "out", "few_shot"):
         if isinstance(fields.get(name), str):
             fields[name] = path.parent / fields[name]
     try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from featureinterp.domain.explanation import SearchNode
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Score
 from featureinterp.errors import InputError
@@ -24,16 +25,26 @@ SOURCE_NAMES = {
     "random_negative": "Random, silent",
     "similar": "Similar",
     "similar_negative": "Similar, silent",
+    "projected_similar": "Similar after projection",
+    "projected_similar_negative": "Similar after projection, silent",
+    "coactive_negative": "Where a neighbouring feature fires, silent",
 }
+WINDOW_KINDS = {
+    "random": "random",
+    "similar": "similar",
+    "projected_similar": "projected similar",
+    "random_negative": "random silent",
+    "similar_negative": "similar silent",
+    "projected_similar_negative": "projected similar silent",
+    "coactive_negative": "co-active silent",
+}
+"""What stands beside the top windows, in the names of scores."""
 SCORE_NAMES = {
     "correlation": "Correlation, top + random",
-    "correlation_random": "Correlation, top + random",
-    "correlation_similar_negative": "Correlation, top + similar silent",
-    "correlation_random_negative": "Correlation, top + random silent",
+    **{f"correlation_{source}": f"Correlation, top + {kind}" for source, kind in WINDOW_KINDS.items()},
     "explained_variance": "Explained variance",
     "deviation_explained": "Deviation explained",
-    "false_positives_similar_negative": "False positives per similar silent window",
-    "false_positives_random_negative": "False positives per random silent window",
+    **{f"false_positives_{source}": f"False positives per {kind} window" for source, kind in WINDOW_KINDS.items()},
     "detection_balanced_accuracy": "Detection, balanced accuracy",
     "detection_f1": "Detection, F1",
     "detection_auroc": "Detection, AUROC",
@@ -47,13 +58,15 @@ BINS = 12
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token as it is drawn: visible text, true activation as a share of the scale (0–1), predicted level, and a title."""
+    """A token as it is drawn: visible text, true activation as a share of the scale (0–1), predicted level, a title, and its holistic activation as a
+    share of the feature's largest (0–1)."""
 
     text: str
     breaks: int
     true: float
     predicted: float | None
     title: str
+    cause: float = 0.0
 
 
 def write_report(path: Path, results: Sequence[FeatureResult], about: Mapping[str, Any]) -> Path:
@@ -70,7 +83,7 @@ def render_report(results: Sequence[FeatureResult], about: Mapping[str, Any]) ->
         loader=jinja2.PackageLoader("featureinterp.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": number, "score_name": lambda n: SCORE_NAMES.get(n, n.replace("_", " ")), "source_name": lambda s: SOURCE_NAMES.get(s, s)}
-    environment.globals |= {"tokens": tokens, "whisker": whisker, "groups": groups}
+    environment.globals |= {"tokens": tokens, "whisker": whisker, "groups": groups, "largest_cause": largest_cause, "search_rows": search_rows}
     return environment.get_template("report.html").render(results=results, about=about, summary=summarise(results))
 
 
@@ -150,13 +163,35 @@ def whisker(score: Score) -> dict[str, float | None]:
 _VISIBLE = {"\n": "⏎", "\t": "⇥"}
 
 
-def tokens(window: ShownWindow, scale: float) -> list[Token]:
-    """The tokens of a window for drawing. Control characters are shown as escapes, so that no text can hide or break the page."""
+def largest_cause(result: FeatureResult) -> float:
+    """The largest holistic activation of a feature's windows; 0 where there are none."""
+    return max((h for w in result.windows for h in w.holistic or ()), default=0.0)
+
+
+def search_rows(nodes: Sequence[SearchNode]) -> list[SearchNode]:
+    """The nodes of a search as a tree is read: every node before what was made of it, siblings by their number."""
+    children: dict[int | None, list[SearchNode]] = {}
+    for node in nodes:
+        children.setdefault(node.parent, []).append(node)
+    out: list[SearchNode] = []
+    waiting = children.get(None, [])[::-1]
+    while waiting:
+        node = waiting.pop()
+        out.append(node)
+        waiting += children.get(node.number, [])[::-1]
+    return out
+
+
+def tokens(window: ShownWindow, scale: float, largest: float = 0.0) -> list[Token]:
+    """The tokens of a window for drawing; ``largest``: that of :func:`largest_cause`. Control characters are shown as escapes, so that no text can
+    hide or break the page."""
     out = []
     for i, (piece, activation) in enumerate(zip(window.pieces, window.activations, strict=True)):
         predicted = None if window.predicted is None else window.predicted[i]
+        cause = 0.0 if window.holistic is None or largest <= 0 else max(0.0, window.holistic[i] / largest)
         title = f"activation {number(activation)}" + ("" if predicted is None else f", predicted level {number(predicted, 1)}")
-        out.append(Token(visible(piece), piece.count("\n"), 0.0 if scale <= 0 else min(1.0, activation / scale), predicted, title))
+        title += f", causes {number(100 * cause, 0)} % of the most that any token does" if cause >= 0.05 else ""
+        out.append(Token(visible(piece), piece.count("\n"), 0.0 if scale <= 0 else min(1.0, activation / scale), predicted, title, cause))
     return out
 
 
