@@ -181,6 +181,33 @@ def test_models_and_records(run: Path, tmp_path: Path):
     assert table.returncode == 0 and "Apache-2.0" in table.stdout
 
 
+def test_records_of_chosen_kinds_with_causes(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sae_folder: Path):
+    monkeypatch.setattr(SentenceEmbedder, "embed", embed)
+    shutil.copytree(run, tmp_path / "run")
+    args = ("records", str(tmp_path / "run"), "--features", "3,5")
+    done = cli(*args, "--count", "coactive_negative=2,1,1", "--count", "projected_similar=0,1,1", "--holistic", "gradient", "--sae", str(sae_folder), "--json")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
+    assert [row["feature"] for row in rows] == [3, 5]
+    for row in rows:
+        assert len(row["splits"]["train"]["coactive_negative"]) == 2 and row["splits"]["test"]["projected_similar"]
+        assert row["holistic"]["method"] == "gradient" and set(row["holistic"]["windows"]) == {"train/top", "train/weighted"}
+        assert [len(h) for h in row["holistic"]["windows"]["train/top"]] == [w[2] for w in row["splits"]["train"]["top"]]
+    refused(cli(*args, "--count", "coactive=1,1,1"), "coactive", "coactive_negative")
+    refused(cli(*args, "--count", "top=1,1"), "top=10,10,10")
+    refused(cli(*args, "--holistic", "magic"), "exact, gradient")
+    refused(cli(*args, "--projection", "pca"), "closed-form")
+    save_sae(tmp_path / "other", make_sae("relu", D_MODEL, 64), hook=HOOK, model="tiny")
+    refused(cli(*args, "--count", "coactive_negative=1,1,1", "--sae", str(tmp_path / "other")), "another SAE", str(sae_folder))
+    refused(cli("explain", str(run), "--negatives", "random,top"), "'top'", "similar_negative")
+    refused(cli("explain", str(run), "--explainer", "top-tokens", "--holistic", "exact"), "top-tokens", "holistic")
+    (tmp_path / "shots.json").write_text('[{"windows": []}]')
+    refused(
+        cli("explain", str(run), "--style", "rules", "--few-shot", str(tmp_path / "shots.json"), "--base-url", "http://127.0.0.1:9/v1", "--llm-model", "m"),
+        "rules",
+    )
+
+
 def test_help_has_examples_and_debug_shows_the_traceback(tmp_path: Path):
     for verb in ("demo", "collect", "records", "explain", "report"):
         shown = cli(verb, "--help").stdout

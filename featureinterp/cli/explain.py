@@ -17,9 +17,16 @@ if TYPE_CHECKING:
 def explain(
     run: Path = typer.Argument(..., help="Folder that 'collect' wrote."),
     features: str = typer.Option("random:10", help="0:40, 3,17,256, random:20 or alive."),
-    explainer: str = typer.Option("one-shot", help="one-shot or top-tokens."),
+    explainer: str = typer.Option("one-shot", help="one-shot, tree (a search that is shown its errors) or top-tokens."),
     style: str = typer.Option("sentence", help="Form of an explanation: sentence or rules."),
     rule_cap: int = typer.Option(5, help="At most so many rules, 1 to 10."),
+    holistic: str = typer.Option(None, help="Show which tokens cause the activations: exact or gradient."),
+    few_shot: Path = typer.Option(None, help="JSON file with worked examples in place of the style's own."),
+    negatives: str = typer.Option(None, help="Kinds of windows to judge by, the main one first: random,similar_negative,projected_similar_negative …"),
+    projection: str = typer.Option("closed-form", help="Projection of projected_similar windows: closed-form or info-nce."),
+    tree_depth: int = typer.Option(3, help="Levels of a tree search."),
+    model: str = typer.Option(None, help="Where the subject model is now; by the name that the run recorded when not given."),
+    sae: str = typer.Option(None, help="Where the SAE is now; by the name that the run recorded when not given."),
     simulator: str = typer.Option("all-at-once", help="all-at-once (a local model), prompt-logprobs or rated (the endpoint), or lexical."),
     simulator_model: str = typer.Option("qwen2.5-coder-1.5b-instruct", help="Model of the all-at-once simulator: embedded, Hugging Face or a folder."),
     device: str = typer.Option(None, help="Device of the simulator: cpu or cuda."),
@@ -46,11 +53,13 @@ def explain(
     Example: featureinterp explain RUN --features 0:40 --base-url http://localhost:8000/v1 --llm-model NAME --api-key-env KEY
     """
     from featureinterp import api
+    from featureinterp.explain.tree import TreeSettings
     from featureinterp.jobs.budget import Budget
     from featureinterp.jobs.plan import Plan
     from featureinterp.records.policy import RecordPolicy
 
     llm = endpoint_of(llm, base_url, llm_model, api_key_env, concurrency, rpm, tpm, timeout_s, max_attempts)
+    kinds = {} if negatives is None else {"negatives": sources_of(negatives)}
     screen = Screen(as_json=as_json)
     with screen.live():
         results = api.explain(
@@ -60,19 +69,36 @@ def explain(
             explainer=explainer,
             style=style,
             rule_cap=rule_cap,
+            holistic=holistic,
+            few_shot=few_shot,
+            tree=TreeSettings(depth=tree_depth),
+            model=model,
+            sae=sae,
             simulator=simulator,
             simulator_model=simulator_model,
             simulator_device=device,
             simulator_dtype=dtype,
             llm=llm,
             stages=("explain", "simulate", "score") if questions else ("explain", "simulate"),
-            plan=Plan(n_test=n_test, concurrency=concurrency, seed=seed),
-            records=RecordPolicy(seed=seed),
+            plan=Plan(n_test=n_test, concurrency=concurrency, seed=seed, **kinds),
+            records=RecordPolicy(seed=seed, projection=projection),
             budget=Budget(budget_usd, minutes=max_minutes),
             on_event=screen.event,
             steps=screen.step,
         )
     finish(screen, results)
+
+
+def sources_of(text: str) -> tuple[str, ...]:
+    """The kinds of windows in a list with commas. Raises ``InputError`` for one that does not exist or fires by its nature."""
+    from featureinterp.domain.record import COMPLEMENTARY_SOURCES
+    from featureinterp.errors import InputError
+
+    found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    for source in found or ("",):
+        if source not in COMPLEMENTARY_SOURCES:
+            raise InputError(f"{source!r} is no kind of window to judge by: choose from {', '.join(COMPLEMENTARY_SOURCES)}")
+    return found
 
 
 def endpoint_of(

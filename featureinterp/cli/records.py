@@ -14,23 +14,34 @@ def records(
     features: str = typer.Option("0:100", help="0:100, 3,17,256, random:20 or alive."),
     out: Path = typer.Option(None, help="JSONL file; RUN/records.jsonl when not given."),
     embedder: str = typer.Option(None, help="A sentence-transformers model; the embedded one when not given."),
+    count: list[str] = typer.Option([], help="Windows of a kind for train, valid and test: top=10,10,10; as often as needed."),
+    projection: str = typer.Option("closed-form", help="Projection of projected_similar windows: closed-form or info-nce."),
+    holistic: str = typer.Option(None, help="Add which tokens cause the activations: exact or gradient."),
+    model: str = typer.Option(None, help="Where the subject model is now; by the name that the run recorded when not given."),
+    sae: str = typer.Option(None, help="Where the SAE is now; by the name that the run recorded when not given."),
+    device: str = typer.Option(None, help="Device of the subject model and the SAE: cpu or cuda."),
     seed: int = typer.Option(0, help="Seed of what is drawn at random."),
     as_json: bool = typer.Option(False, "--json", help="Print a summary as JSON."),
 ) -> None:
     """Build the records of features: top, weighted, quantile, random, similar windows and silent ones, in disjoint splits.
 
-    Example: featureinterp records RUN --features 0:100
+    Kinds: top, weighted, quantile, random, similar, projected_similar, random_negative, similar_negative, projected_similar_negative,
+    coactive_negative.
+
+    Example: featureinterp records RUN --features 0:100 --count coactive_negative=10,10,10
     """
     from featureinterp import api
     from featureinterp.records.files import write_records
     from featureinterp.records.policy import RecordPolicy
 
+    policy = RecordPolicy({**RecordPolicy().counts, **counts_of(count)}, seed=seed, projection=projection)
+    options = {"embedder": embedder, "holistic": holistic, "model": model, "sae": sae, "device": device}
     screen = Screen(as_json=as_json)
     target = out or run / "records.jsonl"
     short = 0
     with screen.live():
         built = []
-        for number, record in enumerate(api.records(run, features, policy=RecordPolicy(seed=seed), embedder=embedder, steps=screen.step), 1):
+        for number, record in enumerate(api.records(run, features, policy=policy, steps=screen.step, **options), 1):
             built.append(record)
             short += bool(record.shortfalls)
             if number % 100 == 0:
@@ -41,3 +52,17 @@ def records(
     else:
         print(f"{n} records, {short} of them with fewer windows of some kind than asked for")
         print(f"Records: {target}")
+
+
+def counts_of(texts: list[str]) -> dict[str, tuple[int, ...]]:
+    """Counts by kind from texts such as ``top=10,10,10``. Raises ``InputError`` for another form."""
+    from featureinterp.errors import InputError
+
+    found = {}
+    for text in texts:
+        source, _, numbers = text.partition("=")
+        parts = [part.strip() for part in numbers.split(",")]
+        if len(parts) != 3 or not all(part.isdecimal() for part in parts):
+            raise InputError(f"{text!r} is no count of windows: write top=10,10,10, for train, valid and test")
+        found[source.strip()] = tuple(map(int, parts))
+    return found

@@ -17,7 +17,6 @@ from featureinterp.domain.usage import Usage
 from featureinterp.errors import InputError
 from featureinterp.explain.baselines import TopTokens
 from featureinterp.explain.one_shot import OneShot
-from featureinterp.explain.styles import style
 from featureinterp.explain.tree import Tree
 from featureinterp.files import explained_storage, write_json
 from featureinterp.interfaces import Explainer, LanguageModel, Simulator
@@ -168,10 +167,9 @@ def _parts(job: Job, model: LanguageModel, local: Local, journal: Journal) -> tu
     simulator = _simulator(job, model, local)
     if job.explainer == "top-tokens":
         return TopTokens(), simulator
-    form = style(job.style, rule_cap=job.rule_cap, causes=job.holistic is not None, few_shot=job.few_shot)
     if job.explainer == "tree":
-        return Tree(model, form, KeptSimulator(simulator, journal), agreement, tree=job.tree, seed=job.plan.seed), simulator
-    return OneShot(model, form), simulator
+        return Tree(model, job.form(), KeptSimulator(simulator, journal), agreement, tree=job.tree, seed=job.plan.seed), simulator
+    return OneShot(model, job.form()), simulator
 
 
 def _simulator(job: Job, model: LanguageModel, local: Local) -> Simulator:

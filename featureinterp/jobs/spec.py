@@ -23,6 +23,7 @@ import pydantic
 
 from featureinterp.domain.record import Source
 from featureinterp.errors import InputError
+from featureinterp.explain.styles import Style, style
 from featureinterp.explain.tree import TreeSettings
 from featureinterp.jobs.budget import Budget
 from featureinterp.jobs.plan import Plan
@@ -81,6 +82,16 @@ class Job(pydantic.BaseModel):
         if self.holistic is not None and self.explainer == "top-tokens":
             raise ValueError("top-tokens looks at no causes: leave holistic out, or choose the explainer one-shot or tree")
         return self
+
+    @pydantic.model_validator(mode="after")
+    def _worked_examples_can_be_read(self) -> Job:
+        if self.few_shot is not None:
+            self.form()
+        return self
+
+    def form(self) -> Style:
+        """The style of explanations. Raises ``InputError`` when the file of worked examples is none."""
+        return style(self.style, rule_cap=self.rule_cap, causes=self.holistic is not None, few_shot=self.few_shot)
 
     @property
     def policy(self) -> RecordPolicy:

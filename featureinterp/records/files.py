@@ -12,7 +12,8 @@ from featureinterp.files import write_atomic
 
 
 def record_to_json(record: FeatureRecord) -> dict[str, Any]:
-    """One record as plain data: windows are [row, first token, number of tokens, largest activation]."""
+    """One record as plain data: windows are [row, first token, number of tokens, largest activation]; ``holistic`` holds the
+    method and, in the order of ``splits``, the values of each window that has them."""
     return {
         "feature": record.feature.index,
         "sae": record.feature.sae,
@@ -23,8 +24,19 @@ def record_to_json(record: FeatureRecord) -> dict[str, Any]:
             split: {source: [[w.row, w.start, len(w.pieces), round(w.max_activation, 6)] for w in windows] for source, windows in by_source.items()}
             for split, by_source in record.splits.items()
         },
+        **({"holistic": _holistic(record)} if record.holistic else {}),
         "shortfalls": dict(record.shortfalls),
     }
+
+
+def _holistic(record: FeatureRecord) -> dict[str, Any]:
+    windows = {
+        f"{split}/{source}": [None if w.holistic is None else [round(h, 6) for h in w.holistic.tolist()] for w in windows]
+        for split, by_source in record.splits.items()
+        for source, windows in by_source.items()
+        if any(w.holistic is not None for w in windows)
+    }
+    return {"method": record.holistic, "windows": windows}
 
 
 def write_records(path: Path, records: Iterable[FeatureRecord]) -> int:

@@ -60,7 +60,8 @@ class Submission(pydantic.BaseModel):
     features: str = pydantic.Field("random:10", min_length=1, max_length=2000, description='"0:40", "3,17", "random:20" or "alive".')
     llm: str | None = pydantic.Field(None, pattern=_NAME, description="Name of an endpoint (GET /api/endpoints); null: the embedded model.")
     stages: list[Literal["explain", "simulate", "score"]] = pydantic.Field(["explain", "simulate", "score"], max_length=3)
-    explainer: Literal["one-shot", "top-tokens"] = "one-shot"
+    explainer: Literal["one-shot", "tree", "top-tokens"] = "one-shot"
+    holistic: Literal["exact", "gradient"] | None = pydantic.Field(None, description="Show the explainer which tokens cause the activations.")
     style: Literal["sentence", "rules"] = "sentence"
     rule_cap: int = pydantic.Field(5, ge=1, le=10)
     simulator: Literal["all-at-once", "prompt-logprobs", "rated", "lexical"] = "all-at-once"
@@ -274,6 +275,7 @@ def _submit(submission: Submission, rules: Rules, jobs: JobsFolder) -> JobView:
         llm=submission.llm,
         stages=tuple(submission.stages),
         explainer=submission.explainer,
+        holistic=submission.holistic,
         style=submission.style,
         rule_cap=submission.rule_cap,
         simulator=submission.simulator,
