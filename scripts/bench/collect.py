@@ -15,48 +15,22 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import arguments, compare, report, seconds
-from transformers import LlamaConfig, LlamaForCausalLM
+from shapes import BLOCKS, D_SAE, Ids, K, demo_shapes
 
 from featureinterp.codes.collect import BATCH_TOKENS, collect
 from featureinterp.codes.store import CodesStore, RunWriter
 from featureinterp.corpus.text import Corpus, Document
 from featureinterp.corpus.windows import WindowPolicy, build_windows
-from featureinterp.sae.load import LoadedSae
-from featureinterp.sae.topk import TopK
-from featureinterp.subject.load import Subject
 
-D_MODEL, D_SAE, K, BLOCKS, WINDOW = 576, 4608, 32, 15, 32
-
-
-class Ids:
-    """Stands in for a tokenizer: token ids written as decimal numbers."""
-
-    fingerprint = "bench"
-    bos_token_id = 1
-
-    def encode(self, texts: list[str]) -> list[object]:
-        out = []
-        for text in texts:
-            words = text.split(" ")
-            ends = np.cumsum([len(w) + 1 for w in words]) - 1
-            out.append(type("E", (), {"ids": [int(w) for w in words], "offsets": list(zip([0, *(ends[:-1] + 1)], ends, strict=True))})())
-        return out
+WINDOW = 32
 
 
 def main() -> None:
     args = arguments(__doc__ or "")
     n_tokens = 8_192 if args.quick else 65_536 if args.device == "cpu" else 524_288
     batch_tokens = BATCH_TOKENS if args.device == "cpu" else 32_768
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49_152, hidden_size=D_MODEL, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, bos_token_id=1
-    )
-    model = LlamaForCausalLM(config).to(args.device, torch.bfloat16).eval().requires_grad_(False).model
-    subject = Subject("bench", model, Ids(), 30, D_MODEL, 8192, torch.device(args.device), torch.bfloat16)
-    subject.__dict__["encoder"] = Ids()
-    tensors = {"W_enc": torch.randn(D_MODEL, D_SAE) / 24, "W_dec": torch.randn(D_SAE, D_MODEL), "b_enc": torch.zeros(D_SAE), "b_dec": torch.zeros(D_MODEL)}
-    sae = TopK({k: v.to(args.device) for k, v in tensors.items()}, k=K)
-    loaded = LoadedSae("bench", sae, f"blocks.{BLOCKS - 1}.hook_resid_post", "bench", {}, "bench")
+    subject, loaded = demo_shapes(args.device)
+    model, sae = subject.model, loaded.sae
     rng = np.random.default_rng(0)
     texts = [" ".join(map(str, rng.integers(2, 49_152, WINDOW * 8).tolist())) for _ in range(n_tokens // (WINDOW * 8))]
     corpus = Corpus("bench", lambda: (Document(str(i), t) for i, t in enumerate(texts)), len(texts))
@@ -81,7 +55,7 @@ def main() -> None:
                     rotary = model.rotary_emb(x, positions)
                     for block in model.layers[:BLOCKS]:
                         x = block(x, position_embeddings=rotary, position_ids=positions)
-                    values, indices = torch.topk(torch.addmm(bias, x[:, 1:].reshape(-1, D_MODEL).float(), sae.W_enc), K, sorted=False)
+                    values, indices = torch.topk(torch.addmm(bias, x[:, 1:].reshape(-1, sae.d_in).float(), sae.W_enc), K, sorted=False)
                     out.write(values.half().cpu().numpy().tobytes() + indices.int().cpu().numpy().tobytes())
 
         mine, bare = compare(ours, limit, args.device, args.rounds or (2 if args.quick else 5))
