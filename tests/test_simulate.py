@@ -79,11 +79,44 @@ def test_temperature_sharpens_the_level_distribution(temperature: float):
         np.testing.assert_allclose(simulation.expected, plain(model, sim, "months", shown, temperature), atol=1e-4)
 
 
-def test_several_rules_are_the_maximum_of_level_times_strength():
-    sim, model, _ = simulator("gpt2")
-    for shown, simulation in zip(WINDOWS[:3], sim.predict(RULES, WINDOWS[:3]), strict=True):
-        months, sea = (plain(model, sim, r.activates_on, shown) for r in RULES.rules)
-        np.testing.assert_allclose(simulation.expected, np.maximum(months, sea * 2 / 5), atol=1e-4)
+@pytest.mark.parametrize("batch_tokens", [400, 4000])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_rules_are_the_maximum_of_level_times_strength(family: str, batch_tokens: int):
+    sim, model, _ = simulator(family, batch_tokens=batch_tokens)
+    rules = Explanation((Rule("months", 5), Rule("words about the sea and about those who sail on it", 2), Rule("a", 4)), P)
+    found = sim.predict(rules, WINDOWS[:6])
+    for shown, simulation in zip(WINDOWS, found, strict=False):
+        levels = [plain(model, sim, r.activates_on, shown) * r.strength / 5 for r in rules.rules]
+        np.testing.assert_allclose(simulation.expected, np.max(levels, 0), atol=1e-4)
+
+
+def test_rules_and_windows_are_one_batch_behind_a_header_that_is_read_once():
+    sim, _, _ = simulator("llama", batch_tokens=10**6)
+    passes = []
+    sim.model.body.register_forward_pre_hook(lambda _, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    rules = Explanation((Rule("months", 5), Rule("words about the sea", 2), Rule("a", 4)), P)
+    for _ in range(2):
+        sim.predict(rules, WINDOWS)
+    header, lines, batch, *again = passes
+    assert header == (1, len(sim.builder.header)) and lines[0] == 3 and batch[0] == 3 * len(WINDOWS) and again == [lines, batch]
+
+
+@pytest.mark.parametrize("sliding", [80, 106, 112, 4096])
+def test_branches_of_a_model_with_a_sliding_window(sliding: int):
+    """Wherever the window ends, the result is that of whole prompts."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, head_dim=8, sliding_window=sliding)).eval().requires_grad_(False)
+    prefix_model = PrefixModel(model)
+    prefix = prefix_model.prefix(torch.randint(1, 500, (100,)).tolist())
+    rows = [[5, 6, 7], [8], [9, 10]]
+    ids = torch.randint(1, 500, (6, 7))
+    found = prefix_model.hidden(prefix_model.branches(prefix, rows), ids)
+    for number, row in enumerate(rows):
+        expected = prefix_model.hidden(prefix_model.prefix(row, prefix), ids[2 * number : 2 * number + 2])
+        torch.testing.assert_close(found[2 * number : 2 * number + 2], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_levels_stand_after_the_tab_of_their_token():

@@ -2,7 +2,8 @@
 
 The prefix's keys and values are computed in one pass and can be extended. A batch of suffixes then attends to them through an
 attention function of our own: all queries of the batch read the prefix as one block (nothing is copied per suffix), attend
-causally to their own suffix, and the two results are merged by their log-sum-exps, which is exact. Models with attention of
+causally to their own suffix, and the two results are merged by their log-sum-exps, which is exact. A prefix may have several short
+branches (the rules of an explanation behind one header), each computed once and read by its own share of the batch. Models with attention of
 another kind (soft-capping, a sliding window shorter than the prompt, no attention interface) are found out by a check on a
 few tokens and take the plain way, with the prefix's keys and values repeated for every suffix.
 """
@@ -33,10 +34,23 @@ class Prefix:
         return Prefix(tuple((keys[:, :, :n], values[:, :, :n]) for keys, values in self.layers), n)
 
 
-class _Current(threading.local):
-    """The prefix that this thread's forward pass reads."""
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """Several continuations of a prefix. ``layers``: keys and values of all of them, ``[branch, head, token, d_head]``, padded on the right to the
+    longest; ``lengths``: tokens of each; ``whole``: prefix and branch as one prefix each, where the model cannot share (``layers`` is then empty)."""
 
     prefix: Prefix
+    lengths: tuple[int, ...]
+    layers: tuple[tuple[torch.Tensor, torch.Tensor], ...] = ()
+    whole: tuple[Prefix, ...] = ()
+
+
+class _Current(threading.local):
+    """What this thread's forward pass reads, and where it leaves its own keys and values when they are wanted."""
+
+    prefix: Prefix
+    branches: Branches | None = None
+    left: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 _current = _Current()
@@ -52,26 +66,51 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Attention of ``query [batch, head, n, d]`` to the current prefix and, causally, to the batch's own keys and values."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    keys, values = _current.prefix.layers[module.layer_idx]  # type: ignore[index]
-    batch, heads, n, width = query.shape
-    kv_heads = key.shape[1]
-    shared = query.view(batch, kv_heads, heads // kv_heads, n, width).permute(1, 2, 0, 3, 4).reshape(1, kv_heads, -1, width)
-    out_prefix, lse_prefix = _attend(shared, keys, values, scale, causal=False)
-    out_prefix = out_prefix.view(kv_heads, heads // kv_heads, batch, n, -1).permute(2, 0, 1, 3, 4).reshape(batch, heads, n, -1)
-    lse_prefix = lse_prefix.view(kv_heads, heads // kv_heads, batch, n).permute(2, 0, 1, 3).reshape(batch, heads, n)
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    if _current.left is not None:
+        _current.left.append((key, value))
+    heads, kv_heads, branches = query.shape[1], key.shape[1], _current.branches
+    found = _read_shared(query, *_current.prefix.layers[layer], scale)
+    if branches is not None:
+        keys, values = branches.layers[layer]
+        padding = torch.arange(keys.shape[2], device=query.device) >= torch.tensor(branches.lengths, device=query.device)[:, None]
+        mask = torch.zeros(len(keys), 1, 1, keys.shape[2], dtype=query.dtype, device=query.device).masked_fill_(padding[:, None, None], -torch.inf)
+        found = _merge(found, _read_shared(query, keys, values, scale, mask))
     if heads != kv_heads:
         key, value = (t.repeat_interleave(heads // kv_heads, 1) for t in (key, value))
-    out_own, lse_own = _attend(query, key, value, scale, causal=True)
-    weight = torch.sigmoid(lse_prefix.float() - lse_own.float()).unsqueeze(-1).to(out_own.dtype)
-    return torch.lerp(out_own, out_prefix, weight).transpose(1, 2).contiguous(), None
+    return _merge(_attend(query, key, value, scale, causal=True), found)[0].transpose(1, 2).contiguous(), None
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention and its log-sum-exp: ``[…, n, d]`` and ``[…, n]``."""
+_Attended = tuple[torch.Tensor, torch.Tensor]
+"""Attention and its log-sum-exp, ``[batch, head, n, d]`` and ``[batch, head, n]``."""
+
+
+def _read_shared(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, mask: torch.Tensor | None = None) -> _Attended:
+    """Attention of ``query [batch, head, n, d]`` to keys and values ``[part, kv_head, token, d]``, each part of which belongs to an equal share of the
+    batch, in order; the queries of a part read them as one block."""
+    batch, heads, n, width = query.shape
+    parts, kv_heads = keys.shape[:2]
+    share, group = batch // parts, heads // kv_heads
+    block = query.view(parts, share, kv_heads, group, n, width).permute(0, 2, 3, 1, 4, 5).reshape(parts, kv_heads, -1, width)
+    out, lse = _attend(block, keys, values, scale, causal=False, mask=mask)
+    out = out.view(parts, kv_heads, group, share, n, -1).permute(0, 3, 1, 2, 4, 5).reshape(batch, heads, n, -1)
+    return out, lse.view(parts, kv_heads, group, share, n).permute(0, 3, 1, 2, 4).reshape(batch, heads, n)
+
+
+def _merge(one: _Attended, other: _Attended) -> _Attended:
+    """Attention to both of what two read."""
+    weight = torch.sigmoid(other[1].float() - one[1].float()).unsqueeze(-1).to(one[0].dtype)
+    return torch.lerp(one[0], other[0], weight), torch.logaddexp(one[1].float(), other[1].float())
+
+
+def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, causal: bool, mask: torch.Tensor | None = None) -> _Attended:
+    """Attention and its log-sum-exp: ``[…, n, d]`` and ``[…, n]``. ``mask`` is added to the scores."""
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
         return out, lse
     scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
+    if mask is not None:
+        scores = scores + mask
     if causal:
         n = scores.shape[-1]
         scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
@@ -113,9 +152,45 @@ class PrefixModel:
         return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), start + len(ids))
 
     @torch.inference_mode()
-    def hidden(self, prefix: Prefix, ids: torch.Tensor) -> torch.Tensor:
-        """Final hidden states of suffixes ``ids [batch, n]`` behind the prefix: ``[batch, n, d_model]``. Pad on the right."""
-        return self._shared(prefix, ids) if self.shares_prefix and self._fits(prefix, ids) else self._plain(prefix, ids)
+    def branches(self, prefix: Prefix, rows: Sequence[Sequence[int]]) -> Branches:
+        """Keys and values of several continuations of ``prefix``, none of them empty, in one pass."""
+        lengths = tuple(map(len, rows))
+        ids = torch.tensor([[*row, *[row[-1]] * (max(lengths) - len(row))] for row in rows], device=self.device)
+        if not (self.shares_prefix and self._fits(prefix.n_tokens + ids.shape[1])):
+            return Branches(prefix, lengths, whole=tuple(self.prefix(row, prefix) for row in rows))
+        _current.left = []
+        try:
+            self._shared(prefix, ids)
+            return Branches(prefix, lengths, layers=tuple(_current.left))
+        finally:
+            _current.left = None
+
+    @torch.inference_mode()
+    def hidden(self, before: Prefix | Branches, ids: torch.Tensor) -> torch.Tensor:
+        """Final hidden states of suffixes ``ids [batch, n]`` behind a prefix: ``[batch, n, d_model]``. Pad on the right. Behind branches each has an
+        equal share of the batch, in order."""
+        if isinstance(before, Prefix):
+            return self._shared(before, ids) if self.shares_prefix and self._fits(before.n_tokens + ids.shape[1]) else self._plain(before, ids)
+        share = len(ids) // len(before.lengths)
+        longest = max(before.lengths)
+        if before.layers and self._fits(before.prefix.n_tokens + longest + ids.shape[1]):
+            starts = torch.tensor(before.lengths, device=self.device).repeat_interleave(share)
+            _current.branches = before
+            try:
+                return self._shared(before.prefix, ids, starts)
+            finally:
+                _current.branches = None
+        whole = before.whole or tuple(self._joined(before, i) for i in range(len(before.lengths)))
+        return torch.cat([self._plain(prefix, part) for prefix, part in zip(whole, ids.split(share), strict=True)])
+
+    def _joined(self, branches: Branches, number: int) -> Prefix:
+        """A branch and what it continues, as one prefix."""
+        n, before = branches.lengths[number], branches.prefix
+        layers = (
+            (torch.cat([k, bk[number : number + 1, :, :n]], 2), torch.cat([v, bv[number : number + 1, :, :n]], 2))
+            for (k, v), (bk, bv) in zip(before.layers, branches.layers, strict=True)
+        )
+        return Prefix(tuple(layers), before.n_tokens + n)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
@@ -126,8 +201,11 @@ class PrefixModel:
             out = out + self.head.bias[rows].float()
         return out if self._softcap is None else self._softcap * torch.tanh(out / self._softcap)
 
-    def _shared(self, prefix: Prefix, ids: torch.Tensor) -> torch.Tensor:
+    def _shared(self, prefix: Prefix, ids: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
+        """``starts [batch]``: tokens between the prefix and each suffix."""
         positions = torch.arange(prefix.n_tokens, prefix.n_tokens + ids.shape[1], device=self.device).unsqueeze(0)
+        if starts is not None:
+            positions = positions + starts.unsqueeze(1)
         with self._attention(_NAME):
             _current.prefix = prefix
             try:
@@ -148,11 +226,11 @@ class PrefixModel:
             cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), number)
         return cache
 
-    def _fits(self, prefix: Prefix, ids: torch.Tensor) -> bool:
+    def _fits(self, n_tokens: int) -> bool:
         config = self.model.config.get_text_config()
         kinds = getattr(config, "layer_types", None) or []
         sliding = getattr(config, "sliding_window", None)
-        return not any("sliding" in k for k in kinds) or sliding is None or prefix.n_tokens + ids.shape[1] <= sliding
+        return not any("sliding" in k for k in kinds) or sliding is None or n_tokens <= sliding
 
     @contextlib.contextmanager
     def _attention(self, name: str) -> Iterator[None]:

@@ -21,7 +21,7 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
 from featureinterp.errors import InputError
-from featureinterp.llm.prefix_cache import Prefix, PrefixModel, lock_of
+from featureinterp.llm.prefix_cache import Branches, Prefix, PrefixModel, lock_of
 from featureinterp.prompts import load_prompt
 from featureinterp.simulate.parts import Built, PromptBuilder
 
@@ -29,8 +29,8 @@ BATCH_TOKENS = 1024
 
 
 class AllAtOnce:
-    """Simulates on a local model. The header's keys and values are computed once, an explanation's once per explanation, and of the
-    output matrix only the rows of the six levels are used.
+    """Simulates on a local model. The header's keys and values are computed once, an explanation's once per explanation; its rules and the windows
+    are one batch; and of the output matrix only the rows of the six levels are used.
 
     ``load`` gives the model with its head and its tokenizer; it is called when the first window is simulated, so that a run whose
     simulations are all known loads nothing. ``temperature`` T sharpens (< 1) or flattens (> 1) the level distribution: p^(1/T),
@@ -101,20 +101,23 @@ class AllAtOnce:
     def _predict(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
         built = [self.builder.window(w.pieces) for w in windows]
         best = [np.zeros(len(b.positions)) for b in built]
-        for rule in explanation.rules:
-            prefix = self.model.prefix(self.builder.explanation(rule.activates_on), self._header)
-            for batch in _batches(built, self.batch_tokens):
-                for index, levels in zip(batch, self._levels(prefix, [built[i] for i in batch]), strict=True):
-                    best[index] = np.maximum(best[index], levels * (rule.strength / 5))
+        rules = explanation.rules
+        lines = [self.builder.explanation(rule.activates_on) for rule in rules]
+        before = self.model.prefix(lines[0], self._header) if len(rules) == 1 else self.model.branches(self._header, lines)
+        for batch in _batches(built, self.batch_tokens // len(rules)):
+            levels = self._levels(before, [built[i] for i in batch] * len(rules))
+            for rule in rules:
+                for index in batch:
+                    best[index] = np.maximum(best[index], next(levels) * (rule.strength / 5))
         return [Simulation(levels) for levels in best]
 
-    def _levels(self, prefix: Prefix, batch: Sequence[Built]) -> Iterator[np.ndarray]:
+    def _levels(self, before: Prefix | Branches, batch: Sequence[Built]) -> Iterator[np.ndarray]:
         """Expected level of every token of each window, ``[token]`` in 0 … 5."""
         width = max(len(b.ids) for b in batch)
         ids = torch.tensor([list(b.ids) + [b.ids[-1]] * (width - len(b.ids)) for b in batch], device=self.model.device)
         rows = torch.tensor([i for i, b in enumerate(batch) for _ in b.positions], device=self.model.device)
         columns = torch.tensor([p for b in batch for p in b.positions], device=self.model.device)
-        hidden = self.model.hidden(prefix, ids)[rows, columns]
+        hidden = self.model.hidden(before, ids)[rows, columns]
         probabilities = torch.softmax(self.model.logits(hidden, self._level_ids) / self.temperature, -1)
         expected = (probabilities @ torch.arange(6, device=probabilities.device, dtype=probabilities.dtype)).double().cpu().numpy()
         start = 0
