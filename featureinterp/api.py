@@ -271,7 +271,13 @@ def _local() -> Local:
     def simulator(job: Job) -> Simulator:
         from featureinterp.simulate.all_at_once import AllAtOnce
 
-        return AllAtOnce(lambda: load(job, job.simulator_model), name=job.simulator_model, dtype=job.simulator_dtype or "bfloat16")
+        return AllAtOnce(
+            lambda: load(job, job.simulator_model),
+            name=job.simulator_model,
+            dtype=job.simulator_dtype or "bfloat16",
+            temperature=job.simulator_temperature,
+            chat=job.simulator_chat,
+        )
 
     def tokenizer(name: str) -> Any:
         from featureinterp.subject.load import load_tokenizer
@@ -288,12 +294,12 @@ def _local() -> Local:
     return Local(simulator, load, tokenizer, causes, neighbours)
 
 
-def local_simulator(name: str = EXPLAINER, *, device: str | None = None, dtype: str | None = None) -> Simulator:
+def local_simulator(name: str = EXPLAINER, *, device: str | None = None, dtype: str | None = None, temperature: float = 0.5, chat: bool = False) -> Simulator:
     """The all-at-once simulator on a local transformers model, which is loaded when it is first used."""
     from featureinterp.simulate.all_at_once import AllAtOnce
     from featureinterp.subject.load import load_causal_lm
 
-    return AllAtOnce(lambda: load_causal_lm(name, device=device, dtype=dtype), name=name, dtype=dtype or "bfloat16")
+    return AllAtOnce(lambda: load_causal_lm(name, device=device, dtype=dtype), name=name, dtype=dtype or "bfloat16", temperature=temperature, chat=chat)
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:

@@ -193,6 +193,42 @@ def test_sliding_windows_shorter_than_the_prompt_take_the_plain_way():
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
+TEMPLATES = {
+    "with a system turn": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|endoftext|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "without": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+}
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_the_chat_form_is_what_the_template_says(kind: str):
+    sim, model, tok = simulator("llama", chat=True)
+    tok.chat_template = TEMPLATES[kind]
+    shots = sim.prompt.json("settings.json")
+    builder = sim.builder
+    text = tok.decode(builder.header + builder.explanation("months <|im_start|>"))
+    intro = shots["intro"] + ("<|endoftext|>\n" if kind != "without" else "\n\nNeuron: ")
+    assert text.startswith(f"<|im_start|>{'system' if kind != 'without' else 'user'}\n{intro}")
+    assert text.count("<|im_start|>assistant\n") == len(shots["few_shot"]) + 1 and text.endswith("<|im_start|>assistant\n")
+    assert "Neuron: months <|im_start|>" in text and "\ufffc" not in text
+    special = tok.convert_tokens_to_ids("<|im_start|>")
+    assert builder.explanation("months <|im_start|>").count(special) == 1, "the explanation's text became a turn of the chat"
+    found = sim.predict(Explanation.sentence("months", P), WINDOWS[:4])
+    for shown, simulation in zip(WINDOWS, found, strict=False):
+        np.testing.assert_allclose(simulation.expected, plain(model, sim, "months", shown), atol=1e-4)
+    assert sim.settings["chat"] is True and "chat" not in simulator("llama")[0].settings
+
+
+def test_a_tokenizer_without_a_template_cannot_chat():
+    sim, _, tok = simulator("llama", chat=True)
+    with pytest.raises(IncompatibleError, match="no chat template"):
+        sim.predict(RULES, WINDOWS[:1])
+    tok.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(IncompatibleError, match="leaves out"):
+        sim.predict(RULES, WINDOWS[:1])
+
+
 def test_tokenizers_and_temperatures_that_cannot_work():
     with pytest.raises(InputError, match="temperature"):
         simulator("llama", temperature=0.0)

@@ -40,6 +40,7 @@ class Job(pydantic.BaseModel):
     ``run``: folder that ``collect`` wrote. ``features``: ``"0:40"``, ``"3,17"``, ``"random:20"``, ``"alive"`` or indices. ``out``: folder for
     journal, results and report (``RUN/explain``). ``stages``: ``explain`` is always needed; ``simulate`` adds correlations, ``score`` detection,
     fuzzing and complexity. ``llm``: an endpoint, the name of one in the configuration file, or None for the embedded model.
+    ``simulator_chat``: the simulator's prompt as turns of a chat; ``simulator_temperature``: sharpens (below 1) its level distribution.
     ``few_shot``: a JSON file with worked examples in place of the style's own. ``holistic``: shows the explainer which tokens cause the activations,
     found by leaving out each in turn ("exact") or by the gradient. ``model``, ``sae``: where the subject and the SAE of the run are found now,
     for holistic activations and co-active windows; by the names that the run recorded when not given. ``max_failure_rate``: the job stops when
@@ -64,6 +65,8 @@ class Job(pydantic.BaseModel):
     simulator_model: str = EMBEDDED
     simulator_device: str | None = None
     simulator_dtype: str | None = None
+    simulator_chat: bool = False
+    simulator_temperature: float = pydantic.Field(0.5, gt=0, le=10)
     llm: Endpoint | str | None = None
     plan: Plan = Plan()
     records: RecordPolicy = RecordPolicy()

@@ -34,7 +34,8 @@ class AllAtOnce:
 
     ``load`` gives the model with its head and its tokenizer; it is called when the first window is simulated, so that a run whose
     simulations are all known loads nothing. ``temperature`` T sharpens (< 1) or flattens (> 1) the level distribution: p^(1/T),
-    renormalised; a small model leaves some probability on every level everywhere, which 0.5 damps (``docs/prompts.md``).
+    renormalised; a small model leaves some probability on every level everywhere, which 0.5 damps (``docs/prompts.md``). ``chat``: the prompt as turns of
+    a chat, by the tokenizer's own template.
     """
 
     def __init__(
@@ -45,12 +46,13 @@ class AllAtOnce:
         dtype: str = "bfloat16",
         version: str = "v2",
         temperature: float = 0.5,
+        chat: bool = False,
         batch_tokens: int = BATCH_TOKENS,
     ) -> None:
         if temperature <= 0:
             raise InputError(f"a simulator's temperature of {temperature:g} is not possible: give one above 0")
         self.name, self.dtype, self.temperature, self.batch_tokens = name, dtype, temperature, batch_tokens
-        self.prompt = load_prompt("simulate-all-at-once", version)
+        self.prompt, self.chat = load_prompt("simulate-all-at-once", version), chat
         self._load = load
         self._busy = threading.Lock()
 
@@ -63,13 +65,14 @@ class AllAtOnce:
             "prompt": self.prompt.name,
             "prompt_hash": self.prompt.hash,
             "temperature": self.temperature,
+            **({"chat": True} if self.chat else {}),
             "dtype": self.dtype,
         }
 
     @cached_property
     def builder(self) -> PromptBuilder:
         """Builds prompts with the model's tokenizer."""
-        return PromptBuilder(self._loaded[1], self.prompt)
+        return PromptBuilder(self._loaded[1], self.prompt, chat=self.chat)
 
     @cached_property
     def model(self) -> PrefixModel:

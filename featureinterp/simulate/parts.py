@@ -11,6 +11,8 @@ from featureinterp.errors import IncompatibleError
 from featureinterp.prompts import Prompt, escape
 
 LEVELS = "012345"
+_PLACE = "\ufffcexplanation\ufffc"
+"""Stands for the explanation while a template is filled in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,23 +24,46 @@ class Built:
 
 
 class PromptBuilder:
-    """Turns the prompt's parts into token ids."""
+    """Turns the prompt's parts into token ids. ``chat``: as turns of a chat, by the tokenizer's own template; else as one text."""
 
-    def __init__(self, tokenizer: Any, prompt: Prompt) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, prompt: Prompt, *, chat: bool = False) -> None:
+        self._tokenizer, self._chat = tokenizer, chat
         settings = prompt.json("settings.json")
         self._label: str = settings["label"]
         self.levels = [self._single(level) for level in LEVELS]
         self._tab = self._single("\t")
         self._end = self._encode(settings["fill"] + "\n")
         shots = [
-            self._label + shot["explanation"] + "\n" + "".join(f"{escape(token)}\t{level}\n" for token, level in shot["tokens"]) + "\n"
-            for shot in settings["few_shot"]
+            (self._label + shot["explanation"], "".join(f"{escape(token)}\t{level}\n" for token, level in shot["tokens"])) for shot in settings["few_shot"]
         ]
-        bos = tokenizer.bos_token_id
-        start = [bos] if bos is not None and getattr(tokenizer, "add_bos_token", False) else []
-        self.header = start + self._encode(settings["intro"] + "\n\n" + "".join(shots))
+        if chat:
+            before, after = self._turns(settings["intro"], shots)
+            self.header, self._after = (tokenizer.encode(text, add_special_tokens=False) for text in (before, after))
+        else:
+            bos = tokenizer.bos_token_id
+            start = [bos] if bos is not None and getattr(tokenizer, "add_bos_token", False) else []
+            text = settings["intro"] + "\n\n" + "".join(f"{what}\n{lines}\n" for what, lines in shots)
+            self.header, self._after = start + self._encode(text), []
         self._piece = lru_cache(65536)(lambda piece: self._encode(escape(piece)))
+
+    def _turns(self, intro: str, shots: Sequence[tuple[str, str]]) -> tuple[str, str]:
+        """The chat up to the explanation, and from there to where the lines begin."""
+        import jinja2
+
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise IncompatibleError("the simulator's tokenizer has no chat template: give a chat model, or simulate without the chat form")
+        turns = [turn for what, lines in shots for turn in ({"role": "user", "content": what}, {"role": "assistant", "content": lines.rstrip("\n")})]
+        turns.append({"role": "user", "content": self._label + _PLACE})
+        with_system = [{"role": "system", "content": intro}, *turns]
+        without = [{"role": "user", "content": f"{intro}\n\n{turns[0]['content']}"}, *turns[1:]]  # some templates refuse a system turn
+        try:
+            text = self._tokenizer.apply_chat_template(with_system, tokenize=False, add_generation_prompt=True)
+        except (jinja2.TemplateError, ValueError):
+            text = self._tokenizer.apply_chat_template(without, tokenize=False, add_generation_prompt=True)
+        before, found, after = text.rpartition(_PLACE)
+        if not found:
+            raise IncompatibleError("the simulator's chat template leaves out what the user says: simulate without the chat form")
+        return before, after
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)  # type: ignore[no-any-return]
@@ -52,7 +77,9 @@ class PromptBuilder:
         return ids[0]
 
     def explanation(self, text: str) -> list[int]:
-        """Ids of the explanation's line."""
+        """Ids of the explanation's line, or of what is left of its turn."""
+        if self._chat:
+            return [*self._encode(escape(text)), *self._after]
         return self._encode(f"{self._label}{escape(text)}\n")
 
     def window(self, pieces: Sequence[str]) -> Built:

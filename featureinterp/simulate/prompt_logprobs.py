@@ -29,9 +29,9 @@ class PromptLogprobs:
     among the most probable tokens that the endpoint returns, renormalised; a place where none of them is a level is a failure of the window.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Callable[[], Any], *, version: str = "v2", temperature: float = 0.5) -> None:
+    def __init__(self, model: LanguageModel, tokenizer: Callable[[], Any], *, version: str = "v2", temperature: float = 0.5, chat: bool = False) -> None:
         self.model, self.temperature = model, temperature
-        self.prompt = load_prompt("simulate-all-at-once", version)
+        self.prompt, self.chat = load_prompt("simulate-all-at-once", version), chat
         self._tokenizer = tokenizer
 
     @property
@@ -43,12 +43,13 @@ class PromptLogprobs:
             "prompt": self.prompt.name,
             "prompt_hash": self.prompt.hash,
             "temperature": self.temperature,
+            **({"chat": True} if self.chat else {}),
         }
 
     @cached_property
     def builder(self) -> PromptBuilder:
         """Builds prompts with the endpoint's tokenizer."""
-        return PromptBuilder(self._tokenizer(), self.prompt)
+        return PromptBuilder(self._tokenizer(), self.prompt, chat=self.chat)
 
     async def simulate(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
         """One simulation per window. Several rules: the maximum over rules of level · strength / 5."""
