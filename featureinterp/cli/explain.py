@@ -54,7 +54,6 @@ def explain(
     Example: featureinterp explain RUN --features 0:40 --base-url http://localhost:8000/v1 --llm-model NAME --api-key-env KEY
     """
     from featureinterp import api
-    from featureinterp.explain.tree import TreeSettings
     from featureinterp.jobs.budget import Budget
     from featureinterp.jobs.plan import Plan
     from featureinterp.records.policy import RecordPolicy
@@ -72,7 +71,7 @@ def explain(
             rule_cap=rule_cap,
             holistic=holistic,
             few_shot=few_shot,
-            tree=TreeSettings(depth=tree_depth),
+            tree={"depth": tree_depth},
             model=model,
             sae=sae,
             simulator=simulator,
