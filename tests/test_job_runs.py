@@ -310,6 +310,28 @@ def test_a_search_that_is_stopped_goes_on_where_it_was(wide: Path, features: lis
         assert (a.provenance.usage.requests, a.provenance.usage.prompt_tokens) == (b.provenance.usage.requests, b.provenance.usage.prompt_tokens)
 
 
+def test_a_search_with_gaps_is_gone_on_with(wide: Path, features: list[int], tmp_path: Path):
+    """An improvement that failed for good is a gap of its search, not the end of it: the next run asks for it again, and for nothing else."""
+
+    def answer(body: dict[str, Any]) -> Any:
+        if failing and "improvement" in json.dumps(body.get("response_format", {})):
+            return 400, {}, {"error": {"message": "no"}}
+        return play(body)
+
+    failing = True
+    with endpoint(answer) as server:
+        first = fi.run(searching(wide, tmp_path / "out", server, features[:2], max_failure_rate=1.0))
+        assert first.outcome is not None and set(first.outcome.status.values()) == {"partial"}
+        assert all(any("no" in (n.failure or "") for n in r.explanation.search) for r in first if r.explanation)
+        n, failing = len(server.ledger), False
+        again = fi.run(searching(wide, tmp_path / "out", server, features[:2]))
+        assert again.outcome is not None and set(again.outcome.status.values()) == {"done"} and len(server.ledger) > n and not server.paid_twice()
+        assert not any(n.failure for r in again if r.explanation for n in r.explanation.search)
+        n = len(server.ledger)
+        fi.run(searching(wide, tmp_path / "out", server, features[:2]))
+        assert len(server.ledger) == n
+
+
 @pytest.mark.parametrize("simulator", ["all-at-once", "rated"])
 def test_a_dry_run_of_a_finished_job_leaves_nothing(simulator: str, wide: Path, features: list[int], tmp_path: Path):
     model = str(make_subject_folder(tmp_path / "model", "llama"))

@@ -204,6 +204,13 @@ def test_what_fails_is_a_node_with_its_cause():
         search(refused)
 
 
+def test_replies_without_any_choice_end_after_three_attempts():
+    model = FunctionModel(lambda _: Reply((), (), Usage(1)))
+    with pytest.raises(MalformedReplyError, match="no reply at all"):
+        anyio.run(Tree(model, RulesStyle(), Watched(), agreement).explain, record())
+    assert len(model.requests) == 3
+
+
 def test_an_endpoint_that_gives_one_reply_at_a_time_is_asked_more_often():
     words = iter(["wind", "tide", "sail"])
     found, model, _ = search(lambda _: rules(next(words)), tree=TreeSettings(depth=0))

@@ -43,8 +43,8 @@ async def ask(model: LanguageModel, request: Request, read: Callable[[str], Answ
                 answers.append(read(text))
             except (MalformedReplyError, TruncatedReplyError) as error:
                 problem = error
-        if problem is not None and not answers:
-            raise problem
+        if not answers:
+            raise problem or MalformedReplyError("the endpoint sent no reply at all")
         return answers
 
     attempt = failed = 0

@@ -35,7 +35,7 @@ from featureinterp.jobs.schedule import RecordsOf, Run
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.tally import count, tally
 from featureinterp.score.complexity import Complexity
-from featureinterp.score.correlation import Pairs, correlation
+from featureinterp.score.correlation import agreement
 from featureinterp.score.detection import Detection
 from featureinterp.score.fuzzing import Fuzzing
 from featureinterp.score.verdicts import Verdict, judge
@@ -162,7 +162,8 @@ class ExplainJob:
 
         async def work() -> Any:
             with working_on(state.record.feature.index):
-                return (await self.explainer.explain(state.record)).to_json(), False
+                explanation = await self.explainer.explain(state.record)
+            return explanation.to_json(), any(node.failure for node in explanation.search)
 
         settings = settings_of(self.explainer)
         causes = {} if state.record.holistic is None else {"holistic": state.record.holistic}
@@ -211,9 +212,10 @@ class ExplainJob:
         simulated: dict[tuple[Rule, ...], float | None] = {}
 
         async def test(rules: tuple[Rule, ...]) -> None:
-            found = await self._simulated(state, "simulate-search-test", replace(explanation, rules=rules), parts)
-            pairs = [Pairs.of(state.record.get(*part)[: len(sims)], sims) for part, sims in found.items()]
-            simulated[rules] = correlation(sum(pairs, Pairs((), ()))).value
+            chosen = rules == explanation.rules
+            found = state.own if chosen else await self._simulated(state, "simulate-search-test", replace(explanation, rules=rules), parts)
+            simulations = [(w, s) for part, _ in parts for w, s in zip(state.record.get(*part), found.get(part, ()), strict=False)]
+            simulated[rules] = agreement([w for w, _ in simulations], [s for _, s in simulations]).value
 
         await each(test, dict.fromkeys(node.rules for node in explanation.search if node.rules))
         return tuple(replace(node, test=simulated.get(node.rules)) for node in explanation.search)

@@ -45,7 +45,7 @@ class KeptSimulator:
                 "stage": STAGE,
                 "simulator": self.settings,
                 "rules": [[r.activates_on, r.strength] for r in explanation.rules],
-                "windows": [[w.row, w.start, np.asarray(w.token_ids).tolist()] for w in windows],
+                "windows": [w.pieces for w in windows],
             }
         )
         known = self._journal.get(key)
