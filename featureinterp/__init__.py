@@ -76,6 +76,7 @@ _HOME = {
     "Lexical": "simulate.lexical",
     "PromptLogprobs": "simulate.prompt_logprobs",
     "Rated": "simulate.rated",
+    "TokenWise": "simulate.token_wise",
     "Subject": "subject.load",
     "load_subject": "subject.load",
 }

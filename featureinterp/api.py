@@ -269,15 +269,8 @@ def _local() -> Local:
         return loaded[key]
 
     def simulator(job: Job) -> Simulator:
-        from featureinterp.simulate.all_at_once import AllAtOnce
-
-        return AllAtOnce(
-            lambda: load(job, job.simulator_model),
-            name=job.simulator_model,
-            dtype=job.simulator_dtype or "bfloat16",
-            temperature=job.simulator_temperature,
-            chat=job.simulator_chat,
-        )
+        model = job.simulator_model
+        return _local_simulator(job.simulator, lambda: load(job, model), model, job.simulator_dtype, job.simulator_temperature, job.simulator_chat)
 
     def tokenizer(name: str) -> Any:
         from featureinterp.subject.load import load_tokenizer
@@ -294,12 +287,32 @@ def _local() -> Local:
     return Local(simulator, load, tokenizer, causes, neighbours)
 
 
-def local_simulator(name: str = EXPLAINER, *, device: str | None = None, dtype: str | None = None, temperature: float = 0.5, chat: bool = False) -> Simulator:
-    """The all-at-once simulator on a local transformers model, which is loaded when it is first used."""
-    from featureinterp.simulate.all_at_once import AllAtOnce
+def local_simulator(
+    name: str = EXPLAINER,
+    *,
+    kind: str = "token-wise",
+    device: str | None = None,
+    dtype: str | None = None,
+    temperature: float | None = None,
+    chat: bool = False,
+) -> Simulator:
+    """A simulator on a local transformers model, which is loaded when it is first used: ``token-wise`` or ``all-at-once`` (``docs/scores.md``).
+    ``temperature``: the simulator's own when not given. ``chat``: the all-at-once prompt as turns of a chat."""
     from featureinterp.subject.load import load_causal_lm
 
-    return AllAtOnce(lambda: load_causal_lm(name, device=device, dtype=dtype), name=name, dtype=dtype or "bfloat16", temperature=temperature, chat=chat)
+    return _local_simulator(kind, lambda: load_causal_lm(name, device=device, dtype=dtype), name, dtype, temperature, chat)
+
+
+def _local_simulator(kind: str, load: Callable[[], tuple[Any, Any]], name: str, dtype: str | None, temperature: float | None, chat: bool) -> Simulator:
+    from featureinterp.simulate.all_at_once import AllAtOnce
+    from featureinterp.simulate.token_wise import TokenWise
+
+    given = {"name": name, "dtype": dtype or "bfloat16", **({} if temperature is None else {"temperature": temperature})}
+    if kind == "token-wise":
+        return TokenWise(load, **given)
+    if kind == "all-at-once":
+        return AllAtOnce(load, chat=chat, **given)
+    raise InputError(f"there is no local simulator {kind!r}: choose from token-wise, all-at-once")
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:

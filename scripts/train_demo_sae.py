@@ -185,20 +185,13 @@ def _explained(sae: TopK, x: np.ndarray, chunk: int = 4096) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--max-tokens", type=int, default=Settings.max_tokens)
-    parser.add_argument("--samples", type=int, default=Settings.samples)
-    parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--work", type=Path, default=None, help="keep the extracted activations here and reuse them")
-    args = parser.parse_args()
-    s = Settings(max_tokens=args.max_tokens, samples=args.samples, seed=args.seed)
+def train(s: Settings, out: Path, *, device: str = "cpu", work: Path | None = None) -> dict[str, float]:
+    """Trains an SAE and writes it to ``out``; returns its figures on the held-out documents. ``work``: keeps the extracted activations there, and
+    reuses those that it finds."""
     with tempfile.TemporaryDirectory() as temporary:
-        work = args.work or Path(temporary)
+        work = work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
-        subject = load_subject(s.model, device=args.device)
+        subject = load_subject(s.model, device=device)
         table = build_windows(load_corpus(s.corpus), subject.encoder, WindowPolicy(s.window, max_tokens=s.max_tokens), work / "windows")
         held_out = np.asarray(table.documents) % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
         arrays = {}
@@ -214,11 +207,24 @@ def main() -> None:
             "windows_fingerprint": table.fingerprint,
             "held_out": f"every {HOLD_OUT_EVERY}th document of the corpus ({len(np.unique(table.documents[held_out]))} documents)",
         }
-        save_sae(args.out, trainer.export(), hook=s.hook, model=s.model, dtype=torch.float16)
-        shipped = load_sae(str(args.out))
-        metrics = evaluate(shipped.sae, arrays["test"])  # type: ignore[arg-type]
-        save_sae(args.out, shipped.sae, hook=s.hook, model=s.model, dtype=torch.float16, metrics=metrics, provenance=provenance)
-        print(json.dumps(metrics))
+        save_sae(out, trainer.export(), hook=s.hook, model=s.model, dtype=torch.float16)
+        written = load_sae(str(out))
+        metrics = evaluate(written.sae, arrays["test"])  # type: ignore[arg-type]
+        save_sae(out, written.sae, hook=s.hook, model=s.model, dtype=torch.float16, metrics=metrics, provenance=provenance)
+        return metrics
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    for field in ("hook", "max_tokens", "samples", "d_sae", "seed"):
+        default = getattr(Settings, field)
+        parser.add_argument("--" + field.replace("_", "-"), type=type(default), default=default)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--work", type=Path, default=None, help="keep the extracted activations here and reuse them")
+    args = vars(parser.parse_args())
+    out, device, work = (args.pop(name) for name in ("out", "device", "work"))
+    print(json.dumps(train(Settings(**args), out, device=device, work=work)))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ ALLOWED = {
     "cli": {"cli", "server", "api", "errors", "assets", "domain", "jobs", "records", "llm", "__version__"},
 }
 TORCH_ROOMS = {"subject", "sae", "codes"}
-TORCH_FILES = {"records/projected.py", "simulate/all_at_once.py", "llm/prefix_cache.py", "llm/local.py"}
+TORCH_FILES = {"records/projected.py", "simulate/all_at_once.py", "simulate/local.py", "simulate/token_wise.py", "llm/prefix_cache.py", "llm/local.py"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -94,7 +94,7 @@ def test_torch_stays_on_the_tensor_side():
 def test_façade_names():
     names = """AllAtOnce Budget CodesStore Endpoint ExplainJob Explanation Failure FeatureId FeatureInterpError FeatureRecord FeatureResult
         FunctionModel HolisticActivations InputError Interval Job LanguageModelError Lexical LoadedSae OneShot OpenAIModel Plan PromptLogprobs Rated RecordPolicy Results Rule
-        RulesStyle Score SearchNode SentenceStyle Service Simulation StorageError Subject TopTokens Tree TreeSettings Usage Window WindowPolicy collect demo dry_run explain
+        RulesStyle Score SearchNode SentenceStyle Service Simulation StorageError Subject TokenWise TopTokens Tree TreeSettings Usage Window WindowPolicy collect demo dry_run explain
         explain_async export load_corpus load_job load_sae load_subject local_simulator open_run records report run run_async save_sae status"""
     assert sorted(featureinterp.__all__) == names.split()
     for name in featureinterp.__all__:

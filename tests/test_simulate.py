@@ -19,6 +19,7 @@ from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.prefix_cache import PrefixModel
 from featureinterp.llm.types import Reply, Request
 from featureinterp.simulate.all_at_once import AllAtOnce
+from featureinterp.simulate.parts import single
 from featureinterp.simulate.rated import Rated
 
 P = Provenance("test")
@@ -232,11 +233,14 @@ def test_a_tokenizer_without_a_template_cannot_chat():
 def test_tokenizers_and_temperatures_that_cannot_work():
     with pytest.raises(InputError, match="temperature"):
         simulator("llama", temperature=0.0)
-    sim, _, _ = simulator("llama")
-    real = sim.builder._encode
-    sim.builder._encode = lambda text: [1, 2] if text == "3" else real(text)
-    with pytest.raises(IncompatibleError, match="rated"):
-        sim.builder._single("3")
+
+    class Split:
+        def encode(self, text: str, **_: object) -> list[int]:
+            return [1, 2] if text == "3" else [1]
+
+    assert single(Split(), "4") == 1
+    with pytest.raises(IncompatibleError, match="writes '3' as 2 tokens"):
+        single(Split(), "3")
 
 
 def rated(answer: Any, windows: list[Window], explanation: Explanation = RULES, per: int = 2) -> tuple[list[Any], FunctionModel]:

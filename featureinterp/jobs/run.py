@@ -48,7 +48,7 @@ Steps = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Local:
-    """What needs a model library: the all-at-once simulator of a job, model and tokenizer of a name for a job, a tokenizer alone; what adds holistic
+    """What needs a model library: the local simulator of a job, model and tokenizer of a name for a job, a tokenizer alone; what adds holistic
     activations to the records of a job, and which features have the nearest decoder directions."""
 
     simulator: Callable[[Job], Simulator]
@@ -178,14 +178,15 @@ def _simulator(job: Job, model: LanguageModel, local: Local) -> Simulator:
     if job.simulator == "lexical":
         return Lexical()
     if job.simulator == "prompt-logprobs":
-        temperature, chat = job.simulator_temperature, job.simulator_chat
-        return PromptLogprobs(model, lambda: local.tokenizer(_tokenizer_name(job.endpoint)), temperature=temperature, chat=chat)
+        return PromptLogprobs(
+            model, lambda: local.tokenizer(_tokenizer_name(job.endpoint)), temperature=job.simulator_temperature or 0.5, chat=job.simulator_chat
+        )
     return local.simulator(job)
 
 
 def _tokenizer_name(endpoint: Endpoint) -> str:
     if endpoint.base_url is None:
-        raise InputError("the embedded model's server does not read prompts: use --simulator all-at-once, or give an endpoint that does")
+        raise InputError("the embedded model's server does not read prompts: use --simulator token-wise, or give an endpoint that does")
     return endpoint.tokenizer or endpoint.model
 
 

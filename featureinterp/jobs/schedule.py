@@ -85,8 +85,9 @@ class Run:
             return
         self._explained[feature] = state.explanation
         self._event(feature).set()
-        self._n_explained += 1
-        await self._say("explained", state, self._n_explained)
+        result = await self.job.result(state)
+        self._n_explained += 1  # counted when it is said, so that the counts come in order
+        self._say("explained", state, self._n_explained, result)
         if self.job.plan.simulate and state.explanation is not None:
             state.null = await self._null(feature, state.explanation)
         async with self._slots:
@@ -98,7 +99,7 @@ class Run:
             self.job.journal.finish(self.job.key, result, state.status)
         self.worked.add(feature)
         self._failed += bool(state.failures)
-        await self._say("scored", state, len(self.worked), result)
+        self._say("scored", state, len(self.worked), result)
 
     def _give_up(self, error: Exception) -> None:
         """Begins nothing more; what waits for another feature waits no longer."""
@@ -129,9 +130,7 @@ class Run:
             event.set()
         return event
 
-    async def _say(self, stage: str, state: FeatureState, done: int, result: FeatureResult | None = None) -> None:
-        if result is None:
-            result = await self.job.result(state)
+    def _say(self, stage: str, state: FeatureState, done: int, result: FeatureResult) -> None:
         self.job.on_event(Event(stage, result, done, len(self.left), self.progress(), state.reused))
 
     def price_of_the_rest(self) -> float | None:

@@ -32,6 +32,8 @@ from featureinterp.records.policy import RecordPolicy
 from featureinterp.validation import first_problem
 
 Stage = Literal["explain", "simulate", "score"]
+LOCAL_SIMULATORS = ("token-wise", "all-at-once")
+"""Simulators on a model of the model library in this process."""
 
 
 class Job(pydantic.BaseModel):
@@ -40,7 +42,8 @@ class Job(pydantic.BaseModel):
     ``run``: folder that ``collect`` wrote. ``features``: ``"0:40"``, ``"3,17"``, ``"random:20"``, ``"alive"`` or indices. ``out``: folder for
     journal, results and report (``RUN/explain``). ``stages``: ``explain`` is always needed; ``simulate`` adds correlations, ``score`` detection,
     fuzzing and complexity. ``llm``: an endpoint, the name of one in the configuration file, or None for the embedded model.
-    ``simulator_chat``: the simulator's prompt as turns of a chat; ``simulator_temperature``: sharpens (below 1) its level distribution.
+    ``simulator_chat``: the simulator's prompt as turns of a chat; ``simulator_temperature``: sharpens (below 1) its level distribution; the
+    simulator's own when not given.
     ``few_shot``: a JSON file with worked examples in place of the style's own. ``holistic``: shows the explainer which tokens cause the activations,
     found by leaving out each in turn ("exact") or by the gradient. ``model``, ``sae``: where the subject and the SAE of the run are found now,
     for holistic activations and co-active windows; by the names that the run recorded when not given. ``max_failure_rate``: the job stops when
@@ -61,12 +64,12 @@ class Job(pydantic.BaseModel):
     tree: TreeSettings = TreeSettings()
     model: str | None = None
     sae: str | None = None
-    simulator: Literal["all-at-once", "prompt-logprobs", "rated", "lexical"] = "all-at-once"
+    simulator: Literal["token-wise", "all-at-once", "prompt-logprobs", "rated", "lexical"] = "token-wise"
     simulator_model: str = EMBEDDED
     simulator_device: str | None = None
     simulator_dtype: str | None = None
     simulator_chat: bool = False
-    simulator_temperature: float = pydantic.Field(0.5, gt=0, le=10)
+    simulator_temperature: float | None = pydantic.Field(None, gt=0, le=10)
     llm: Endpoint | str | None = None
     plan: Plan = Plan()
     records: RecordPolicy = RecordPolicy()
@@ -84,6 +87,12 @@ class Job(pydantic.BaseModel):
     def _causes_are_shown(self) -> Job:
         if self.holistic is not None and self.explainer == "top-tokens":
             raise ValueError("top-tokens looks at no causes: leave holistic out, or choose the explainer one-shot or tree")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _chats(self) -> Job:
+        if self.simulator_chat and self.simulator not in ("all-at-once", "prompt-logprobs"):
+            raise ValueError(f"the simulator {self.simulator} has no chat form: leave simulator_chat out, or choose the simulator all-at-once")
         return self
 
     @pydantic.model_validator(mode="after")
@@ -131,7 +140,7 @@ class Job(pydantic.BaseModel):
         """Where the questions of scores go: to the job's endpoint, but to the simulator itself when that is the embedded model in this
         process, which answers many short questions in one pass."""
         endpoint = self.endpoint
-        simulates = "simulate" in self.stages and self.simulator == "all-at-once" and self.simulator_model == endpoint.model
+        simulates = "simulate" in self.stages and self.simulator in LOCAL_SIMULATORS and self.simulator_model == endpoint.model
         return replace(endpoint, base_url=LOCAL) if endpoint.base_url is None and simulates else endpoint
 
     @property

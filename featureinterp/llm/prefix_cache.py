@@ -196,7 +196,10 @@ class PrefixModel:
     def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
         """Logits of a few tokens only (None: of all), float32 ``[…, token]``, for hidden states ``[…, d_model]``."""
         rows = slice(None) if token_ids is None else token_ids
-        out = torch.matmul(hidden, self.head.weight[rows].T).float()
+        if token_ids is None:
+            out = torch.matmul(hidden, self.head.weight.T).float()
+        else:  # few enough for float32, in which their differences are exact
+            out = torch.matmul(hidden.float(), self.head.weight[token_ids].float().T)
         if getattr(self.head, "bias", None) is not None:
             out = out + self.head.bias[rows].float()
         return out if self._softcap is None else self._softcap * torch.tanh(out / self._softcap)

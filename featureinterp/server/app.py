@@ -64,7 +64,7 @@ class Submission(pydantic.BaseModel):
     holistic: Literal["exact", "gradient"] | None = pydantic.Field(None, description="Show the explainer which tokens cause the activations.")
     style: Literal["sentence", "rules"] = "sentence"
     rule_cap: int = pydantic.Field(5, ge=1, le=10)
-    simulator: Literal["all-at-once", "prompt-logprobs", "rated", "lexical"] = "all-at-once"
+    simulator: Literal["token-wise", "all-at-once", "prompt-logprobs", "rated", "lexical"] = "token-wise"
     simulator_model: str | None = pydantic.Field(None, max_length=200, description="One of the local models that are allowed.")
     n_test: int = pydantic.Field(10, ge=1, le=100, description="Test windows of each kind.")
     seed: int = pydantic.Field(0, ge=0, le=2**31 - 1)

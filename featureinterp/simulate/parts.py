@@ -23,6 +23,21 @@ class Built:
     positions: tuple[int, ...]
 
 
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text; what looks like a special token in it is text."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)  # type: ignore[no-any-return]
+
+
+def single(tokenizer: Any, text: str) -> int:
+    """The id of a text of one token. Raises ``IncompatibleError`` when it has several."""
+    ids = encode(tokenizer, text)
+    if len(ids) != 1:
+        raise IncompatibleError(
+            f"the simulator's tokenizer writes {text!r} as {len(ids)} tokens, and a simulator that reads levels needs one: use --simulator rated"
+        )
+    return ids[0]
+
+
 class PromptBuilder:
     """Turns the prompt's parts into token ids. ``chat``: as turns of a chat, by the tokenizer's own template; else as one text."""
 
@@ -30,8 +45,8 @@ class PromptBuilder:
         self._tokenizer, self._chat = tokenizer, chat
         settings = prompt.json("settings.json")
         self._label: str = settings["label"]
-        self.levels = [self._single(level) for level in LEVELS]
-        self._tab = self._single("\t")
+        self.levels = [single(tokenizer, level) for level in LEVELS]
+        self._tab = single(tokenizer, "\t")
         self._end = self._encode(settings["fill"] + "\n")
         shots = [
             (self._label + shot["explanation"], "".join(f"{escape(token)}\t{level}\n" for token, level in shot["tokens"])) for shot in settings["few_shot"]
@@ -66,15 +81,7 @@ class PromptBuilder:
         return before, after
 
     def _encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)  # type: ignore[no-any-return]
-
-    def _single(self, text: str) -> int:
-        ids = self._encode(text)
-        if len(ids) != 1:
-            raise IncompatibleError(
-                f"the simulator's tokenizer writes {text!r} as {len(ids)} tokens, and the all-at-once simulator needs one: use --simulator rated"
-            )
-        return ids[0]
+        return encode(self._tokenizer, text)
 
     def explanation(self, text: str) -> list[int]:
         """Ids of the explanation's line, or of what is left of its turn."""

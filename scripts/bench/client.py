@@ -120,7 +120,7 @@ def ours(url: str, n: int) -> tuple[float, float, float]:
 
 def main() -> None:
     args = arguments(__doc__ or "")
-    n = 2_000 if args.quick else 10_000
+    n = 2_000 if args.quick else 100_000
     with server(0.02) as url:
         bare(url, n // 4)
         limit = n / bare(url, n)

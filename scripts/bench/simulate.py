@@ -1,24 +1,31 @@
-"""The all-at-once simulator against its limit, and against a long prompt simulated the ordinary way.
+"""The simulators on a local model against their limit, against the plain way, and against a long prompt simulated the ordinary way.
 
     python scripts/bench/simulate.py [--quick] [--device cpu|cuda]
 
-Limit: the bare blocks over the explanation's and the windows' own tokens at the same prompt, the shared prefix free, six rows of the output
-matrix. Long prompt: a header of 1,000 tokens whose keys and values are copied for every window, 4.7 prompt tokens per token of the window, all
-logits of the levels' rows. Random weights of the shape of Qwen2.5-1.5B, the default simulator; on a processor with 4 of its 28 layers.
+20 windows of 32 tokens are simulated by an explanation of 3 rules, whole, the header computed before. Words are drawn as in text, by Zipf's law. Limit: the
+bare blocks over the tokens that the simulator itself reads, in batches of the same size, the shared prefix free, six rows of the output matrix. Plain
+way: one prompt per rule and window (all-at-once) or per rule and different token (token-wise), header included, all logits. Long prompt: a header of
+1,000 tokens whose keys and values are copied for every window, 4.7 prompt tokens per token of the window. Random weights of the shape of
+Qwen2.5-1.5B, the default simulator; on a processor with 4 of its 28 layers.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from common import arguments, compare, report
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-from featureinterp.domain.explanation import Explanation, Provenance
+from featureinterp.domain.explanation import Explanation, Provenance, Rule
 from featureinterp.domain.record import Window
 from featureinterp.simulate.all_at_once import AllAtOnce
+from featureinterp.simulate.local import LocalSimulator, batches, padded
+from featureinterp.simulate.token_wise import TokenWise
 
-WINDOW = 32
+WINDOW, WINDOWS, RULES = 32, 20, 3
+EXPLANATION = Explanation(tuple(Rule(f"words about subject number {i} and the like", 5 - i) for i in range(RULES)), Provenance("bench"))
 
 
 class Letters:
@@ -38,6 +45,13 @@ def hash_of(word: str) -> int:
     return sum(ord(c) * 31**i for i, c in enumerate(word)) % 30_000 + 3000
 
 
+def words(n_windows: int) -> list[Window]:
+    """Windows of words drawn by Zipf's law from 5,000."""
+    share = 1 / np.arange(1, 5001)
+    drawn = np.random.default_rng(0).choice(5000, (n_windows, WINDOW), p=share / share.sum())
+    return [Window(0, 0, np.arange(WINDOW), tuple(f" w{i}" for i in row), np.zeros(WINDOW, np.float32)) for row in drawn]
+
+
 def main() -> None:
     args = arguments(__doc__ or "")
     torch.manual_seed(0)
@@ -45,61 +59,84 @@ def main() -> None:
         vocab_size=49_152 if args.device == "cpu" else 151_936,
         hidden_size=1536,
         intermediate_size=8960,
-        num_hidden_layers=4 if args.device == "cpu" else 28,
+        num_hidden_layers=(2 if args.quick else 4) if args.device == "cpu" else 28,
         num_attention_heads=12,
         num_key_value_heads=2,
     )
     model = Qwen2ForCausalLM(config).to(args.device, torch.bfloat16).eval().requires_grad_(False)
-    n_windows, rules = (8, 1) if args.quick else (32, 3) if args.device == "cpu" else (256, 5)
-    windows = [Window(0, 0, np.arange(WINDOW), tuple(f" w{i}x{j}" for j in range(WINDOW)), np.zeros(WINDOW, np.float32)) for i in range(n_windows)]
-    explanations = [Explanation.sentence(f"words about subject number {i} and the like", Provenance("bench")) for i in range(rules)]
-    simulator = AllAtOnce(lambda: (model, Letters()), name="bench", batch_tokens=1024 if args.device == "cpu" else 32_768)
+    windows, rounds = words(WINDOWS), args.rounds or (2 if args.quick else 5)
+    batch_tokens = 1024 if args.device == "cpu" else 32_768
+    units, unit = WINDOWS * RULES, "s per window and rule"
+    for kind in (TokenWise, AllAtOnce):
+        simulator = kind(lambda: (model, Letters()), name="bench", batch_tokens=batch_tokens)
+        rows = rows_of(simulator, windows)
+        read = sum(map(len, rows)) / (WINDOWS * WINDOW)
 
-    def ours() -> None:
-        for explanation in explanations:
-            simulator.predict(explanation, windows)
+        def ours(simulator: LocalSimulator = simulator) -> None:
+            if isinstance(simulator, TokenWise):
+                simulator._neutral.clear()
+            simulator.predict(EXPLANATION, windows)
 
-    built = [simulator.builder.window(w.pieces) for w in windows]
-    width = len(built[0].ids)
-    ids = torch.tensor([b.ids for b in built], device=args.device)
-    positions = torch.tensor([b.positions for b in built], device=args.device)
-    levels = torch.tensor(simulator.builder.levels, device=args.device)
-    head = model.get_output_embeddings().weight[levels]
-    batch = max(1, simulator.batch_tokens // width)
+        def against(name: str, other: Bare, target: str, ours: object = ours, kind: type[LocalSimulator] = kind, read: float = read) -> None:
+            mine, theirs = compare(ours, other, args.device, rounds)  # type: ignore[arg-type]
+            report(
+                f"simulate, {kind.kind}{name}", mine / units, theirs / units, theirs / mine, unit=unit, target=target, read=round(read, 2), device=args.device
+            )
+
+        against("", Bare(simulator, rows, prefix=[]), ">= 0.85")
+        against(", plain way", Bare(simulator, rows, prefix=simulator.header, all_logits=True), "")
+        against(", long prompt", LongPrompt(simulator), ">= 3" if kind is TokenWise else "")
+
+
+def rows_of(simulator: LocalSimulator, windows: Sequence[Window]) -> list[list[int]]:
+    """What a simulator reads of some windows for one rule."""
+    if isinstance(simulator, TokenWise):
+        return [simulator.token(piece) for piece in sorted({p for w in windows for p in w.pieces})]
+    assert isinstance(simulator, AllAtOnce)
+    return [list(simulator.builder.window(w.pieces).ids) for w in windows]
+
+
+class Bare:
+    """The bare blocks over rows of tokens, for every rule, and for the neutral topic where a simulator reads one."""
+
+    def __init__(self, simulator: LocalSimulator, rows: Sequence[list[int]], *, prefix: list[int], all_logits: bool = False) -> None:
+        self.model = simulator.model.model
+        rows = [[*prefix, *row] for row in rows]
+        budget = max(simulator.batch_tokens, len(rows[0]))
+        self.parts = [padded([rows[i] for i in batch], self.model.device) for batch in batches(rows, budget)]
+        self.times = RULES + isinstance(simulator, TokenWise)
+        self.head = self.model.get_output_embeddings().weight
+        self.head = self.head if all_logits else self.head[:6]
+        self.read = slice(-1, None) if isinstance(simulator, TokenWise) else slice(None)
 
     @torch.inference_mode()
-    def limit() -> None:
-        for explanation in explanations:
-            own = torch.tensor([simulator.builder.explanation(explanation.text)], device=args.device)
-            model.base_model(input_ids=own, use_cache=False)
-            for start in range(0, n_windows, batch):
-                hidden = model.base_model(input_ids=ids[start : start + batch], use_cache=False).last_hidden_state
-                hidden = torch.gather(hidden, 1, positions[start : start + batch, :, None].expand(-1, -1, hidden.shape[-1]))
-                torch.softmax((hidden @ head.T).float(), -1).cpu()
+    def __call__(self) -> None:
+        for _ in range(self.times):
+            for ids in self.parts:
+                hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                torch.softmax((hidden[:, self.read] @ self.head.T).float(), -1).cpu()
 
-    long_width = round(4.7 * WINDOW)
-    long_ids = torch.randint(3000, 30_000, (n_windows, long_width), device=args.device)
-    with torch.inference_mode():
-        cache = DynamicCache()
-        model.base_model(input_ids=torch.randint(3000, 30_000, (1, 1000), device=args.device), past_key_values=cache, use_cache=True)
+
+class LongPrompt:
+    """A long header, copied for every window, and many prompt tokens per token."""
+
+    def __init__(self, simulator: LocalSimulator) -> None:
+        self.model, self.batch = simulator.model.model, max(1, simulator.batch_tokens // round(4.7 * WINDOW))
+        self.ids = torch.randint(3000, 30_000, (WINDOWS, round(4.7 * WINDOW)), device=self.model.device)
+        self.head = self.model.get_output_embeddings().weight[:6]
+        with torch.inference_mode():
+            self.cache = DynamicCache()
+            self.model.base_model(input_ids=torch.randint(3000, 30_000, (1, 1000), device=self.model.device), past_key_values=self.cache, use_cache=True)
 
     @torch.inference_mode()
-    def long_prompt() -> None:
-        for _ in explanations:
-            for start in range(0, n_windows, batch):
-                part = long_ids[start : start + batch]
+    def __call__(self) -> None:
+        for _ in range(RULES):
+            for part in self.ids.split(self.batch):
                 copy = DynamicCache()
-                for number, layer in enumerate(cache.layers):
+                for number, layer in enumerate(self.cache.layers):
                     copy.update(layer.keys.repeat(len(part), 1, 1, 1), layer.values.repeat(len(part), 1, 1, 1), number)
-                hidden = model.base_model(input_ids=part, past_key_values=copy, use_cache=True).last_hidden_state
-                torch.softmax((hidden @ head.T).float(), -1).cpu()
-
-    rounds = args.rounds or (2 if args.quick else 5)
-    mine, bare = compare(ours, limit, args.device, rounds)
-    units, unit, tokens = n_windows * rules, "s per window and rule", width / WINDOW
-    report("simulate", mine / units, bare / units, bare / mine, unit=unit, target=">= 0.85", tokens_per_token=tokens, device=args.device)
-    mine, slow = compare(ours, long_prompt, args.device, rounds)
-    report("simulate, long prompt", mine / units, slow / units, slow / mine, unit=unit, target=">= 3", device=args.device)
+                hidden = self.model.base_model(input_ids=part, past_key_values=copy, use_cache=True).last_hidden_state
+                torch.softmax((hidden @ self.head.T).float(), -1).cpu()
 
 
 if __name__ == "__main__":

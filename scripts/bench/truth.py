@@ -43,6 +43,7 @@ from featureinterp.score.intervals import bootstrap
 from featureinterp.score.verdicts import judge
 from featureinterp.simulate.all_at_once import AllAtOnce
 from featureinterp.simulate.lexical import Lexical
+from featureinterp.simulate.token_wise import TokenWise
 from featureinterp.subject.load import HubTokenizer, load_causal_lm, model_source
 
 BESIDE: tuple[Source, ...] = ("random", "random_negative", "similar_negative", "projected_similar_negative")
@@ -69,11 +70,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="a dozen features, three windows of each kind")
     parser.add_argument("--half", choices=("development", "report", "all"), default="report")
     parser.add_argument("--windows", type=int, default=6, help="windows of each kind")
-    parser.add_argument("--simulator", choices=("all-at-once", "lexical"), default="all-at-once")
+    parser.add_argument("--simulator", choices=("token-wise", "all-at-once", "lexical"), default="token-wise")
     parser.add_argument("--model", default=api.EXPLAINER, help="the simulator's model")
-    parser.add_argument("--version", default="v2", help="version of prompts/simulate-all-at-once")
-    parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--chat", action="store_true", help="the simulator's prompt as a chat")
+    parser.add_argument("--version", help="version of the simulator's prompt")
+    parser.add_argument("--temperature", type=float)
     parser.add_argument("--questions", action="store_true", help="detection and fuzzing, too")
     parser.add_argument("--device", default=None)
     return parser.parse_args()
@@ -97,7 +97,8 @@ async def judged(args: argparse.Namespace, records: Sequence[FeatureRecord]) -> 
     if args.simulator == "lexical":
         simulator: Any = Lexical()
     else:
-        simulator = AllAtOnce(load, name=args.model, version=args.version, temperature=args.temperature, chat=args.chat)
+        given = {k: getattr(args, k) for k in ("version", "temperature") if getattr(args, k) is not None}
+        simulator = (AllAtOnce if args.simulator == "all-at-once" else TokenWise)(load, name=args.model, **given)
     rows: list[Row] = []
     replies = ReplyStore(args.out / "replies.sqlite")
     with Journal(args.out / "truth.sqlite") as journal:

@@ -1,0 +1,106 @@
+"""What simulators on a local transformers model have in common: the model, the levels' rows of its output matrix, one batch at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import anyio.to_thread
+import torch
+
+from featureinterp.domain.explanation import Explanation
+from featureinterp.domain.record import Window
+from featureinterp.domain.score import Simulation
+from featureinterp.errors import InputError
+from featureinterp.llm.prefix_cache import Branches, Prefix, PrefixModel, lock_of
+from featureinterp.prompts import load_prompt
+from featureinterp.simulate.parts import LEVELS, single
+
+BATCH_TOKENS = 1024
+
+
+class LocalSimulator:
+    """Reads levels off a model's next-token distribution. ``load`` gives the model with its head and its tokenizer; it is called when the first window
+    is simulated, so that a run whose simulations are all known loads nothing."""
+
+    kind: ClassVar[str]
+    header: list[int]
+
+    def __init__(self, load: Callable[[], tuple[Any, Any]], *, name: str, dtype: str, version: str, temperature: float, batch_tokens: int) -> None:
+        if temperature <= 0:
+            raise InputError(f"a simulator's temperature of {temperature:g} is not possible: give one above 0")
+        self.name, self.dtype, self.temperature, self.batch_tokens = name, dtype, temperature, batch_tokens
+        self.prompt = load_prompt(f"simulate-{self.kind}", version)
+        self._load = load
+        self._busy = threading.Lock()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that a simulation depends on, besides explanation and window."""
+        return {
+            "simulator": self.kind,
+            "model": self.name,
+            "prompt": self.prompt.name,
+            "prompt_hash": self.prompt.hash,
+            "temperature": self.temperature,
+            "dtype": self.dtype,
+        }
+
+    @cached_property
+    def model(self) -> PrefixModel:
+        """The model, loaded."""
+        return PrefixModel(self._loaded[0])
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._loaded[1]
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        return self._load()
+
+    @cached_property
+    def _header(self) -> Prefix:
+        return self.model.prefix(self.header)
+
+    @cached_property
+    def _level_ids(self) -> torch.Tensor:
+        return torch.tensor([single(self.tokenizer, level) for level in LEVELS], device=self.model.device)
+
+    def _behind(self, lines: Sequence[Sequence[int]]) -> Prefix | Branches:
+        """What the windows are read behind: the header and the explanation's rules."""
+        return self.model.prefix(lines[0], self._header) if len(lines) == 1 else self.model.branches(self._header, lines)
+
+    async def simulate(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
+        """One simulation per window, computed in a worker thread, so that the event loop goes on."""
+        return await anyio.to_thread.run_sync(self.predict, explanation, windows, abandon_on_cancel=True)
+
+    def predict(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
+        """The same, for callers without an event loop. Several rules: the maximum over rules of level · strength / 5."""
+        with self._busy, lock_of(self._loaded[0]), torch.inference_mode():
+            return self._predict(explanation, windows)
+
+    def _predict(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
+        raise NotImplementedError
+
+
+def batches(rows: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
+    """Indices of the rows that are not empty, grouped by length, each group with at most ``budget`` tokens with its padding."""
+    order = sorted((i for i, row in enumerate(rows) if row), key=lambda i: len(rows[i]))
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * len(rows[index]) > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """Rows of ids, none of them empty, filled up on the right with their last id: int64 ``[row, longest]``."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=device)
