@@ -1,7 +1,7 @@
 """Shared by the experiments: a configuration file with a full and a small size, jobs of the library, tables and figures.
 
-Each experiment is a list of arms; an arm is a job, and lies in a folder of its own under ``--out``, so that an experiment that was interrupted
-goes on where it was and pays nothing twice.
+Each experiment is a list of arms; an arm is a job. All arms of an experiment have one journal, so that an experiment that was interrupted goes on
+where it was, and what two arms ask alike is paid for once.
 """
 
 from __future__ import annotations
@@ -60,12 +60,13 @@ class Experiment:
     def arm(self, name: str, run: Path, **changes: Any) -> Sequence[FeatureResult]:
         """The results of one arm: the configuration's job with ``changes``."""
         say(f"== {name}")
-        fields = {**self.settings, **changes, "run": run, "out": self.out / name.replace(" ", "-")}
+        fields = {**self.settings, **changes, "run": run, "out": self.out / "jobs"}
         if isinstance(fields.get("features"), list):
             fields["features"] = tuple(fields["features"])
         results = fi.run(make_job(**fields), on_event=show, steps=log)
         if results.stopped:
             sys.exit(f"{self.name}: {name}: {results.stopped}; the same command goes on")
+        fi.report(results.folder, self.out / f"report-{name.replace(',', '').replace(' ', '-')}.html")
         return results
 
     def write(self, rows: Sequence[Row], summary: Sequence[Row]) -> None:
