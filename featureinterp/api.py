@@ -307,11 +307,11 @@ def _local_simulator(kind: str, load: Callable[[], tuple[Any, Any]], name: str, 
     from featureinterp.simulate.all_at_once import AllAtOnce
     from featureinterp.simulate.token_wise import TokenWise
 
-    given = {"name": name, "dtype": dtype or "bfloat16", **({} if temperature is None else {"temperature": temperature})}
+    dtype = dtype or "bfloat16"
     if kind == "token-wise":
-        return TokenWise(load, **given)
+        return TokenWise(load, name=name, dtype=dtype, temperature=temperature)
     if kind == "all-at-once":
-        return AllAtOnce(load, chat=chat, **given)
+        return AllAtOnce(load, name=name, dtype=dtype, temperature=temperature, chat=chat)
     raise InputError(f"there is no local simulator {kind!r}: choose from token-wise, all-at-once")
 
 

@@ -16,6 +16,7 @@ from tiny import make_sae
 
 import featureinterp as fi
 from featureinterp.jobs.records import alive_features
+from featureinterp.jobs.spec import make_job
 from featureinterp.sae.load import save_sae
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "experiments"))
@@ -132,4 +133,5 @@ def test_shipped_configurations_are_jobs(module: ModuleType, tmp_path: Path, mon
     for size in ([], ["--small"]):
         monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), *size])
         experiment = common.Experiment(str(module.__file__), "")
-        fi.jobs.spec.make_job(run=tmp_path, **experiment.settings)
+        made = make_job(run=tmp_path, **experiment.settings)
+        assert made.plan.negatives[0] == "random" and "simulate" in made.stages

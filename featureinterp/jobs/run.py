@@ -178,9 +178,8 @@ def _simulator(job: Job, model: LanguageModel, local: Local) -> Simulator:
     if job.simulator == "lexical":
         return Lexical()
     if job.simulator == "prompt-logprobs":
-        return PromptLogprobs(
-            model, lambda: local.tokenizer(_tokenizer_name(job.endpoint)), temperature=job.simulator_temperature or 0.5, chat=job.simulator_chat
-        )
+        temperature, chat = job.simulator_temperature, job.simulator_chat
+        return PromptLogprobs(model, lambda: local.tokenizer(_tokenizer_name(job.endpoint)), temperature=temperature, chat=chat)
     return local.simulator(job)
 
 

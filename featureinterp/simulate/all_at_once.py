@@ -19,8 +19,8 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
 from featureinterp.llm.prefix_cache import Branches, Prefix
-from featureinterp.simulate.local import BATCH_TOKENS, LocalSimulator, batches, padded
-from featureinterp.simulate.parts import Built, PromptBuilder
+from featureinterp.simulate.local import LocalSimulator, batches, padded
+from featureinterp.simulate.parts import TEMPERATURE, Built, PromptBuilder
 
 
 class AllAtOnce(LocalSimulator):
@@ -28,23 +28,13 @@ class AllAtOnce(LocalSimulator):
     are one batch; and of the output matrix only the rows of the six levels are used.
 
     ``temperature`` T sharpens (< 1) or flattens (> 1) the level distribution: p^(1/T), renormalised; a small model leaves some probability on every
-    level everywhere, which 0.5 damps (``docs/prompts.md``). ``chat``: the prompt as turns of a chat, by the tokenizer's own template.
+    level everywhere, which its own, 0.5, damps (``docs/prompts.md``). ``chat``: the prompt as turns of a chat, by the tokenizer's own template.
     """
 
-    kind = "all-at-once"
+    kind, version, own_temperature = "all-at-once", "v2", TEMPERATURE
 
-    def __init__(
-        self,
-        load: Callable[[], tuple[Any, Any]],
-        *,
-        name: str,
-        dtype: str = "bfloat16",
-        version: str = "v2",
-        temperature: float = 0.5,
-        chat: bool = False,
-        batch_tokens: int = BATCH_TOKENS,
-    ) -> None:
-        super().__init__(load, name=name, dtype=dtype, version=version, temperature=temperature, batch_tokens=batch_tokens)
+    def __init__(self, load: Callable[[], tuple[Any, Any]], *, name: str, chat: bool = False, **options: Any) -> None:
+        super().__init__(load, name=name, **options)
         self.chat = chat
 
     @property
@@ -57,8 +47,8 @@ class AllAtOnce(LocalSimulator):
         """Builds prompts with the model's tokenizer."""
         return PromptBuilder(self.tokenizer, self.prompt, chat=self.chat)
 
-    @cached_property
-    def header(self) -> list[int]:  # type: ignore[override]
+    @property
+    def header(self) -> list[int]:
         """Ids of everything before the explanation."""
         return self.builder.header
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
@@ -21,18 +22,29 @@ from featureinterp.simulate.parts import LEVELS, single
 BATCH_TOKENS = 1024
 
 
-class LocalSimulator:
+class LocalSimulator(ABC):
     """Reads levels off a model's next-token distribution. ``load`` gives the model with its head and its tokenizer; it is called when the first window
-    is simulated, so that a run whose simulations are all known loads nothing."""
+    is simulated, so that a run whose simulations are all known loads nothing. ``version`` of its prompt and ``temperature``: its own when not given."""
 
     kind: ClassVar[str]
-    header: list[int]
+    version: ClassVar[str]
+    own_temperature: ClassVar[float]
 
-    def __init__(self, load: Callable[[], tuple[Any, Any]], *, name: str, dtype: str, version: str, temperature: float, batch_tokens: int) -> None:
-        if temperature <= 0:
-            raise InputError(f"a simulator's temperature of {temperature:g} is not possible: give one above 0")
-        self.name, self.dtype, self.temperature, self.batch_tokens = name, dtype, temperature, batch_tokens
-        self.prompt = load_prompt(f"simulate-{self.kind}", version)
+    def __init__(
+        self,
+        load: Callable[[], tuple[Any, Any]],
+        *,
+        name: str,
+        dtype: str = "bfloat16",
+        version: str | None = None,
+        temperature: float | None = None,
+        batch_tokens: int = BATCH_TOKENS,
+    ) -> None:
+        self.temperature = self.own_temperature if temperature is None else temperature
+        if self.temperature <= 0:
+            raise InputError(f"a simulator's temperature of {self.temperature:g} is not possible: give one above 0")
+        self.name, self.dtype, self.batch_tokens = name, dtype, batch_tokens
+        self.prompt = load_prompt(f"simulate-{self.kind}", version or self.version)
         self._load = load
         self._busy = threading.Lock()
 
@@ -83,8 +95,14 @@ class LocalSimulator:
         with self._busy, lock_of(self._loaded[0]), torch.inference_mode():
             return self._predict(explanation, windows)
 
+    @property
+    @abstractmethod
+    def header(self) -> list[int]:
+        """Ids of everything before the explanation."""
+
+    @abstractmethod
     def _predict(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
-        raise NotImplementedError
+        """One simulation per window; the model is this thread's."""
 
 
 def batches(rows: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:

@@ -11,6 +11,8 @@ from featureinterp.errors import IncompatibleError
 from featureinterp.prompts import Prompt, escape
 
 LEVELS = "012345"
+TEMPERATURE = 0.5
+"""Of the all-at-once prompt's level distribution."""
 _PLACE = "\ufffcexplanation\ufffc"
 """Stands for the explanation while a template is filled in."""
 

@@ -16,7 +16,7 @@ from featureinterp.errors import EndpointRefusedError, LanguageModelError, Malfo
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Reply, Request
 from featureinterp.prompts import load_prompt
-from featureinterp.simulate.parts import LEVELS, Built, PromptBuilder
+from featureinterp.simulate.parts import LEVELS, TEMPERATURE, Built, PromptBuilder
 from featureinterp.tasks import each
 
 ALTERNATIVES = 20
@@ -29,8 +29,10 @@ class PromptLogprobs:
     among the most probable tokens that the endpoint returns, renormalised; a place where none of them is a level is a failure of the window.
     """
 
-    def __init__(self, model: LanguageModel, tokenizer: Callable[[], Any], *, version: str = "v2", temperature: float = 0.5, chat: bool = False) -> None:
-        self.model, self.temperature = model, temperature
+    def __init__(
+        self, model: LanguageModel, tokenizer: Callable[[], Any], *, version: str = "v2", temperature: float | None = None, chat: bool = False
+    ) -> None:
+        self.model, self.temperature = model, TEMPERATURE if temperature is None else temperature
         self.prompt, self.chat = load_prompt("simulate-all-at-once", version), chat
         self._tokenizer = tokenizer
 

@@ -25,7 +25,7 @@ from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
 from featureinterp.llm.prefix_cache import Branches, Prefix
 from featureinterp.prompts import escape
-from featureinterp.simulate.local import BATCH_TOKENS, LocalSimulator, batches, padded
+from featureinterp.simulate.local import LocalSimulator, batches, padded
 from featureinterp.simulate.parts import LEVELS, encode, single
 
 KEPT = 200_000
@@ -39,24 +39,15 @@ class TokenWise(LocalSimulator):
     ``temperature`` T sharpens (< 1) or flattens (> 1) what the model says, before the prior: the prompt's ``silent`` for level 0, the rest in equal parts.
     """
 
-    kind = "token-wise"
+    kind, version, own_temperature = "token-wise", "v1", 1.5
 
-    def __init__(
-        self,
-        load: Callable[[], tuple[Any, Any]],
-        *,
-        name: str,
-        dtype: str = "bfloat16",
-        version: str = "v1",
-        temperature: float = 1.5,
-        batch_tokens: int = BATCH_TOKENS,
-    ) -> None:
-        super().__init__(load, name=name, dtype=dtype, version=version, temperature=temperature, batch_tokens=batch_tokens)
+    def __init__(self, load: Callable[[], tuple[Any, Any]], *, name: str, **options: Any) -> None:
+        super().__init__(load, name=name, **options)
         self._asked = self.prompt.json("settings.json")
         self._neutral: dict[str, np.ndarray] = {}
 
     @cached_property
-    def header(self) -> list[int]:  # type: ignore[override]
+    def header(self) -> list[int]:
         """Ids of everything before the explanation."""
         bos = self.tokenizer.bos_token_id
         start = [bos] if bos is not None and getattr(self.tokenizer, "add_bos_token", False) else []

@@ -97,8 +97,7 @@ async def judged(args: argparse.Namespace, records: Sequence[FeatureRecord]) -> 
     if args.simulator == "lexical":
         simulator: Any = Lexical()
     else:
-        given = {k: getattr(args, k) for k in ("version", "temperature") if getattr(args, k) is not None}
-        simulator = (AllAtOnce if args.simulator == "all-at-once" else TokenWise)(load, name=args.model, **given)
+        simulator = (AllAtOnce if args.simulator == "all-at-once" else TokenWise)(load, name=args.model, version=args.version, temperature=args.temperature)
     rows: list[Row] = []
     replies = ReplyStore(args.out / "replies.sqlite")
     with Journal(args.out / "truth.sqlite") as journal:

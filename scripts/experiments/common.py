@@ -10,7 +10,7 @@ import argparse
 import csv
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,33 @@ class Experiment:
                 figure.savefig(self.out / f"{self.name}.{kind}", dpi=150, metadata=metadata)
             pyplot.close(figure)
         say(f"tables and figures are in {self.out}")
+
+    def compare_rules(self, by: str, arms: Iterable[tuple[Any, Sequence[FeatureResult]]], columns: Mapping[str, str], axis: str) -> None:
+        """Tables and a figure of explanations in rules along one setting, ``by``; ``columns``: what is drawn, with its label."""
+        rows: list[Row] = []
+        for place, results in arms:
+            for result in results:
+                given = result.explanation
+                figures = {
+                    "correlation": value(result, "correlation"),
+                    "complexity": value(result, "complexity"),
+                    "rules": float(len(given.rules)) if given else None,
+                }
+                rows.append({"feature": result.feature, by: place, **figures, "explanation": given.text if given else None})
+        groups = {name: means(rows, by, name) for name in columns}
+        summary = []
+        for place in groups["correlation"]:
+            others = {name: summarised(name, groups[name][place])[name] for name in columns if name != "correlation"}
+            summary.append({by: place, **summarised("correlation", groups["correlation"][place]), **others})
+        self.write(rows, summary)
+
+        def draw(axes: Any) -> None:
+            for panel, (name, label) in zip(axes, columns.items(), strict=True):
+                bars(panel, [str(place) for place in groups[name]], list(groups[name].values()), colours=COLOURS[:1])
+                panel.set_ylabel(label)
+                panel.set_xlabel(axis)
+
+        self.figure(draw, panels=len(columns), width=10)
 
 
 def value(result: FeatureResult, score: str) -> float | None:

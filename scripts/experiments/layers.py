@@ -10,12 +10,13 @@ collected first. ``--small`` trains a small SAE per layer on the embedded model 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from common import Experiment, Row, bars, log, means, say, summarised, value
+from common import Experiment, Row, log, say
 
 import featureinterp as fi
+from featureinterp.domain.result import FeatureResult
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -25,38 +26,17 @@ def main() -> None:
     own = experiment.own
     if not own["layers"]:
         sys.exit('layers: name the SAEs to compare in a configuration, and give it with --config: layers = [{ layer = 4, sae = "FOLDER" }, …]')
-    rows: list[Row] = []
-    for entry in own["layers"]:
-        layer = entry["layer"]
-        sae = entry.get("sae") or str(trained(experiment.args.out / f"sae-layer-{layer}", layer, own))
-        run = experiment.args.out / f"run-layer-{layer}"
-        fi.collect(out=run, model=own["model"], sae=sae, corpus=own["corpus"], max_tokens=own["max_tokens"], steps=log)
-        for result in experiment.arm(f"layer {layer}", run, style="rules"):
-            rows.append(
-                {
-                    "feature": result.feature,
-                    "layer": layer,
-                    "correlation": value(result, "correlation"),
-                    "complexity": value(result, "complexity"),
-                    "rules": float(len(result.explanation.rules)) if result.explanation else None,
-                    "explanation": result.explanation.text if result.explanation else None,
-                }
-            )
-    columns = ("correlation", "rules", "complexity")
-    groups = {name: means(rows, "layer", name) for name in columns}
-    summary = []
-    for layer in groups["correlation"]:
-        others = {name: summarised(name, groups[name][layer])[name] for name in columns[1:]}
-        summary.append({"layer": layer, **summarised("correlation", groups["correlation"][layer]), **others})
-    experiment.write(rows, summary)
+    columns = {"correlation": "correlation", "rules": "rules used", "complexity": "complexity of the rules, 0–5"}
+    experiment.compare_rules("layer", ((entry["layer"], explained(experiment, entry)) for entry in own["layers"]), columns, "layer")
 
-    def draw(axes: Any) -> None:
-        for panel, name, label in zip(axes, columns, ("correlation", "rules used", "complexity of the rules, 0–5"), strict=True):
-            bars(panel, [str(layer) for layer in groups[name]], list(groups[name].values()), colours=["#0072b2"])
-            panel.set_ylabel(label)
-            panel.set_xlabel("layer")
 
-    experiment.figure(draw, panels=3, width=10)
+def explained(experiment: Experiment, entry: Row) -> Sequence[FeatureResult]:
+    """The results at one layer, whose codes are collected first."""
+    own, layer, out = experiment.own, entry["layer"], experiment.args.out
+    sae = entry.get("sae") or str(trained(out / f"sae-layer-{layer}", layer, own))
+    run = out / f"run-layer-{layer}"
+    fi.collect(out=run, model=own["model"], sae=sae, corpus=own["corpus"], max_tokens=own["max_tokens"], steps=log)
+    return experiment.arm(f"layer {layer}", run, style="rules")
 
 
 def trained(folder: Path, layer: int, own: Row) -> Path:

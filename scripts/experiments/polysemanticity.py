@@ -9,42 +9,15 @@ the rules says whether one broad rule stands for several plain ones.
 
 from __future__ import annotations
 
-from typing import Any
-
-from common import Experiment, Row, bars, means, summarised, value
+from common import Experiment
 
 
 def main() -> None:
     experiment = Experiment(__file__, __doc__ or "")
     run = experiment.run()
-    rows: list[Row] = []
-    for cap in experiment.own["caps"]:
-        for result in experiment.arm(f"cap {cap}", run, style="rules", rule_cap=cap):
-            rows.append(
-                {
-                    "feature": result.feature,
-                    "rule cap": cap,
-                    "correlation": value(result, "correlation"),
-                    "complexity": value(result, "complexity"),
-                    "rules": float(len(result.explanation.rules)) if result.explanation else None,
-                    "explanation": result.explanation.text if result.explanation else None,
-                }
-            )
-    columns = ("correlation", "complexity", "rules")
-    groups = {name: means(rows, "rule cap", name) for name in columns}
-    summary = []
-    for cap in groups["correlation"]:
-        others = {name: summarised(name, groups[name][cap])[name] for name in columns[1:]}
-        summary.append({"rule cap": cap, **summarised("correlation", groups["correlation"][cap]), **others})
-    experiment.write(rows, summary)
-
-    def draw(axes: Any) -> None:
-        for panel, name, label in zip(axes, columns, ("correlation", "complexity of the rules, 0–5", "rules used"), strict=True):
-            bars(panel, [str(cap) for cap in groups[name]], list(groups[name].values()), colours=["#0072b2"])
-            panel.set_ylabel(label)
-            panel.set_xlabel("rules allowed")
-
-    experiment.figure(draw, panels=3, width=10)
+    arms = ((cap, experiment.arm(f"cap {cap}", run, style="rules", rule_cap=cap)) for cap in experiment.own["caps"])
+    columns = {"correlation": "correlation", "complexity": "complexity of the rules, 0–5", "rules": "rules used"}
+    experiment.compare_rules("rule cap", arms, columns, "rules allowed")
 
 
 if __name__ == "__main__":
