@@ -86,6 +86,8 @@ def test_a_whole_job(tmp_path: Path, records: list[FeatureRecord]):
         assert {"explained_variance", "deviation_explained", "false_positives_random_negative", "detection_auroc", "fuzzing_f1", "complexity"} <= set(names)
         main = result.score("correlation")
         assert main is not None and main.value is not None and main.n_scored == 8 and main.null is not None
+        judged = {s.name: s for s in result.scores if s.name != "complexity"}
+        assert all(s.null is not None or s.value is None for s in judged.values()), "every score stands beside that of another feature's explanation"
         assert result.null_of in {r.feature for r in results} - {result.feature}
         assert result.baseline_score("correlation") is not None and not result.failures
         splits = {(w.split, w.source) for w in result.windows}

@@ -17,7 +17,7 @@ from featureinterp.score.complexity import rating
 from featureinterp.score.correlation import Pairs, correlation, deviation_explained, explained_variance, false_positives
 from featureinterp.score.fuzzing import questions_of
 from featureinterp.score.intervals import interval_of, resample_counts
-from featureinterp.score.verdicts import Verdict, _aurocs, judge, yes_probability
+from featureinterp.score.verdicts import Verdict, _aurocs, calibrated, judge, yes_probability
 
 
 def pairs(seed: int, n: int = 12, noise: float = 1.0) -> Pairs:
@@ -91,8 +91,14 @@ def test_explained_variance_is_fitted_on_valid_and_applied_to_test():
 
 
 def test_false_positives_by_hand():
-    p = Pairs((np.array([0, 0, 3.0]), np.zeros(2)), (np.array([2.5, 2.4, 5.0]), np.array([3.0, 5.0])))
-    assert false_positives(p).value == 1.5
+    valid = Pairs((np.array([0, 1, 3.0]), np.array([2.0, 0])), (np.array([5.0, 2.5, 5.0]), np.array([0.5, 0])))
+    silent = Pairs((np.array([0, 0, 3.0]), np.zeros(2)), (np.array([2.5, 2.4, 5.0]), np.array([3.0, 5.0])), 1)
+    score = false_positives(valid, silent)
+    assert score.value == 1.5 and score.n_scored == 2 and score.n_failed == 1, "the median prediction over tokens that fire is 2.5"
+    unseen = Pairs((np.array([1.0, 1, 0]),), (np.zeros(3),))
+    assert false_positives(unseen, silent).value == 2, "an explanation that predicts nothing where the feature fires: whatever it predicts elsewhere counts"
+    assert false_positives(Pairs((np.zeros(2),), (np.ones(2),)), silent).undefined is not None
+    assert false_positives(valid, Pairs((), (), 3)).undefined == "no window could be simulated"
 
 
 def test_failed_simulations_are_counted_and_never_filled_in():
@@ -108,12 +114,53 @@ def test_verdicts_equal_scikit_learns(seed: int):
     rng = np.random.default_rng(seed)
     labels = rng.random(30) < 0.4
     probability = np.round(np.clip(labels * 0.3 + rng.random(30) * 0.7, 0, 1), 1)
-    verdicts = [Verdict(bool(y), bool(p > 0.5), float(p)) for y, p in zip(labels, probability, strict=True)]
+    verdicts = [Verdict(bool(y), bool(p > 0.5), float(p), row=i // 2) for i, (y, p) in enumerate(zip(labels, probability, strict=True))]
     scores = {s.name: s for s in judge("d", [*verdicts, Verdict(True, None, failure="down")])}
     assert scores["d_balanced_accuracy"].value == pytest.approx(metrics.balanced_accuracy_score(labels, probability > 0.5))
     assert scores["d_f1"].value == pytest.approx(metrics.f1_score(labels, probability > 0.5))
     assert scores["d_auroc"].value == pytest.approx(metrics.roc_auc_score(labels, probability))
     assert all(s.n_failed == 1 and s.n_scored == 30 for s in scores.values())
+    windows = np.arange(30) // 2
+    slow = []
+    for row in resample_counts(15, np.random.default_rng(0))[:2000]:
+        units = np.concatenate([np.flatnonzero(windows == w).repeat(k) for w, k in enumerate(row)])
+        slow.append(metrics.roc_auc_score(labels[units], probability[units]) if len(set(labels[units].tolist())) == 2 else np.nan)
+    interval = scores["d_auroc"].interval
+    assert interval is not None
+    assert (interval.low, interval.high) == pytest.approx(tuple(np.nanpercentile(slow, [2.5, 97.5])), abs=1e-9), "the bootstrap is over windows, not questions"
+
+
+def test_calibration_puts_a_leaning_model_right():
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2 == 0
+    probability = 1 / (1 + np.exp(-(4 * labels - 7 + rng.normal(size=60))))
+    verdicts = [Verdict(bool(y), bool(p > 0.5), float(p), row=i) for i, (y, p) in enumerate(zip(labels, probability, strict=True))]
+    scores = {s.name: s for s in judge("d", verdicts)}
+    assert scores["d_balanced_accuracy"].value == pytest.approx(0.5) and scores["d_calibrated_accuracy"].value > 0.9
+
+
+def test_a_questions_own_window_is_not_in_its_calibration():
+    labels, windows = np.arange(24) % 2 == 0, np.arange(24) // 2
+    first = calibrated(np.linspace(0.1, 0.9, 24), labels, windows)
+    p = np.linspace(0.1, 0.9, 24)
+    for window in range(12):
+        changed = labels.copy()
+        changed[windows == window] = ~changed[windows == window]
+        again = calibrated(p, changed, windows)
+        assert first is not None and again is not None
+        np.testing.assert_allclose(again[windows == window], first[windows == window], atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.floats(0, 1), st.integers(0, 6)), min_size=2, max_size=25))
+def test_calibration_gives_probabilities_or_none(units: list[tuple[bool, float, int]]):
+    labels, p, windows = (np.array(column) for column in zip(*units, strict=True))
+    found = calibrated(p, labels, windows)
+    enough = min(len(set(windows[labels].tolist())), len(set(windows[~labels].tolist()))) >= 2
+    if not enough:
+        assert found is None
+    elif found is not None:
+        assert found.shape == p.shape and np.all((found >= 0) & (found <= 1))
 
 
 @settings(max_examples=60, deadline=None)
@@ -130,10 +177,12 @@ def test_weighted_auroc_is_that_of_the_repeated_sample(units: list[tuple[bool, i
 
 
 def test_verdicts_that_cannot_be_scored_say_why():
+    two = judge("d", [Verdict(True, True, 0.9, row=0), Verdict(False, False, 0.2, row=1)])
+    assert "two windows" in (two[-1].undefined or "") and two[2].value == 1
     one_sided = judge("d", [Verdict(True, True, 0.9), Verdict(True, False, 0.2)])
     assert all(s.value is None and "same right answer" in (s.undefined or "") for s in one_sided)
     no_probabilities = judge("d", [Verdict(True, True), Verdict(False, True)])
-    assert [s.value for s in no_probabilities] == [0.5, pytest.approx(2 / 3), None]
+    assert [s.value for s in no_probabilities] == [0.5, pytest.approx(2 / 3), None, None]
     assert all("no question" in (s.undefined or "") for s in judge("d", [Verdict(True, None, failure="x")]))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
 import anyio
@@ -27,7 +28,7 @@ from featureinterp.explain.baselines import TopTokens
 from featureinterp.files import content_key
 from featureinterp.interfaces import Explainer, LanguageModel, Simulator
 from featureinterp.jobs.budget import Budget, Guard
-from featureinterp.jobs.feature import FeatureState, result_of
+from featureinterp.jobs.feature import FeatureState, result_of, with_nulls
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.kept import simulations_of, value_of, working_on
 from featureinterp.jobs.plan import Event, Outcome, Part, Plan
@@ -178,7 +179,7 @@ class ExplainJob:
         if self.plan.simulate:
             state.own = await self._simulated(state, "simulate", explanation, self.plan.parts())
             if state.null is not None:
-                state.null_simulated = await self._simulated(state, "simulate-null", state.null.explanation, self.plan.null_parts())
+                state.null_simulated = await self._simulated(state, "simulate-null", state.null.explanation, self.plan.parts())
             state.search = await self._search(state, explanation)
         if self.judge is not None:
             await self._ask(state, explanation, self.judge)
@@ -208,7 +209,7 @@ class ExplainJob:
 
     async def _search(self, state: FeatureState, explanation: Explanation) -> tuple[SearchNode, ...]:
         """The nodes of a search with their correlations on the test windows, which the search itself never sees."""
-        parts = self.plan.null_parts()
+        parts = self.plan.main_parts()
         simulated: dict[tuple[Rule, ...], float | None] = {}
 
         async def test(rules: tuple[Rule, ...]) -> None:
@@ -220,34 +221,46 @@ class ExplainJob:
         await each(test, dict.fromkeys(node.rules for node in explanation.search if node.rules))
         return tuple(replace(node, test=simulated.get(node.rules)) for node in explanation.search)
 
+    async def _asked(
+        self, state: FeatureState, stage: str, scorer: Detection | Fuzzing, explanation: Explanation, windows: Sequence[Window]
+    ) -> list[Score] | None:
+        """The scores of a stage of questions; None when it failed."""
+
+        async def work() -> Any:
+            _, verdicts, _ = await scorer.run(explanation, windows, seed=self.plan.seed)
+            return [[v.label, v.said, v.probability, v.failure, v.row] for v in verdicts], any(v.failure for v in verdicts)
+
+        provenance = {"model": scorer.model.name, "prompt": scorer.prompt.name, "prompt_hash": scorer.prompt.hash}
+        depends = {
+            "text": explanation.text,
+            "model": scorer.model.name,
+            "prompt": scorer.prompt.hash,
+            "seed": self.plan.seed,
+            "windows": [[w.row, w.start, len(w.pieces)] for w in windows],
+        }
+        value = await self._stage(state, stage, depends, work, provenance)
+        if value is None:
+            return None
+        verdicts = [Verdict(*v) for v in value]
+        return await anyio.to_thread.run_sync(partial(judge, stage.removesuffix("-null"), verdicts, seed=self.plan.seed))
+
     async def _ask(self, state: FeatureState, explanation: Explanation, judge_model: LanguageModel) -> None:
         """Detection, fuzzing and complexity; each is a stage of its own."""
         record = state.record
         top = record.get("test", "top")[: self.plan.n_test]
-        silent = [w for source in self.plan.negatives for w in record.get("test", source)[: self.plan.n_test] if not w.fires][: len(top)]
+        by_kind = ([w for w in record.get("test", source)[: self.plan.n_test] if not w.fires] for source in self.plan.negatives)
+        silent = [w for of_each in zip_longest(*by_kind) for w in of_each if w is not None][: len(top)]
         for name, wanted, scorer, windows in (
             ("detection", self.plan.detection, Detection(judge_model), (*top, *silent)),
             ("fuzzing", self.plan.fuzzing, Fuzzing(judge_model), top),
         ):
             if not wanted:
                 continue
-
-            async def work(scorer: Any = scorer, windows: Sequence[Window] = windows) -> Any:
-                _, verdicts, _ = await scorer.run(explanation, windows, seed=self.plan.seed)
-                return [[v.label, v.said, v.probability, v.failure, v.row] for v in verdicts], any(v.failure for v in verdicts)
-
-            provenance = {"model": judge_model.name, "prompt": scorer.prompt.name, "prompt_hash": scorer.prompt.hash}
-            depends = {
-                "text": explanation.text,
-                "model": judge_model.name,
-                "prompt": scorer.prompt.hash,
-                "seed": self.plan.seed,
-                "windows": [[w.row, w.start, len(w.pieces)] for w in windows],
-            }
-            value = await self._stage(state, name, depends, work, provenance)
-            if value is not None:
-                verdicts = [Verdict(*v) for v in value]
-                state.asked += await anyio.to_thread.run_sync(partial(judge, name, verdicts, seed=self.plan.seed))
+            scores = await self._asked(state, name, scorer, explanation, windows)
+            if scores is None:
+                continue
+            nulls = await self._asked(state, f"{name}-null", scorer, state.null.explanation, windows) if state.null is not None else None
+            state.asked += with_nulls(scores, nulls or [])
         if self.plan.complexity:
             complexity = Complexity(judge_model)
 

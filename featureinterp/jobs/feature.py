@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -66,10 +66,12 @@ def result_of(state: FeatureState, plan: Plan, document_name: Callable[[int], st
     """What a job says of a feature: its windows, its explanation, and the scores of what was simulated and asked."""
     record = state.record
     own = _scores(state, plan, state.own) if state.own else []
+    if own and state.null_simulated:
+        own = with_nulls(own, _scores(state, plan, state.null_simulated))
     baseline: list[Score] = []
     if state.baseline is not None:
         parts = {part: Lexical().predict(state.baseline, record.get(*part)[:n]) for part, n in plan.parts()}
-        baseline = _scores(state, plan, parts, nulls=False)
+        baseline = _scores(state, plan, parts)
     return FeatureResult(
         feature=record.feature.index,
         sae=record.feature.sae,
@@ -89,28 +91,24 @@ def result_of(state: FeatureState, plan: Plan, document_name: Callable[[int], st
     )
 
 
-def _scores(state: FeatureState, plan: Plan, simulated: Mapping[Part, list[Simulation]], nulls: bool = True) -> list[Score]:
-    record = state.record
+def with_nulls(scores: Sequence[Score], nulls: Sequence[Score]) -> list[Score]:
+    """The scores with the nulls' values and intervals, by name."""
+    known = {null.name: null for null in nulls}
+    return [replace(s, null=known[s.name].value, null_interval=known[s.name].interval) if s.name in known else s for s in scores]
 
-    def pairs(part: Part, source: Mapping[Part, list[Simulation]] = simulated) -> Pairs:
-        simulations = source.get(part, [])
-        return Pairs.of(record.get(*part)[: len(simulations)], simulations)
+
+def _scores(state: FeatureState, plan: Plan, simulated: Mapping[Part, list[Simulation]]) -> list[Score]:
+    def pairs(part: Part) -> Pairs:
+        simulations = simulated.get(part, [])
+        return Pairs.of(state.record.get(*part)[: len(simulations)], simulations)
 
     main = plan.negatives[0]
-    top = pairs(("test", "top"))
-    scores = []
-    for source in plan.negatives:
-        name = "correlation" if source == main else f"correlation_{source}"
-        score = correlation(top + pairs(("test", source)), name, seed=plan.seed)
-        if source == main and nulls and state.null_simulated:
-            null = correlation(pairs(("test", "top"), state.null_simulated) + pairs(("test", main), state.null_simulated), seed=plan.seed)
-            score = Score(name, score.value, score.n_scored, score.n_failed, score.interval, score.undefined, null.value, null.interval)
-        scores.append(score)
-    valid = pairs(("valid", "top")) + pairs(("valid", main))
-    test = top + pairs(("test", main))
-    scores += [explained_variance(valid, test, seed=plan.seed), deviation_explained(valid, test, seed=plan.seed)]
-    scores += [false_positives(pairs(("test", s)), f"false_positives_{s}", seed=plan.seed) for s in plan.negatives if s.endswith("negative")]
-    return scores
+    top, valid = pairs(("test", "top")), pairs(("valid", "top"))
+    scores = [correlation(top + pairs(("test", s)), "correlation" if s == main else f"correlation_{s}", seed=plan.seed) for s in plan.negatives]
+    fit, test = valid + pairs(("valid", main)), top + pairs(("test", main))
+    scores += [explained_variance(fit, test, seed=plan.seed), deviation_explained(fit, test, seed=plan.seed)]
+    silent = [s for s in plan.negatives if s.endswith("negative")]
+    return scores + [false_positives(valid, pairs(("test", s)), f"false_positives_{s}", seed=plan.seed) for s in silent]
 
 
 def _shown(state: FeatureState, plan: Plan, document_name: Callable[[int], str]) -> list[ShownWindow]:

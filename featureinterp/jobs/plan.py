@@ -64,7 +64,7 @@ class Plan:
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
     def parts(self) -> list[tuple[Part, int]]:
-        """What is simulated with the feature's own explanation."""
+        """What is simulated, with the feature's own explanation and with the null's."""
         main = self.negatives[0]
         return [
             (("test", "top"), self.n_test),
@@ -73,8 +73,8 @@ class Plan:
             (("valid", main), self.n_valid),
         ]
 
-    def null_parts(self) -> list[tuple[Part, int]]:
-        """What is simulated with another feature's explanation."""
+    def main_parts(self) -> list[tuple[Part, int]]:
+        """What the main correlation is over."""
         return [(("test", "top"), self.n_test), (("test", self.negatives[0]), self.n_test)]
 
 

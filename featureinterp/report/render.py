@@ -48,9 +48,11 @@ SCORE_NAMES = {
     "detection_balanced_accuracy": "Detection, balanced accuracy",
     "detection_f1": "Detection, F1",
     "detection_auroc": "Detection, AUROC",
+    "detection_calibrated_accuracy": "Detection, calibrated accuracy",
     "fuzzing_balanced_accuracy": "Fuzzing, balanced accuracy",
     "fuzzing_f1": "Fuzzing, F1",
     "fuzzing_auroc": "Fuzzing, AUROC",
+    "fuzzing_calibrated_accuracy": "Fuzzing, calibrated accuracy",
     "complexity": "Complexity of rules, 0–5",
 }
 BINS = 12

@@ -15,9 +15,6 @@ from featureinterp.domain.record import Window
 from featureinterp.domain.score import Agreement, Score, Simulation
 from featureinterp.score.intervals import bootstrap
 
-FALSE_POSITIVE_LEVEL = 2.5
-"""A token that is silent and predicted at this level or above is a false positive."""
-
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
@@ -151,11 +148,15 @@ def deviation_explained(valid: Pairs, test: Pairs, name: str = "deviation_explai
     return Score(name, float(statistic(np.ones((1, n)))[0]), n, failed, bootstrap(statistic, n, np.random.default_rng(seed)))
 
 
-def false_positives(pairs: Pairs, name: str = "false_positives", *, seed: int = 0) -> Score:
-    """Silent tokens that are predicted at level 2.5 or above, per window."""
-    n = len(pairs.true)
+def false_positives(valid: Pairs, silent: Pairs, name: str = "false_positives", *, seed: int = 0) -> Score:
+    """Silent tokens of ``silent`` that are predicted as strongly as the feature's own tokens are, per window: at the median prediction over the tokens
+    of ``valid`` that fire or above it, and above 0. So that it means the same for every simulator, whatever share of the levels it uses."""
+    n, failed = len(silent.true), silent.n_failed
     if not n:
-        return Score(name, None, 0, pairs.n_failed, undefined="no window could be simulated")
-    counts = np.array([((x >= FALSE_POSITIVE_LEVEL) & (y <= 0)).sum() for x, y in zip(pairs.predicted, pairs.true, strict=True)], float)
-    interval = bootstrap(lambda c: c @ counts / n, n, np.random.default_rng(seed))
-    return Score(name, float(counts.mean()), n, pairs.n_failed, interval)
+        return Score(name, None, 0, failed, undefined="no window could be simulated")
+    own = valid.x[valid.y > 0]
+    if not len(own):
+        return Score(name, None, n, failed, undefined="no validation window in which the feature fires could be simulated")
+    level = max(float(np.median(own)), np.finfo(float).tiny)
+    counts = np.array([((x >= level) & (y <= 0)).sum() for x, y in zip(silent.predicted, silent.true, strict=True)], float)
+    return Score(name, float(counts.mean()), n, failed, bootstrap(lambda c: c @ counts / n, n, np.random.default_rng(seed)))

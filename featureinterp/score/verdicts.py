@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,29 +101,56 @@ def _word(reply: Reply) -> bool:
 
 
 def judge(name: str, verdicts: Sequence[Verdict], *, seed: int = 0) -> list[Score]:
-    """Balanced accuracy, F1, and the AUROC of the probability of "yes", each with a bootstrap interval over questions."""
+    """Balanced accuracy, F1, the AUROC of the probability of "yes", and the balanced accuracy of calibrated probabilities (:func:`calibrated`), each with a
+    bootstrap interval over windows."""
     answered = [v for v in verdicts if v.said is not None]
     failed = len(verdicts) - len(answered)
     labels = np.array([v.label for v in answered], bool)
     said = np.array([bool(v.said) for v in answered], bool)
     n = len(answered)
-    names = {kind: f"{name}_{kind}" for kind in ("balanced_accuracy", "f1", "auroc")}
+    names = [f"{name}_{kind}" for kind in ("balanced_accuracy", "f1", "auroc", "calibrated_accuracy")]
     if not labels.any() or labels.all():
         reason = "no question was answered" if not n else "all answered questions have the same right answer"
-        return [Score(full, None, n, failed, undefined=reason) for full in names.values()]
-    table = np.stack([labels & said, labels & ~said, ~labels & said, ~labels & ~said], 1).astype(float)
-    scores = []
-    for kind, statistic in (("balanced_accuracy", _balanced_accuracy), ("f1", _f1)):
-        interval = bootstrap(lambda counts, f=statistic: f(counts @ table), n, np.random.default_rng(seed))  # type: ignore[misc]
-        scores.append(Score(names[kind], float(statistic(table.sum(0)[None])[0]), n, failed, interval))
+        return [Score(full, None, n, failed, undefined=reason) for full in names]
+    window = np.unique([v.row for v in answered], return_inverse=True)[1]
+
+    def score(full: str, statistic: Callable[[np.ndarray], np.ndarray]) -> Score:
+        interval = bootstrap(lambda counts: statistic(counts[:, window]), int(window.max()) + 1, np.random.default_rng(seed))
+        return Score(full, float(statistic(np.ones((1, n)))[0]), n, failed, interval)
+
+    table = _confusion(labels, said)
+    scores = [score(names[0], lambda counts: _balanced_accuracy(counts @ table)), score(names[1], lambda counts: _f1(counts @ table))]
     known = [v.probability for v in answered]
     if any(p is None for p in known):
-        scores.append(Score(names["auroc"], None, n, failed, undefined="the endpoint gives no probabilities"))
-    else:
-        p = np.array(known, float)
-        interval = bootstrap(lambda counts: _aurocs(p, labels, counts), n, np.random.default_rng(seed))
-        scores.append(Score(names["auroc"], float(_aurocs(p, labels, np.ones((1, n)))[0]), n, failed, interval))
-    return scores
+        return scores + [Score(full, None, n, failed, undefined="the endpoint gives no probabilities") for full in names[2:]]
+    p = np.array(known, float)
+    scores.append(score(names[2], lambda counts: _aurocs(p, labels, counts)))
+    fitted = calibrated(p, labels, window)
+    if fitted is None:
+        return [*scores, Score(names[3], None, n, failed, undefined="calibration needs two windows with each right answer")]
+    right = _confusion(labels, fitted > 0.5)
+    return [*scores, score(names[3], lambda counts: _balanced_accuracy(counts @ right))]
+
+
+def calibrated(probabilities: np.ndarray, labels: np.ndarray, windows: np.ndarray) -> np.ndarray | None:
+    """The probability that the right answer is "yes" when both are equally likely, float64 ``[question]``: a logistic regression on the log-odds of "yes"
+    (Platt 1999), fitted on the answers about other windows only. A model that leans to one answer is so put right. None with fewer than two windows of a label.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+
+    folds = min(5, len(np.unique(windows[labels])), len(np.unique(windows[~labels])))
+    if folds < 2:
+        return None
+    p = np.clip(probabilities, 1e-6, 1 - 1e-6)
+    odds = np.log(p / (1 - p))[:, None]
+    fit = LogisticRegression(class_weight="balanced")
+    return np.asarray(cross_val_predict(fit, odds, labels, groups=windows, cv=StratifiedGroupKFold(folds), method="predict_proba")[:, 1])
+
+
+def _confusion(labels: np.ndarray, said: np.ndarray) -> np.ndarray:
+    """One row per question: hit, miss, false alarm, right refusal."""
+    return np.stack([labels & said, labels & ~said, ~labels & said, ~labels & ~said], 1).astype(float)
 
 
 def _balanced_accuracy(table: np.ndarray) -> np.ndarray:

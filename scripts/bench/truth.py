@@ -141,7 +141,7 @@ async def simulated(simulator: Any, feature: Planted, kind: str, explanation: Ex
             "deviation explained": deviation_explained(valid, test),
         }
         if source.endswith("negative"):
-            scores["false positives (fewer is better)"] = false_positives(pairs("test", source))
+            scores["false positives (fewer is better)"] = false_positives(pairs("valid", "top"), pairs("test", source))
         for name, score in scores.items():
             rows.append(row_of(feature, kind, name, source, score.value))
     return rows
