@@ -353,6 +353,7 @@ def demo(
     seed: int = 0,
     max_tokens: int = DEMO_TOKENS,
     n_test: int = DEMO_TEST_WINDOWS,
+    simulator: str = "token-wise",
     on_event: Callable[[Event], None] = _silent,
     steps: Steps = _silent,
 ) -> Results:
@@ -373,7 +374,7 @@ def demo(
     store = collect(out=out, max_tokens=max_tokens, steps=steps)
     chosen = random_features(store, features, seed=seed, min_windows=DEMO_MIN_WINDOWS)
     plan = Plan(n_test=n_test, n_valid=(n_test + 1) // 2, negatives=("random", "similar_negative"), seed=seed)
-    return explain(out, chosen, plan=plan, on_event=on_event, steps=steps)
+    return explain(out, chosen, plan=plan, simulator=simulator, on_event=on_event, steps=steps)
 
 
 def default_threads() -> int:

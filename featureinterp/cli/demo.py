@@ -16,6 +16,7 @@ def demo(
     seed: int = typer.Option(0, help="Which random features."),
     max_tokens: int = typer.Option(50_000, help="Tokens of the corpus to collect."),
     n_test: int = typer.Option(8, help="Test windows of each kind."),
+    simulator: str = typer.Option("token-wise", help="token-wise, all-at-once or lexical."),
     out: Path = typer.Option(Path("featureinterp-demo"), help="Folder for everything that is made; what is valid in it is reused."),
     as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
 ) -> None:
@@ -29,8 +30,9 @@ def demo(
     screen.say("featureinterp demo: SmolLM2-135M, its SAE, and State of the Union addresses, explained by Qwen2.5-Coder-1.5B on this machine")
     from featureinterp import api
 
+    choice = {"features": features, "seed": seed, "max_tokens": max_tokens, "n_test": n_test, "simulator": simulator}
     with screen.live():
-        results = api.demo(out=out, features=features, seed=seed, max_tokens=max_tokens, n_test=n_test, on_event=screen.event, steps=screen.step)
+        results = api.demo(out=out, **choice, on_event=screen.event, steps=screen.step)
     finish(screen, results)
 
 
