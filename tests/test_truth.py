@@ -5,15 +5,22 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import anyio
 import numpy as np
 import pytest
 
 from featureinterp.corpus.windows import WindowTable
+from featureinterp.domain.explanation import Explanation, Provenance, Rule
+from featureinterp.errors import MalformedReplyError
+from featureinterp.jobs.records import build_records
+from featureinterp.records.policy import RecordPolicy
+from featureinterp.simulate.lexical import Lexical
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "bench"))
 
 import planted
-import truth
+import truth_explainers
+import truth_scores
 from planted import FEATURES, Planted, activations, development, spans
 
 BY_NAME = {f.name: f for f in FEATURES}
@@ -65,7 +72,7 @@ def test_activations_are_graded_and_on_the_tokens_of_the_match():
 def test_every_feature_has_its_explanations():
     assert len(FEATURES) >= 40 and len(BY_NAME) == len(FEATURES) and len({f.family for f in FEATURES}) >= 8
     for feature in FEATURES:
-        found = truth.explanations(feature)
+        found = truth_scores.explanations(feature)
         texts = [tuple((r.activates_on, r.strength) for r in e.rules) for e in found.values()]
         assert len(set(texts)) == len(texts), feature.name
         union = feature.family == "union"
@@ -99,18 +106,84 @@ def windows(tmp_path: Path, subject: object, corpus_file: Path) -> WindowTable:
     return build_windows(load_corpus(str(corpus_file)), subject.encoder, WindowPolicy(24, 24, 5000), tmp_path / "windows")  # type: ignore[attr-defined]
 
 
-def rows_of(score: str, values: dict[str, list[float | None]]) -> list[truth.Row]:
+def rows_of(score: str, values: dict[str, list[float | None]]) -> list[truth_scores.Row]:
     made = Planted("x", "f", (), "", "")
-    return [truth.row_of(planted.replace(made, name=str(i)), kind, score, "random", value) for kind, column in values.items() for i, value in enumerate(column)]
+    return [
+        truth_scores.row_of(planted.replace(made, name=str(i)), kind, score, "random", value)
+        for kind, column in values.items()
+        for i, value in enumerate(column)
+    ]
 
 
 def test_ranking_is_counted_within_features():
     values: dict[str, list[float | None]] = {"true": [0.9, 0.2, 0.5, None], "too broad": [0.1, 0.3, 0.5, None], "rule missing": [None, None, 0.6, -1.0]}
-    table = {t["wrong"]: t for t in truth.ranked(rows_of("correlation", values))}
+    table = {t["wrong"]: t for t in truth_scores.ranked(rows_of("correlation", values))}
     assert table["too broad"]["auroc"] == pytest.approx((1 + 0 + 0.5 + 0.5) / 4) and table["too broad"]["n"] == 4
     assert table["rule missing"]["auroc"] == pytest.approx((1 + 1 + 0 + 0) / 4)
     interval = table["too broad"]["interval"]
     assert interval is not None and 0 <= interval.low <= 0.5 <= interval.high <= 1
-    fewer = truth.ranked(rows_of("false positives (fewer is better)", {"true": [0.0, 3.0], "too broad": [2.0, 1.0]}))
+    fewer = truth_scores.ranked(rows_of("false positives (fewer is better)", {"true": [0.0, 3.0], "too broad": [2.0, 1.0]}))
     assert fewer[0]["auroc"] == 0.5
-    assert [truth.paired(a, b) for a, b in ((1, 0), (0, 1), (1, 1))] == [1.0, 0.0, 0.5]
+    assert [truth_scores.paired(a, b) for a, b in ((1, 0), (0, 1), (1, 1))] == [1.0, 0.0, 0.5]
+
+
+def test_what_random_windows_alone_would_have_missed():
+    made = Planted("x", "f", (), "", "")
+
+    def rows(source: str, values: dict[str, list[float | None]]) -> list[truth_scores.Row]:
+        return [
+            truth_scores.row_of(planted.replace(made, name=str(i)), kind, "correlation", source, v)
+            for kind, column in values.items()
+            for i, v in enumerate(column)
+        ]
+
+    easy = rows("random", {"true": [0.5, 0.5, 0.5, 0.5], "too broad": [0.6, 0.5, 0.4, 0.1]})
+    hard = rows("similar_negative", {"true": [0.5, 0.5, 0.5, 0.5], "too broad": [0.4, 0.7, 0.6, None]})
+    entry = next(t for t in truth_scores.missed([*easy, *hard]) if t["wrong"] == "too broad")
+    assert list(entry.values()) == ["too broad", 4, 2, 1, 1]
+
+
+class OneHot:
+    """Texts are near when they share a word."""
+
+    words = sorted({word for f in FEATURES for p in f.parts for word in p.text.split()})
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        vectors = np.array([[float(word in text.split()) for word in self.words] for text in texts])
+        return vectors / np.maximum(1e-9, np.linalg.norm(vectors, axis=1, keepdims=True))
+
+
+class Says:
+    """An explainer with a given answer."""
+
+    def __init__(self, *rules: str) -> None:
+        self.rules = rules
+
+    async def explain(self, record: object) -> Explanation:
+        if not self.rules:
+            raise MalformedReplyError("no rule at all")
+        return Explanation(tuple(Rule(text, 5) for text in self.rules), Provenance("x"))
+
+
+def test_an_explainer_finds_what_is_nearest(tmp_path: Path, windows: WindowTable):
+    union = BY_NAME["months+water"]
+    store = planted.plant(tmp_path, windows, [union, BY_NAME["negation"]])
+    counts = {"top": (2, 2, 2), **{source: (0, 2, 2) for source in truth_scores.BESIDE if not source.startswith(("similar", "projected"))}}
+    record = next(iter(build_records(tmp_path, store, [0], RecordPolicy(counts))))
+    descriptions = truth_explainers.Descriptions(OneHot())
+    month, water = (p.text for p in union.parts)
+
+    def row(*rules: str) -> truth_scores.Row:
+        return anyio.run(truth_explainers.explained, Says(*rules), "says", Lexical(), descriptions, union, record)
+
+    found = [row(month, water), row(month), row(month, "names of countries other than the United States"), row("words about money, gold and banks")]
+    assert [r["named"] for r in found] == [1, 0.5, 0.5, 0] and [r["right"] for r in found] == [1, 1, 0.5, 0]
+    assert all(r["failure"] is None for r in found) and found[0]["explanation"] == f"{month}; {water}"
+    failed = row()
+    assert (failed["named"], failed["explanation"], failed["failure"]) == (0.0, None, "no rule at all")
+
+
+def test_every_explainer_is_in_the_benchmark():
+    assert set(truth_explainers.explainers(object(), object(), small=True)) == {
+        "top tokens", "one-shot, sentence", "one-shot, rules", "tree, sentence", "tree, rules",
+    }  # fmt: skip
