@@ -27,6 +27,8 @@ _HOME = {
     "explain_async": "api",
     "local_simulator": "api",
     "open_run": "api",
+    "sae_info": "api",
+    "saes": "api",
     "records": "api",
     "report": "api",
     "run": "api",

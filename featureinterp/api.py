@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from featureinterp.jobs.status import JobStatus
     from featureinterp.records.build import Neighbours
     from featureinterp.records.policy import RecordPolicy
+    from featureinterp.sae.load import LoadedSae
 
 SUBJECT, SAE, CORPUS, EXPLAINER = "smollm2-135m-instruct", "demo", "sotu", "qwen2.5-coder-1.5b-instruct"
 T = TypeVar("T")
@@ -106,7 +107,7 @@ def collect(
     from featureinterp.subject.load import load_subject, pick_device
 
     policy = WindowPolicy(window, min(8, window), max_tokens, max_per_document)
-    loaded_sae = load_sae(sae, device=pick_device(device))
+    loaded_sae = load_sae(sae, device=pick_device(device), steps=steps)
     texts = load_corpus(corpus, text_field=text_field)
     subject = load_subject(model, device=device, dtype=dtype)
     check_fit(subject, loaded_sae)
@@ -120,6 +121,29 @@ def collect(
         batch_tokens=batch_tokens or BATCH_TOKENS,
         progress=lambda done, total: steps("tokens", done, total),
     )
+
+
+def saes() -> list[dict[str, Any]]:
+    """Every SAE that can be named without asking a hub, each as :func:`sae_info` says it."""
+    from featureinterp.sae.info import sae_info
+    from featureinterp.sae.names import all_names
+
+    return [sae_info(name) for name in (SAE, *all_names())]
+
+
+def sae_info(name: str) -> dict[str, Any]:
+    """What an SAE's name stands for: repository, file, revision, model, layer, hook, width, architecture, codes per token where known, and whether it is in
+    the cache. Asks no network. Raises ``UnknownNameError`` for a name that stands for nothing."""
+    from featureinterp.sae.info import sae_info
+
+    return sae_info(name)
+
+
+def fetch_sae(name: str, *, steps: Steps = _silent) -> LoadedSae:
+    """Fetches an SAE into the model hub's cache, and loads it, which checks that it is what its name says."""
+    from featureinterp.sae.load import load_sae
+
+    return load_sae(name, steps=steps)
 
 
 def open_run(run: str | Path) -> CodesStore:

@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 
 from featureinterp import __version__
-from featureinterp.cli import collect, demo, explain, jobs, llm, models, records, report, serve
+from featureinterp.cli import collect, demo, explain, jobs, llm, models, records, report, saes, serve
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or a request to end."""
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.add_typer(models.app, name="models")
+app.add_typer(saes.app, name="saes")
 app.command("collect")(collect.collect)
 app.command("records")(records.records)
 app.command("explain")(explain.explain)

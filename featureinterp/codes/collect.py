@@ -18,6 +18,7 @@ from featureinterp.errors import FeatureInterpError, IncompatibleError, InputErr
 from featureinterp.files import content_key, write_json
 from featureinterp.sae.codes import SparseCodes
 from featureinterp.sae.load import LoadedSae
+from featureinterp.sae.names import names_of_model
 from featureinterp.subject.load import PrependToken, SkipFirst, Subject
 
 Progress = Callable[[int, int], None]
@@ -29,13 +30,15 @@ SINK_FACTOR = 10.0
 
 
 def check_fit(subject: Subject, sae: LoadedSae) -> None:
-    """Raises ``UnknownNameError`` when the model lacks the SAE's hook and ``IncompatibleError`` when the widths differ."""
-    subject.check_hook(sae.hook)
-    if sae.sae.d_in != subject.d_model:
+    """Raises ``UnknownNameError`` when the model lacks the SAE's hook and ``IncompatibleError`` when the widths differ, or when the model has another name
+    than the one that the SAE was made for. A model from a folder may have any name."""
+    if sae.sae.d_in != subject.d_model or not (Path(subject.name).is_dir() or Path(sae.model).is_dir() or _same_model(sae.model, subject.name)):
+        fitting = names_of_model(subject.name)
+        choose = f"choose an SAE of this model, such as {fitting[0]}" if fitting else "choose an SAE of this model"
         raise IncompatibleError(
-            f"the SAE {sae.name} takes activations of width {sae.sae.d_in} (made for {sae.model}), "
-            f"but {subject.name} has width {subject.d_model}: choose an SAE of this model"
+            f"the SAE {sae.name} takes activations of width {sae.sae.d_in} (made for {sae.model}), but {subject.name} has width {subject.d_model}: {choose}"
         )
+    subject.check_hook(sae.hook)
 
 
 def collect(
@@ -100,6 +103,11 @@ def check_sae(store: CodesStore, sae: LoadedSae) -> None:
     """Raises ``IncompatibleError`` when ``sae`` is not the one that made the store's codes."""
     if store.meta["sae"]["fingerprint"] != sae.fingerprint:
         raise IncompatibleError(f"the run's codes were made with another SAE than {sae.name!r} is: give the one that it names, {store.meta['sae']['name']!r}")
+
+
+def _same_model(one: str, other: str) -> bool:
+    """Names of a hub, with or without their owner."""
+    return one.rsplit("/", 1)[-1].lower() == other.rsplit("/", 1)[-1].lower()
 
 
 def _check_owner(run: Path, subject: Subject, sae: LoadedSae) -> None:

@@ -1,16 +1,9 @@
-"""The project's own SAE folder: ``config.json`` + ``weights.safetensors``; and SAEs by name.
-
-``config.json``: ``format`` (1), ``architecture``, ``d_in``, ``d_sae``, ``hook``, ``model``, the architecture's settings (``k``),
-and free ``provenance`` and ``metrics``. Shapes and dtypes are checked against it from the file's header, before any weight is read.
-"""
+"""SAEs by name, whatever their layout."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import struct
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +11,18 @@ from typing import Any
 import torch
 
 from featureinterp.errors import IncompatibleError, UnknownNameError
-from featureinterp.files import explained_storage, write_atomic, write_json
 from featureinterp.resources import data_folder
 from featureinterp.sae.base import SparseAutoencoder
-from featureinterp.sae.batch_topk import BatchTopK
-from featureinterp.sae.gated import Gated
-from featureinterp.sae.jumprelu import JumpReLU
-from featureinterp.sae.relu import ReLU
-from featureinterp.sae.topk import TopK
+from featureinterp.sae.hub import fetch
+from featureinterp.sae.layouts import dictionary_learning, gemma_scope, own, saelens
+from featureinterp.sae.layouts.checkpoint import ARCHITECTURES, Checkpoint
+from featureinterp.sae.layouts.own import save_sae
+from featureinterp.sae.names import SaeSpec, is_published, nearest, resolve
 
-FORMAT = 1
-ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {c.architecture: c for c in (TopK, BatchTopK, JumpReLU, ReLU, Gated)}
-_FLOATS = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
-_MAX_FEATURES = 1 << 24
+__all__ = ["ARCHITECTURES", "LoadedSae", "load_sae", "save_sae"]
+
+_SCOPE_PLACE = re.compile(r"layer_(\d+)/width_[0-9a-z]+/average_l0_\d+$")
+_SCOPE_MODELS = {2304: "google/gemma-2-2b", 3584: "google/gemma-2-9b"}
 
 
 @dataclass(frozen=True)
@@ -50,84 +42,67 @@ class LoadedSae:
         return self.sae.d_sae
 
 
-def load_sae(name: str = "demo", *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> LoadedSae:
-    """Loads an SAE: ``demo`` (embedded, of ``smollm2-135m-instruct``) or a folder in the project's own format.
+def load_sae(
+    name: str = "demo",
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    steps: Callable[[str, int, int], None] = lambda *_: None,
+) -> LoadedSae:
+    """Loads an SAE: ``demo`` (embedded, of ``smollm2-135m-instruct``), a published name (``py_4k_btopk_s0``, ``gscope_16k_l0_82``; fetched from the model
+    hub once), ``saelens:RELEASE/ID``, or a folder in this project's, SAELens's, dictionary_learning's or Gemma Scope's layout.
 
-    Raises ``UnknownNameError`` when there is none and ``IncompatibleError`` when its files contradict each other.
+    Raises ``UnknownNameError`` when there is none, ``IncompatibleError`` when its files contradict each other or the name, and ``DownloadError``.
     """
+    checkpoint = _checkpoint(name, steps)
+    kind = ARCHITECTURES[checkpoint.architecture]
+    tensors = {k: v.to(device, dtype).contiguous() for k, v in checkpoint.tensors.items()}
+    sae = kind(tensors, **{s: checkpoint.settings.get(s) for s in kind.settings})
+    return LoadedSae(name, sae, checkpoint.hook, checkpoint.model, checkpoint.config, checkpoint.fingerprint)
+
+
+def _checkpoint(name: str, steps: Callable[[str, int, int], None]) -> Checkpoint:
+    if name.startswith(saelens.PREFIX):
+        return saelens.load_release(name)
     folder = data_folder() / "demo-sae" if name == "demo" else Path(name).expanduser()
+    if folder.is_dir():
+        return _folder(folder)
+    if is_published(name):
+        return _published(resolve(name), steps)
+    near = nearest(name)
+    hint = f"; near to it are {', '.join(near)}" if near else ""
+    forms = "'demo', a name of 'featureinterp saes list', saelens:RELEASE/ID, or a folder with config.json and weights.safetensors"
+    raise UnknownNameError(f"there is no SAE {name!r}: give {forms}{hint}")
+
+
+def _folder(folder: Path) -> Checkpoint:
+    """A local folder, by the files that lie in it."""
+    if (folder / saelens.CONFIG).exists():
+        return saelens.read_saelens(folder)
+    if (folder / dictionary_learning.WEIGHTS).exists():
+        return dictionary_learning.read_dictionary_learning(folder / dictionary_learning.WEIGHTS, folder / "config.json")
+    if (folder / gemma_scope.WEIGHTS).exists():
+        return _scope_folder(folder)
     if not (folder / "config.json").exists():
-        raise UnknownNameError(f"there is no SAE {name!r}: give 'demo' or a folder with config.json and weights.safetensors")
-    config = _read_config(folder / "config.json")
-    kind = ARCHITECTURES[config["architecture"]]
-    weights = folder / "weights.safetensors"
-    if not weights.exists():
-        raise UnknownNameError(f"the SAE folder {folder} has no weights.safetensors")
-    _check_header(weights, kind.shapes(config["d_in"], config["d_sae"]))
-    from safetensors.torch import load_file
-
-    with explained_storage(weights):
-        tensors = load_file(weights)
-        digest = hashlib.sha256((folder / "config.json").read_bytes() + weights.read_bytes()).hexdigest()
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise IncompatibleError(f"the tensor {key!r} of {weights} holds values that are not finite: the file is damaged or training diverged")
-    sae = kind({k: v.to(device, dtype) for k, v in tensors.items()}, **{s: config.get(s) for s in kind.settings})
-    return LoadedSae(name, sae, config["hook"], config["model"], config, digest)
+        raise UnknownNameError(f"the folder {folder} holds no SAE: config.json and weights.safetensors, cfg.json, ae.pt or params.npz are missing")
+    return own.read_own(folder)
 
 
-def save_sae(folder: Path, sae: SparseAutoencoder, *, hook: str, model: str, dtype: torch.dtype = torch.float32, **notes: Any) -> None:
-    """Writes an SAE in the project's own format; ``notes`` (provenance, metrics) go into ``config.json``, which is written last."""
-    from safetensors.torch import save
-
-    tensors = {k: v.detach().cpu().to(dtype).contiguous() for k, v in sae.tensors.items()}
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise IncompatibleError(f"the tensor {key!r} does not fit {dtype}: save with a wider dtype")
-    config = {"format": FORMAT, "architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "hook": hook, "model": model}
-    write_atomic(folder / "weights.safetensors", save(tensors))
-    write_json(folder / "config.json", {**config, **sae.options, **notes})
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        with explained_storage(path):
-            config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise IncompatibleError(f"{path} is not JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise IncompatibleError(f"{path} is not an SAE configuration of format {FORMAT}")
-    if config.get("architecture") not in ARCHITECTURES:
-        raise IncompatibleError(f"{path} names the architecture {config.get('architecture')!r}: known are {', '.join(ARCHITECTURES)}")
-    for key in ("d_in", "d_sae"):
-        if not isinstance(config.get(key), int) or not 1 <= config[key] <= _MAX_FEATURES:
-            raise IncompatibleError(f"{path} gives {key} = {config.get(key)!r}: it must be a positive integer")
-    for key in ("hook", "model"):
-        if not isinstance(config.get(key), str):
-            raise IncompatibleError(f"{path} has no text under {key!r}")
-    return config
+def _scope_folder(folder: Path) -> Checkpoint:
+    """A folder of Gemma Scope, which says in its place alone what it belongs to."""
+    weights = folder / gemma_scope.WEIGHTS
+    place = _SCOPE_PLACE.search(folder.resolve().as_posix())
+    d_in, d_sae = gemma_scope.width(weights)
+    if place is None or d_in not in _SCOPE_MODELS:
+        raise IncompatibleError(
+            f"{weights} does not say which layer of which model it belongs to: keep it in layer_N/width_W/average_l0_K as published (Gemma 2 2B or 9B)"
+        )
+    return gemma_scope.read_gemma_scope(weights, model=_SCOPE_MODELS[d_in], layer=int(place[1]), d_in=d_in, d_sae=d_sae)
 
 
-def _check_header(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Compares names, shapes, dtypes and the file's size with what the configuration promises."""
-    with explained_storage(path), path.open("rb") as file:
-        size = path.stat().st_size
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 2 <= length <= min(size - 8, 1 << 20):
-            raise IncompatibleError(f"{path} is not a safetensors file")
-        try:
-            header = json.loads(file.read(length))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise IncompatibleError(f"{path} is not a safetensors file ({error})") from error
-    header.pop("__metadata__", None)
-    if set(header) != set(shapes):
-        raise IncompatibleError(f"{path} holds the tensors {', '.join(sorted(header))} instead of {', '.join(sorted(shapes))}")
-    total = 0
-    for name, shape in shapes.items():
-        entry = header[name]
-        if tuple(entry["shape"]) != shape or entry["dtype"] not in _FLOATS:
-            raise IncompatibleError(f"the tensor {name!r} of {path} is {entry['dtype']} {entry['shape']} instead of a float {list(shape)}")
-        total += math.prod(shape) * _FLOATS[entry["dtype"]]
-    if size != 8 + length + total:
-        raise IncompatibleError(f"{path} has {size:,} bytes instead of {8 + length + total:,}: it was cut or extended; fetch it again")
+def _published(spec: SaeSpec, steps: Callable[[str, int, int], None]) -> Checkpoint:
+    files = fetch(spec, steps)
+    if files.config is None:
+        return gemma_scope.read_gemma_scope(files.weights, model=spec.model, layer=spec.layer, d_in=spec.d_in, d_sae=spec.d_sae)
+    promised = {"architecture": spec.architecture, "activation_dim": spec.d_in, "dict_size": spec.d_sae, "layer": spec.layer, "lm_name": spec.model}
+    return dictionary_learning.read_dictionary_learning(files.weights, files.config, expected=promised)

@@ -17,6 +17,8 @@ from featureinterp.quiet import quiet_transformers
 from featureinterp.subject.hooks import block_of, find_blocks, residual_after
 
 EMBEDDED = "smollm2-135m-instruct"
+_OWNERS = {"pythia-160m-deduped": "EleutherAI", "gemma-2-2b": "google"}
+"""Models that people name without their owner, because the SAEs of SAEBench and Gemma Scope do."""
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -215,4 +217,4 @@ def model_source(name: str) -> str:
         return str(path)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UnknownNameError(f"there is no model folder {name!r}: check the path")
-    return name
+    return f"{_OWNERS[name]}/{name}" if name in _OWNERS else name

@@ -1,0 +1,81 @@
+"""featureinterp saes list | show | fetch"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from featureinterp.cli.screen import Screen
+
+app = typer.Typer(help="Published SAEs by name: what they are, where they lie, and fetching them.", no_args_is_help=True)
+_JSON = typer.Option(False, "--json", help="Print as JSON.")
+
+
+@app.command("list")
+def list_saes(
+    beginning: str = typer.Argument("", help="Only names that begin like this, such as py_16k or gscope."),
+    as_json: bool = _JSON,
+) -> None:
+    """List the SAEs that can be named, with model, width, architecture, and codes per token where known.
+
+    Example: featureinterp saes list py_4k
+    """
+    from featureinterp import api
+
+    screen = Screen(as_json=as_json)
+    rows = [about for about in api.saes() if about["name"].startswith(beginning)]
+    if as_json:
+        screen.result({"saes": rows})
+        return
+    screen.table([_row(r) for r in rows], ("name", "model", "layer", "width", "architecture", "L0", "state"))
+    print("Also: gscope_layerN_WIDTH_l0_N on other layers, saelens:RELEASE/ID, and folders. NAME@REVISION pins a revision.")
+
+
+@app.command()
+def show(name: str = typer.Argument(help="A name of 'saes list', or a folder."), as_json: bool = _JSON) -> None:
+    """Say what a name stands for, without asking the network.
+
+    Example: featureinterp saes show py_4k_btopk_s0 --json
+    """
+    from featureinterp import api
+
+    about = api.sae_info(name)
+    if as_json:
+        Screen(as_json=True).result(about)
+        return
+    for key, value in about.items():
+        if value is not None:
+            print(f"{key.replace('_', ' '):14} {value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{key.replace('_', ' '):14} {value}")
+
+
+@app.command()
+def fetch(names: list[str] = typer.Argument(help="Names of 'saes list'."), as_json: bool = _JSON) -> None:
+    """Fetch SAEs into the model hub's cache and check that they are what their names say.
+
+    Example: featureinterp saes fetch py_4k_btopk_s0 gscope_16k_l0_82
+    """
+    from featureinterp import api
+
+    screen = Screen(as_json=as_json)
+    for name in names:
+        api.sae_info(name)
+    with screen.live():
+        for name in names:
+            loaded = api.fetch_sae(name, steps=screen.step)
+            screen.say(f"{name}: {loaded.n_features:,} features at {loaded.hook} of {loaded.model}")
+    if as_json:
+        screen.result({"fetched": names})
+
+
+def _row(about: dict[str, Any]) -> tuple[str, ...]:
+    l0 = about["measured_l0"] or about["l0"]
+    return (
+        about["name"],
+        about["model"],
+        str(about["layer"]),
+        f"{about['d_sae']:,}",
+        about["architecture"],
+        "" if l0 is None else f"{l0:.0f}",
+        "cached" if about["cached"] else "",
+    )

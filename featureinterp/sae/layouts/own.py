@@ -1,0 +1,58 @@
+"""The project's own SAE folder: ``config.json`` + ``weights.safetensors``; ``docs/sae-format.md`` says what is in them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from featureinterp.errors import IncompatibleError, UnknownNameError
+from featureinterp.files import explained_storage, write_atomic, write_json
+from featureinterp.sae.base import SparseAutoencoder
+from featureinterp.sae.layouts.checkpoint import ARCHITECTURES, Checkpoint, check_finite, fingerprint, read_json, size_of
+from featureinterp.sae.layouts.tensors import check_header
+
+FORMAT = 1
+WEIGHTS = "weights.safetensors"
+
+
+def read_own(folder: Path) -> Checkpoint:
+    """Raises ``UnknownNameError`` without weights and ``IncompatibleError`` when the files contradict each other."""
+    path, weights = folder / "config.json", folder / WEIGHTS
+    config = _checked(read_json(path), path)
+    if not weights.exists():
+        raise UnknownNameError(f"the SAE folder {folder} has no {WEIGHTS}")
+    check_header(weights, ARCHITECTURES[config["architecture"]].shapes(config["d_in"], config["d_sae"]))
+    from safetensors.torch import load_file
+
+    with explained_storage(weights):
+        tensors = load_file(weights)
+    check_finite(tensors, weights)
+    return Checkpoint(config["architecture"], tensors, config, config["hook"], config["model"], config, fingerprint(path, weights))
+
+
+def save_sae(folder: Path, sae: SparseAutoencoder, *, hook: str, model: str, dtype: torch.dtype = torch.float32, **notes: Any) -> None:
+    """Writes an SAE in the project's own format; ``notes`` (provenance, metrics) go into ``config.json``, which is written last."""
+    from safetensors.torch import save
+
+    tensors = {k: v.detach().cpu().to(dtype).contiguous() for k, v in sae.tensors.items()}
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise IncompatibleError(f"the tensor {key!r} does not fit {dtype}: save with a wider dtype")
+    config = {"format": FORMAT, "architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "hook": hook, "model": model}
+    write_atomic(folder / WEIGHTS, save(tensors))
+    write_json(folder / "config.json", {**config, **sae.options, **notes})
+
+
+def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    if config.get("format") != FORMAT:
+        raise IncompatibleError(f"{path} is not an SAE configuration of format {FORMAT}")
+    if config.get("architecture") not in ARCHITECTURES:
+        raise IncompatibleError(f"{path} names the architecture {config.get('architecture')!r}: known are {', '.join(ARCHITECTURES)}")
+    for key in ("d_in", "d_sae"):
+        size_of(config, key, path)
+    for key in ("hook", "model"):
+        if not isinstance(config.get(key), str):
+            raise IncompatibleError(f"{path} has no text under {key!r}")
+    return config
