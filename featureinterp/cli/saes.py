@@ -28,7 +28,7 @@ def list_saes(
     if as_json:
         screen.result({"saes": rows})
         return
-    screen.table([_row(r) for r in rows], ("name", "model", "layer", "width", "architecture", "L0", "state"))
+    screen.table([_row(r) for r in rows], ("name", "width", "architecture", "L0", "model", ""))
     print("Also: gscope_layerN_WIDTH_l0_N on other layers, saelens:RELEASE/ID, and folders. NAME@REVISION pins a revision.")
 
 
@@ -46,7 +46,7 @@ def show(name: str = typer.Argument(help="A name of 'saes list', or a folder."),
         return
     for key, value in about.items():
         if value is not None:
-            print(f"{key.replace('_', ' '):14} {value:,}" if isinstance(value, int) and not isinstance(value, bool) else f"{key.replace('_', ' '):14} {value}")
+            print(f"{key:14} " + ("yes" if value is True else "no" if value is False else str(value)))
 
 
 @app.command()
@@ -72,10 +72,9 @@ def _row(about: dict[str, Any]) -> tuple[str, ...]:
     l0 = about["measured_l0"] or about["l0"]
     return (
         about["name"],
-        about["model"],
-        str(about["layer"]),
         f"{about['d_sae']:,}",
         about["architecture"],
         "" if l0 is None else f"{l0:.0f}",
+        about["model"].rsplit("/", 1)[-1],
         "cached" if about["cached"] else "",
     )
