@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from featureinterp.codes.holistic import HolisticActivations
     from featureinterp.codes.store import CodesStore
     from featureinterp.domain.record import FeatureRecord
+    from featureinterp.falsify.sensitivity import FeatureSensitivity
     from featureinterp.interfaces import Simulator
     from featureinterp.jobs.run import DryRun, Local
     from featureinterp.jobs.status import JobStatus
@@ -76,6 +77,17 @@ class Results(Sequence[FeatureResult]):
         from featureinterp.report.table import results_table
 
         return results_table(self.features)
+
+
+@dataclass(frozen=True, eq=False)
+class Sensitivity:
+    """The sensitivity of one SAE's features. ``summary``: what ``summary.json`` in ``folder`` holds. ``stopped``: why the job ended early."""
+
+    sae: str
+    folder: Path
+    summary: dict[str, Any]
+    features: tuple[FeatureSensitivity, ...]
+    stopped: JobStoppedError | None = None
 
 
 def collect(
@@ -337,6 +349,45 @@ def _local_simulator(kind: str, load: Callable[[], tuple[Any, Any]], name: str, 
     if kind == "all-at-once":
         return AllAtOnce(load, name=name, dtype=dtype, temperature=temperature, chat=chat)
     raise InputError(f"there is no local simulator {kind!r}: choose from token-wise, all-at-once")
+
+
+def sensitivity(
+    *,
+    out: str | Path,
+    model: str = SUBJECT,
+    saes: Sequence[str] = (SAE,),
+    on_feature: Callable[[FeatureSensitivity, int, int], None] = _silent,
+    on_sae: Callable[[Sensitivity], None] = _silent,
+    steps: Steps = _silent,
+    **fields: Any,
+) -> list[Sensitivity]:
+    """How often features fire on new texts that a language model writes like their examples; see ``docs/falsification.md``. ``fields``: ``features``,
+    ``dataset``, ``total_tokens``, ``context_size``, ``examples`` (``corpus`` or ``saebench``), ``llm``, ``plan`` (``SensitivityPlan``), ``budget``, ``device``,
+    ``dtype``. Writes six tables and a summary per SAE under ``out``, and plots over them. What was paid for is kept: the same call goes on where it stopped
+    and pays nothing twice."""
+    from featureinterp.jobs.sensitivity_run import SensitivityJobSpec, run_sensitivity
+    from featureinterp.report.sensitivity import plot_sensitivity, write_sensitivity
+
+    try:
+        spec = SensitivityJobSpec(model=model, saes=tuple(saes), out=Path(out), **fields)
+    except TypeError as error:
+        raise InputError(f"the measurement has a mistake: {error}") from error
+
+    async def measure() -> list[Sensitivity]:
+        found = []
+        async for measured in run_sensitivity(spec, on_feature=on_feature, steps=steps):
+            summary = write_sensitivity(measured.folder, measured.features, measured.about, per_call=spec.plan.per_call)
+            found.append(Sensitivity(measured.about["sae_name"], measured.folder, summary, measured.features, measured.stopped))
+            on_sae(found[-1])
+        return found
+
+    results = _outside(measure)
+    if results and len(results) == len(spec.saes):
+        from contextlib import suppress
+
+        with suppress(InputError):  # without matplotlib there are tables and no plots
+            plot_sensitivity(Path(out), [r.summary for r in results])
+    return results
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import pydantic
@@ -15,6 +16,11 @@ _EVEN = r"(?<!\\)((?:\\\\)*)"
 _PAIR = re.compile(_EVEN + r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
 _CUT_ESCAPE = re.compile(_EVEN + r"(?:\\u[dD][89abAB][0-9a-fA-F]{2})?(?:\\(?:u[0-9a-fA-F]{0,3})?)?\Z")
 """What is left of an escape, or of a pair of them, where the reply ends within it. ``_EVEN`` holds the escaped backslashes before it."""
+
+
+def object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON schema of an object with exactly these properties."""
+    return {"type": "object", "properties": dict(properties), "required": list(properties), "additionalProperties": False}
 
 
 def parse_reply(text: str, form: type[Form]) -> Form:

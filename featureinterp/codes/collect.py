@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 from featureinterp.codes.store import CodesStore, RunWriter
 from featureinterp.corpus.text import Corpus
-from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
+from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows, copy_windows
 from featureinterp.errors import FeatureInterpError, IncompatibleError, InputError
 from featureinterp.files import content_key, write_json
 from featureinterp.sae.codes import SparseCodes
@@ -27,6 +28,7 @@ Progress = Callable[[int, int], None]
 BATCH_TOKENS = 2048
 CHUNK_TOKENS = 16_384
 SINK_FACTOR = 10.0
+_CLAIM = "collecting.json"
 
 
 def check_fit(subject: Subject, sae: LoadedSae) -> None:
@@ -57,11 +59,63 @@ def collect(
     A complete store for the same request is reused; an unfinished one is gone on with; one for another request is refused
     with ``IncompatibleError``. Memory does not grow with the corpus. Position 0 (the attention sink) is never scored.
     """
+    return collect_shared(subject, [(sae, run)], corpus, policy, value_dtype=value_dtype, batch_tokens=batch_tokens, progress=progress)[0]
+
+
+def collect_shared(
+    subject: Subject,
+    targets: Sequence[tuple[LoadedSae, Path]],
+    corpus: Corpus,
+    policy: WindowPolicy,
+    *,
+    value_dtype: str = "float16",
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
+) -> list[CodesStore]:
+    """The same for several SAEs, each into a run folder of its own: the model runs once for all SAEs at one hook, and the text is cut once. What is known
+    already is not computed again; SAEs that were interrupted at different places are gone on with one after the other."""
     if value_dtype not in ("float16", "float32"):
         raise InputError(f"codes cannot be stored as {value_dtype!r}: choose float16 or float32")
-    check_fit(subject, sae)
-    _check_owner(run, subject, sae)
-    windows = build_windows(corpus, subject.encoder, policy, run / "windows")
+    for sae, run in targets:
+        check_fit(subject, sae)
+        _check_owner(run, subject, sae)
+    first = targets[0][1] / "windows"
+    windows = build_windows(corpus, subject.encoder, policy, first)
+    for _, run in targets[1:]:
+        copy_windows(windows, run / "windows")
+    open_targets = [target for sae, run in targets if (target := _target(subject, sae, run, corpus, windows, value_dtype)) is not None]
+    groups: dict[tuple[str, int], list[_Target]] = {}
+    for target in open_targets:
+        groups.setdefault((target.sae.hook, target.writer.next_window), []).append(target)
+    total = windows.n_tokens * max(1, len(groups))
+    for number, ((_, start), group) in enumerate(groups.items()):
+        done = windows.n_tokens * number + int(np.sum(windows.lengths[:start]))
+        for found, n_scored, end_window in _encode_all(subject, [target.sae for target in group], windows, start, batch_tokens):
+            for target, (positions, codes) in zip(group, found, strict=True):
+                features, values = codes.features.cpu().numpy(), codes.values.float().cpu().numpy()
+                target.writer.add(positions, features, values, n_scored=n_scored, end_window=end_window)
+            done += n_scored
+            if progress:
+                progress(min(done, total), total)
+        for target in group:
+            target.writer.finish(target.meta)
+            (target.writer.folder / _CLAIM).unlink()
+    if progress:
+        progress(total, total)
+    return [CodesStore.open(run) for _, run in targets]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """An SAE whose codes are being written. ``meta``: what the store will say of itself."""
+
+    sae: LoadedSae
+    writer: RunWriter
+    meta: dict[str, Any]
+
+
+def _target(subject: Subject, sae: LoadedSae, run: Path, corpus: Corpus, windows: WindowTable, value_dtype: str) -> _Target | None:
+    """Where the codes of an SAE go on; None when they are complete."""
     provenance = {
         "model": {"name": subject.name, "fingerprint": subject.fingerprint, "dtype": str(subject.dtype).removeprefix("torch.")},
         "sae": {"name": sae.name, "fingerprint": sae.fingerprint, "hook": sae.hook, "architecture": sae.sae.architecture},
@@ -72,31 +126,14 @@ def collect(
     folder = run / "codes"
     if (folder / "codes.json").exists():
         if json.loads((folder / "codes.json").read_text())["key"] == key:
-            return CodesStore.open(run)
+            return None
         shutil.rmtree(folder)
-    claim = folder / "collecting.json"
+    claim = folder / _CLAIM
     if folder.exists() and (not claim.exists() or json.loads(claim.read_text()) != {"key": key}):
         shutil.rmtree(folder)
     write_json(claim, {"key": key})
     writer = RunWriter(folder, n_features=sae.n_features, n_positions=len(windows) * windows.length, value_dtype=value_dtype)
-    done = int(np.sum(windows.lengths[: writer.next_window]))
-    for batch in _encode_all(subject, sae, windows, writer.next_window, batch_tokens):
-        positions, codes, n_scored, end_window = batch
-        writer.add(
-            positions,
-            codes.features.cpu().numpy(),
-            codes.values.float().cpu().numpy(),
-            n_scored=n_scored,
-            end_window=end_window,
-        )
-        done += codes.n_rows
-        if progress:
-            progress(min(done, windows.n_tokens), windows.n_tokens)
-    if progress:
-        progress(windows.n_tokens, windows.n_tokens)
-    writer.finish({"key": key, **provenance, "window_length": windows.length})
-    claim.unlink()
-    return CodesStore.open(run)
+    return _Target(sae, writer, {"key": key, **provenance, "window_length": windows.length})
 
 
 def check_sae(store: CodesStore, sae: LoadedSae) -> None:
@@ -129,8 +166,10 @@ def _mask(subject: Subject) -> dict[str, Any]:
             return {"first": "skipped", "sink_factor": SINK_FACTOR}
 
 
-def _encode_all(subject: Subject, sae: LoadedSae, windows: WindowTable, first: int, batch_tokens: int) -> Iterator[tuple[np.ndarray, SparseCodes, int, int]]:
-    """Batches of windows of one length, as (positions of the codes, codes, tokens scored, end of the finished windows)."""
+def _encode_all(
+    subject: Subject, saes: Sequence[LoadedSae], windows: WindowTable, first: int, batch_tokens: int
+) -> Iterator[tuple[list[tuple[np.ndarray, SparseCodes]], int, int]]:
+    """Batches of windows of one length, as (for each SAE the positions of the codes and the codes, tokens scored, end of the finished windows)."""
     rows_at_once = max(1, batch_tokens // windows.length)
     chunk_rows = max(rows_at_once, CHUNK_TOKENS // windows.length // rows_at_once * rows_at_once)
     for start in range(first, len(windows), chunk_rows):
@@ -141,20 +180,26 @@ def _encode_all(subject: Subject, sae: LoadedSae, windows: WindowTable, first: i
             rows = start + np.flatnonzero(lengths == length)
             batches += [(int(length), rows[i : i + rows_at_once]) for i in range(0, len(rows), rows_at_once)]
         for number, (length, rows) in enumerate(batches, 1):
-            positions, codes, scored = encode_windows(subject, sae, windows, rows, length)
-            yield positions, codes, scored, end if number == len(batches) else start
+            found, scored = encode_windows(subject, saes, windows, rows, length)
+            yield found, scored, end if number == len(batches) else start
 
 
 @torch.inference_mode()
-def encode_windows(subject: Subject, sae: LoadedSae, windows: WindowTable, rows: np.ndarray, length: int) -> tuple[np.ndarray, SparseCodes, int]:
-    """Codes of windows of one length: (position of every code, codes, number of tokens scored)."""
+def encode_windows(
+    subject: Subject, saes: Sequence[LoadedSae], windows: WindowTable, rows: np.ndarray, length: int
+) -> tuple[list[tuple[np.ndarray, SparseCodes]], int]:
+    """Windows of one length, by SAEs at one hook: for each the position of every code and the codes, and the number of tokens scored."""
     ids = torch.from_numpy(np.array(windows.tokens[rows, :length], np.int64))
-    residual = subject.residual(ids, sae.hook)
+    residual = subject.residual(ids, saes[0].hook)
     scored = scored_tokens(residual, subject)
-    codes = sae.sae.encode(residual[scored])
+    kept = residual[scored]
     window, offset = (part.cpu().numpy() for part in torch.nonzero(scored, as_tuple=True))
-    token = codes.rows.cpu().numpy()
-    return rows[window[token]] * windows.length + offset[token], codes, len(window)
+    place = rows[window] * windows.length + offset
+    found = []
+    for sae in saes:
+        codes = sae.sae.encode(kept)
+        found.append((place[codes.rows.cpu().numpy()], codes))
+    return found, len(window)
 
 
 def scored_tokens(residual: torch.Tensor, subject: Subject) -> torch.Tensor:

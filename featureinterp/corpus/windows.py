@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -198,6 +199,22 @@ def build_windows(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, fo
             raise
     write_json(folder / "windows.json", {"key": key, **request, **meta})
     return WindowTable.open(folder)
+
+
+def copy_windows(table: WindowTable, folder: Path) -> None:
+    """Puts a table into another folder as well: by links where the file system has them, else as copies. One that is there already stays."""
+    if folder == table.folder:
+        return
+    if (folder / "windows.json").exists() and WindowTable.open(folder).meta["key"] == table.meta["key"]:
+        return
+    with explained_storage(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for path in sorted(table.folder.iterdir(), key=lambda p: p.name == "windows.json"):
+            try:
+                os.link(path, folder / path.name)
+            except OSError:
+                shutil.copyfile(path, folder / path.name)
 
 
 @dataclass(frozen=True, slots=True)

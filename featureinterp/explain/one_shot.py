@@ -8,10 +8,11 @@ from typing import Any
 from featureinterp.domain.explanation import Explanation, Provenance
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.explain.asking import Answers, ask
-from featureinterp.explain.styles import Style, object_schema
+from featureinterp.explain.styles import Style
 from featureinterp.explain.windows import training_windows
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Request
+from featureinterp.replies import object_schema
 
 
 class OneShot:

@@ -14,7 +14,7 @@ from featureinterp.explain.parse import RulesReply, SentenceReply, clean, rules_
 from featureinterp.explain.windows import causes, excerpt, top_causes, top_tokens
 from featureinterp.llm.types import Message
 from featureinterp.prompts import Prompt, escape, load_prompt
-from featureinterp.replies import parse_reply
+from featureinterp.replies import object_schema, parse_reply
 
 REPEAT_BELOW = 0.2
 """When fewer than this share of a window's levels are above 0, those above 0 are listed once more."""
@@ -132,11 +132,6 @@ def style(name: str, *, rule_cap: int = 5, causes: bool = False, few_shot: Path 
     if name == "rules":
         return RulesStyle(rule_cap=rule_cap, causes=causes, few_shot=few_shot)
     raise InputError(f"there is no style {name!r} of explanation: choose sentence or rules")
-
-
-def object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON schema of an object with exactly these properties."""
-    return {"type": "object", "properties": dict(properties), "required": list(properties), "additionalProperties": False}
 
 
 def _load(task: str, version: str, causes: bool, few_shot: Path | None) -> Prompt:

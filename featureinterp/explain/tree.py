@@ -17,12 +17,12 @@ from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, InputError, LanguageModelError
 from featureinterp.explain.asking import ask
 from featureinterp.explain.one_shot import OneShot
-from featureinterp.explain.styles import Style, object_schema
+from featureinterp.explain.styles import Style
 from featureinterp.explain.windows import training_windows
 from featureinterp.interfaces import Agree, LanguageModel, Simulator
 from featureinterp.llm.types import Message, Request
 from featureinterp.prompts import escape, load_prompt
-from featureinterp.replies import parse_reply
+from featureinterp.replies import object_schema, parse_reply
 from featureinterp.tasks import each
 
 MAX_IMPROVEMENT = 500

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from featureinterp.errors import ChecksumError, DownloadError, UnknownNameError
-from featureinterp.sae.names import SaeSpec
+from featureinterp.sae.names import RESULTS_REPOSITORY, SaeSpec, interpretability_results
 
 EVALUATION = "eval_results.json"
 _log = logging.getLogger("featureinterp")
@@ -74,16 +74,31 @@ def fetch(spec: SaeSpec, steps: Callable[[str, int, int], None] = lambda *_: Non
     return SaeFiles(weights, config)
 
 
+def fetch_results(name: str) -> Any:
+    """SAEBench's published interpretability evaluation of an SAE. Raises what :func:`fetch` raises, and ``UnknownNameError`` where there is none."""
+    path = _download(RESULTS_REPOSITORY, interpretability_results(name), "main", name)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DownloadError(f"the published results of {name!r} are not JSON ({error}): leave --use-saebench-examples out") from error
+
+
 def _file(spec: SaeSpec, file: str, progress: Callable[[int, int], None] = lambda *_: None) -> Path:
+    return _download(spec.repository, file, spec.revision, spec.name, progress, lambda: _others(spec, file))
+
+
+def _download(
+    repository: str, file: str, revision: str, name: str, progress: Callable[[int, int], None] = lambda *_: None, others: Callable[[], str] = str
+) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
-    where = f"{spec.repository}/{file}" + ("" if spec.revision == "main" else f" at {spec.revision}")
+    where = f"{repository}/{file}" + ("" if revision == "main" else f" at {revision}")
     try:
-        path = Path(hf_hub_download(spec.repository, file, revision=spec.revision, tqdm_class=_bar(progress)))
+        path = Path(hf_hub_download(repository, file, revision=revision, tqdm_class=_bar(progress)))
     except errors.GatedRepoError as error:
-        raise DownloadError(f"{spec.repository} is only open to those who accepted its terms: accept them on the hub and set HF_TOKEN") from error
+        raise DownloadError(f"{repository} is only open to those who accepted its terms: accept them on the hub and set HF_TOKEN") from error
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError) as error:
-        raise UnknownNameError(f"the hub has no {where} for the SAE {spec.name!r}{_others(spec, file)}") from error
+        raise UnknownNameError(f"the hub has no {where} for the SAE {name!r}{others()}") from error
     except errors.LocalEntryNotFoundError as error:
         raise DownloadError(f"{where} is not in the cache and the hub cannot be reached: check the network, HF_ENDPOINT and HF_HUB_OFFLINE") from error
     except Exception as error:  # the client's own errors, those of its HTTP library, and a body that was cut

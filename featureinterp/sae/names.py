@@ -113,6 +113,21 @@ def all_names() -> list[str]:
     return [*saebench_names(), *gemma_scope_names()]
 
 
+RESULTS_REPOSITORY = "adamkarvonen/sae_bench_results_0125"
+
+
+def interpretability_results(name: str) -> str:
+    """Where ``RESULTS_REPOSITORY`` has the evaluation, with examples, of an SAE of SAEBench. Raises ``UnknownNameError`` for other SAEs."""
+    spec = resolve(name)
+    if spec.layout != "dictionary_learning":
+        raise UnknownNameError(f"SAEBench published no examples for {name!r}: only its own SAEs have them, such as py_4k_btopk_s0")
+    _, width, arch, _ = spec.name.split("_")
+    short = spec.model.split("/")[1]
+    folder = f"saebench_{short}_width-2pow{_POWERS[width]}_date-0108"
+    trainer = f"{folder}_{_ARCHITECTURES[arch].camel}_{short}__0108_resid_post_layer_{spec.layer}_trainer_{spec.trainer}"
+    return f"autointerp_with_generations/{folder}/{trainer}_eval_results.json"
+
+
 def names_of_model(model: str) -> list[str]:
     """The names of SAEs of a model, by its name on the hub with or without its owner."""
     short = model.rsplit("/", 1)[-1].lower()

@@ -1,0 +1,74 @@
+"""New texts through the subject model and an SAE: what a feature does on text that no corpus holds."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import anyio.to_thread
+import numpy as np
+import torch
+
+from featureinterp.codes.collect import check_fit, scored_tokens
+from featureinterp.corpus.windows import piece_ends
+from featureinterp.domain.feature import FeatureId
+from featureinterp.domain.record import Window
+from featureinterp.errors import IncompatibleError
+from featureinterp.sae.load import LoadedSae
+from featureinterp.subject.load import PrependToken, Subject
+
+BATCH_TOKENS = 2048
+
+
+class TextActivator:
+    """An :class:`Activator` on a subject model and one SAE. Texts are read exactly as they are, up to ``max_tokens`` tokens (the model's context when not
+    given); the sink policy is that of collecting, so that a window of a corpus, read as text, has the activations that it had."""
+
+    def __init__(self, subject: Subject, sae: LoadedSae, *, max_tokens: int | None = None) -> None:
+        check_fit(subject, sae)
+        self.subject, self.sae = subject, sae
+        room = (subject.context_length or 2048) - int(isinstance(subject.sink, PrependToken))
+        self.max_tokens = room if max_tokens is None else min(max_tokens, room)
+        self._busy = threading.Lock()
+
+    async def run(self, feature: FeatureId, texts: Sequence[str]) -> list[Window]:
+        """One window per text, in a worker thread. ``row`` is the text's place in ``texts``; a text without any token gives an empty window."""
+        if feature.sae != self.sae.name:
+            raise IncompatibleError(f"feature {feature} is not one of the SAE {self.sae.name}")
+        return await anyio.to_thread.run_sync(lambda: self.read([feature.index], texts)[0])
+
+    def read(self, features: Sequence[int], texts: Sequence[str]) -> list[list[Window]]:
+        """The same for several features, for callers without an event loop: the texts are read once. ``[feature][text]``."""
+        encodings = self.subject.encoder.encode(texts)
+        found: list[list[Window]] = [[_empty(i) for i in range(len(texts))] for _ in features]
+        ids = [encoding.ids[: self.max_tokens] for encoding in encodings]
+        order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: len(ids[i]))
+        with self._busy:
+            while order:
+                longest = len(ids[order[-1]])
+                batch = [order.pop() for _ in range(min(len(order), max(1, BATCH_TOKENS // longest)))]
+                for i, dense in zip(batch, self._activations([ids[i] for i in batch], list(features)), strict=True):
+                    n = len(ids[i])
+                    ends = piece_ends(texts[i], encodings[i].offsets)[:n].tolist()
+                    pieces = tuple(texts[i][a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True))
+                    for place in range(len(features)):
+                        found[place][i] = Window(i, i, np.asarray(ids[i], np.int32), pieces, dense[place])
+        return found
+
+    @torch.inference_mode()
+    def _activations(self, rows: Sequence[Sequence[int]], features: list[int]) -> list[np.ndarray]:
+        """For each row of ids, float32 ``[feature, token]``. Rows are filled up on the right, which no token before can see."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows])
+        residual = self.subject.residual(ids, self.sae.hook)
+        out = []
+        for row, states in zip(rows, residual, strict=True):
+            states = states[: len(row)]
+            scored = scored_tokens(states[None], self.subject)[0]
+            codes = self.sae.sae.encode(states).to_dense()[:, features]
+            out.append(torch.where(scored[:, None], codes, 0).T.float().cpu().numpy())
+        return out
+
+
+def _empty(row: int) -> Window:
+    return Window(row, row, np.zeros(0, np.int32), (), np.zeros(0, np.float32))

@@ -1,0 +1,116 @@
+"""A language model writes new texts that should make a feature fire, from marked examples alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pydantic
+
+from featureinterp.errors import EndpointRefusedError, JobStoppedError, LanguageModelError, MalformedReplyError
+from featureinterp.interfaces import LanguageModel
+from featureinterp.llm.types import Message, Reply, Request
+from featureinterp.prompts import load_prompt
+from featureinterp.replies import object_schema, parse_reply
+
+SPARE_CALLS = 2
+"""So many calls more than needed are made when replies hold too few texts."""
+_MARK = re.compile(r"<<(.*?)>>", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request for texts. ``texts``: exactly as the reply holds them. ``reply`` None and ``failure``: what went wrong instead."""
+
+    system: str
+    user: str
+    asked: int
+    reply: str | None
+    texts: tuple[str, ...] = ()
+    failure: str | None = None
+
+    @property
+    def status(self) -> str:
+        """``success``, ``short`` (fewer texts than asked for) or ``failed: CAUSE``."""
+        if self.failure is not None:
+            return f"failed: {self.failure}"
+        return "success" if len(self.texts) >= self.asked else "short"
+
+
+class TextWriter:
+    """Asks ``model`` for texts like marked examples. ``per_call``: texts per request."""
+
+    def __init__(self, model: LanguageModel, *, per_call: int = 10, temperature: float = 0.8, version: str = "v1", seed: int = 0) -> None:
+        self.model, self.per_call, self.temperature, self.seed = model, per_call, temperature, seed
+        self.prompt = load_prompt("write-texts", version)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the texts depend on, besides the examples and how many are wanted."""
+        return {
+            "model": self.model.name,
+            "prompt": self.prompt.name,
+            "prompt_hash": self.prompt.hash,
+            "per_call": self.per_call,
+            "temperature": self.temperature,
+            "seed": self.seed,
+        }
+
+    async def write(self, examples: Sequence[str], n: int) -> list[Call]:
+        """Calls until ``n`` texts are there, or until two more calls than should be needed were made. A call that failed is the last."""
+        words = max(8, round(sum(len(e.split()) for e in examples) / max(1, len(examples))))
+        system = self.prompt.text("system.txt")
+        calls: list[Call] = []
+        for number in range(-(-n // self.per_call) + SPARE_CALLS):
+            missing = n - sum(len(c.texts) for c in calls)
+            if missing <= 0:
+                break
+            asked = min(self.per_call, missing)
+            user = self.prompt.render("user.j2", examples=examples, n=asked, words=words)
+            messages = (Message("system", system), *self._shots(), Message("user", user))
+            schema = object_schema({"texts": {"type": "array", "items": {"type": "string"}, "minItems": asked, "maxItems": asked}})
+            request = Request(messages, 200 + asked * max(64, 4 * words), self.temperature, self.seed + number, schema=schema, check=_texts)
+            try:
+                reply = await self.model.complete(request)
+                calls.append(Call(system, user, asked, reply.text, tuple(_texts(reply)[:asked])))
+            except (EndpointRefusedError, JobStoppedError):
+                raise
+            except MalformedReplyError as error:
+                calls.append(Call(system, user, asked, None, failure=f"{type(error).__name__}: {error}"))
+            except LanguageModelError as error:
+                calls.append(Call(system, user, asked, None, failure=f"{type(error).__name__}: {error}"))
+                break
+        return calls
+
+    def _shots(self) -> Iterator[Message]:
+        for shot in self.prompt.json("few_shot.json"):
+            yield Message("user", self.prompt.render("user.j2", examples=shot["examples"], n=len(shot["texts"]), words=shot["words"]))
+            yield Message("assistant", json.dumps({"texts": shot["texts"]}, ensure_ascii=False))
+
+
+class _Written(pydantic.BaseModel):
+    texts: list[str]
+
+
+def _texts(reply: Reply) -> list[str]:
+    found = parse_texts(reply.text)
+    if reply.truncated[0]:
+        found = found[:-1]  # the last one was cut
+    if not found:
+        raise MalformedReplyError(f"the reply holds no text: {' '.join(reply.text.split())[:80]!r}")
+    return found
+
+
+def parse_texts(reply: str) -> list[str]:
+    """The texts in a reply, exactly as they stand in its JSON; those that are empty or there twice are left out. Raises ``MalformedReplyError``."""
+    texts = parse_reply(reply, _Written).texts
+    whole = (text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts)
+    return list(dict.fromkeys(text for text in whole if text.strip()))
+
+
+def without_marks(text: str) -> str:
+    """The text without ``<<`` and ``>>`` around a part of it, which a model may have copied from the examples."""
+    return _MARK.sub(r"\1", text)

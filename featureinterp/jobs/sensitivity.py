@@ -1,0 +1,190 @@
+"""Sensitivity as a job: texts that are paid for once, kept in a journal, within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import numpy as np
+import pydantic
+
+from featureinterp.domain.feature import FeatureId
+from featureinterp.domain.record import Window
+from featureinterp.domain.score import Failure
+from featureinterp.errors import InputError, JobStoppedError
+from featureinterp.falsify.sensitivity import FeatureSensitivity
+from featureinterp.falsify.writing import Call, TextWriter, without_marks
+from featureinterp.files import content_key
+from featureinterp.interfaces import Activator
+from featureinterp.jobs.budget import Budget, Guard
+from featureinterp.jobs.journal import Journal
+from featureinterp.llm.metered import Meter
+from featureinterp.llm.tally import tally
+
+FORMAT = 1
+OnFeature = Callable[[FeatureSensitivity, int, int], None]
+"""Called with (a feature that is through, how many are, of how many)."""
+
+
+@dataclass(frozen=True)
+class SensitivityPlan:
+    """``samples``: new texts per feature. ``n_top``, ``n_weighted``: examples that the writer is shown; ``n_held_out``: further ones of each kind that
+    it is not. ``half_width``: tokens of an example on each side of its strongest one. ``concurrency``: features at once."""
+
+    samples: int = 10
+    per_call: int = 10
+    n_top: int = 10
+    n_weighted: int = 5
+    n_held_out: int = 2
+    half_width: int = 10
+    temperature: float = 0.8
+    concurrency: int = 16
+    seed: int = 0
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "per_call", "concurrency"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} = {getattr(self, name)} leaves nothing to do: give at least 1")
+        if self.n_top + self.n_weighted < 1 or min(self.n_top, self.n_weighted, self.n_held_out, self.half_width) < 0:
+            raise InputError("a writer needs at least one example: give positive numbers of top or importance-weighted ones")
+
+
+class SensitivityJob:
+    """The features of one SAE. ``sae``: its name; ``source``: what the activations depend on (model, SAE), for the journal's keys. ``base_rate`` is given
+    a feature and the lengths of its texts in tokens."""
+
+    def __init__(
+        self,
+        journal: Journal,
+        writer: TextWriter,
+        activator: Activator,
+        plan: SensitivityPlan,
+        *,
+        sae: str,
+        source: Any,
+        base_rate: Callable[[int, Sequence[int]], float | None] = lambda *_: None,
+        meter: Meter | None = None,
+        budget: Budget | None = None,
+        max_failure_rate: float = 0.5,
+        on_feature: OnFeature = lambda *_: None,
+    ) -> None:
+        self.journal, self.writer, self.activator, self.plan = journal, writer, activator, plan
+        self.sae, self.source, self.base_rate, self.on_feature = sae, source, base_rate, on_feature
+        self.meter = meter or Meter()
+        self.guard = Guard(budget or Budget(), lambda: self.meter.usage, max_failure_rate=max_failure_rate)
+        self.meter.before = self.guard.before
+        self.stopped: JobStoppedError | None = None
+
+    async def run(self, features: Sequence[FeatureSensitivity]) -> list[FeatureSensitivity]:
+        """Takes features with their examples and gives them back with texts and activations, as far as it gets: ``stopped`` says why it ended early. What
+        failed has its cause in it. Raises ``EndpointRefusedError`` and ``StorageError``."""
+        number = self.journal.start(content_key({"sensitivity": self.sae, "source": self.source}), len(features))
+        ended = "interrupted"
+        found: dict[int, FeatureSensitivity] = {}
+        limit = anyio.Semaphore(self.plan.concurrency)
+        broken: list[Exception] = []
+
+        async def one(feature: FeatureSensitivity) -> None:
+            try:
+                if not broken:
+                    found[feature.feature] = await self._written(feature)
+            except JobStoppedError as error:
+                self.stopped = self.stopped or error
+                broken.append(error)
+            except Exception as error:
+                broken.append(error)
+            finally:
+                limit.release()
+
+        try:
+            async with anyio.create_task_group() as group:
+                for feature in features:
+                    await limit.acquire()
+                    group.start_soon(one, feature)
+            for error in broken:
+                if not isinstance(error, JobStoppedError):
+                    raise error
+            done = await self._read_all([found[f.feature] for f in features if f.feature in found], len(features))
+            ended = type(self.stopped).__name__ if self.stopped else "done"
+            return done
+        except Exception as error:
+            ended = type(error).__name__
+            raise
+        finally:
+            self.journal.end(number, ended, self.meter.usage)
+
+    async def _written(self, feature: FeatureSensitivity) -> FeatureSensitivity:
+        """The feature with texts that were written for it, from the journal where they are there."""
+        shown = [e.shown for e in feature.examples if not e.held_out]
+        if not shown:
+            failure = Failure(feature.feature, "examples", "InputError", "it fires in no window of the corpus that could be shown")
+            return replace(feature, failure=failure)
+        depends = {"examples": shown, "samples": self.plan.samples, **self.writer.settings}
+        key = content_key({"format": FORMAT, "stage": "write-texts", **depends})
+        known = self.journal.get(key)
+        if known is not None and known.status == "done":
+            return _with_calls(feature, [Call(**{**c, "texts": tuple(c["texts"])}) for c in known.value])
+        with tally() as spent:
+            calls = await self.writer.write(shown, self.plan.samples)
+        texts = [t for c in calls for t in c.texts]
+        failed = next((c.failure for c in calls if c.failure), None)
+        if not texts:
+            error, _, message = (failed or "MalformedReplyError: no text came back").partition(": ")
+            failure = Failure(feature.feature, "write-texts", error, message)
+            self.journal.failed(key, failure, usage=spent.usage)
+            self.guard.outcome(failure)
+            return replace(feature, calls=tuple(calls), failure=failure)
+        partial_reply = failed is not None or len(texts) < self.plan.samples
+        value = [asdict(c) for c in calls]
+        self.journal.stage(key, feature.feature, "write-texts", value, usage=spent.usage, provenance=self.writer.settings, partial=partial_reply)
+        self.guard.outcome(None)
+        return _with_calls(feature, calls)
+
+    async def _read_all(self, features: Sequence[FeatureSensitivity], total: int) -> list[FeatureSensitivity]:
+        """The features with activations: on their own texts, on their examples, and on the texts of the next feature that has any."""
+        writers = [f for f in features if f.texts]
+        done = []
+        for feature in features:
+            place = next((i for i, f in enumerate(writers) if f.feature == feature.feature), None)
+            other = writers[(place + 1) % len(writers)] if place is not None and len(writers) > 1 else None
+            own = [without_marks(t) for t in feature.texts]
+            theirs = [without_marks(t) for t in other.texts] if other else []
+            texts = [*own, *(e.text for e in feature.examples), *theirs]
+            windows = await self._read(feature.feature, texts) if feature.examples else []
+            n, m = len(own), len(feature.examples)
+            samples = tuple(windows[:n])
+            rate = await anyio.to_thread.run_sync(partial(self.base_rate, feature.feature, [len(w.pieces) for w in samples]))
+            done.append(
+                replace(
+                    feature,
+                    samples=samples,
+                    originals=tuple(windows[n : n + m]),
+                    control=tuple(w.max_activation for w in windows[n + m :]),
+                    control_of=other.feature if other else None,
+                    base_rate=rate,
+                )
+            )
+            self.on_feature(done[-1], len(done), total)
+        return done
+
+    async def _read(self, feature: int, texts: Sequence[str]) -> list[Window]:
+        """Windows of the texts, from the journal where they are there."""
+        key = content_key({"format": FORMAT, "stage": "read-texts", "source": self.source, "feature": feature, "texts": list(texts)})
+        known = self.journal.get(key)
+        if known is None:
+            windows = await self.activator.run(FeatureId(self.sae, feature), texts)
+            value = [[w.token_ids.tolist(), list(w.pieces), np.round(w.activations.astype(float), 6).tolist()] for w in windows]
+            self.journal.stage(key, feature, "read-texts", value)
+        else:
+            value = known.value
+        return [Window(i, i, np.array(ids, np.int32), tuple(pieces), np.array(a, np.float32)) for i, (ids, pieces, a) in enumerate(value)]
+
+
+def _with_calls(feature: FeatureSensitivity, calls: Sequence[Call]) -> FeatureSensitivity:
+    return replace(feature, calls=tuple(calls), texts=tuple(t for c in calls for t in c.texts))

@@ -1,0 +1,197 @@
+"""Sensitivity from names: model, SAEs and corpus in; for each SAE its features with texts and activations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from featureinterp.codes.store import CodesStore
+from featureinterp.errors import FeatureRangeError, InputError, JobStoppedError
+from featureinterp.falsify.saebench import examples_in
+from featureinterp.falsify.sensitivity import FeatureSensitivity, base_rate, examples_of
+from featureinterp.falsify.writing import TextWriter
+from featureinterp.jobs.budget import Budget
+from featureinterp.jobs.journal import Journal
+from featureinterp.jobs.records import parse_features, random_features
+from featureinterp.jobs.sensitivity import OnFeature, SensitivityJob, SensitivityPlan
+from featureinterp.llm.cached import ReplyStore
+from featureinterp.llm.config import Endpoint, load_config
+from featureinterp.llm.metered import Meter
+from featureinterp.llm.stack import open_stack
+from featureinterp.records.build import RecordBuilder
+from featureinterp.records.policy import RecordPolicy
+
+Steps = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class SensitivityJobSpec:
+    """What is measured. ``saes``: names, all of ``model``. ``features``: how many alive ones at random, or which (``3,17``, ``0:50``). ``dataset``,
+    ``total_tokens``, ``context_size``: the corpus, about how much of it, and tokens per window. ``examples``: from the corpus, or from the results that
+    SAEBench published."""
+
+    model: str
+    saes: tuple[str, ...]
+    out: Path
+    dataset: str = "sotu"
+    total_tokens: int = 2_000_000
+    context_size: int = 128
+    features: int | str = 50
+    examples: Literal["corpus", "saebench"] = "corpus"
+    llm: Endpoint | str | None = None
+    plan: SensitivityPlan = field(default_factory=SensitivityPlan)
+    budget: Budget = field(default_factory=Budget)
+    device: str | None = None
+    dtype: str | None = None
+    text_field: str = "text"
+    max_failure_rate: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not self.saes:
+            raise InputError("there is no SAE to measure: name at least one")
+        folders = [folder_name(name) for name in self.saes]
+        for name, folder in zip(self.saes, folders, strict=True):
+            if folders.count(folder) > 1:
+                raise InputError(f"the SAE {name!r} is named twice, or has the same folder as another one: name each once")
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The endpoint that writes texts."""
+        return load_config().endpoint(self.llm) if isinstance(self.llm, str) else self.llm or Endpoint()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One SAE, as far as it got. ``about``: what is known of it. ``stopped``: why the job ended early."""
+
+    folder: Path
+    about: dict[str, Any]
+    features: tuple[FeatureSensitivity, ...]
+    stopped: JobStoppedError | None
+
+
+def folder_name(sae: str) -> str:
+    """A folder for an SAE's files, by its name."""
+    return re.sub(r"[^0-9A-Za-z._@-]+", "_", sae).strip("._") or "sae"
+
+
+async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = lambda *_: None, steps: Steps = lambda *_: None) -> AsyncIterator[Measured]:
+    """Measures one SAE after the other. Model and SAEs are checked against each other before anything is computed or paid for; activations of the corpus are
+    computed once for all SAEs at one hook. Raises ``InputError`` for what cannot work, and a ``LanguageModelError`` when the endpoint cannot be used."""
+    from featureinterp.codes.activator import TextActivator
+    from featureinterp.codes.collect import check_fit, collect_shared
+    from featureinterp.corpus.text import load_corpus
+    from featureinterp.corpus.windows import WindowPolicy
+    from featureinterp.sae.load import load_sae
+    from featureinterp.subject.load import load_causal_lm, load_subject, pick_device
+
+    endpoint = spec.endpoint
+    price = load_config().price(endpoint)
+    if price is None and spec.budget.usd is not None:
+        raise InputError(
+            f"a budget in USD needs the price of {endpoint.model!r}, which is not known: add it to {load_config().path}, or give a budget in minutes"
+        )
+    published = [_published(spec, name) for name in spec.saes]
+    corpus = load_corpus(spec.dataset, text_field=spec.text_field) if spec.examples == "corpus" else None
+    policy = WindowPolicy(spec.context_size, min(8, spec.context_size), spec.total_tokens)
+    saes = [load_sae(name, device=pick_device(spec.device), steps=steps) for name in spec.saes]
+    subject = load_subject(spec.model, device=spec.device, dtype=spec.dtype)
+    for sae in saes:
+        check_fit(subject, sae)
+    folders = [spec.out / folder_name(name) for name in spec.saes]
+    meter = Meter()
+    async with open_stack(endpoint, meter, price=price, load=partial(load_causal_lm, device=spec.device)) as stack:
+        if not (spec.out / "journal.sqlite").exists():
+            await stack.check()
+        if corpus is not None:
+            progress = lambda done, total: steps("tokens", done, total)  # noqa: E731 (one line)
+            stores: list[CodesStore | None] = list(collect_shared(subject, list(zip(saes, folders, strict=True)), corpus, policy, progress=progress))
+        else:
+            stores = [None] * len(saes)
+        with Journal(spec.out / "journal.sqlite") as journal, closing(ReplyStore(spec.out / "replies.sqlite")) as replies:
+            plan = spec.plan
+            writer = TextWriter(stack.model(replies), per_call=plan.per_call, temperature=plan.temperature, seed=plan.seed)
+            for sae, folder, store, examples in zip(saes, folders, stores, published, strict=True):
+                job = SensitivityJob(
+                    journal,
+                    writer,
+                    TextActivator(subject, sae),
+                    plan,
+                    sae=sae.name,
+                    source=[subject.fingerprint, sae.fingerprint],
+                    base_rate=_base_rate(store, plan.seed),
+                    meter=meter,
+                    budget=spec.budget,
+                    max_failure_rate=spec.max_failure_rate,
+                    on_feature=on_feature,
+                )
+                wanted = _from_corpus(spec, store) if store is not None else _chosen(spec, examples or {})
+                features = await job.run(wanted)
+                l0 = len(store.positions) / max(1, store.n_scored) if store is not None else None
+                about = {
+                    "sae_name": sae.name,
+                    "model": subject.name,
+                    "hook": sae.hook,
+                    "d_sae": sae.n_features,
+                    "architecture": sae.sae.architecture,
+                    "l0": l0,
+                    "examples": spec.examples,
+                    "dataset": spec.dataset if store is not None else None,
+                    "n_tokens": store.windows.n_tokens if store is not None else None,
+                    "llm_model": endpoint.model,
+                    "prompt": writer.settings["prompt"],
+                    "prompt_hash": writer.settings["prompt_hash"],
+                }
+                yield Measured(folder, about, tuple(features), job.stopped)
+                if job.stopped is not None:
+                    return
+
+
+def _base_rate(store: CodesStore | None, seed: int) -> Callable[[int, Sequence[int]], float | None]:
+    if store is None:
+        return lambda *_: None
+    windows = store.windows
+    return lambda feature, sizes: base_rate(store.feature(feature).positions, windows.lengths, windows.length, sizes, seed=seed)
+
+
+def _from_corpus(spec: SensitivityJobSpec, store: CodesStore) -> list[FeatureSensitivity]:
+    """The chosen features with examples from the corpus."""
+    plan = spec.plan
+    chosen = random_features(store, spec.features, seed=plan.seed) if isinstance(spec.features, int) else parse_features(spec.features, store)
+    policy = RecordPolicy(
+        {"top": (plan.n_top, 0, plan.n_held_out), "weighted": (plan.n_weighted, 0, plan.n_held_out)}, half_width=plan.half_width, seed=plan.seed
+    )
+    return [
+        FeatureSensitivity(r.feature.index, r.scale, examples_of(r, plan.n_top, plan.n_weighted, plan.half_width))
+        for r in RecordBuilder(store, policy).build(chosen)
+    ]
+
+
+def _published(spec: SensitivityJobSpec, name: str) -> dict[int, Any] | None:
+    """The published examples of an SAE, when they are asked for."""
+    if spec.examples != "saebench":
+        return None
+    from featureinterp.sae.hub import fetch_results
+
+    return examples_in(fetch_results(name))
+
+
+def _chosen(spec: SensitivityJobSpec, examples: dict[int, Any]) -> list[FeatureSensitivity]:
+    """Features with published examples: the first ones, or those that are named."""
+    n = spec.plan.n_top + spec.plan.n_weighted
+    if isinstance(spec.features, int):
+        wanted = list(examples)[: spec.features]
+    else:
+        try:
+            wanted = [int(part) for part in spec.features.split(",")]
+        except ValueError as error:
+            raise InputError(f"{spec.features!r} names no features: with published examples write their numbers, such as 3,17") from error
+        for index in wanted:
+            if index not in examples:
+                raise FeatureRangeError(f"feature {index} has no published examples: some that have are {', '.join(map(str, list(examples)[:8]))}")
+    return [FeatureSensitivity(i, max(e.activation for e in examples[i]), tuple(examples[i][:n])) for i in wanted]

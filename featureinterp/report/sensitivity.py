@@ -1,0 +1,211 @@
+"""Sensitivity as files: tables with the columns of the published pipeline, a summary, and plots."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from featureinterp.domain.record import Window
+from featureinterp.errors import InputError
+from featureinterp.falsify.sensitivity import MARK_ABOVE, RELIABLE, FeatureSensitivity, Rate
+from featureinterp.falsify.writing import without_marks
+from featureinterp.files import write_atomic, write_json
+from featureinterp.prompts import marked
+
+EVAL_NAME = "sensitivity"
+SUMMARY = "summary.json"
+_ACTIVATIONS = ("text_annotated", "text_clean", "tokenized_text", "max_activation", "all_activations")
+Row = dict[str, Any]
+
+
+def write_sensitivity(folder: Path, features: Sequence[FeatureSensitivity], about: Mapping[str, Any], *, per_call: int) -> Row:
+    """Writes the six tables and ``summary.json`` of one SAE into ``folder``, and returns the summary. ``about``: what is known of the SAE; ``sae_name``
+    is needed."""
+    tables: dict[str, tuple[Sequence[str], list[Row]]] = {
+        "feature_examples": (("feature_index", "Top_act", "Sequence"), _examples(features)),
+        "generation_queries_with_responses": (
+            ("sae_name", "eval_name", "feature_index", "system_prompt", "user_prompt", "separator", "num_per_call", "llm_response", "status"),
+            _queries(features, str(about["sae_name"])),
+        ),
+        "generated_samples": (("feature_index", "sample_index", "text"), _samples(features)),
+        "generated_samples_with_activations": (("feature_index", "sample_index", "text", *_ACTIVATIONS), _samples_read(features)),
+        "original_examples_with_activations": (
+            ("feature_index", "sample_index", "text", *_ACTIVATIONS, "corpus_activation", "held_out", "same_tokens"),
+            _originals_read(features),
+        ),
+        "feature_stats": (_stats_columns(features), [stats(f) for f in features]),
+    }
+    for name, (columns, rows) in tables.items():
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(columns))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(folder / f"{name}.csv", text.getvalue())
+    found = {**about, "num_per_call": per_call, **summarise(features)}
+    write_json(folder / SUMMARY, found)
+    return found
+
+
+def stats(feature: FeatureSensitivity) -> Row:
+    """A feature's row in ``feature_stats.csv``: the published columns, then intervals, thresholds, control, base rate and drift. Undefined is empty."""
+    generated, original = feature.generated_sensitivity(), feature.original_sensitivity()
+    row: Row = {"feature_index": feature.feature, "generated_sensitivity": generated.value, "original_sensitivity": original.value}
+    row |= _interval("generated", generated)
+    for name, threshold in list(feature.thresholds().items())[1:]:
+        row[f"generated_sensitivity_{name}_of_scale"] = feature.generated_sensitivity(threshold).value
+    row["original_sensitivity_held_out"] = feature.original_sensitivity(held_out=True).value
+    row |= {"control_sensitivity": feature.control_rate().value, "control_of": feature.control_of, "base_rate": feature.base_rate}
+    row |= {"retokenisation_drift": feature.drift, "scale": feature.scale, "failure": feature.failure.message if feature.failure else None}
+    return row
+
+
+def _interval(name: str, rate: Rate) -> Row:
+    interval = rate.interval
+    return {f"n_{name}": rate.n, f"{name}_low": interval.low if interval else None, f"{name}_high": interval.high if interval else None}
+
+
+def _stats_columns(features: Sequence[FeatureSensitivity]) -> list[str]:
+    return list(stats(features[0])) if features else ["feature_index", "generated_sensitivity", "original_sensitivity"]
+
+
+def _examples(features: Sequence[FeatureSensitivity]) -> list[Row]:
+    return [{"feature_index": f.feature, "Top_act": e.activation, "Sequence": e.shown} for f in features for e in f.examples if not e.held_out]
+
+
+def _queries(features: Sequence[FeatureSensitivity], sae: str) -> list[Row]:
+    return [
+        {
+            "sae_name": sae,
+            "eval_name": EVAL_NAME,
+            "feature_index": f.feature,
+            "system_prompt": c.system,
+            "user_prompt": c.user,
+            "separator": "",  # replies are JSON
+            "num_per_call": c.asked,
+            "llm_response": c.reply,
+            "status": c.status,
+        }
+        for f in features
+        for c in f.calls
+    ]
+
+
+def _samples(features: Sequence[FeatureSensitivity]) -> list[Row]:
+    return [{"feature_index": f.feature, "sample_index": i, "text": text} for f in features for i, text in enumerate(f.texts)]
+
+
+def _samples_read(features: Sequence[FeatureSensitivity]) -> list[Row]:
+    return [
+        {"feature_index": f.feature, "sample_index": i, "text": text, **_read(window, without_marks(text), f.scale)}
+        for f in features
+        for i, (text, window) in enumerate(zip(f.texts, f.samples, strict=False))
+    ]
+
+
+def _originals_read(features: Sequence[FeatureSensitivity]) -> list[Row]:
+    return [
+        {
+            "feature_index": f.feature,
+            "sample_index": i,
+            "text": e.text,
+            **_read(window, e.text, f.scale),
+            "corpus_activation": e.activation,
+            "held_out": e.held_out,
+            "same_tokens": e.tokens == window.pieces if e.tokens else None,
+        }
+        for f in features
+        for i, (e, window) in enumerate(zip(f.examples, f.originals, strict=False))
+    ]
+
+
+def _read(window: Window, text: str, scale: float) -> Row:
+    """What running a text gave. ``text_annotated``: the tokens that fire between ``<<`` and ``>>``; ``text_clean``: what was run."""
+    return {
+        "text_annotated": marked(window.pieces, (window.activations > MARK_ABOVE * scale).tolist()),
+        "text_clean": text,
+        "tokenized_text": json.dumps(list(window.pieces), ensure_ascii=False),
+        "max_activation": window.max_activation,
+        "all_activations": json.dumps([round(float(a), 6) for a in window.activations]),
+    }
+
+
+def summarise(features: Sequence[FeatureSensitivity]) -> Row:
+    """Means over features with 95 % bootstrap intervals: over those whose own examples fire again at least nine times in ten, as published, and over all."""
+    reliable = [f for f in features if (f.original_sensitivity().value or 0) >= RELIABLE]
+    out: Row = {
+        "n_features": len(features),
+        "n_failed": sum(f.failure is not None for f in features),
+        "n_reliable": len(reliable),
+        "mean_sensitivity": mean_with_interval([f.generated_sensitivity().value for f in reliable]),
+        "mean_sensitivity_unfiltered": mean_with_interval([f.generated_sensitivity().value for f in features]),
+        "mean_original_sensitivity": mean_with_interval([f.original_sensitivity().value for f in features]),
+        "mean_original_sensitivity_held_out": mean_with_interval([f.original_sensitivity(held_out=True).value for f in features]),
+        "mean_control": mean_with_interval([f.control_rate().value for f in features]),
+        "mean_base_rate": mean_with_interval([f.base_rate for f in features]),
+        "mean_retokenisation_drift": mean_with_interval([f.drift for f in features]),
+    }
+    names = list(features[0].thresholds()) if features else []
+    out["sensitivity_by_threshold"] = {n: mean_with_interval([f.generated_sensitivity(f.thresholds()[n]).value for f in features]) for n in names}
+    return out
+
+
+def mean_with_interval(values: Sequence[float | None], *, seed: int = 0, n_resamples: int = 2000) -> Row:
+    """``mean``, ``low``, ``high`` and ``n`` of those that are defined."""
+    known = np.array([v for v in values if v is not None], float)
+    if not len(known):
+        return {"mean": None, "low": None, "high": None, "n": 0}
+    low = high = None
+    if len(known) > 1:
+        means = np.random.default_rng(seed).choice(known, (n_resamples, len(known))).mean(1)
+        low, high = (float(x) for x in np.percentile(means, [2.5, 97.5]))
+    return {"mean": float(known.mean()), "low": low, "high": high, "n": len(known)}
+
+
+def plot_sensitivity(folder: Path, summaries: Sequence[Row]) -> list[Path]:
+    """``sensitivity.png`` and ``.svg``: mean sensitivity of each SAE against its width and its L0, with intervals. Needs matplotlib (the extra ``figures``);
+    raises ``InputError`` without it."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise InputError("plots need matplotlib: install featureinterp[figures]") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "featureinterp", "figure.facecolor": "white"}
+    architectures = list(dict.fromkeys(str(s.get("architecture")) for s in summaries))
+    with pyplot.rc_context(style):
+        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+        for axis, key, label in zip(axes, ("d_sae", "l0"), ("features in the dictionary", "codes per token (L0)"), strict=True):
+            for number, architecture in enumerate(architectures):
+                _points(axis, [s for s in summaries if str(s.get("architecture")) == architecture], key, f"C{number}", architecture)
+            axis.set_xlabel(label)
+            axis.set_xscale("log")
+            axis.set_ylim(-0.02, 1.02)
+        axes[0].set_ylabel("mean sensitivity")
+        axes[0].plot([], [], "o", color="#888888", fillstyle="none", label="unfiltered")
+        axes[0].legend(frameon=False, fontsize=8)
+        paths = [folder / f"sensitivity.{kind}" for kind in ("png", "svg")]
+        for path, metadata in zip(paths, ({}, {"Date": None}), strict=True):
+            figure.savefig(path, dpi=150, metadata=metadata)
+        pyplot.close(figure)
+    return paths
+
+
+def _points(axis: Any, summaries: Sequence[Row], key: str, colour: str, label: str) -> None:
+    """Filled: features whose examples fire again; hollow: all."""
+    shown: Callable[[Row], bool] = lambda s: s.get(key) is not None  # noqa: E731 (one line)
+    for which, full in (("mean_sensitivity", True), ("mean_sensitivity_unfiltered", False)):
+        for s in filter(shown, summaries):
+            value = s[which]
+            if value["mean"] is None:
+                continue
+            if value["low"] is not None and full:
+                axis.plot([s[key]] * 2, [value["low"], value["high"]], color=colour, linewidth=1.5)
+            axis.plot(s[key], value["mean"], "o", color=colour, fillstyle="full" if full else "none", label=label if full else None)
+            label = "" if full else label
