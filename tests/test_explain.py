@@ -73,7 +73,7 @@ def test_rules_show_levels_and_repeat_rare_ones():
     text = model.requests[0].messages[-1].content
     assert " July\t5\nAgain, the tokens above 0:\n July\t5" in text
     assert "by\t0\n June\t3\n or\t1\n so\t0" in text and text.count("Again") == 1
-    assert "at most 4 short rules" in model.requests[0].messages[0].content
+    assert "at most 4, the strongest first" in model.requests[0].messages[0].content
 
 
 @pytest.mark.parametrize("nasty", NASTY)

@@ -103,7 +103,7 @@ def test_a_whole_search():
     assert len(model.requests) == 1 + 9 and [r.n for r in model.requests] == [3] + [2] * 9
     assert {r.temperature for r in model.requests} == {1.0, 1.2} and len({r.seed for r in model.requests}) > 1
     assert found.provenance.method == "tree" and found.provenance.usage.requests == 10
-    assert found.provenance.prompt == "explain-rules/v1 + improve/v1"
+    assert found.provenance.prompt == "explain-rules/v2 + improve/v1"
     chosen = next(n for n in nodes if n.chosen)
     assert chosen.rules == found.rules and chosen.valid == max(n.valid for n in nodes if n.valid is not None)
     assert Explanation.from_json(json.loads(json.dumps(found.to_json()))) == found

@@ -185,5 +185,5 @@ def test_an_explainer_finds_what_is_nearest(tmp_path: Path, windows: WindowTable
 
 def test_every_explainer_is_in_the_benchmark():
     assert set(truth_explainers.explainers(object(), object(), small=True)) == {
-        "top tokens", "one-shot, sentence", "one-shot, rules", "tree, sentence", "tree, rules",
+        "top tokens", "one-shot, sentence v1", "one-shot, rules v1", "one-shot, sentence", "one-shot, rules", "tree, sentence", "tree, rules",
     }  # fmt: skip

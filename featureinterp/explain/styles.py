@@ -86,11 +86,11 @@ class RulesStyle:
     ``causes``: every window's tokens with a positive holistic activation come after it. ``few_shot``: a file with other worked examples.
     """
 
-    def __init__(self, version: str = "v1", *, rule_cap: int = 5, causes: bool = False, few_shot: Path | None = None) -> None:
+    def __init__(self, version: str | None = None, *, rule_cap: int = 5, causes: bool = False, few_shot: Path | None = None, n_tokens: int = 8) -> None:
         if not 1 <= rule_cap <= MAX_RULES:
             raise InputError(f"at most {rule_cap} rules is not possible: choose from 1 to {MAX_RULES}")
-        self.prompt = _load("explain-rules", version, causes, few_shot)
-        self.rule_cap, self.causes = rule_cap, causes
+        self.prompt = _load("explain-rules", version or ("v1" if causes else "v2"), causes, few_shot)
+        self.rule_cap, self.causes, self.n_tokens = rule_cap, causes, n_tokens
 
     @property
     def fields(self) -> Mapping[str, Any]:
@@ -113,13 +113,23 @@ class RulesStyle:
             high = [line for line in lines if line[1] > 0]
             causes = [(escape(token), level) for token, level in caused[number]] if caused is not None else []
             shown.append({"lines": lines, "repeated": high if len(high) < REPEAT_BELOW * len(lines) else [], "causes": causes})
-        return self.prompt.render("user.j2", windows=shown)
+        return self.prompt.render("user.j2", windows=shown, tokens=[escape(token) for token in _peaks(windows)[: self.n_tokens]])
 
     def read(self, reply: str, provenance: Provenance) -> Explanation:
         return Explanation(rules_of(parse_reply(reply, RulesReply), self.rule_cap), provenance)
 
     def write(self, explanation: Explanation) -> dict[str, Any]:
         return {"rules": [{"activates_on": r.activates_on, "strength": r.strength} for r in explanation.rules]}
+
+
+def _peaks(windows: Sequence[Sequence[tuple[str, int]]]) -> list[str]:
+    """The tokens at the windows' highest levels, those with the largest sum first."""
+    total: dict[str, int] = {}
+    for window in windows:
+        token, level = max(window, key=lambda line: line[1], default=("", 0))
+        if token.strip() and level > 0:
+            total[token] = total.get(token, 0) + level
+    return sorted(total, key=lambda token: -total[token])
 
 
 StyleName = Literal["sentence", "rules"]

@@ -35,7 +35,10 @@ from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.kept import KeptSimulator, working_on
 from featureinterp.jobs.records import build_records
 from featureinterp.llm.cached import Cached, ReplyStore
+from featureinterp.llm.config import Endpoint
 from featureinterp.llm.local import LocalModel
+from featureinterp.llm.metered import Meter
+from featureinterp.llm.stack import open_stack
 from featureinterp.records.policy import RecordPolicy
 from featureinterp.records.similar import SentenceEmbedder
 from featureinterp.simulate.all_at_once import AllAtOnce
@@ -67,7 +70,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--half", choices=("development", "report", "all"), default="report")
     parser.add_argument("--windows", type=int, default=6, help="windows of each kind")
     parser.add_argument("--simulator", choices=("token-wise", "all-at-once", "lexical"), default="token-wise")
-    parser.add_argument("--model", default=api.EXPLAINER, help="the model that simulates, answers and explains")
+    parser.add_argument("--model", default=api.EXPLAINER, help="the model that simulates and answers questions")
+    parser.add_argument("--base-url", help="endpoint of the model that explains; the embedded one when not given")
+    parser.add_argument("--llm-model", default="", help="its model")
     parser.add_argument("--version", help="version of the simulator's prompt")
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--device", default=None)
@@ -93,17 +98,19 @@ async def judged(args: argparse.Namespace, records: Sequence[FeatureRecord]) -> 
         simulator: Any = Lexical()
     else:
         simulator = (AllAtOnce if args.simulator == "all-at-once" else TokenWise)(load, name=args.model, version=args.version, temperature=args.temperature)
-    model = Cached(LocalModel(load, name=args.model), ReplyStore(args.out / "replies.sqlite"))
+    replies = ReplyStore(args.out / "replies.sqlite")
     found: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(args).items() if k != "out"}}
     with Journal(args.out / "truth.sqlite") as journal:
         kept = KeptSimulator(simulator, journal)
         if "scores" in args.parts or "questions" in args.parts:
-            rows = await scores(args.parts, kept, model, records)
+            rows = await scores(args.parts, kept, Cached(LocalModel(load, name=args.model), replies), records)
             write(args.out / "scores.csv", rows)
             print_scores(rows)
             found["scores"] = [{**t, "interval": t["interval"] and [t["interval"].low, t["interval"].high]} for t in ranked(rows)]
         if "explainers" in args.parts:
-            rows, truth = await explanations_of(explainers(model, kept, small=args.small), kept, records)
+            endpoint = Endpoint(args.base_url, args.llm_model) if args.base_url else Endpoint()
+            async with open_stack(endpoint, Meter()) as stack:
+                rows, truth = await explanations_of(explainers(stack.model(replies), kept, small=args.small), kept, records)
             write(args.out / "explainers.csv", rows)
             print()
             print_explainers(rows, truth)

@@ -19,7 +19,7 @@ from featureinterp.domain.record import FeatureRecord
 from featureinterp.errors import FeatureInterpError
 from featureinterp.explain.baselines import TopTokens
 from featureinterp.explain.one_shot import OneShot
-from featureinterp.explain.styles import style
+from featureinterp.explain.styles import RulesStyle, SentenceStyle, style
 from featureinterp.explain.tree import Tree, TreeSettings
 from featureinterp.interfaces import Explainer, LanguageModel
 from featureinterp.score.correlation import agreement
@@ -33,6 +33,8 @@ def explainers(model: LanguageModel, simulator: Any, *, small: bool) -> dict[str
     """Every explainer that a planted feature can be given to, by name (holistic activations need a real one)."""
     tree = SMALL_TREE if small else TREE
     found: dict[str, Explainer] = {"top tokens": TopTokens()}
+    found["one-shot, sentence v1"] = OneShot(model, SentenceStyle("v1"))
+    found["one-shot, rules v1"] = OneShot(model, RulesStyle("v1"))
     for form in ("sentence", "rules"):
         found[f"one-shot, {form}"] = OneShot(model, style(form))
         found[f"tree, {form}"] = Tree(model, style(form), simulator, agreement, tree=tree)
