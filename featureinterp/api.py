@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     from featureinterp.codes.store import CodesStore
     from featureinterp.domain.record import FeatureRecord
     from featureinterp.falsify.sensitivity import FeatureSensitivity
-    from featureinterp.interfaces import Simulator
+    from featureinterp.interfaces import Activator, Simulator
     from featureinterp.jobs.run import DryRun, Local
     from featureinterp.jobs.status import JobStatus
     from featureinterp.records.build import Neighbours
     from featureinterp.records.policy import RecordPolicy
     from featureinterp.sae.load import LoadedSae
+    from featureinterp.subject.load import Subject
 
 SUBJECT, SAE, CORPUS, EXPLAINER = "smollm2-135m-instruct", "demo", "sotu", "qwen2.5-coder-1.5b-instruct"
 T = TypeVar("T")
@@ -206,12 +207,18 @@ def records(
 def _holistic(store: CodesStore, model: str | None, sae: str | None, method: Literal["exact", "gradient"], device: str | None) -> HolisticActivations:
     """Holistic activations by the model and the SAE that made a run."""
     from featureinterp.codes.holistic import HolisticActivations
+
+    return HolisticActivations.of_run(store, *_subject_of(store, model, sae, device), method)
+
+
+def _subject_of(store: CodesStore, model: str | None, sae: str | None, device: str | None) -> tuple[Subject, LoadedSae]:
+    """The model and the SAE that made a run; by the names that it recorded when none are given."""
     from featureinterp.sae.load import load_sae
     from featureinterp.subject.load import load_subject, pick_device
 
     meta = store.meta
     subject = load_subject(model or meta["model"]["name"], device=device, dtype=meta["model"]["dtype"])
-    return HolisticActivations.of_run(store, subject, load_sae(sae or meta["sae"]["name"], device=pick_device(device)), method)
+    return subject, load_sae(sae or meta["sae"]["name"], device=pick_device(device))
 
 
 def _neighbours(store: CodesStore, sae: str | None, n: int, device: str | None) -> Neighbours:
@@ -282,6 +289,17 @@ def explain(run: str | Path, features: str | Sequence[int], *, on_event: Callabl
     return _outside(lambda: explain_async(run, features, on_event=on_event, steps=steps, **fields))
 
 
+def falsify(folder: str | Path, *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent, **fields: Any) -> Results:
+    """Puts the explanations of a finished job on trial and revises those that texts contradict: the job in ``folder`` (or in the run folder above it) with
+    the stage ``falsify``. What it has is kept and not paid for again. ``fields`` change the job's own, such as ``trial`` (``TrialSettings``) and ``llm``."""
+    from featureinterp.jobs.spec import job_of
+    from featureinterp.jobs.status import job_folder
+
+    job = job_of(job_folder(Path(folder)))
+    stages = tuple(dict.fromkeys((*job.stages, "falsify")))
+    return run(make_job(**{**{name: getattr(job, name) for name in type(job).model_fields}, "stages": stages, **fields}), on_event=on_event, steps=steps)
+
+
 async def explain_async(
     run: str | Path, features: str | Sequence[int], *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent, **fields: Any
 ) -> Results:
@@ -320,7 +338,12 @@ def _local() -> Local:
     def neighbours(job: Job, store: CodesStore) -> Neighbours:
         return _neighbours(store, job.sae, job.records.n_neighbours, job.simulator_device)
 
-    return Local(simulator, load, tokenizer, causes, neighbours)
+    def activator(job: Job, store: CodesStore) -> Activator:
+        from featureinterp.codes.activator import RunActivator
+
+        return RunActivator(store, lambda: _subject_of(store, job.model, job.sae, job.simulator_device))
+
+    return Local(simulator, load, tokenizer, causes, neighbours, activator)
 
 
 def local_simulator(

@@ -35,6 +35,14 @@ class Explainer(Protocol):
         ...
 
 
+class Reviser(Protocol):
+    """Improves an explanation that was contradicted."""
+
+    async def revise(self, record: FeatureRecord, explanation: Explanation) -> Explanation:
+        """The improved explanation, or the given one when none is better. ``record`` holds the counterexamples among its windows."""
+        ...
+
+
 class Simulator(Protocol):
     """Predicts activation levels from an explanation."""
 

@@ -18,11 +18,12 @@ from test_cli import cli
 from tiny import NASTY, TINY_TEXTS
 
 from featureinterp.domain.feature import FeatureId
+from featureinterp.domain.rate import Rate
 from featureinterp.domain.record import Window
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointUnavailableError, FeatureRangeError, InputError, MalformedReplyError
 from featureinterp.falsify.saebench import examples_in, examples_of_log
-from featureinterp.falsify.sensitivity import Example, FeatureSensitivity, Rate, base_rate, example
+from featureinterp.falsify.sensitivity import Example, FeatureSensitivity, base_rate, example
 from featureinterp.falsify.writing import TextWriter, parse_texts, without_marks
 from featureinterp.jobs.budget import Budget
 from featureinterp.jobs.journal import Journal

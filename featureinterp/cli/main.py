@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 
 from featureinterp import __version__
-from featureinterp.cli import collect, demo, explain, jobs, llm, models, records, report, saes, sensitivity, serve
+from featureinterp.cli import collect, demo, explain, falsify, jobs, llm, models, records, report, saes, sensitivity, serve
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or a request to end."""
@@ -30,6 +30,7 @@ app.add_typer(saes.app, name="saes")
 app.command("collect")(collect.collect)
 app.command("records")(records.records)
 app.command("explain")(explain.explain)
+app.command("falsify")(falsify.falsify)
 app.command("sensitivity")(sensitivity.sensitivity)
 app.command("run")(jobs.run)
 app.command("status")(jobs.status)

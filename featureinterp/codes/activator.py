@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import anyio.to_thread
 import numpy as np
 import torch
 
-from featureinterp.codes.collect import check_fit, scored_tokens
+from featureinterp.codes.collect import check_fit, check_sae, check_subject, scored_tokens
+from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.windows import piece_ends
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import Window
@@ -68,6 +69,29 @@ class TextActivator:
             codes = self.sae.sae.encode(states).to_dense()[:, features]
             out.append(torch.where(scored[:, None], codes, 0).T.float().cpu().numpy())
         return out
+
+
+class RunActivator:
+    """New texts through the model and the SAE that made a run; both are loaded when the first text comes. ``settings``: what the activations depend on."""
+
+    def __init__(self, store: CodesStore, load: Callable[[], tuple[Subject, LoadedSae]]) -> None:
+        self.settings = {name: store.meta[name]["fingerprint"] for name in ("model", "sae")}
+        self._store, self._load = store, load
+        self._loading = threading.Lock()
+        self._loaded: TextActivator | None = None
+
+    async def run(self, feature: FeatureId, texts: Sequence[str]) -> list[Window]:
+        """One window per text. Raises ``IncompatibleError`` when model or SAE are others than the run's."""
+        return await anyio.to_thread.run_sync(self._read, feature.index, texts)
+
+    def _read(self, index: int, texts: Sequence[str]) -> list[Window]:
+        with self._loading:
+            if self._loaded is None:
+                subject, sae = self._load()
+                check_sae(self._store, sae)
+                check_subject(self._store, subject)
+                self._loaded = TextActivator(subject, sae)
+        return self._loaded.read([index], texts)[0]
 
 
 def _empty(row: int) -> Window:

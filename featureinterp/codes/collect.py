@@ -142,6 +142,13 @@ def check_sae(store: CodesStore, sae: LoadedSae) -> None:
         raise IncompatibleError(f"the run's codes were made with another SAE than {sae.name!r} is: give the one that it names, {store.meta['sae']['name']!r}")
 
 
+def check_subject(store: CodesStore, subject: Subject) -> None:
+    """Raises ``IncompatibleError`` when ``subject`` is not the model that made the store's codes."""
+    if store.meta["model"]["fingerprint"] != subject.fingerprint:
+        named = store.meta["model"]["name"]
+        raise IncompatibleError(f"the run's codes were made with another model than {subject.name!r} is: give the one that it names, {named!r}")
+
+
 def _same_model(one: str, other: str) -> bool:
     """Names of a hub, with or without their owner."""
     return one.rsplit("/", 1)[-1].lower() == other.rsplit("/", 1)[-1].lower()

@@ -9,10 +9,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from featureinterp.codes.collect import check_fit, check_sae, scored_by_norm
+from featureinterp.codes.collect import check_fit, check_sae, check_subject, scored_by_norm
 from featureinterp.codes.store import CodesStore
 from featureinterp.domain.record import SPLITS, FeatureRecord, Window
-from featureinterp.errors import IncompatibleError, InputError
+from featureinterp.errors import InputError
 from featureinterp.sae.load import LoadedSae
 from featureinterp.subject.attribution import Deletions, embedding_effects
 from featureinterp.subject.load import Subject
@@ -41,9 +41,7 @@ class HolisticActivations:
     def of_run(cls, store: CodesStore, subject: Subject, sae: LoadedSae, method: Method = "exact") -> HolisticActivations:
         """For records of ``store``. Raises ``IncompatibleError`` when model or SAE are not those that made it."""
         check_sae(store, sae)
-        if store.meta["model"]["fingerprint"] != subject.fingerprint:
-            named = store.meta["model"]["name"]
-            raise IncompatibleError(f"the run's codes were made with another model than {subject.name!r} is: give the one that it names, {named!r}")
+        check_subject(store, subject)
         return cls(subject, sae, method)
 
     def of(self, feature: int, windows: Sequence[np.ndarray]) -> list[np.ndarray]:

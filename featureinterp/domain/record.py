@@ -25,6 +25,7 @@ Source = Literal[
     "similar_negative",
     "projected_similar_negative",
     "coactive_negative",
+    "counterexample",
 ]
 POSITIVE_SOURCES: tuple[Source, ...] = ("top", "weighted", "quantile")
 NEGATIVE_SOURCES: tuple[Source, ...] = ("random_negative", "similar_negative", "projected_similar_negative", "coactive_negative")
@@ -32,7 +33,8 @@ COMPLEMENTARY_SOURCES: tuple[Source, ...] = ("random", "similar", "projected_sim
 SOURCES: tuple[Source, ...] = (*POSITIVE_SOURCES, *COMPLEMENTARY_SOURCES)
 """How a window got into a record. ``random``, ``similar`` and ``projected_similar`` are drawn without looking at whether the feature fires; in a
 negative one it is silent. ``similar``: sentence embeddings near those of the top windows; ``projected_similar``: the same after a projection that
-pulls the top windows together; ``coactive``: a feature of nearly the same decoder direction fires."""
+pulls the top windows together; ``coactive``: a feature of nearly the same decoder direction fires. A ``counterexample`` comes from no corpus: it was
+written to test an explanation."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.score import Failure, Score
+from featureinterp.domain.trial import Trial
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,8 @@ class ShownWindow:
 class FeatureResult:
     """One feature of a run. ``explanation`` is None when there is none, and ``failures`` says why. ``baseline``: the top-token
     list and its scores on the same windows. ``null_of``: the feature whose explanation was the null. ``holistic``: the method of
-    its windows' holistic activations."""
+    its windows' holistic activations. ``trials``: the explanation, and then what was made of it, on texts that were written to test it; ``revised``: what
+    was made of it last, with its correlation on the main test windows."""
 
     feature: int
     sae: str
@@ -49,6 +51,9 @@ class FeatureResult:
     shortfalls: Mapping[str, str] = field(default_factory=dict)
     complexity: tuple[float | None, ...] = ()
     holistic: str | None = None
+    trials: tuple[Trial, ...] = ()
+    revised: Explanation | None = None
+    revised_correlation: float | None = None
 
     def score(self, name: str) -> Score | None:
         """The explanation's score of that name."""
@@ -67,9 +72,13 @@ class FeatureResult:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable form that :meth:`from_json` reads back to an equal value."""
-        out: dict[str, Any] = {name: getattr(self, name) for name in ("feature", "sae", "scale", "density", "count", "null_of", "holistic")}
+        out: dict[str, Any] = {
+            name: getattr(self, name) for name in ("feature", "sae", "scale", "density", "count", "null_of", "holistic", "revised_correlation")
+        }
         out["explanation"] = self.explanation.to_json() if self.explanation else None
         out["baseline"] = self.baseline.to_json() if self.baseline else None
+        out["revised"] = self.revised.to_json() if self.revised else None
+        out["trials"] = [t.to_json() for t in self.trials]
         out["scores"] = [s.to_json() for s in self.scores]
         out["baseline_scores"] = [s.to_json() for s in self.baseline_scores]
         out["failures"] = [{n: getattr(f, n) for n in Failure.__dataclass_fields__} for f in self.failures]
@@ -82,8 +91,9 @@ class FeatureResult:
     def from_json(cls, value: Mapping[str, Any]) -> FeatureResult:
         """Reads what :meth:`to_json` wrote."""
         out = dict(value)
-        for name in ("explanation", "baseline"):
-            out[name] = Explanation.from_json(out[name]) if out[name] else None
+        for name in ("explanation", "baseline", "revised"):
+            out[name] = Explanation.from_json(out[name]) if out.get(name) else None
+        out["trials"] = tuple(Trial.from_json(t) for t in out.get("trials", ()))
         for name in ("scores", "baseline_scores"):
             out[name] = tuple(Score.from_json(s) for s in out[name])
         out["failures"] = tuple(Failure(**f) for f in out["failures"])

@@ -116,6 +116,11 @@ class Tree:
         """Raises what :class:`OneShot` raises when there is not one root, and ``InputError`` without windows to score on."""
         return await _Search(self, record).run()
 
+    async def revise(self, record: FeatureRecord, explanation: Explanation) -> Explanation:
+        """One level of improvements of a given explanation, on the record's training windows, counterexamples among them; the best on validation windows,
+        which may be the given one."""
+        return await _Search(self, record).revise(explanation)
+
 
 class _Search:
     """One feature's search."""
@@ -132,7 +137,7 @@ class _Search:
         self._known: dict[tuple[tuple[str, int], ...], _Node] = {}
 
     def _windows(self, split: Any) -> list[Window]:
-        sources: tuple[Source, ...] = ("top", *self.shape.negatives)
+        sources: tuple[Source, ...] = ("top", *self.shape.negatives, "counterexample")
         return [w for source in sources for w in self.record.get(split, source)[: self.shape.n_windows]]
 
     async def run(self) -> Explanation:
@@ -153,6 +158,13 @@ class _Search:
                 node.kept = replace(node.kept, kept=True)
             made = await each(self._improve, chosen)
             await self._score([self._add(parent, *child) for parent, found in zip(chosen, made, strict=True) for child in found])
+        return self._answer()
+
+    async def revise(self, explanation: Explanation) -> Explanation:
+        root = self._add(None, explanation)
+        await self._score([root])
+        root.kept = replace(root.kept, kept=True)
+        await self._score([self._add(root, *child) for child in await self._improve(root)])
         return self._answer()
 
     def _add(self, parent: _Node | None, explanation: Explanation | None = None, improvement: str | None = None, failure: str | None = None) -> _Node:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from featureinterp.domain.rate import Rate
 from featureinterp.domain.record import FeatureRecord, Window
-from featureinterp.domain.score import Failure, Interval
+from featureinterp.domain.score import Failure
 from featureinterp.falsify.writing import Call
 from featureinterp.prompts import marked
 
@@ -36,29 +37,6 @@ class Example:
     activation: float
     tokens: tuple[str, ...]
     held_out: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """``hits`` of ``n`` texts fire. ``interval``: 95 %, Wilson's. A rate over no text is undefined (None)."""
-
-    hits: int
-    n: int
-
-    @property
-    def value(self) -> float | None:
-        """The share."""
-        return self.hits / self.n if self.n else None
-
-    @property
-    def interval(self) -> Interval | None:
-        """Wilson's score interval."""
-        if not self.n:
-            return None
-        from scipy.stats import binomtest
-
-        found = binomtest(self.hits, self.n).proportion_ci(0.95, method="wilson")
-        return Interval(float(found.low), float(found.high))
 
 
 @dataclass(frozen=True, eq=False)

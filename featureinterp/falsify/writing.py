@@ -72,10 +72,10 @@ class TextWriter:
             user = self.prompt.render("user.j2", examples=examples, n=asked, words=words)
             messages = (Message("system", system), *self._shots(), Message("user", user))
             schema = object_schema({"texts": {"type": "array", "items": {"type": "string"}, "minItems": asked, "maxItems": asked}})
-            request = Request(messages, 200 + asked * max(64, 4 * words), self.temperature, self.seed + number, schema=schema, check=_texts)
+            request = Request(messages, 200 + asked * max(64, 4 * words), self.temperature, self.seed + number, schema=schema, check=read_texts)
             try:
                 reply = await self.model.complete(request)
-                calls.append(Call(system, user, asked, reply.text, tuple(_texts(reply)[:asked])))
+                calls.append(Call(system, user, asked, reply.text, tuple(read_texts(reply)[:asked])))
             except (EndpointRefusedError, JobStoppedError):
                 raise
             except MalformedReplyError as error:
@@ -95,7 +95,8 @@ class _Written(pydantic.BaseModel):
     texts: list[str]
 
 
-def _texts(reply: Reply) -> list[str]:
+def read_texts(reply: Reply) -> list[str]:
+    """The texts of a reply, without the last one where it was cut. Raises ``MalformedReplyError`` when there is none."""
     found = parse_texts(reply.text)
     if reply.truncated[0]:
         found = found[:-1]  # the last one was cut

@@ -17,6 +17,7 @@ from featureinterp.domain.explanation import Explanation, Rule, SearchNode
 from featureinterp.domain.record import Window
 from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.score import Failure, Score, Simulation
+from featureinterp.domain.trial import Trial
 from featureinterp.errors import (
     EndpointRefusedError,
     InputError,
@@ -25,8 +26,9 @@ from featureinterp.errors import (
     StorageError,
 )
 from featureinterp.explain.baselines import TopTokens
+from featureinterp.falsify.counterexamples import Falsifier, with_counterexamples
 from featureinterp.files import content_key
-from featureinterp.interfaces import Explainer, LanguageModel, Simulator
+from featureinterp.interfaces import Explainer, LanguageModel, Reviser, Simulator
 from featureinterp.jobs.budget import Budget, Guard
 from featureinterp.jobs.feature import FeatureState, result_of, with_nulls
 from featureinterp.jobs.journal import Journal
@@ -46,7 +48,8 @@ FORMAT = 3
 
 
 class ExplainJob:
-    """Explains and scores features. ``judge`` answers detection, fuzzing and complexity questions; None leaves them out.
+    """Explains and scores features. ``judge`` answers detection, fuzzing and complexity questions; ``falsifier`` puts explanations on trial, and ``reviser``
+    improves those that were contradicted; None leaves them out.
 
     Features are worked on in an order that depends on their indices and the seed alone, so that each can take the next one's explanation
     as its null, few records are in memory at once, and another list of features changes few nulls. The failure of one feature is a row
@@ -62,6 +65,8 @@ class ExplainJob:
         simulator: Simulator,
         *,
         judge: LanguageModel | None = None,
+        falsifier: Falsifier | None = None,
+        reviser: Reviser | None = None,
         plan: Plan | None = None,
         source: Any = None,
         meter: Meter | None = None,
@@ -71,6 +76,7 @@ class ExplainJob:
         on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
         self.journal, self.explainer, self.simulator, self.judge = journal, explainer, simulator, judge
+        self.falsifier, self.reviser = falsifier, reviser
         self.plan = plan or Plan()
         self.meter = meter or Meter()
         self.document_name, self.on_event = document_name, on_event
@@ -83,7 +89,11 @@ class ExplainJob:
         if self.judge is not None:
             wanted = ((plan.detection, Detection), (plan.fuzzing, Fuzzing), (plan.complexity, Complexity))
             asked = [kind(self.judge).prompt.name + kind(self.judge).prompt.hash for on, kind in wanted if on]
+        trial: dict[str, Any] = {}
+        if self.falsifier is not None:
+            trial["trial"] = [settings_of(self.falsifier), self.falsifier.trial.rounds, self.reviser and settings_of(self.reviser)]
         return {
+            **trial,
             "explainer": settings_of(self.explainer),
             "simulator": settings_of(self.simulator) if plan.simulate else None,
             "judge": [self.judge.name, *asked] if self.judge is not None else None,
@@ -183,6 +193,8 @@ class ExplainJob:
             state.search = await self._search(state, explanation)
         if self.judge is not None:
             await self._ask(state, explanation, self.judge)
+        if self.falsifier is not None:
+            await self._try(state, explanation, self.falsifier)
 
     async def _simulated(self, state: FeatureState, stage: str, explanation: Explanation, parts: Sequence[tuple[Part, int]]) -> dict[Part, list[Simulation]]:
         chosen = {part: state.record.get(*part)[:n] for part, n in parts}
@@ -220,6 +232,44 @@ class ExplainJob:
 
         await each(test, dict.fromkeys(node.rules for node in explanation.search if node.rules))
         return tuple(replace(node, test=simulated.get(node.rules)) for node in explanation.search)
+
+    async def _try(self, state: FeatureState, explanation: Explanation, falsifier: Falsifier) -> None:
+        """Explain, falsify, revise: the explanation's trial, and while texts contradict it and rounds are left, a revision and its trial."""
+        record, rounds = state.record, falsifier.trial.rounds
+        settings = settings_of(falsifier)
+        for number in range(rounds):
+            tried = state.revised or explanation
+
+            async def trial(tried: Explanation = tried) -> Any:
+                return (await falsifier.run(tried, record.feature, record.scale)).to_json(), False
+
+            rules = [[r.activates_on, r.strength] for r in tried.rules]
+            value = await self._stage(state, "falsify", {"falsifier": settings, "rules": rules}, trial, settings)
+            if value is None:
+                return
+            state.trials.append(Trial.from_json(value))
+            if number + 1 == rounds or self.reviser is None or not state.trials[-1].contradictions:
+                return
+            revised = await self._revised(state, tried, self.reviser)
+            if revised is None or revised.rules == tried.rules:
+                return
+            state.revised = revised
+            simulated = await self._simulated(state, "simulate-revised", revised, self.plan.main_parts())
+            pairs = [(w, s) for part, _ in self.plan.main_parts() for w, s in zip(record.get(*part), simulated.get(part, ()), strict=False)]
+            state.revised_correlation = agreement([w for w, _ in pairs], [s for _, s in pairs]).value
+
+    async def _revised(self, state: FeatureState, tried: Explanation, reviser: Reviser) -> Explanation | None:
+        """What the reviser makes of an explanation that was contradicted."""
+        record = with_counterexamples(state.record, state.trials)
+
+        async def revise() -> Any:
+            with working_on(record.feature.index):
+                return (await reviser.revise(record, tried)).to_json(), False
+
+        settings = settings_of(reviser)
+        depends = {"reviser": settings, "trials": [t.to_json() for t in state.trials], "rules": [[r.activates_on, r.strength] for r in tried.rules]}
+        value = await self._stage(state, "revise", depends, revise, settings)
+        return Explanation.from_json(value) if value else None
 
     async def _asked(
         self, state: FeatureState, stage: str, scorer: Detection | Fuzzing, explanation: Explanation, windows: Sequence[Window]

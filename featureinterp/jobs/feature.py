@@ -12,6 +12,7 @@ from featureinterp.domain.explanation import Explanation, SearchNode
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Failure, Score, Simulation
+from featureinterp.domain.trial import Trial
 from featureinterp.files import content_key
 from featureinterp.jobs.plan import Part, Plan
 from featureinterp.score.correlation import Pairs, correlation, deviation_explained, explained_variance, false_positives
@@ -39,6 +40,9 @@ class FeatureState:
     asked: list[Score] = field(default_factory=list)
     ratings: tuple[float | None, ...] = ()
     search: tuple[SearchNode, ...] = ()
+    trials: list[Trial] = field(default_factory=list)
+    revised: Explanation | None = None
+    revised_correlation: float | None = None
     failures: list[Failure] = field(default_factory=list)
     partial: bool = False
     reused: bool = True
@@ -80,7 +84,7 @@ def result_of(state: FeatureState, plan: Plan, document_name: Callable[[int], st
         count=record.count,
         windows=tuple(_shown(state, plan, document_name)),
         explanation=replace(state.explanation, search=state.search) if state.explanation and state.search else state.explanation,
-        scores=(*own, *state.asked),
+        scores=(*own, *state.asked, *_trial_scores(state.trials)),
         baseline=state.baseline,
         baseline_scores=tuple(baseline),
         null_of=state.null.feature if state.null else None,
@@ -88,7 +92,19 @@ def result_of(state: FeatureState, plan: Plan, document_name: Callable[[int], st
         shortfalls=dict(record.shortfalls),
         complexity=state.ratings,
         holistic=record.holistic,
+        trials=tuple(state.trials),
+        revised=state.revised,
+        revised_correlation=state.revised_correlation,
     )
+
+
+def _trial_scores(trials: Sequence[Trial]) -> list[Score]:
+    """Precision and recall of the feature's explanation on texts that were written to test it."""
+    if not trials:
+        return []
+    first = trials[0]
+    none = "the feature fires on none of the texts"
+    return [first.precision.score("trial_precision", "no text was written"), first.recall.score("trial_recall", none)]
 
 
 def with_nulls(scores: Sequence[Score], nulls: Sequence[Score]) -> list[Score]:

@@ -9,7 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from featureinterp.codes.store import CodesStore
+from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.score import Simulation
@@ -18,8 +21,9 @@ from featureinterp.errors import InputError
 from featureinterp.explain.baselines import TopTokens
 from featureinterp.explain.one_shot import OneShot
 from featureinterp.explain.tree import Tree
+from featureinterp.falsify.counterexamples import Falsifier
 from featureinterp.files import explained_storage, write_json
-from featureinterp.interfaces import Explainer, LanguageModel, Simulator
+from featureinterp.interfaces import Activator, Explainer, LanguageModel, Reviser, Simulator
 from featureinterp.jobs.explain import ExplainJob, settings_of
 from featureinterp.jobs.journal import Journal, Rehearsal
 from featureinterp.jobs.kept import KeptSimulator
@@ -49,13 +53,14 @@ Steps = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Local:
     """What needs a model library: the local simulator of a job, model and tokenizer of a name for a job, a tokenizer alone; what adds holistic
-    activations to the records of a job, and which features have the nearest decoder directions."""
+    activations to the records of a job; which features have the nearest decoder directions; and new texts through a job's model and SAE."""
 
     simulator: Callable[[Job], Simulator]
     load: Callable[[Job, str], tuple[Any, Any]]
     tokenizer: Callable[[str], Any]
     causes: Callable[[Job, CodesStore], Callable[[Iterator[FeatureRecord]], Iterator[FeatureRecord]]]
     neighbours: Callable[[Job, CodesStore], Neighbours]
+    activator: Callable[[Job, CodesStore], Activator]
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,8 @@ async def run_job(job: Job, store: CodesStore, local: Local, *, on_event: Callab
             model = stack.model(replies)
             judge = own[0].model(replies) if own else model
             explainer, simulator = _parts(job, model, local, journal)
-            work = _explain_job(job, store, journal, explainer, simulator, judge, meter, on_event)
+            falsifier, reviser = _trials(job, store, model, simulator, local, journal)
+            work = _explain_job(job, store, journal, explainer, simulator, judge, meter, on_event, falsifier, reviser)
             write_json(job.folder / "job.json", {"key": work.key, "job": job.model_dump(mode="json"), "features": features})
             if left := len(work.remaining(features)):
                 steps("explained", 0, left)
@@ -121,10 +127,11 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
     meter = Meter()
     model, judge = (Tallied(Cached(Metered(_Understudy(e.name), meter, price=price), ReplyStore(None))) for e in (endpoint, job.judge_endpoint))
     real = local.simulator
-    local = replace(local, simulator=lambda job: _NoSimulator(real(job)), causes=_no_causes)
+    local = replace(local, simulator=lambda job: _NoSimulator(real(job)), causes=_no_causes, activator=_no_activator(local))
     with Journal(path if path.exists() else ":memory:") as journal, Rehearsal(journal) as rehearsal:
         explainer, simulator = _parts(job, model, local, rehearsal)
-        work = _explain_job(job, store, rehearsal, explainer, simulator, judge, meter, lambda _: None)
+        falsifier, reviser = _trials(job, store, model, simulator, local, rehearsal)
+        work = _explain_job(job, store, rehearsal, explainer, simulator, judge, meter, lambda _: None, falsifier, reviser)
         left = work.remaining(features)
         sample = left[:: max(1, -(-len(left) // REHEARSED))]
         if sample:
@@ -141,7 +148,7 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
 
 def _asks(job: Job) -> bool:
     """Whether a job needs its language model at all."""
-    return job.explainer != "top-tokens" or job.simulator in ("rated", "prompt-logprobs") or "score" in job.stages
+    return job.explainer != "top-tokens" or job.simulator in ("rated", "prompt-logprobs") or not {"score", "falsify"}.isdisjoint(job.stages)
 
 
 def _features(job: Job, store: CodesStore) -> list[int]:
@@ -172,6 +179,15 @@ def _parts(job: Job, model: LanguageModel, local: Local, journal: Journal) -> tu
     return OneShot(model, job.form()), simulator
 
 
+def _trials(job: Job, store: CodesStore, model: LanguageModel, simulator: Simulator, local: Local, journal: Journal) -> tuple[Falsifier | None, Reviser | None]:
+    """What puts explanations on trial, and what revises those that fail: one level of a tree search."""
+    if "falsify" not in job.stages:
+        return None, None
+    falsifier = Falsifier(model, local.activator(job, store), job.trial, seed=job.plan.seed)
+    shape = replace(job.tree, roots=1, depth=1, width=1)
+    return falsifier, Tree(model, job.form(), KeptSimulator(simulator, journal), agreement, tree=shape, seed=job.plan.seed)
+
+
 def _simulator(job: Job, model: LanguageModel, local: Local) -> Simulator:
     if job.simulator == "rated":
         return Rated(model)
@@ -198,6 +214,8 @@ def _explain_job(
     judge: LanguageModel,
     meter: Meter,
     on_event: Callable[[Event], None],
+    falsifier: Falsifier | None,
+    reviser: Reviser | None,
 ) -> ExplainJob:
     plan = job.effective_plan
     names = store.windows.document_ids()
@@ -206,6 +224,8 @@ def _explain_job(
         explainer,
         simulator,
         judge=judge if plan.detection or plan.fuzzing or plan.complexity else None,
+        falsifier=falsifier,
+        reviser=reviser,
         plan=plan,
         source=[store.fingerprint, *_drawn(job)],
         meter=meter,
@@ -248,6 +268,15 @@ def _no_causes(job: Job, store: CodesStore) -> Callable[[Iterator[FeatureRecord]
     return add
 
 
+def _no_activator(local: Local) -> Callable[[Job, CodesStore], Activator]:
+    """Stands for texts through the model: the feature fires on none of them, so that every explanation is revised."""
+
+    def make(job: Job, store: CodesStore) -> Activator:
+        return _NoActivator(local.activator(job, store))
+
+    return make
+
+
 def _about(store: CodesStore, job: Job, endpoint: Endpoint, explainer: Explainer, simulator: Simulator, outcome: Outcome) -> dict[str, Any]:
     from featureinterp import __version__
 
@@ -269,6 +298,16 @@ def _about(store: CodesStore, job: Job, endpoint: Endpoint, explainer: Explainer
     return {"title": title, "subtitle": f"SAE {meta['sae']['name']} at {meta['sae']['hook']}, explained and tested", "facts": facts, "job": outcome.job}
 
 
+class _NoActivator:
+    """Reads nothing; has the settings of the real one, so that what is known already is found."""
+
+    def __init__(self, real: Activator) -> None:
+        self.settings = settings_of(real)
+
+    async def run(self, feature: FeatureId, texts: Sequence[str]) -> list[Window]:
+        return [Window(i, i, np.zeros(n := len(text.split()), np.int32), tuple(text.split()), np.zeros(n, np.float32)) for i, text in enumerate(texts)]
+
+
 class _NoSimulator:
     """Stands for a simulator that costs no requests, of the same settings."""
 
@@ -276,8 +315,6 @@ class _NoSimulator:
         self.settings = settings_of(simulator)
 
     async def simulate(self, explanation: object, windows: Sequence[Window]) -> list[Simulation]:
-        import numpy as np
-
         return [Simulation(np.zeros(len(w.pieces))) for w in windows]
 
 

@@ -88,7 +88,7 @@ class Run:
         result = await self.job.result(state)
         self._n_explained += 1  # counted when it is said, so that the counts come in order
         self._say("explained", state, self._n_explained, result)
-        if self.job.plan.simulate and state.explanation is not None:
+        if (self.job.plan.simulate or self.job.judge is not None) and state.explanation is not None:
             state.null = await self._null(feature, state.explanation)
         async with self._slots:
             if self._error is None:

@@ -14,6 +14,7 @@ usd = 2.5
 
 from __future__ import annotations
 
+import json
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +26,14 @@ from featureinterp.domain.record import Source
 from featureinterp.errors import InputError
 from featureinterp.explain.styles import Style, style
 from featureinterp.explain.tree import TreeSettings
+from featureinterp.falsify.counterexamples import TrialSettings
 from featureinterp.jobs.budget import Budget
 from featureinterp.jobs.plan import Plan
 from featureinterp.llm.config import EMBEDDED, LOCAL, Endpoint, load_config
 from featureinterp.records.policy import RecordPolicy
 from featureinterp.validation import first_problem
 
-Stage = Literal["explain", "simulate", "score"]
+Stage = Literal["explain", "simulate", "score", "falsify"]
 LOCAL_SIMULATORS = ("token-wise", "all-at-once")
 """Simulators on a model of the model library in this process."""
 
@@ -41,7 +43,8 @@ class Job(pydantic.BaseModel):
 
     ``run``: folder that ``collect`` wrote. ``features``: ``"0:40"``, ``"3,17"``, ``"random:20"``, ``"alive"`` or indices. ``out``: folder for
     journal, results and report (``RUN/explain``). ``stages``: ``explain`` is always needed; ``simulate`` adds correlations, ``score`` detection,
-    fuzzing and complexity. ``llm``: an endpoint, the name of one in the configuration file, or None for the embedded model.
+    fuzzing and complexity, ``falsify`` texts that are written to contradict the explanation (``trial`` says how many), and its revision by them.
+    ``llm``: an endpoint, the name of one in the configuration file, or None for the embedded model.
     ``simulator_chat``: the simulator's prompt as turns of a chat; ``simulator_temperature``: sharpens (below 1) its level distribution; the
     simulator's own when not given.
     ``few_shot``: a JSON file with worked examples in place of the style's own. ``holistic``: shows the explainer which tokens cause the activations,
@@ -62,6 +65,7 @@ class Job(pydantic.BaseModel):
     few_shot: Path | None = None
     holistic: Literal["exact", "gradient"] | None = None
     tree: TreeSettings = TreeSettings()
+    trial: TrialSettings = TrialSettings()
     model: str | None = None
     sae: str | None = None
     simulator: Literal["token-wise", "all-at-once", "prompt-logprobs", "rated", "lexical"] = "token-wise"
@@ -118,7 +122,7 @@ class Job(pydantic.BaseModel):
         at_least("top", 0, plan.n_valid, plan.n_test)
         for i, source in enumerate(plan.negatives):
             at_least(source, 0, 0 if i else plan.n_valid, plan.n_test)
-        if self.explainer == "tree":
+        if self.explainer == "tree" or "falsify" in self.stages:
             for source in ("top", *self.tree.negatives):
                 at_least(source, self.tree.n_windows, self.tree.n_windows, 0)
         return replace(self.records, counts=counts)
@@ -163,6 +167,15 @@ def make_job(**fields: Any) -> Job:
         return Job(**fields)
     except pydantic.ValidationError as error:
         raise InputError(f"the job has a mistake: {first_problem(error)}") from error
+
+
+def job_of(folder: Path) -> Job:
+    """The job that ran in a folder. Raises ``InputError`` when there is none that can be read."""
+    path = folder / "job.json"
+    try:
+        return Job.model_validate(json.loads(path.read_text(encoding="utf-8"))["job"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"the job in {folder} cannot be read ({str(error).splitlines()[0]}): run 'featureinterp explain' again") from error
 
 
 def load_job(path: Path) -> Job:

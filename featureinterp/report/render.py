@@ -14,6 +14,7 @@ import jinja2
 from featureinterp.domain.explanation import SearchNode
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Score
+from featureinterp.domain.trial import TrialText
 from featureinterp.errors import InputError
 from featureinterp.files import explained_storage, write_atomic
 
@@ -54,6 +55,8 @@ SCORE_NAMES = {
     "fuzzing_auroc": "Fuzzing, AUROC",
     "fuzzing_calibrated_accuracy": "Fuzzing, calibrated accuracy",
     "complexity": "Complexity of rules, 0–5",
+    "trial_precision": "On trial: texts that fit it fire",
+    "trial_recall": "On trial: texts that fire fit it",
 }
 BINS = 12
 
@@ -85,7 +88,8 @@ def render_report(results: Sequence[FeatureResult], about: Mapping[str, Any]) ->
         loader=jinja2.PackageLoader("featureinterp.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": number, "score_name": lambda n: SCORE_NAMES.get(n, n.replace("_", " ")), "source_name": lambda s: SOURCE_NAMES.get(s, s)}
-    environment.globals |= {"tokens": tokens, "whisker": whisker, "groups": groups, "largest_cause": largest_cause, "search_rows": search_rows}
+    shown = (tokens, trial_tokens, whisker, groups, largest_cause, search_rows)
+    environment.globals |= {function.__name__: function for function in shown}
     return environment.get_template("report.html").render(results=results, about=about, summary=summarise(results))
 
 
@@ -195,6 +199,12 @@ def tokens(window: ShownWindow, scale: float, largest: float = 0.0) -> list[Toke
         title += f", causes {number(100 * cause, 0)} % of the most that any token does" if cause >= 0.05 else ""
         out.append(Token(visible(piece), piece.count("\n"), 0.0 if scale <= 0 else min(1.0, activation / scale), predicted, title, cause))
     return out
+
+
+def trial_tokens(text: TrialText, scale: float) -> list[Token]:
+    """The tokens of a text that was written to test an explanation."""
+    pairs = zip(text.pieces, text.activations, strict=True)
+    return [Token(visible(piece), piece.count("\n"), 0.0 if scale <= 0 else min(1.0, a / scale), None, f"activation {number(a)}") for piece, a in pairs]
 
 
 def visible(piece: str) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from featureinterp.domain.rate import Rate
 from featureinterp.domain.record import Window
 from featureinterp.errors import InputError
-from featureinterp.falsify.sensitivity import MARK_ABOVE, RELIABLE, FeatureSensitivity, Rate
+from featureinterp.falsify.sensitivity import MARK_ABOVE, RELIABLE, FeatureSensitivity
 from featureinterp.falsify.writing import without_marks
 from featureinterp.files import write_atomic, write_json
 from featureinterp.prompts import marked

@@ -1,0 +1,67 @@
+"""featureinterp falsify"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from featureinterp.cli.explain import endpoint_of
+from featureinterp.cli.screen import Screen, one_line, plain
+
+
+def falsify(
+    folder: Path = typer.Argument(..., metavar="RUN", help="The folder of a job that explained features, or the run folder above it."),
+    texts: int = typer.Option(8, help="Texts that should fire, and as many near misses, per explanation."),
+    rounds: int = typer.Option(2, help="Explanations that are tried at most: the first, and revisions of it."),
+    fires_above: float = typer.Option(0.1, help="Share of the feature's largest activation above which a text counts as firing."),
+    llm: str = typer.Option(None, help="An endpoint of the configuration file; that of the job when not given."),
+    base_url: str = typer.Option(None, help="OpenAI-compatible endpoint; that of the job when not given."),
+    llm_model: str = typer.Option(None, help="The endpoint's model."),
+    api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key."),
+    concurrency: int = typer.Option(16, help="Requests in flight at most."),
+    budget_usd: float = typer.Option(None, help="Stop when this much is spent."),
+    max_minutes: float = typer.Option(None, help="Stop after this time."),
+    as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
+) -> None:
+    """Have a language model write texts that test each explanation, let the subject model decide, and revise what was contradicted.
+
+    Example: featureinterp falsify RUN --texts 12
+    """
+    from featureinterp import api
+    from featureinterp.jobs.budget import Budget
+
+    endpoint = endpoint_of(llm, base_url, llm_model, api_key_env, concurrency, None, None, 120.0, 6)
+    fields: dict[str, Any] = {} if endpoint is None else {"llm": endpoint}
+    screen = Screen(as_json=as_json)
+    with screen.live():
+        results = api.falsify(
+            folder,
+            trial={"n_texts": texts, "rounds": rounds, "fires_above": fires_above},
+            budget=Budget(budget_usd, minutes=max_minutes),
+            on_event=screen.event,
+            steps=screen.step,
+            **fields,
+        )
+    finish(screen, results)
+
+
+def finish(screen: Screen, results: Any) -> None:
+    """Prints how the explanations held, and sets the exit code: 1 when something failed."""
+    if screen.as_json:
+        screen.result(results.to_json())
+    else:
+        rows = []
+        for r in results:
+            first = r.trials[0] if r.trials else None
+            broken = "" if first is None else f"{len(first.contradictions)} of {len(first.texts)}"
+            figures = (plain(first.precision.value), plain(first.recall.value)) if first else ("–", "–")
+            said = one_line(r.explanation.text, 60) if r.explanation else "none"
+            rows.append((str(r.feature), said, *figures, broken, one_line(r.revised.text, 40) if r.revised else ""))
+        screen.table(rows, ("feature", "explanation", "precision", "recall", "broken by", "revised"))
+        print(f"Report: {(results.folder / 'report.html').resolve()}")
+    if results.stopped is not None:
+        screen.say(f"stopped: {results.stopped}; the same command goes on")
+    if results.stopped is not None or results.n_failures:
+        raise typer.Exit(1)

@@ -1,0 +1,75 @@
+"""An explanation on trial: texts that were written to fit it or to miss it narrowly, and what the feature really does on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from featureinterp.domain.explanation import Rule
+from featureinterp.domain.rate import Rate
+
+
+@dataclass(frozen=True, slots=True)
+class TrialText:
+    """A text that was written about an explanation. ``fits``: it should make the feature fire; otherwise it comes close and should not. ``pieces`` and
+    ``activations`` (raw SAE units): one entry per token."""
+
+    text: str
+    fits: bool
+    pieces: tuple[str, ...]
+    activations: tuple[float, ...]
+
+    @property
+    def max_activation(self) -> float:
+        """Its largest activation."""
+        return max(self.activations, default=0.0)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One explanation's trial. A text fires when its largest activation exceeds ``threshold`` (raw units)."""
+
+    rules: tuple[Rule, ...]
+    texts: tuple[TrialText, ...]
+    threshold: float
+
+    def fires(self, text: TrialText) -> bool:
+        """Whether the feature fires on a text of the trial."""
+        return text.max_activation > self.threshold
+
+    @property
+    def contradictions(self) -> tuple[TrialText, ...]:
+        """The texts on which the feature does otherwise than the explanation says."""
+        return tuple(t for t in self.texts if self.fires(t) != t.fits)
+
+    @property
+    def precision(self) -> Rate:
+        """Share of the fitting texts on which the feature fires: low when the explanation is too broad, or about something else."""
+        return Rate(sum(self.fires(t) for t in self.texts if t.fits), sum(t.fits for t in self.texts))
+
+    @property
+    def recall(self) -> Rate:
+        """Share of the texts on which it fires that fit: low when the explanation is too narrow. Undefined when it fires on none."""
+        firing = [t for t in self.texts if self.fires(t)]
+        return Rate(sum(t.fits for t in firing), len(firing))
+
+    @property
+    def f1(self) -> float:
+        """Harmonic mean of both; 0 when the feature fires on no fitting text."""
+        hits = self.precision.hits
+        return 2 * hits / (self.precision.n + self.recall.n) if hits else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-serialisable form that :meth:`from_json` reads back to an equal value."""
+        return {
+            "rules": [[r.activates_on, r.strength] for r in self.rules],
+            "texts": [[t.text, t.fits, list(t.pieces), list(t.activations)] for t in self.texts],
+            "threshold": self.threshold,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Trial:
+        """Reads what :meth:`to_json` wrote."""
+        texts = tuple(TrialText(text, fits, tuple(pieces), tuple(activations)) for text, fits, pieces, activations in value["texts"])
+        return cls(tuple(Rule(*r) for r in value["rules"]), texts, value["threshold"])

@@ -1,0 +1,98 @@
+"""Counterexamples: a language model writes texts that fit an explanation and texts that miss it narrowly; the subject model decides who is right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pydantic
+
+from featureinterp.domain.explanation import Explanation
+from featureinterp.domain.feature import FeatureId
+from featureinterp.domain.record import FeatureRecord, SplitName, Window
+from featureinterp.domain.trial import Trial, TrialText
+from featureinterp.errors import InputError
+from featureinterp.falsify.writing import read_texts, without_marks
+from featureinterp.interfaces import Activator, LanguageModel
+from featureinterp.llm.types import Message, Request
+from featureinterp.prompts import escape, load_prompt
+from featureinterp.replies import object_schema
+
+Kind = Literal["fitting", "near"]
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """``n_texts``: of each kind. ``rounds``: explanations that are tried at most, the first one included; each further one is a revision. ``fires_above``:
+    share of the feature's scale that a text has to reach to count as firing."""
+
+    n_texts: int = 8
+    rounds: int = 2
+    fires_above: float = 0.1
+
+    __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+    def __post_init__(self) -> None:
+        if self.n_texts < 1 or self.rounds < 1:
+            raise InputError(f"a trial of {self.n_texts} texts in {self.rounds} rounds is none: give at least 1 of both")
+        if not 0 <= self.fires_above < 1:
+            raise InputError(f"fires_above = {self.fires_above:g} is not possible: give a share of the scale from 0 to below 1")
+
+
+class Falsifier:
+    """Puts explanations on trial. ``model`` writes, ``activator`` decides."""
+
+    def __init__(
+        self, model: LanguageModel, activator: Activator, settings: TrialSettings | None = None, *, temperature: float = 0.8, version: str = "v1", seed: int = 0
+    ) -> None:
+        self.model, self.activator, self.trial = model, activator, settings or TrialSettings()
+        self.temperature, self.seed = temperature, seed
+        self.prompt = load_prompt("falsify", version)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that a trial depends on, besides the explanation and the feature."""
+        own = {"model": self.model.name, "prompt": self.prompt.name, "prompt_hash": self.prompt.hash, "temperature": self.temperature, "seed": self.seed}
+        return {**own, "n_texts": self.trial.n_texts, "fires_above": self.trial.fires_above, "activator": getattr(self.activator, "settings", None)}
+
+    async def run(self, explanation: Explanation, feature: FeatureId, scale: float) -> Trial:
+        """One trial. Raises the ``LanguageModelError`` of a request that failed, as half a trial says nothing."""
+        written: list[tuple[str, bool]] = []
+        for kind in ("fitting", "near"):
+            texts = [without_marks(t) for t in await self._write(kind, explanation)]
+            written += [(t, kind == "fitting") for t in texts if t not in [known for known, _ in written]]
+        windows = await self.activator.run(feature, [text for text, _ in written])
+        texts = tuple(
+            TrialText(text, fits, w.pieces, tuple(np.round(w.activations.astype(float), 4).tolist())) for (text, fits), w in zip(written, windows, strict=True)
+        )
+        return Trial(explanation.rules, texts, self.trial.fires_above * scale)
+
+    async def _write(self, kind: Kind, explanation: Explanation) -> list[str]:
+        n = self.trial.n_texts
+        user = self.prompt.render(f"{kind}.j2", description=escape(explanation.text), n=n)
+        messages = (Message("system", self.prompt.text("system.txt")), *self._shots(), Message("user", user))
+        schema = object_schema({"texts": {"type": "array", "items": {"type": "string"}, "minItems": n, "maxItems": n}})
+        request = Request(messages, 100 + 64 * n, self.temperature, self.seed, schema=schema, check=read_texts)
+        return read_texts(await self.model.complete(request))[:n]
+
+    def _shots(self) -> Iterator[Message]:
+        for shot in self.prompt.json("few_shot.json"):
+            yield Message("user", self.prompt.render(f"{shot['kind']}.j2", description=shot["description"], n=len(shot["texts"])))
+            yield Message("assistant", json.dumps({"texts": shot["texts"]}, ensure_ascii=False))
+
+
+def with_counterexamples(record: FeatureRecord, trials: Sequence[Trial]) -> FeatureRecord:
+    """The record with the trials' texts among its training and validation windows, alternately, those that contradict their explanation first, so that a
+    search learns from some of them and is judged by others."""
+    texts = [t for trial in trials for t in (*trial.contradictions, *(t for t in trial.texts if t not in trial.contradictions))]
+    windows = [
+        Window(-1 - i, -1 - i, np.full(len(t.pieces), -1, np.int32), t.pieces, np.array(t.activations, np.float32)) for i, t in enumerate(texts) if t.pieces
+    ]
+    splits = dict(record.splits)
+    for place, split in enumerate(("train", "valid")):
+        name: SplitName = split  # type: ignore[assignment]
+        splits[name] = {**record.splits.get(name, {}), "counterexample": tuple(windows[place::2])}
+    return replace(record, splits=splits)
