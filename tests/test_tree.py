@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ from featureinterp.domain.score import Agreement, Simulation
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, InputError, MalformedReplyError, RequestRefusedError
 from featureinterp.explain.styles import RulesStyle, SentenceStyle
-from featureinterp.explain.tree import Tree, TreeSettings, worst
+from featureinterp.explain.tree import Tree, TreeSettings, _rescaling, worst
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.types import Reply, Request
 from featureinterp.score.correlation import agreement
@@ -103,7 +104,7 @@ def test_a_whole_search():
     assert len(model.requests) == 1 + 9 and [r.n for r in model.requests] == [3] + [2] * 9
     assert {r.temperature for r in model.requests} == {1.0, 1.2} and len({r.seed for r in model.requests}) > 1
     assert found.provenance.method == "tree" and found.provenance.usage.requests == 10
-    assert found.provenance.prompt == "explain-rules/v2 + improve/v1"
+    assert found.provenance.prompt == "explain-rules/v2 + improve/v2"
     chosen = next(n for n in nodes if n.chosen)
     assert chosen.rules == found.rules and chosen.valid == max(n.valid for n in nodes if n.valid is not None)
     assert Explanation.from_json(json.loads(json.dumps(found.to_json()))) == found
@@ -164,9 +165,19 @@ def test_feedback_shows_the_worst_windows_token_by_token():
     assert second.messages[: len(first.messages)] == first.messages
     assert json.loads(second.messages[-2].content) == json.loads(rules("May", "wind"))
     text = second.messages[-1].content
-    assert text.count("Excerpt") == 2 and "token\tpredicted\ttrue\terror" in text
-    assert " wind\t5.0\t0.0\t+5.0" in text and "at most 5 rules" in text and "(1 is perfect)" in text
+    assert re.search(r"^ wind\t(\d\.\d)\t0\.0\t\+\1$", text, re.MULTILINE) and "at most 5 rules" in text and "(1 is perfect)" in text
+    assert "is wrong about:  wind\n" in text and '{"improvement": "add rivers, leave out ships", "rules": [{"activates_on"' in text
     assert "{%" not in text and "None" not in text
+
+
+def test_feedback_puts_predictions_on_the_scale_of_the_truth():
+    """A simulator that uses a part of the levels alone is not told that it is too low everywhere."""
+    windows = [Window(i, i, np.arange(3), ("a", "b", "c"), np.array([0, 10, 5], np.float32)) for i in range(2)]
+    rescaled = _rescaling(windows, [Simulation(np.array([0.0, 1.0, 0.5]))] * 2, 10.0)
+    np.testing.assert_allclose(rescaled(np.array([0.0, 1.0, 0.5, 2.0])), [0, 5, 2.5, 5])
+    for useless in (np.array([1.0, 0.0, 0.5]), np.full(3, 0.7)):
+        np.testing.assert_array_equal(_rescaling(windows, [Simulation(useless)] * 2, 10.0)(useless), useless)
+    assert _rescaling(windows, [Simulation(None, "cut")] * 2, 10.0)(np.ones(1))[0] == 1
 
 
 def test_a_sentence_is_improved_in_its_own_form():
@@ -232,7 +243,7 @@ def test_undefined_scores_end_nothing(constant: bool):
     found, model, _ = search(lambda request: several(request, rules("wind", improvement="x")), simulator=Broken(constant), tree=TreeSettings(depth=1, roots=1))
     assert found.rules and all(n.train is None and n.valid is None for n in found.search)
     assert ("could not be simulated: cut" in (found.search[0].failure or "")) is not constant
-    assert "the same everywhere" in model.requests[1].messages[-1].content and "Excerpt 3" in model.requests[1].messages[-1].content
+    assert "the same everywhere" in model.requests[1].messages[-1].content and model.requests[1].messages[-1].content.count("\t") >= 9
 
 
 def test_what_cannot_be_searched():

@@ -22,7 +22,7 @@ class Score:
     """One figure about one explanation.
 
     ``value`` is None when the figure is undefined, and ``undefined`` then says why. ``n_scored`` and ``n_failed`` count its
-    parts (windows or questions). ``null``: the same figure for another feature's explanation on the same windows.
+    parts (windows or questions). ``null``: the same figure for another feature's explanation on the same windows; ``null_failed``: its parts that failed.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Score:
     undefined: str | None = None
     null: float | None = None
     null_interval: Interval | None = None
+    null_failed: int = 0
 
     def __post_init__(self) -> None:
         if (self.value is None) == (self.undefined is None):
@@ -50,7 +51,7 @@ class Score:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable form."""
-        out = {name: getattr(self, name) for name in ("name", "value", "n_scored", "n_failed", "undefined", "null")}
+        out = {name: getattr(self, name) for name in ("name", "value", "n_scored", "n_failed", "undefined", "null", "null_failed")}
         for name in ("interval", "null_interval"):
             interval = getattr(self, name)
             out[name] = None if interval is None else [interval.low, interval.high]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pydantic
 
-from featureinterp.domain.explanation import Explanation, Provenance, SearchNode
+from featureinterp.domain.explanation import Explanation, Provenance, Rule, SearchNode
 from featureinterp.domain.record import FeatureRecord, Source, Window
 from featureinterp.domain.score import Agreement, Simulation
 from featureinterp.domain.usage import Usage
@@ -26,6 +26,8 @@ from featureinterp.replies import object_schema, parse_reply
 from featureinterp.tasks import each
 
 MAX_IMPROVEMENT = 500
+SHOWN_FROM = 0.5
+"""Tokens that are shown with their errors: those of at least this level, predicted or true."""
 
 
 class _Improvement(pydantic.BaseModel):
@@ -93,7 +95,7 @@ class Tree:
         improve_temperature: float = 1.2,
         seed: int = 0,
         max_tokens: int = 400,
-        version: str = "v1",
+        version: str = "v2",
     ) -> None:
         self.model, self.style, self.simulator, self.agree = model, style, simulator, agree
         self.tree = tree or TreeSettings()
@@ -227,16 +229,29 @@ class _Search:
         return found + [(None, None, str(answers.error))] * (shape.branching - len(found))
 
     def _feedback(self, node: _Node) -> str:
-        scale = self.record.scale
+        """The worst windows with their texts, and of their tokens those that are predicted or fire, or of a window without any those that are most wrong."""
+        scale, rescaled = self.record.scale, _rescaling(self.train, node.simulations, self.record.scale)
         windows = []
         for i in worst(node.train, self.train, node.simulations, scale, self.shape.feedback):
             window, expected = self.train[i], node.simulations[i].expected
             assert expected is not None
-            true = 5 * window.activations / scale
-            lines = zip(window.pieces, expected.tolist(), true.tolist(), strict=True)
-            windows.append([{"token": escape(piece), "predicted": p, "true": t, "error": p - t} for piece, p, t in lines])
+            true, predicted = 5 * window.activations / scale, rescaled(expected)
+            lines = [
+                {"token": escape(p), "predicted": x, "true": y, "error": x - y}
+                for p, x, y in zip(window.pieces, predicted.tolist(), true.tolist(), strict=True)
+            ]
+            shown = [line for line in lines if max(line["predicted"], line["true"]) >= SHOWN_FROM] or sorted(lines, key=lambda line: -abs(line["error"]))[:3]
+            windows.append({"text": escape(window.text.strip()), "lines": shown})
         cap = getattr(self.tree.style, "rule_cap", None)
-        return self.tree.prompt.render("user.j2", score=node.kept.train, windows=windows, rule_cap=cap)
+        missed, wrong = _mistaken(windows, -1), _mistaken(windows, 1)
+        values = {"score": node.kept.train, "windows": windows, "missed": missed, "wrong": wrong, "rule_cap": cap, "example": self._example()}
+        return self.tree.prompt.render("user.j2", **values)
+
+    def _example(self) -> str:
+        """A reply in the style's form."""
+        shown = self.tree.prompt.json("example.json")
+        rules = tuple(Rule(text, strength) for text, strength in shown["rules"])
+        return json.dumps({"improvement": shown["improvement"], **self.tree.style.write(Explanation(rules, Provenance("example")))}, ensure_ascii=False)
 
     def _answer(self) -> Explanation:
         whole = [n for n in self.nodes if n.explanation is not None]
@@ -267,6 +282,23 @@ def worst(train: Agreement | None, windows: Sequence[Window], simulations: Seque
             [0.0 if s.expected is None else np.abs(s.expected - 5 * w.activations / scale).sum() for w, s in zip(windows, simulations, strict=True)]
         )
     return sorted(usable, key=lambda i: (-gain[i], i))[:n]
+
+
+def _mistaken(windows: Sequence[Mapping[str, Any]], sign: int) -> list[str]:
+    """Tokens whose error has this sign and is at least 1, the largest first; at most eight."""
+    found = sorted(((sign * line["error"], line["token"]) for w in windows for line in w["lines"] if sign * line["error"] >= 1), key=lambda pair: -pair[0])
+    return list(dict.fromkeys(token for _, token in found))[:8]
+
+
+def _rescaling(windows: Sequence[Window], simulations: Sequence[Simulation], scale: float) -> Callable[[np.ndarray], np.ndarray]:
+    """Predictions on the scale of true levels, by least squares over the windows: a simulator may use a part of 0 … 5 only, and all its errors would look
+    alike. As they are where the two do not rise together."""
+    known = [(5 * w.activations / scale, s.expected) for w, s in zip(windows, simulations, strict=True) if s.expected is not None]
+    y, x = (np.concatenate(column) if known else np.zeros(0) for column in zip(*known, strict=True)) if known else (np.zeros(0), np.zeros(0))
+    slope = float(np.cov(x, y, bias=True)[0, 1] / x.var()) if len(x) and x.var() > 0 else 0.0
+    if slope <= 0:
+        return lambda expected: expected
+    return lambda expected: np.clip(slope * (expected - x.mean()) + y.mean(), 0, 5)
 
 
 def _key(explanation: Explanation) -> tuple[tuple[str, int], ...]:

@@ -110,7 +110,8 @@ def _trial_scores(trials: Sequence[Trial]) -> list[Score]:
 def with_nulls(scores: Sequence[Score], nulls: Sequence[Score]) -> list[Score]:
     """The scores with the nulls' values and intervals, by name."""
     known = {null.name: null for null in nulls}
-    return [replace(s, null=known[s.name].value, null_interval=known[s.name].interval) if s.name in known else s for s in scores]
+    found = [(s, known.get(s.name)) for s in scores]
+    return [s if n is None else replace(s, null=n.value, null_interval=n.interval, null_failed=n.n_failed) for s, n in found]
 
 
 def _scores(state: FeatureState, plan: Plan, simulated: Mapping[Part, list[Simulation]]) -> list[Score]:

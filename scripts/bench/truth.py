@@ -67,6 +67,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("truth"), help="folder for windows, planted codes, what is done, and the tables")
     parser.add_argument("--small", action="store_true", help="a dozen features, three windows of each kind, a small tree")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=["scores", "explainers"], help="questions: detection and fuzzing")
+    parser.add_argument("--explainers", nargs="+", help="which, by name; all but the older prompts when not given")
     parser.add_argument("--half", choices=("development", "report", "all"), default="report")
     parser.add_argument("--windows", type=int, default=6, help="windows of each kind")
     parser.add_argument("--simulator", choices=("token-wise", "all-at-once", "lexical"), default="token-wise")
@@ -110,7 +111,9 @@ async def judged(args: argparse.Namespace, records: Sequence[FeatureRecord]) -> 
         if "explainers" in args.parts:
             endpoint = Endpoint(args.base_url, args.llm_model) if args.base_url else Endpoint()
             async with open_stack(endpoint, Meter()) as stack:
-                rows, truth = await explanations_of(explainers(stack.model(replies), kept, small=args.small), kept, records)
+                known = explainers(stack.model(replies), kept, small=args.small)
+                chosen = {name: known[name] for name in args.explainers or known if args.explainers or not name.endswith(" v1")}
+                rows, truth = await explanations_of(chosen, kept, records)
             write(args.out / "explainers.csv", rows)
             print()
             print_explainers(rows, truth)
