@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from featureinterp.codes.store import CodesStore
     from featureinterp.domain.record import FeatureRecord
     from featureinterp.falsify.sensitivity import FeatureSensitivity
-    from featureinterp.interfaces import Activator, Simulator
+    from featureinterp.interfaces import Activator, Simulator, Steerer
     from featureinterp.jobs.run import DryRun, Local
     from featureinterp.jobs.status import JobStatus
     from featureinterp.records.build import Neighbours
@@ -289,14 +289,25 @@ def explain(run: str | Path, features: str | Sequence[int], *, on_event: Callabl
     return _outside(lambda: explain_async(run, features, on_event=on_event, steps=steps, **fields))
 
 
+def steer(folder: str | Path, *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent, **fields: Any) -> Results:
+    """Has the subject write while each explained feature is pushed, and judges whether the texts fit the explanation: the job in ``folder`` (or in the run
+    folder above it) with the stage ``steer``. What it has is kept and not paid for again. ``fields`` change the job's own, such as ``steering``
+    (``SteeringSettings``)."""
+    return _with_stage(folder, "steer", on_event, steps, fields)
+
+
 def falsify(folder: str | Path, *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent, **fields: Any) -> Results:
     """Puts the explanations of a finished job on trial and revises those that texts contradict: the job in ``folder`` (or in the run folder above it) with
     the stage ``falsify``. What it has is kept and not paid for again. ``fields`` change the job's own, such as ``trial`` (``TrialSettings``) and ``llm``."""
+    return _with_stage(folder, "falsify", on_event, steps, fields)
+
+
+def _with_stage(folder: str | Path, stage: str, on_event: Callable[[Event], None], steps: Steps, fields: dict[str, Any]) -> Results:
     from featureinterp.jobs.spec import job_of
     from featureinterp.jobs.status import job_folder
 
     job = job_of(job_folder(Path(folder)))
-    stages = tuple(dict.fromkeys((*job.stages, "falsify")))
+    stages = tuple(dict.fromkeys((*job.stages, stage)))
     return run(make_job(**{**{name: getattr(job, name) for name in type(job).model_fields}, "stages": stages, **fields}), on_event=on_event, steps=steps)
 
 
@@ -343,7 +354,20 @@ def _local() -> Local:
 
         return RunActivator(store, lambda: _subject_of(store, job.model, job.sae, job.simulator_device))
 
-    return Local(simulator, load, tokenizer, causes, neighbours, activator)
+    def steerer(job: Job, store: CodesStore) -> Steerer:
+        from featureinterp.codes.steerer import RunSteerer
+
+        def parts() -> tuple[Any, Any, LoadedSae]:
+            from featureinterp.sae.load import load_sae
+            from featureinterp.subject.load import load_causal_lm, pick_device
+
+            meta, device = store.meta, job.simulator_device
+            model, tokenizer = load_causal_lm(job.model or meta["model"]["name"], device=device, dtype=meta["model"]["dtype"])
+            return model, tokenizer, load_sae(job.sae or meta["sae"]["name"], device=pick_device(device))
+
+        return RunSteerer(store, parts)
+
+    return Local(simulator, load, tokenizer, causes, neighbours, activator, steerer)
 
 
 def local_simulator(

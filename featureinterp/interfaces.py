@@ -75,6 +75,17 @@ class Activator(Protocol):
         ...
 
 
+class Steerer(Protocol):
+    """The subject model as a writer whose residual stream is pushed along a direction."""
+
+    async def write(
+        self, feature: int, amount: float, openings: Sequence[str], *, random: int | None = None, max_tokens: int, temperature: float, seed: int
+    ) -> list[str]:
+        """One continuation per opening, with ``amount`` times the feature's decoder row added (``random``: a random direction of that length, by its
+        number); 0: the model as it is."""
+        ...
+
+
 class Embedder(Protocol):
     """Embeds texts for similarity search."""
 

@@ -94,9 +94,9 @@ def test_torch_stays_on_the_tensor_side():
 
 def test_façade_names():
     names = """AllAtOnce Budget CodesStore Endpoint ExplainJob Explanation Failure FeatureId FeatureInterpError FeatureRecord FeatureResult
-        FunctionModel HolisticActivations InputError Interval Job LanguageModelError Lexical LoadedSae OneShot OpenAIModel Plan PromptLogprobs Rated RecordPolicy Results Rule
-        RulesStyle Score SearchNode Sensitivity SensitivityPlan SentenceStyle Service Simulation StorageError Subject TokenWise TopTokens Tree TreeSettings Trial TrialSettings Usage Window WindowPolicy collect demo dry_run explain
-        explain_async export falsify load_corpus load_job load_sae load_subject local_simulator open_run records report run run_async sae_info saes save_sae sensitivity status"""
+        FunctionModel HolisticActivations InputError Interval Intervention Job LanguageModelError Lexical LoadedSae OneShot OpenAIModel Plan PromptLogprobs Rated RecordPolicy Results Rule
+        RulesStyle Score SearchNode Sensitivity SensitivityPlan SentenceStyle Service Simulation SteeringSettings StorageError Subject TokenWise TopTokens Tree TreeSettings Trial TrialSettings Usage Window WindowPolicy collect demo dry_run explain
+        explain_async export falsify load_corpus load_job load_sae load_subject local_simulator open_run records report run run_async sae_info saes save_sae sensitivity status steer"""
     assert sorted(featureinterp.__all__) == names.split()
     for name in featureinterp.__all__:
         assert getattr(featureinterp, name) is not None

@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 
 from featureinterp import __version__
-from featureinterp.cli import collect, demo, explain, falsify, jobs, llm, models, records, report, saes, sensitivity, serve
+from featureinterp.cli import collect, demo, explain, falsify, jobs, llm, models, records, report, saes, sensitivity, serve, steer
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or a request to end."""
@@ -31,6 +31,7 @@ app.command("collect")(collect.collect)
 app.command("records")(records.records)
 app.command("explain")(explain.explain)
 app.command("falsify")(falsify.falsify)
+app.command("steer")(steer.steer)
 app.command("sensitivity")(sensitivity.sensitivity)
 app.command("run")(jobs.run)
 app.command("status")(jobs.status)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from featureinterp.domain.explanation import Explanation
+from featureinterp.domain.intervention import Intervention
 from featureinterp.domain.score import Failure, Score
 from featureinterp.domain.trial import Trial
 
@@ -34,7 +35,7 @@ class FeatureResult:
     """One feature of a run. ``explanation`` is None when there is none, and ``failures`` says why. ``baseline``: the top-token
     list and its scores on the same windows. ``null_of``: the feature whose explanation was the null. ``holistic``: the method of
     its windows' holistic activations. ``trials``: the explanation, and then what was made of it, on texts that were written to test it; ``revised``: what
-    was made of it last, with its correlation on the main test windows."""
+    was made of it last, with its correlation on the main test windows. ``intervention``: what the subject writes when the feature is pushed."""
 
     feature: int
     sae: str
@@ -54,6 +55,7 @@ class FeatureResult:
     trials: tuple[Trial, ...] = ()
     revised: Explanation | None = None
     revised_correlation: float | None = None
+    intervention: Intervention | None = None
 
     def score(self, name: str) -> Score | None:
         """The explanation's score of that name."""
@@ -79,6 +81,7 @@ class FeatureResult:
         out["baseline"] = self.baseline.to_json() if self.baseline else None
         out["revised"] = self.revised.to_json() if self.revised else None
         out["trials"] = [t.to_json() for t in self.trials]
+        out["intervention"] = self.intervention.to_json() if self.intervention else None
         out["scores"] = [s.to_json() for s in self.scores]
         out["baseline_scores"] = [s.to_json() for s in self.baseline_scores]
         out["failures"] = [{n: getattr(f, n) for n in Failure.__dataclass_fields__} for f in self.failures]
@@ -94,6 +97,7 @@ class FeatureResult:
         for name in ("explanation", "baseline", "revised"):
             out[name] = Explanation.from_json(out[name]) if out.get(name) else None
         out["trials"] = tuple(Trial.from_json(t) for t in out.get("trials", ()))
+        out["intervention"] = Intervention.from_json(out["intervention"]) if out.get("intervention") else None
         for name in ("scores", "baseline_scores"):
             out[name] = tuple(Score.from_json(s) for s in out[name])
         out["failures"] = tuple(Failure(**f) for f in out["failures"])

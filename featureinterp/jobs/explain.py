@@ -14,6 +14,7 @@ import anyio.to_thread
 import numpy as np
 
 from featureinterp.domain.explanation import Explanation, Rule, SearchNode
+from featureinterp.domain.intervention import Intervention
 from featureinterp.domain.record import Window
 from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.score import Failure, Score, Simulation
@@ -27,6 +28,7 @@ from featureinterp.errors import (
 )
 from featureinterp.explain.baselines import TopTokens
 from featureinterp.falsify.counterexamples import Falsifier, with_counterexamples
+from featureinterp.falsify.intervention import Interventions
 from featureinterp.files import content_key
 from featureinterp.interfaces import Explainer, LanguageModel, Reviser, Simulator
 from featureinterp.jobs.budget import Budget, Guard
@@ -49,7 +51,7 @@ FORMAT = 3
 
 class ExplainJob:
     """Explains and scores features. ``judge`` answers detection, fuzzing and complexity questions; ``falsifier`` puts explanations on trial, and ``reviser``
-    improves those that were contradicted; None leaves them out.
+    improves those that were contradicted; ``interventions`` push the subject along the feature while it writes. None leaves them out.
 
     Features are worked on in an order that depends on their indices and the seed alone, so that each can take the next one's explanation
     as its null, few records are in memory at once, and another list of features changes few nulls. The failure of one feature is a row
@@ -67,6 +69,7 @@ class ExplainJob:
         judge: LanguageModel | None = None,
         falsifier: Falsifier | None = None,
         reviser: Reviser | None = None,
+        interventions: Interventions | None = None,
         plan: Plan | None = None,
         source: Any = None,
         meter: Meter | None = None,
@@ -76,7 +79,7 @@ class ExplainJob:
         on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
         self.journal, self.explainer, self.simulator, self.judge = journal, explainer, simulator, judge
-        self.falsifier, self.reviser = falsifier, reviser
+        self.falsifier, self.reviser, self.interventions = falsifier, reviser, interventions
         self.plan = plan or Plan()
         self.meter = meter or Meter()
         self.document_name, self.on_event = document_name, on_event
@@ -92,6 +95,8 @@ class ExplainJob:
         trial: dict[str, Any] = {}
         if self.falsifier is not None:
             trial["trial"] = [settings_of(self.falsifier), self.falsifier.trial.rounds, self.reviser and settings_of(self.reviser)]
+        if self.interventions is not None:
+            trial["steering"] = settings_of(self.interventions)
         return {
             **trial,
             "explainer": settings_of(self.explainer),
@@ -195,6 +200,8 @@ class ExplainJob:
             await self._ask(state, explanation, self.judge)
         if self.falsifier is not None:
             await self._try(state, explanation, self.falsifier)
+        if self.interventions is not None:
+            await self._steer(state, explanation, self.interventions)
 
     async def _simulated(self, state: FeatureState, stage: str, explanation: Explanation, parts: Sequence[tuple[Part, int]]) -> dict[Part, list[Simulation]]:
         chosen = {part: state.record.get(*part)[:n] for part, n in parts}
@@ -270,6 +277,26 @@ class ExplainJob:
         depends = {"reviser": settings, "trials": [t.to_json() for t in state.trials], "rules": [[r.activates_on, r.strength] for r in tried.rules]}
         value = await self._stage(state, "revise", depends, revise, settings)
         return Explanation.from_json(value) if value else None
+
+    async def _steer(self, state: FeatureState, explanation: Explanation, interventions: Interventions) -> None:
+        """What the subject writes at every dose, and how well it fits the explanation."""
+        settings = settings_of(interventions)
+
+        async def write() -> Any:
+            return (await interventions.write(state.record.feature, state.record.scale)).to_json(), False
+
+        value = await self._stage(state, "steer", {"steering": settings}, write, settings)
+        if value is None:
+            return
+        written = Intervention.from_json(value)
+
+        async def judge() -> Any:
+            found = await interventions.judged(explanation, written)
+            return found.to_json(), any(t.match is None for t in found.texts)
+
+        judge_settings = settings_of(interventions.judge)
+        value = await self._stage(state, "steer-judged", {"texts": value, "explanation": explanation.text, "judge": judge_settings}, judge, judge_settings)
+        state.intervention = written if value is None else Intervention.from_json(value)
 
     async def _asked(
         self, state: FeatureState, stage: str, scorer: Detection | Fuzzing, explanation: Explanation, windows: Sequence[Window]

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from featureinterp.domain.explanation import Explanation, SearchNode
+from featureinterp.domain.intervention import Intervention
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Failure, Score, Simulation
@@ -43,6 +44,7 @@ class FeatureState:
     trials: list[Trial] = field(default_factory=list)
     revised: Explanation | None = None
     revised_correlation: float | None = None
+    intervention: Intervention | None = None
     failures: list[Failure] = field(default_factory=list)
     partial: bool = False
     reused: bool = True
@@ -84,7 +86,7 @@ def result_of(state: FeatureState, plan: Plan, document_name: Callable[[int], st
         count=record.count,
         windows=tuple(_shown(state, plan, document_name)),
         explanation=replace(state.explanation, search=state.search) if state.explanation and state.search else state.explanation,
-        scores=(*own, *state.asked, *_trial_scores(state.trials)),
+        scores=(*own, *state.asked, *_trial_scores(state.trials), *_steering_scores(state.intervention)),
         baseline=state.baseline,
         baseline_scores=tuple(baseline),
         null_of=state.null.feature if state.null else None,
@@ -95,7 +97,13 @@ def result_of(state: FeatureState, plan: Plan, document_name: Callable[[int], st
         trials=tuple(state.trials),
         revised=state.revised,
         revised_correlation=state.revised_correlation,
+        intervention=state.intervention,
     )
+
+
+def _steering_scores(found: Intervention | None) -> list[Score]:
+    """The effect of the largest dose."""
+    return [] if found is None else [found.effect(found.doses[-1])]
 
 
 def _trial_scores(trials: Sequence[Trial]) -> list[Score]:

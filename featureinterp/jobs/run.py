@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from featureinterp.codes.store import CodesStore
+from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.domain.result import FeatureResult
@@ -22,8 +23,9 @@ from featureinterp.explain.baselines import TopTokens
 from featureinterp.explain.one_shot import OneShot
 from featureinterp.explain.tree import Tree
 from featureinterp.falsify.counterexamples import Falsifier
+from featureinterp.falsify.intervention import Interventions
 from featureinterp.files import explained_storage, write_json
-from featureinterp.interfaces import Activator, Explainer, LanguageModel, Reviser, Simulator
+from featureinterp.interfaces import Activator, Explainer, LanguageModel, Simulator, Steerer
 from featureinterp.jobs.explain import ExplainJob, settings_of
 from featureinterp.jobs.journal import Journal, Rehearsal
 from featureinterp.jobs.kept import KeptSimulator
@@ -39,6 +41,7 @@ from featureinterp.llm.tally import Tallied
 from featureinterp.llm.types import Reply, Request
 from featureinterp.records.build import Neighbours
 from featureinterp.score.correlation import agreement
+from featureinterp.score.detection import Detection
 from featureinterp.simulate.lexical import Lexical
 from featureinterp.simulate.prompt_logprobs import PromptLogprobs
 from featureinterp.simulate.rated import Rated
@@ -53,7 +56,7 @@ Steps = Callable[[str, int, int], None]
 @dataclass(frozen=True)
 class Local:
     """What needs a model library: the local simulator of a job, model and tokenizer of a name for a job, a tokenizer alone; what adds holistic
-    activations to the records of a job; which features have the nearest decoder directions; and new texts through a job's model and SAE."""
+    activations to the records of a job; which features have the nearest decoder directions; and a job's model and SAE on new texts and as a writer."""
 
     simulator: Callable[[Job], Simulator]
     load: Callable[[Job, str], tuple[Any, Any]]
@@ -61,6 +64,7 @@ class Local:
     causes: Callable[[Job, CodesStore], Callable[[Iterator[FeatureRecord]], Iterator[FeatureRecord]]]
     neighbours: Callable[[Job, CodesStore], Neighbours]
     activator: Callable[[Job, CodesStore], Activator]
+    steerer: Callable[[Job, CodesStore], Steerer]
 
 
 @dataclass(frozen=True)
@@ -109,8 +113,8 @@ async def run_job(job: Job, store: CodesStore, local: Local, *, on_event: Callab
             model = stack.model(replies)
             judge = own[0].model(replies) if own else model
             explainer, simulator = _parts(job, model, local, journal)
-            falsifier, reviser = _trials(job, store, model, simulator, local, journal)
-            work = _explain_job(job, store, journal, explainer, simulator, judge, meter, on_event, falsifier, reviser)
+            tests = _tests(job, store, model, judge, simulator, local, journal)
+            work = _explain_job(job, store, journal, explainer, simulator, judge, meter, on_event, tests)
             write_json(job.folder / "job.json", {"key": work.key, "job": job.model_dump(mode="json"), "features": features})
             if left := len(work.remaining(features)):
                 steps("explained", 0, left)
@@ -127,11 +131,11 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
     meter = Meter()
     model, judge = (Tallied(Cached(Metered(_Understudy(e.name), meter, price=price), ReplyStore(None))) for e in (endpoint, job.judge_endpoint))
     real = local.simulator
-    local = replace(local, simulator=lambda job: _NoSimulator(real(job)), causes=_no_causes, activator=_no_activator(local))
+    local = replace(local, simulator=lambda job: _NoSimulator(real(job)), causes=_no_causes, activator=_no_activator(local), steerer=_no_steerer(local))
     with Journal(path if path.exists() else ":memory:") as journal, Rehearsal(journal) as rehearsal:
         explainer, simulator = _parts(job, model, local, rehearsal)
-        falsifier, reviser = _trials(job, store, model, simulator, local, rehearsal)
-        work = _explain_job(job, store, rehearsal, explainer, simulator, judge, meter, lambda _: None, falsifier, reviser)
+        tests = _tests(job, store, model, judge, simulator, local, rehearsal)
+        work = _explain_job(job, store, rehearsal, explainer, simulator, judge, meter, lambda _: None, tests)
         left = work.remaining(features)
         sample = left[:: max(1, -(-len(left) // REHEARSED))]
         if sample:
@@ -148,7 +152,7 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
 
 def _asks(job: Job) -> bool:
     """Whether a job needs its language model at all."""
-    return job.explainer != "top-tokens" or job.simulator in ("rated", "prompt-logprobs") or not {"score", "falsify"}.isdisjoint(job.stages)
+    return job.explainer != "top-tokens" or job.simulator in ("rated", "prompt-logprobs") or not {"score", "falsify", "steer"}.isdisjoint(job.stages)
 
 
 def _features(job: Job, store: CodesStore) -> list[int]:
@@ -179,13 +183,29 @@ def _parts(job: Job, model: LanguageModel, local: Local, journal: Journal) -> tu
     return OneShot(model, job.form()), simulator
 
 
-def _trials(job: Job, store: CodesStore, model: LanguageModel, simulator: Simulator, local: Local, journal: Journal) -> tuple[Falsifier | None, Reviser | None]:
-    """What puts explanations on trial, and what revises those that fail: one level of a tree search."""
-    if "falsify" not in job.stages:
-        return None, None
-    falsifier = Falsifier(model, local.activator(job, store), job.trial, seed=job.plan.seed)
-    shape = replace(job.tree, roots=1, depth=1, width=1)
-    return falsifier, Tree(model, job.form(), KeptSimulator(simulator, journal), agreement, tree=shape, seed=job.plan.seed)
+def _tests(job: Job, store: CodesStore, model: LanguageModel, judge: LanguageModel, simulator: Simulator, local: Local, journal: Journal) -> dict[str, Any]:
+    """What puts explanations on trial, what revises those that fail (one level of a tree search), and what pushes the subject."""
+    found: dict[str, Any] = {}
+    if "falsify" in job.stages:
+        shape = replace(job.tree, roots=1, depth=1, width=1)
+        found["falsifier"] = Falsifier(model, local.activator(job, store), job.trial, seed=job.plan.seed)
+        found["reviser"] = Tree(model, job.form(), KeptSimulator(simulator, journal), agreement, tree=shape, seed=job.plan.seed)
+    if "steer" in job.stages:
+        found["interventions"] = Interventions(local.steerer(job, store), local.activator(job, store), _Fits(judge), job.steering, seed=job.plan.seed)
+    return found
+
+
+class _Fits:
+    """Judges texts by the question of detection."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.detection = Detection(model)
+        self.settings = {"model": model.name, "prompt": self.detection.prompt.name, "prompt_hash": self.detection.prompt.hash}
+
+    async def __call__(self, explanation: Explanation, texts: Sequence[str]) -> list[float | None]:
+        windows = [Window(i, i, np.zeros(1, np.int32), (text,), np.zeros(1, np.float32)) for i, text in enumerate(texts)]
+        _, verdicts, _ = await self.detection.run(explanation, windows)
+        return [v.probability if v.probability is not None else None if v.said is None else float(v.said) for v in verdicts]
 
 
 def _simulator(job: Job, model: LanguageModel, local: Local) -> Simulator:
@@ -214,8 +234,7 @@ def _explain_job(
     judge: LanguageModel,
     meter: Meter,
     on_event: Callable[[Event], None],
-    falsifier: Falsifier | None,
-    reviser: Reviser | None,
+    tests: Mapping[str, Any],
 ) -> ExplainJob:
     plan = job.effective_plan
     names = store.windows.document_ids()
@@ -224,8 +243,7 @@ def _explain_job(
         explainer,
         simulator,
         judge=judge if plan.detection or plan.fuzzing or plan.complexity else None,
-        falsifier=falsifier,
-        reviser=reviser,
+        **tests,
         plan=plan,
         source=[store.fingerprint, *_drawn(job)],
         meter=meter,
@@ -296,6 +314,25 @@ def _about(store: CodesStore, job: Job, endpoint: Endpoint, explainer: Explainer
     }
     title = f"{n} feature{'' if n == 1 else 's'} of {meta['model']['name']}"
     return {"title": title, "subtitle": f"SAE {meta['sae']['name']} at {meta['sae']['hook']}, explained and tested", "facts": facts, "job": outcome.job}
+
+
+def _no_steerer(local: Local) -> Callable[[Job, CodesStore], Steerer]:
+    """Stands for a subject that writes: every text is another one, about as long as asked for."""
+
+    def make(job: Job, store: CodesStore) -> Steerer:
+        return _NoSteerer(local.steerer(job, store))
+
+    return make
+
+
+class _NoSteerer:
+    def __init__(self, real: Steerer) -> None:
+        self.settings = settings_of(real)
+
+    async def write(
+        self, feature: int, amount: float, openings: Sequence[str], *, random: int | None = None, max_tokens: int, temperature: float, seed: int
+    ) -> list[str]:
+        return [f" text {feature} {amount} {random} {i}" + " word" * max_tokens for i in range(len(openings))]
 
 
 class _NoActivator:

@@ -27,13 +27,14 @@ from featureinterp.errors import InputError
 from featureinterp.explain.styles import Style, style
 from featureinterp.explain.tree import TreeSettings
 from featureinterp.falsify.counterexamples import TrialSettings
+from featureinterp.falsify.intervention import SteeringSettings
 from featureinterp.jobs.budget import Budget
 from featureinterp.jobs.plan import Plan
 from featureinterp.llm.config import EMBEDDED, LOCAL, Endpoint, load_config
 from featureinterp.records.policy import RecordPolicy
 from featureinterp.validation import first_problem
 
-Stage = Literal["explain", "simulate", "score", "falsify"]
+Stage = Literal["explain", "simulate", "score", "falsify", "steer"]
 LOCAL_SIMULATORS = ("token-wise", "all-at-once")
 """Simulators on a model of the model library in this process."""
 
@@ -43,7 +44,8 @@ class Job(pydantic.BaseModel):
 
     ``run``: folder that ``collect`` wrote. ``features``: ``"0:40"``, ``"3,17"``, ``"random:20"``, ``"alive"`` or indices. ``out``: folder for
     journal, results and report (``RUN/explain``). ``stages``: ``explain`` is always needed; ``simulate`` adds correlations, ``score`` detection,
-    fuzzing and complexity, ``falsify`` texts that are written to contradict the explanation (``trial`` says how many), and its revision by them.
+    fuzzing and complexity, ``falsify`` texts that are written to contradict the explanation (``trial`` says how many), and its revision by them,
+    ``steer`` what the subject writes while the feature is pushed (``steering`` says how far).
     ``llm``: an endpoint, the name of one in the configuration file, or None for the embedded model.
     ``simulator_chat``: the simulator's prompt as turns of a chat; ``simulator_temperature``: sharpens (below 1) its level distribution; the
     simulator's own when not given.
@@ -66,6 +68,7 @@ class Job(pydantic.BaseModel):
     holistic: Literal["exact", "gradient"] | None = None
     tree: TreeSettings = TreeSettings()
     trial: TrialSettings = TrialSettings()
+    steering: SteeringSettings = SteeringSettings()
     model: str | None = None
     sae: str | None = None
     simulator: Literal["token-wise", "all-at-once", "prompt-logprobs", "rated", "lexical"] = "token-wise"

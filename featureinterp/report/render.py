@@ -57,6 +57,7 @@ SCORE_NAMES = {
     "complexity": "Complexity of rules, 0–5",
     "trial_precision": "On trial: texts that fit it fire",
     "trial_recall": "On trial: texts that fire fit it",
+    "steering_effect": "Steered: match over random directions",
 }
 BINS = 12
 
@@ -88,7 +89,7 @@ def render_report(results: Sequence[FeatureResult], about: Mapping[str, Any]) ->
         loader=jinja2.PackageLoader("featureinterp.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": number, "score_name": lambda n: SCORE_NAMES.get(n, n.replace("_", " ")), "source_name": lambda s: SOURCE_NAMES.get(s, s)}
-    shown = (tokens, trial_tokens, whisker, groups, largest_cause, search_rows)
+    shown = (tokens, trial_tokens, visible, whisker, groups, largest_cause, search_rows)
     environment.globals |= {function.__name__: function for function in shown}
     return environment.get_template("report.html").render(results=results, about=about, summary=summarise(results))
 

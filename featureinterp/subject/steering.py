@@ -1,0 +1,76 @@
+"""A subject model that writes while a direction is added to its residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from featureinterp.errors import IncompatibleError
+from featureinterp.subject.hooks import block_of, find_blocks
+
+
+@contextmanager
+def added(model: torch.nn.Module, hook: str, vector: torch.Tensor | None) -> Iterator[None]:
+    """Within the block, ``vector [d_model]`` is added to the residual stream at ``hook``, at every token but a text's first, the attention sink; a pass of one
+    token is taken to go on behind others. None, or zeros: nothing is hooked, and the model is exactly what it was. The hook is removed whatever happens."""
+    if vector is None or not bool(vector.any()):
+        yield
+        return
+    n_blocks = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[operator,union-attr]
+    block = find_blocks(model, n_blocks)[block_of(hook, n_blocks)]
+
+    def add(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
+        residual = output[0] if isinstance(output, tuple) else output
+        if vector.shape != residual.shape[-1:]:
+            raise IncompatibleError(f"a direction of {list(vector.shape)} cannot be added to a residual stream of width {residual.shape[-1]}")
+        shift = vector.to(residual.device, residual.dtype)
+        if residual.shape[1] > 1:
+            changed = torch.cat([residual[:, :1], residual[:, 1:] + shift], 1)
+        else:
+            changed = residual + shift
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = block.register_forward_hook(add)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def write(
+    model: Any, tokenizer: Any, hook: str, vector: torch.Tensor | None, openings: Sequence[str], *, max_tokens: int, temperature: float, seed: int
+) -> list[str]:
+    """One continuation of each opening, without the opening, at most ``max_tokens`` tokens. ``temperature`` 0: the likeliest token every time. The same
+    arguments give the same texts."""
+    texts = []
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    with added(model, hook, vector):
+        for number, opening in enumerate(openings):
+            ids = torch.tensor([bos + tokenizer.encode(opening, add_special_tokens=False)], device=model.device)
+            generator = torch.Generator().manual_seed(seed + number)
+            new: list[int] = []
+            past = None
+            step = ids
+            for _ in range(max_tokens):
+                out = model(input_ids=step, past_key_values=past, use_cache=True, logits_to_keep=1)
+                past, logits = out.past_key_values, out.logits[0, -1].float().cpu()
+                if temperature > 0:
+                    token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+                else:
+                    token = int(logits.argmax())
+                if token == tokenizer.eos_token_id:
+                    break
+                new.append(token)
+                step = torch.tensor([[token]], device=model.device)
+            texts.append(tokenizer.decode(new, skip_special_tokens=True))
+    return texts
+
+
+def random_directions(d: int, n: int, *, seed: int) -> torch.Tensor:
+    """``n`` directions of unit length, uniform on the sphere, float32 ``[n, d]``."""
+    found = [torch.randn(d, generator=torch.Generator().manual_seed(seed * 1_000_003 + number)) for number in range(n)]
+    return torch.nn.functional.normalize(torch.stack(found), dim=1)
