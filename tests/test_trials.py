@@ -99,6 +99,11 @@ def test_precision_and_recall_by_hand():
     assert narrow.precision.value == 1 and narrow.recall.value == pytest.approx(0.4)
 
 
+def test_a_near_miss_with_a_word_of_the_explanation_is_none():
+    trial = try_it(explanation('"war", "an army": words of war', "boats"), ["the war"], ["A WAR came", "warm days", "an army came", "the army came", "boats"])
+    assert [t.text for t in trial.texts] == ["the war", "warm days", "the army came", "boats"]
+
+
 def test_a_text_fires_above_a_share_of_the_scale():
     texts = (TrialText("a", True, ("a",), (0.3,)), TrialText("b", True, ("b",), (0.5,)))
     assert [Trial((), texts, 0.4).fires(t) for t in texts] == [False, True]

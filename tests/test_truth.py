@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -12,7 +13,11 @@ import pytest
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.domain.explanation import Explanation, Provenance, Rule
 from featureinterp.errors import MalformedReplyError
+from featureinterp.falsify.counterexamples import Falsifier
+from featureinterp.falsify.writing import TextWriter
 from featureinterp.jobs.records import build_records
+from featureinterp.llm.function import FunctionModel
+from featureinterp.llm.types import Request
 from featureinterp.records.policy import RecordPolicy
 from featureinterp.simulate.lexical import Lexical
 
@@ -20,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "bench"))
 
 import planted
 import truth_explainers
+import truth_falsify
 import truth_scores
 from planted import FEATURES, Planted, activations, development, spans
 
@@ -187,3 +193,25 @@ def test_every_explainer_is_in_the_benchmark():
     assert set(truth_explainers.explainers(object(), object(), small=True)) == {
         "top tokens", "one-shot, sentence v1", "one-shot, rules v1", "one-shot, sentence", "one-shot, rules", "tree, sentence", "tree, rules",
     }  # fmt: skip
+
+
+def test_trials_and_sensitivity_by_planted_detectors(subject: object, tmp_path: Path, windows: WindowTable):
+    texts = {"months": ["In March we met.", "It was June.", "A month later"], "other": ["We sailed.", "The sea"]}
+
+    def answer(request: Request) -> str:
+        asked = request.messages[-1].content
+        fits = "fits the description" in asked and "nothing in them" not in asked
+        about_months = "names of months" in asked or "December" in asked or "<< March>>" in asked
+        return json.dumps({"texts": texts["months" if about_months and (fits or "<<" in asked) else "other"]})
+
+    model, activator = FunctionModel(answer), truth_falsify.PlantedActivator(subject.encoder)
+    store = planted.plant(tmp_path, windows, FEATURES[:2])
+    counts = {"top": (4, 2, 2), "random": (0, 2, 2), "random_negative": (0, 2, 2)}
+    records = list(build_records(tmp_path, store, [0, 1], RecordPolicy(counts)))
+    rows = anyio.run(truth_falsify.tried, Falsifier(model, activator), Lexical(), BY_NAME["months"], records[0])
+    found = {r["explanation"]: r for r in rows}
+    assert found["true"]["precision"] == pytest.approx(2 / 3) and found["true"]["recall"] == 1 and found["another concept"]["precision"] == 0
+    truth_falsify.print_trials(rows)
+    sensed = anyio.run(truth_falsify.sensed, TextWriter(model, per_call=3), activator, records, 3)
+    assert sensed[0]["sensitivity"] == pytest.approx(2 / 3) and sensed[1]["control"] == 0 and [r["feature"] for r in sensed] == ["months", "negation"]
+    truth_falsify.print_sensitivity(sensed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from featureinterp.prompts import escape, load_prompt
 from featureinterp.replies import object_schema
 
 Kind = Literal["fitting", "near"]
+_QUOTED = re.compile(r'"([^"]+)"')
 
 
 @dataclass(frozen=True)
@@ -59,11 +61,13 @@ class Falsifier:
         return {**own, "n_texts": self.trial.n_texts, "fires_above": self.trial.fires_above, "activator": getattr(self.activator, "settings", None)}
 
     async def run(self, explanation: Explanation, feature: FeatureId, scale: float) -> Trial:
-        """One trial. Raises the ``LanguageModelError`` of a request that failed, as half a trial says nothing."""
+        """One trial. Near misses that hold a word which the explanation names in quotes are left out. Raises the ``LanguageModelError`` of a request that
+        failed, as half a trial says nothing."""
         written: list[tuple[str, bool]] = []
         for kind in ("fitting", "near"):
             texts = [without_marks(t) for t in await self._write(kind, explanation)]
-            written += [(t, kind == "fitting") for t in texts if t not in [known for known, _ in written]]
+            new = [t for t in texts if t not in [known for known, _ in written]]
+            written += [(t, kind == "fitting") for t in new if kind == "fitting" or not names_a_word_of(explanation, t)]
         windows = await self.activator.run(feature, [text for text, _ in written])
         texts = tuple(
             TrialText(text, fits, w.pieces, tuple(np.round(w.activations.astype(float), 4).tolist())) for (text, fits), w in zip(written, windows, strict=True)
@@ -82,6 +86,16 @@ class Falsifier:
         for shot in self.prompt.json("few_shot.json"):
             yield Message("user", self.prompt.render(f"{shot['kind']}.j2", description=shot["description"], n=len(shot["texts"])))
             yield Message("assistant", json.dumps({"texts": shot["texts"]}, ensure_ascii=False))
+
+
+def names_of_words(explanation: Explanation) -> set[str]:
+    """The words that an explanation names in quotes, lower case."""
+    return {word.strip().lower() for rule in explanation.rules for word in _QUOTED.findall(rule.activates_on) if word.strip()}
+
+
+def names_a_word_of(explanation: Explanation, text: str) -> bool:
+    """Whether a text holds a word that the explanation names, and so is no near miss, whatever its writer meant."""
+    return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text.lower()) for word in names_of_words(explanation))
 
 
 def with_counterexamples(record: FeatureRecord, trials: Sequence[Trial]) -> FeatureRecord:

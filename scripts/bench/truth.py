@@ -5,9 +5,10 @@
 Features are planted in the embedded corpus (``planted.py``), so that the true explanation of each is known, and wrong ones of named kinds. Every
 explanation is simulated on held-out windows where the feature fires and on windows of every kind where it may not; every score is judged by the
 share of features for which the true explanation scores above the wrong one (ties count half): the AUROC within a feature, with a 95 %
-bootstrap interval over features (``truth_scores.py``). Then every explainer is given the features, and judged by how often it names what was planted
-(``truth_explainers.py``). One half of the features is for choosing settings (``--half development``), the other is reported (``--half report``). What is done
-is kept in FOLDER; the same command goes on. Prints Markdown tables and writes ``scores.csv``, ``explainers.csv`` and ``truth.json``.
+bootstrap interval over features (``truth_scores.py``). Then every explainer is given the features,
+and judged by how often it names what was planted (``truth_explainers.py``), and texts are written to test explanations and features
+(``truth_falsify.py``). One half of the features is for choosing settings (``--half development``), the other is reported (``--half report``). What is done
+is kept in FOLDER; the same command goes on. Prints Markdown tables and writes them as CSV, and everything as ``truth.json``.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ import anyio
 from planted import FEATURES, Planted, development, plant
 from transformers import AutoTokenizer
 from truth_explainers import Descriptions, explained, explainers, hard_correlation, print_explainers
+from truth_falsify import KINDS, PlantedActivator, print_sensitivity, print_trials, sensed, tried
 from truth_scores import BESIDE, HARD, Row, asked, explanations, print_scores, ranked, simulated
 
 import featureinterp as fi
 from featureinterp import api
 from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.windows import WindowPolicy, build_windows
-from featureinterp.domain.record import FeatureRecord
+from featureinterp.domain.record import FeatureRecord, Source
+from featureinterp.falsify.counterexamples import Falsifier
+from featureinterp.falsify.writing import TextWriter
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.kept import KeptSimulator, working_on
 from featureinterp.jobs.records import build_records
@@ -47,7 +51,7 @@ from featureinterp.simulate.token_wise import TokenWise
 from featureinterp.subject.load import HubTokenizer, load_causal_lm, model_source
 
 LENGTH, TOKENS = 24, 200_000
-PARTS = ("scores", "questions", "explainers")
+PARTS = ("scores", "questions", "explainers", "trials", "sensitivity")
 
 
 def main() -> None:
@@ -57,7 +61,9 @@ def main() -> None:
         wanted = wanted[:: max(1, len(wanted) // 12)]
     n = 3 if args.small else args.windows
     shown = n if "explainers" in args.parts else 0
-    counts = {"top": (10 if shown else 0, n, n), **{source: (0, n if source == "random" else 0, n) for source in BESIDE}, HARD: (shown, shown, n)}
+    learnt = 10 if shown or "sensitivity" in args.parts else 0
+    counts: dict[Source, tuple[int, int, int]] = {source: (0, n if source == "random" else 0, n) for source in BESIDE}
+    counts |= {"top": (learnt, n, n), "weighted": (5 if "sensitivity" in args.parts else 0, 0, 0), HARD: (shown, shown, n)}
     records = {r.feature.index: r for r in build_records(args.out, planted_run(args.out), wanted, RecordPolicy(counts))}
     anyio.run(judged, args, [records[i] for i in wanted])
 
@@ -66,7 +72,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("truth"), help="folder for windows, planted codes, what is done, and the tables")
     parser.add_argument("--small", action="store_true", help="a dozen features, three windows of each kind, a small tree")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=["scores", "explainers"], help="questions: detection and fuzzing")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=["scores", "explainers"], help="questions: detection and fuzzing; trials, sensitivity: written texts"
+    )
     parser.add_argument("--explainers", nargs="+", help="which, by name; all but the older prompts when not given")
     parser.add_argument("--half", choices=("development", "report", "all"), default="report")
     parser.add_argument("--windows", type=int, default=6, help="windows of each kind")
@@ -82,8 +90,7 @@ def arguments() -> argparse.Namespace:
 
 def planted_run(out: Path) -> CodesStore:
     """Windows of the embedded corpus, with the planted features as codes."""
-    tokenizer = HubTokenizer(AutoTokenizer.from_pretrained(model_source(api.SUBJECT)))
-    windows = build_windows(fi.load_corpus(api.CORPUS), tokenizer, WindowPolicy(LENGTH, LENGTH, TOKENS), out / "windows")
+    windows = build_windows(fi.load_corpus(api.CORPUS), subject_tokenizer(), WindowPolicy(LENGTH, LENGTH, TOKENS), out / "windows")
     return plant(out, windows)
 
 
@@ -118,6 +125,9 @@ async def judged(args: argparse.Namespace, records: Sequence[FeatureRecord]) -> 
             print()
             print_explainers(rows, truth)
             found["explainers"] = rows
+        if "trials" in args.parts or "sensitivity" in args.parts:
+            async with open_stack(Endpoint(args.base_url, args.llm_model) if args.base_url else Endpoint(), Meter()) as stack:
+                found |= await written(args.parts, stack.model(replies), kept, records, args.out)
     (args.out / "truth.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -148,6 +158,35 @@ async def explanations_of(by_name: dict[str, Any], simulator: Any, records: Sequ
                 rows.append(await explained(explainer, name, simulator, descriptions, feature, record))
         say(f"{number + 1} of {len(records)}: {feature.name}: " + ", ".join(f"{r['explainer']}: {r['explanation']}" for r in rows[-len(by_name) :]))
     return rows, truth
+
+
+async def written(parts: Sequence[str], model: Any, simulator: Any, records: Sequence[FeatureRecord], out: Path) -> dict[str, list[Row]]:
+    """The parts that rest on texts which a language model writes."""
+    activator = PlantedActivator(subject_tokenizer())
+    found: dict[str, list[Row]] = {}
+    if "trials" in parts:
+        rows: list[Row] = []
+        for number, record in enumerate(records):
+            feature = FEATURES[record.feature.index]
+            with working_on(record.feature.index):
+                rows += await tried(Falsifier(model, activator), simulator, feature, record)
+            shown = ", ".join(f"{r['explanation']} " + ("–" if r["f1"] is None else f"{r['f1']:.2f}") for r in rows[-len(KINDS) :])
+            say(f"{number + 1} of {len(records)}: {feature.name}: {shown}")
+        write(out / "trials.csv", rows)
+        print()
+        print_trials(rows)
+        found["trials"] = rows
+    if "sensitivity" in parts:
+        found["sensitivity"] = await sensed(TextWriter(model), activator, records, 10)
+        write(out / "sensitivity.csv", found["sensitivity"])
+        print()
+        print_sensitivity(found["sensitivity"])
+    return found
+
+
+def subject_tokenizer() -> HubTokenizer:
+    """That of the embedded subject."""
+    return HubTokenizer(AutoTokenizer.from_pretrained(model_source(api.SUBJECT)))
 
 
 def summary(rows: Sequence[Row], feature: Planted) -> str:
