@@ -151,7 +151,7 @@ def test_a_questions_own_window_is_not_in_its_calibration():
         np.testing.assert_allclose(again[windows == window], first[windows == window], atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.booleans(), st.floats(0, 1), st.integers(0, 6)), min_size=2, max_size=25))
 def test_calibration_gives_probabilities_or_none(units: list[tuple[bool, float, int]]):
     labels, p, windows = (np.array(column) for column in zip(*units, strict=True))
@@ -159,8 +159,8 @@ def test_calibration_gives_probabilities_or_none(units: list[tuple[bool, float, 
     enough = min(len(set(windows[labels].tolist())), len(set(windows[~labels].tolist()))) >= 2
     if not enough:
         assert found is None
-    elif found is not None:
-        assert found.shape == p.shape and np.all((found >= 0) & (found <= 1))
+    else:
+        assert found is not None and found.shape == p.shape and np.all((found >= 0) & (found <= 1))
 
 
 @settings(max_examples=60, deadline=None)

@@ -134,18 +134,17 @@ def judge(name: str, verdicts: Sequence[Verdict], *, seed: int = 0) -> list[Scor
 
 def calibrated(probabilities: np.ndarray, labels: np.ndarray, windows: np.ndarray) -> np.ndarray | None:
     """The probability that the right answer is "yes" when both are equally likely, float64 ``[question]``: a logistic regression on the log-odds of "yes"
-    (Platt 1999), fitted on the answers about other windows only. A model that leans to one answer is so put right. None with fewer than two windows of a label.
+    (Platt 1999), fitted on the answers about all other windows. A model that leans to one answer is so put right. None with fewer than two windows of a label.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+    from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
 
-    folds = min(5, len(np.unique(windows[labels])), len(np.unique(windows[~labels])))
-    if folds < 2:
+    if min(len(np.unique(windows[labels])), len(np.unique(windows[~labels]))) < 2:
         return None
     p = np.clip(probabilities, 1e-6, 1 - 1e-6)
     odds = np.log(p / (1 - p))[:, None]
     fit = LogisticRegression(class_weight="balanced")
-    return np.asarray(cross_val_predict(fit, odds, labels, groups=windows, cv=StratifiedGroupKFold(folds), method="predict_proba")[:, 1])
+    return np.asarray(cross_val_predict(fit, odds, labels, groups=windows, cv=LeaveOneGroupOut(), method="predict_proba")[:, 1])
 
 
 def _confusion(labels: np.ndarray, said: np.ndarray) -> np.ndarray:
