@@ -14,6 +14,7 @@ import pytest
 from endpoint import endpoint, play
 from test_cli import cli
 
+import featureinterp as fi
 from featureinterp.domain.explanation import Explanation, Provenance, Rule
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
@@ -226,3 +227,24 @@ def test_the_verb_goes_on_from_a_finished_job(tmp_path: Path, run_copy: Path, su
         assert again.returncode == 0 and len(server.ledger) == asked and "broken by" in again.stdout
     none = cli("falsify", str(tmp_path / "nowhere"))
     assert none.returncode == 2 and "Traceback" not in none.stderr
+
+
+def test_a_dry_run_counts_trials_and_steering(tmp_path: Path, run_copy: Path, subject_folder: Path):
+    with endpoint(answers) as server:
+        job = fi.Job(
+            run=run_copy,
+            out=tmp_path / "out",
+            features="random:2",
+            stages=("explain", "simulate", "falsify", "steer"),
+            simulator="lexical",
+            llm=fi.Endpoint(server.url, "m"),
+            model=str(subject_folder),
+            plan=fi.Plan(3, 2, negatives=("random",)),
+            steering={"doses": (1.0,), "openings": ("We",), "n_random": 1, "max_tokens": 4},
+        )
+        plan = fi.dry_run(job)
+        assert not server.ledger and plan.left == 2
+        results = fi.run(job)
+        assert all(r.trials and r.intervention for r in results) and not results.n_failures
+        paid = len(server.ledger) - 1  # that of the check of the endpoint
+        assert 0 < paid <= plan.requests and fi.dry_run(job).left == 0
