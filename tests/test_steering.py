@@ -99,6 +99,16 @@ def test_the_same_seed_writes_the_same_text(causal: tuple):
     assert once == again != other and once[0] != once[1]
 
 
+def test_texts_do_not_depend_on_those_that_are_written_with_them(causal: tuple):
+    model, tokenizer = causal
+    openings = ["The army", "We", "The fleet", "A"]
+    vector = 2 * random_directions(32, 1, seed=0)[0]
+    together = write(model, tokenizer, HOOK, vector, openings, max_tokens=10, temperature=0, seed=3)
+    assert together == [write(model, tokenizer, HOOK, vector, [o], max_tokens=10, temperature=0, seed=3)[0] for o in openings]
+    sampled = write(model, tokenizer, HOOK, vector, openings, max_tokens=10, temperature=1.0, seed=3)
+    assert sampled[0] == write(model, tokenizer, HOOK, vector, openings[:1], max_tokens=10, temperature=1.0, seed=3)[0]
+
+
 def test_random_directions_are_of_unit_length_and_differ():
     found = random_directions(50, 3, seed=4)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(3))

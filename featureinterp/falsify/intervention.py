@@ -14,7 +14,7 @@ from featureinterp.domain.intervention import Direction, Intervention, SteeredTe
 from featureinterp.errors import InputError
 from featureinterp.interfaces import Activator, Steerer
 
-OPENINGS = ("I think that", "The most important", "It was", "There is a")
+OPENINGS = ("I think that", "The most important", "It was a", "There is a")
 Judge = Callable[[Explanation, Sequence[str]], Awaitable[list[float | None]]]
 """For an explanation and texts: how probable it is that each fits, None where it could not be asked."""
 

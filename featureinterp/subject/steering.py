@@ -45,29 +45,40 @@ def write(
     model: Any, tokenizer: Any, hook: str, vector: torch.Tensor | None, openings: Sequence[str], *, max_tokens: int, temperature: float, seed: int
 ) -> list[str]:
     """One continuation of each opening, without the opening, at most ``max_tokens`` tokens. ``temperature`` 0: the likeliest token every time. The same
-    arguments give the same texts."""
-    texts = []
+    arguments give the same texts. Openings of one length in tokens are written together."""
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
+    ids = [bos + tokenizer.encode(opening, add_special_tokens=False) for opening in openings]
+    texts = [""] * len(openings)
     with added(model, hook, vector):
-        for number, opening in enumerate(openings):
-            ids = torch.tensor([bos + tokenizer.encode(opening, add_special_tokens=False)], device=model.device)
-            generator = torch.Generator().manual_seed(seed + number)
-            new: list[int] = []
-            past = None
-            step = ids
-            for _ in range(max_tokens):
-                out = model(input_ids=step, past_key_values=past, use_cache=True, logits_to_keep=1)
-                past, logits = out.past_key_values, out.logits[0, -1].float().cpu()
-                if temperature > 0:
-                    token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
-                else:
-                    token = int(logits.argmax())
-                if token == tokenizer.eos_token_id:
-                    break
-                new.append(token)
-                step = torch.tensor([[token]], device=model.device)
-            texts.append(tokenizer.decode(new, skip_special_tokens=True))
+        for length in sorted({len(row) for row in ids}):
+            group = [i for i, row in enumerate(ids) if len(row) == length]
+            generators = [torch.Generator().manual_seed(seed + i) for i in group]
+            new = _continued(model, torch.tensor([ids[i] for i in group]), generators, max_tokens, temperature, tokenizer.eos_token_id)
+            for i, tokens in zip(group, new, strict=True):
+                texts[i] = tokenizer.decode(tokens, skip_special_tokens=True)
     return texts
+
+
+def _continued(model: Any, ids: torch.Tensor, generators: Sequence[torch.Generator], max_tokens: int, temperature: float, end: int | None) -> list[list[int]]:
+    """What follows each row of ``ids [text, token]``, up to its end token; each row has its own luck."""
+    found: list[list[int]] = [[] for _ in generators]
+    going = set(range(len(found)))
+    past, step = None, ids
+    for _ in range(max_tokens):
+        out = model(input_ids=step.to(model.device), past_key_values=past, use_cache=True, logits_to_keep=1)
+        past, logits = out.past_key_values, out.logits[:, -1].float().cpu()
+        if temperature > 0:
+            chances = torch.softmax(logits / temperature, -1)
+            tokens = [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(chances, generators, strict=True)]
+        else:
+            tokens = logits.argmax(-1).tolist()
+        going -= {i for i in going if tokens[i] == end}
+        for i in going:
+            found[i].append(tokens[i])
+        if not going:
+            break
+        step = torch.tensor(tokens)[:, None]
+    return found
 
 
 def random_directions(d: int, n: int, *, seed: int) -> torch.Tensor:
