@@ -422,6 +422,33 @@ def test_a_release_of_saelens_without_its_package(monkeypatch: pytest.MonkeyPatc
         load_sae("saelens:only")
 
 
+def test_a_release_of_saelens_is_what_its_package_loads(monkeypatch: pytest.MonkeyPatch):
+    """The package played: it knows one release, which holds what the real one saved."""
+    from safetensors.torch import load_file
+
+    form = SAELENS / "jumprelu-centred"
+    expected = json.loads((form / "expected.json").read_text())
+
+    class SAE:
+        @staticmethod
+        def from_pretrained(release: str, sae_id: str, device: str) -> SimpleNamespace:
+            if release == "broken":
+                raise RuntimeError("no route to host")
+            if (release, sae_id) != ("my-release", "layer_8/canonical"):
+                raise ValueError(f"ID {sae_id} not found in release {release}.")
+            config = json.loads((form / "cfg.json").read_text())
+            return SimpleNamespace(state_dict=lambda: load_file(form / "sae_weights.safetensors"), cfg=SimpleNamespace(to_dict=lambda: config))
+
+    monkeypatch.setitem(sys.modules, "sae_lens", SimpleNamespace(SAE=SAE))
+    loaded = load_sae("saelens:my-release/layer_8/canonical")
+    np.testing.assert_allclose(loaded.sae.encode(torch.tensor(expected["x"])).to_dense().numpy(), np.array(expected["codes"]), rtol=1e-5, atol=1e-5)
+    assert load_sae("saelens:my-release/layer_8/canonical").fingerprint == loaded.fingerprint
+    with pytest.raises(UnknownNameError, match="not found in release"):
+        load_sae("saelens:my-release/other")
+    with pytest.raises(DownloadError, match="no route to host"):
+        load_sae("saelens:broken/x")
+
+
 def test_local_folders_of_the_neighbours(tmp_path: Path):
     arrays = checkpoint("gated", 768, 64)
     (tmp_path / "ae.pt").write_bytes(saved(arrays))
