@@ -25,7 +25,7 @@ from featureinterp.errors import EndpointUnavailableError, FeatureRangeError, In
 from featureinterp.falsify.saebench import examples_in, examples_of_log
 from featureinterp.falsify.sensitivity import Example, FeatureSensitivity, base_rate, example
 from featureinterp.falsify.writing import TextWriter, parse_texts, without_marks
-from featureinterp.jobs.budget import Budget
+from featureinterp.jobs.budget import Budget, Guard
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.sensitivity import SensitivityJob, SensitivityPlan
 from featureinterp.jobs.sensitivity_run import SensitivityJobSpec, _chosen
@@ -155,7 +155,13 @@ def job(tmp_path: Path, answer: Callable[[Request], str], *, budget: Budget | No
     model, activator, meter = FunctionModel(answer), WordActivator(), Meter()
     writer = TextWriter(Tallied(Cached(Metered(model, meter), ReplyStore(tmp_path / "replies.sqlite"))), per_call=n)
     plan = SensitivityPlan(samples=n, per_call=n, concurrency=1)
-    return SensitivityJob(Journal(tmp_path / "j.sqlite"), writer, activator, plan, sae="s", source="x", meter=meter, budget=budget), model, activator
+    return (
+        SensitivityJob(
+            Journal(tmp_path / "j.sqlite"), writer, activator, plan, sae="s", source="x", meter=meter, guard=Guard(budget or Budget(), lambda: meter.usage)
+        ),
+        model,
+        activator,
+    )
 
 
 def run_job(made: SensitivityJob) -> list[FeatureSensitivity]:

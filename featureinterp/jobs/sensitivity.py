@@ -57,7 +57,7 @@ class SensitivityPlan:
 
 class SensitivityJob:
     """The features of one SAE. ``sae``: its name; ``source``: what the activations depend on (model, SAE), for the journal's keys. ``base_rate`` is given
-    a feature and the lengths of its texts in tokens."""
+    a feature and the lengths of its texts in tokens. ``guard``: the limits of all jobs of a run together."""
 
     def __init__(
         self,
@@ -70,14 +70,13 @@ class SensitivityJob:
         source: Any,
         base_rate: Callable[[int, Sequence[int]], float | None] = lambda *_: None,
         meter: Meter | None = None,
-        budget: Budget | None = None,
-        max_failure_rate: float = 0.5,
+        guard: Guard | None = None,
         on_feature: OnFeature = lambda *_: None,
     ) -> None:
         self.journal, self.writer, self.activator, self.plan = journal, writer, activator, plan
         self.sae, self.source, self.base_rate, self.on_feature = sae, source, base_rate, on_feature
         self.meter = meter or Meter()
-        self.guard = Guard(budget or Budget(), lambda: self.meter.usage, max_failure_rate=max_failure_rate)
+        self.guard = guard or Guard(Budget(), lambda: self.meter.usage)
         self.meter.before = self.guard.before
         self.stopped: JobStoppedError | None = None
 

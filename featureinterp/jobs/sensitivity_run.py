@@ -15,7 +15,7 @@ from featureinterp.errors import FeatureRangeError, InputError, JobStoppedError
 from featureinterp.falsify.saebench import examples_in
 from featureinterp.falsify.sensitivity import FeatureSensitivity, base_rate, examples_of
 from featureinterp.falsify.writing import TextWriter
-from featureinterp.jobs.budget import Budget
+from featureinterp.jobs.budget import Budget, Guard
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.records import parse_features, random_features
 from featureinterp.jobs.sensitivity import OnFeature, SensitivityJob, SensitivityPlan
@@ -105,6 +105,7 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
         check_fit(subject, sae)
     folders = [spec.out / folder_name(name) for name in spec.saes]
     meter = Meter()
+    guard = Guard(spec.budget, lambda: meter.usage, max_failure_rate=spec.max_failure_rate)
     async with open_stack(endpoint, meter, price=price, load=partial(load_causal_lm, device=spec.device)) as stack:
         if not (spec.out / "journal.sqlite").exists():
             await stack.check()
@@ -126,8 +127,7 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
                     source=[subject.fingerprint, sae.fingerprint],
                     base_rate=_base_rate(store, plan.seed),
                     meter=meter,
-                    budget=spec.budget,
-                    max_failure_rate=spec.max_failure_rate,
+                    guard=guard,
                     on_feature=on_feature,
                 )
                 wanted = _from_corpus(spec, store) if store is not None else _chosen(spec, examples or {})
