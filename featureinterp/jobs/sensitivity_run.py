@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from featureinterp.codes.store import CodesStore
 from featureinterp.errors import FeatureRangeError, InputError, JobStoppedError
@@ -25,6 +25,10 @@ from featureinterp.llm.metered import Meter
 from featureinterp.llm.stack import open_stack
 from featureinterp.records.build import RecordBuilder
 from featureinterp.records.policy import RecordPolicy
+
+if TYPE_CHECKING:
+    from featureinterp.sae.load import LoadedSae
+    from featureinterp.subject.load import Subject
 
 Steps = Callable[[str, int, int], None]
 
@@ -132,24 +136,28 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
                 )
                 wanted = _from_corpus(spec, store) if store is not None else _chosen(spec, examples or {})
                 features = await job.run(wanted)
-                l0 = len(store.positions) / max(1, store.n_scored) if store is not None else None
-                about = {
-                    "sae_name": sae.name,
-                    "model": subject.name,
-                    "hook": sae.hook,
-                    "d_sae": sae.n_features,
-                    "architecture": sae.sae.architecture,
-                    "l0": l0,
-                    "examples": spec.examples,
-                    "dataset": spec.dataset if store is not None else None,
-                    "n_tokens": store.windows.n_tokens if store is not None else None,
-                    "llm_model": endpoint.model,
-                    "prompt": writer.settings["prompt"],
-                    "prompt_hash": writer.settings["prompt_hash"],
-                }
-                yield Measured(folder, about, tuple(features), job.stopped)
+                yield Measured(folder, _about(spec, subject, sae, store, writer), tuple(features), job.stopped)
                 if job.stopped is not None:
                     return
+
+
+def _about(spec: SensitivityJobSpec, subject: Subject, sae: LoadedSae, store: CodesStore | None, writer: TextWriter) -> dict[str, Any]:
+    """What is known of an SAE and of how it was measured. ``l0``: codes per token of the corpus."""
+    settings = writer.settings
+    return {
+        "sae_name": sae.name,
+        "model": subject.name,
+        "hook": sae.hook,
+        "d_sae": sae.n_features,
+        "architecture": sae.sae.architecture,
+        "l0": None if store is None else len(store.positions) / max(1, store.n_scored),
+        "examples": spec.examples,
+        "dataset": None if store is None else spec.dataset,
+        "n_tokens": None if store is None else store.windows.n_tokens,
+        "llm_model": spec.endpoint.model,
+        "prompt": settings["prompt"],
+        "prompt_hash": settings["prompt_hash"],
+    }
 
 
 def _base_rate(store: CodesStore | None, seed: int) -> Callable[[int, Sequence[int]], float | None]:
