@@ -506,5 +506,7 @@ def test_an_sae_of_another_model_is_refused_with_those_that_fit(subject: object)
     mine = LoadedSae("py_4k_topk_s0", make_sae("topk", subject.d_model, 8), "blocks.0.hook_resid_post", PYTHIA, {}, "x")
     check_fit(replace(subject, name="pythia-160m-deduped"), mine)
     check_fit(replace(subject, name=str(SAELENS)), mine)
+    check_fit(replace(subject, name="someone/pythia-160m-deduped-chat"), mine)
+    check_fit(replace(subject, name="gpt2"), replace(mine, name="saelens:gpt2-small-res-jb/x", model="gpt2-small"))
     with pytest.raises(InputError, match=r"made for EleutherAI/pythia-160m-deduped.*gem_4k_btopk_s0"):
         check_fit(replace(subject, name="google/gemma-2-2b"), mine)

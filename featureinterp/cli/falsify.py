@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from featureinterp.cli.explain import endpoint_of
-from featureinterp.cli.screen import Screen, one_line, plain
+from featureinterp.cli.screen import Screen, end, one_line, plain
 
 
 def falsify(
@@ -61,7 +61,4 @@ def finish(screen: Screen, results: Any) -> None:
             rows.append((str(r.feature), said, *figures, broken, one_line(r.revised.text, 40) if r.revised else ""))
         screen.table(rows, ("feature", "explanation", "precision", "recall", "broken by", "revised"))
         print(f"Report: {(results.folder / 'report.html').resolve()}")
-    if results.stopped is not None:
-        screen.say(f"stopped: {results.stopped}; the same command goes on")
-    if results.stopped is not None or results.n_failures:
-        raise typer.Exit(1)
+    end(screen, results.stopped, bool(results.n_failures))

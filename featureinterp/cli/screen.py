@@ -127,6 +127,16 @@ class Screen:
         sys.stdout.write("\n")
 
 
+def end(screen: Screen, stopped: Exception | None, failed: bool) -> None:
+    """The end of a job's verb: says why it stopped early, and sets the exit code 1 when it did or something failed."""
+    if stopped is not None:
+        screen.say(f"stopped: {stopped}; the same command goes on")
+    if stopped is not None or failed:
+        import typer
+
+        raise typer.Exit(1)
+
+
 def progress_line(p: Progress) -> str:
     """A job's progress in one line."""
     parts = [f"{p.done:,} done", f"{p.failed:,} failed", f"{p.in_flight} in flight"]

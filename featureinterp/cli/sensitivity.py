@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from featureinterp.cli.explain import endpoint_of
-from featureinterp.cli.screen import Screen, one_line, plain
+from featureinterp.cli.screen import Screen, end, one_line, plain
 
 if TYPE_CHECKING:
     from featureinterp.api import Sensitivity
@@ -99,10 +99,7 @@ def finish(screen: Screen, results: list[Sensitivity]) -> None:
         for r in results:
             print(f"{r.sae}: {r.folder.resolve()}")
     stopped = next((r.stopped for r in results if r.stopped), None)
-    if stopped is not None:
-        screen.say(f"stopped: {stopped}; the same command goes on")
-    if stopped is not None or any(r.summary["n_failed"] for r in results):
-        raise typer.Exit(1)
+    end(screen, stopped, any(r.summary["n_failed"] for r in results))
 
 
 def _row(result: Sensitivity) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from featureinterp.cli.explain import endpoint_of
-from featureinterp.cli.screen import Screen, one_line, plain
+from featureinterp.cli.screen import Screen, end, one_line, plain
 
 if TYPE_CHECKING:
     from featureinterp.domain.intervention import Intervention
@@ -66,10 +66,7 @@ def finish(screen: Screen, results: Any) -> None:
         screen.table(rows, ("feature", "explanation", *(f"dose {d:g}" for d in doses)))
         print("match with the explanation: the feature's direction / random directions")
         print(f"Report: {(results.folder / 'report.html').resolve()}")
-    if results.stopped is not None:
-        screen.say(f"stopped: {results.stopped}; the same command goes on")
-    if results.stopped is not None or results.n_failures:
-        raise typer.Exit(1)
+    end(screen, results.stopped, bool(results.n_failures))
 
 
 def _match(found: Intervention, dose: float) -> str:

@@ -19,7 +19,7 @@ from featureinterp.errors import FeatureInterpError, IncompatibleError, InputErr
 from featureinterp.files import content_key, write_json
 from featureinterp.sae.codes import SparseCodes
 from featureinterp.sae.load import LoadedSae
-from featureinterp.sae.names import names_of_model
+from featureinterp.sae.names import is_published, names_of_model
 from featureinterp.subject.load import PrependToken, SkipFirst, Subject
 
 Progress = Callable[[int, int], None]
@@ -32,14 +32,16 @@ _CLAIM = "collecting.json"
 
 
 def check_fit(subject: Subject, sae: LoadedSae) -> None:
-    """Raises ``UnknownNameError`` when the model lacks the SAE's hook and ``IncompatibleError`` when the widths differ, or when the model has another name
-    than the one that the SAE was made for. A model from a folder may have any name."""
-    if sae.sae.d_in != subject.d_model or not (Path(subject.name).is_dir() or Path(sae.model).is_dir() or _same_model(sae.model, subject.name)):
-        fitting = names_of_model(subject.name)
-        choose = f"choose an SAE of this model, such as {fitting[0]}" if fitting else "choose an SAE of this model"
+    """Raises ``UnknownNameError`` when the model lacks the SAE's hook and ``IncompatibleError`` when the widths differ, or when the SAE is a published one of
+    another model. A model from a folder may have any name, and a variant of the model (``gemma-2-2b-it``) fits."""
+    fitting = names_of_model(subject.name)
+    choose = f"choose an SAE of this model, such as {fitting[0]}" if fitting else "choose an SAE of this model"
+    if sae.sae.d_in != subject.d_model:
         raise IncompatibleError(
             f"the SAE {sae.name} takes activations of width {sae.sae.d_in} (made for {sae.model}), but {subject.name} has width {subject.d_model}: {choose}"
         )
+    if is_published(sae.name) and not Path(subject.name).is_dir() and not _variant_of(sae.model, subject.name):
+        raise IncompatibleError(f"the SAE {sae.name} was made for {sae.model}, and not for {subject.name}: {choose}")
     subject.check_hook(sae.hook)
 
 
@@ -149,9 +151,9 @@ def check_subject(store: CodesStore, subject: Subject) -> None:
         raise IncompatibleError(f"the run's codes were made with another model than {subject.name!r} is: give the one that it names, {named!r}")
 
 
-def _same_model(one: str, other: str) -> bool:
-    """Names of a hub, with or without their owner."""
-    return one.rsplit("/", 1)[-1].lower() == other.rsplit("/", 1)[-1].lower()
+def _variant_of(model: str, other: str) -> bool:
+    """Whether another name on a hub, with or without its owner, is that of the model or of a variant of it."""
+    return other.rsplit("/", 1)[-1].lower().startswith(model.rsplit("/", 1)[-1].lower())
 
 
 def _check_owner(run: Path, subject: Subject, sae: LoadedSae) -> None:
