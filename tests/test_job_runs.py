@@ -79,7 +79,7 @@ class Calm:
     """What a job gives when nothing disturbs it, and the number of requests that it takes."""
 
     features: list[int]
-    results: list[Any]
+    results: list[FeatureResult]
     requests: int
 
 
@@ -90,7 +90,7 @@ def undisturbed(wide: Path, features: list[int], tmp_path_factory: pytest.TempPa
         with endpoint() as server:
             results = fi.run(job(wide, tmp_path_factory.mktemp("calm"), server, features[:n]))
             assert results.stopped is None and results.n_failures == 0 and not server.paid_twice()
-            return Calm(features[:n], essence(results), len(server.ledger) - 1)
+            return Calm(features[:n], list(results), len(server.ledger) - 1)
 
     return calm
 
@@ -127,8 +127,13 @@ def test_a_job_gets_through_every_fault_at_once(n_features: int, wide: Path, tmp
         n = len(server.ledger)
         third = fi.run(job(wide, out, url, features))
         assert len(server.ledger) == n and essence(third) == essence(again)
-    same = sum(a == b for a, b in zip(essence(again), calm.results, strict=True))
-    assert same > (0.7 if n_features == MANY else 0.5) * len(features)  # the others have an explanation from a second attempt, or a neighbour that has
+    texts = [{r.feature: r.explanation.text for r in results if r.explanation} for results in (again, calm.results)]
+    own = {r.feature for r in calm.results if texts[0][r.feature] == texts[1][r.feature]}  # the others have an explanation from a second attempt
+    assert len(own) > (0.65 if n_features == MANY else 0.5) * len(features)
+    alike = [(got, r) for got, r in zip(again, calm.results, strict=True) if r.feature in own and got.null_of == r.null_of and r.null_of in own]
+    assert len(alike) > 0.3 * len(features)
+    for got, expected in alike:  # nothing else may depend on what happened on the way
+        assert essence([got]) == essence([expected])
     connection = sqlite3.connect(out / "journal.sqlite")
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
@@ -203,7 +208,7 @@ def test_a_job_that_is_killed_goes_on_where_it_was(n_features: int, times: int, 
         assert last.returncode == 0, err
     finally:
         server.kill()
-    assert essence(FeatureResult.from_json(json.loads(line)) for line in (folder / "out" / "results.jsonl").read_text().splitlines()) == calm.results
+    assert essence(FeatureResult.from_json(json.loads(line)) for line in (folder / "out" / "results.jsonl").read_text().splitlines()) == essence(calm.results)
     entries = [json.loads(line) for line in ledger.read_text().splitlines()]
     checks = sum(1 for _ in entries) - len({e["digest"] for e in entries})
     assert checks <= in_flight + kills + 1
@@ -265,7 +270,7 @@ def test_a_budget_stops_in_time_and_says_what_the_rest_would_cost(wide: Path, tm
         rest = stopped.outcome.price_of_the_rest
         assert rest is not None and rest > 0
         done = fi.run(job(wide, tmp_path / "out", server, features))
-        assert essence(done) == calm.results and not server.paid_twice()
+        assert essence(done) == essence(calm.results) and not server.paid_twice()
         assert sum(e.tokens for e in server.ledger[1:]) / 1e6 - spent == pytest.approx(rest, rel=0.25)
 
 
