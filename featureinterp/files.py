@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from featureinterp.errors import StorageError
 
@@ -31,18 +31,18 @@ def explained_storage(path: Path) -> Iterator[None]:
         raise storage_error(path, error) from error
 
 
-def write_atomic(path: Path, content: bytes | str) -> None:
-    """Writes ``content`` to a temporary file beside ``path``, flushes it to disk and renames it.
+@contextmanager
+def replaced_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """A temporary file beside ``path`` that takes its place when the block ends well, and is gone otherwise.
 
     Raises ``StorageError`` when the disk is full or the folder cannot be written; ``path`` is then as it was before.
     """
-    data = content.encode() if isinstance(content, str) else content
     with explained_storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         try:
             with os.fdopen(handle, "wb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             Path(name).chmod(0o644)
@@ -50,6 +50,12 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Writes ``content`` as :func:`replaced_atomically` does."""
+    with replaced_atomically(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,12 +10,13 @@ from pathlib import Path
 import featureinterp
 
 ROOT = Path(featureinterp.__file__).parent
-FOUNDATION = {"errors", "files", "resources", "quiet", "domain", "tasks", "validation"}
+FOUNDATION = {"errors", "intervals", "files", "resources", "quiet", "domain", "tasks", "validation"}
 LANGUAGE = FOUNDATION | {"prompts", "replies", "interfaces", "llm"}
 ALLOWED = {
     "errors": set(),
     "domain": {"domain", "errors"},
     "files": {"errors"},
+    "intervals": {"domain"},
     "resources": set(),
     "quiet": set(),
     "prompts": {"errors", "resources"},
@@ -34,6 +35,7 @@ ALLOWED = {
     "simulate": LANGUAGE | {"simulate"},
     "score": LANGUAGE | {"score"},
     "falsify": LANGUAGE | {"falsify"},
+    "probing": {"probing", "codes", "corpus", "domain", "errors", "files", "intervals"},
     "report": {"report", "falsify", "domain", "errors", "files", "prompts"},
     "jobs": LANGUAGE | {"jobs", "explain", "simulate", "score", "falsify", "records", "codes", "sae", "subject", "corpus", "__version__"},
     "__main__": {"cli"},
@@ -41,7 +43,15 @@ ALLOWED = {
     "cli": {"cli", "server", "api", "errors", "assets", "domain", "jobs", "records", "llm", "__version__"},
 }
 TORCH_ROOMS = {"subject", "sae", "codes"}
-TORCH_FILES = {"records/projected.py", "simulate/all_at_once.py", "simulate/local.py", "simulate/token_wise.py", "llm/prefix_cache.py", "llm/local.py"}
+TORCH_FILES = {
+    "probing/tensors.py",
+    "records/projected.py",
+    "simulate/all_at_once.py",
+    "simulate/local.py",
+    "simulate/token_wise.py",
+    "llm/prefix_cache.py",
+    "llm/local.py",
+}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:

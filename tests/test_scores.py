@@ -12,12 +12,12 @@ from sklearn import linear_model, metrics
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Interval, Score, Simulation
 from featureinterp.domain.usage import Usage
+from featureinterp.intervals import interval_of, resample_counts, weighted_aurocs
 from featureinterp.llm.types import Reply
 from featureinterp.score.complexity import rating
 from featureinterp.score.correlation import Pairs, correlation, deviation_explained, explained_variance, false_positives
 from featureinterp.score.fuzzing import questions_of
-from featureinterp.score.intervals import interval_of, resample_counts
-from featureinterp.score.verdicts import Verdict, _aurocs, calibrated, judge, yes_probability
+from featureinterp.score.verdicts import Verdict, calibrated, judge, yes_probability
 
 
 def pairs(seed: int, n: int = 12, noise: float = 1.0) -> Pairs:
@@ -168,7 +168,7 @@ def test_calibration_gives_probabilities_or_none(units: list[tuple[bool, float, 
 def test_weighted_auroc_is_that_of_the_repeated_sample(units: list[tuple[bool, int, int]]):
     labels = np.array([u[0] for u in units])
     scores, counts = np.array([u[1] for u in units], float), np.array([u[2] for u in units])
-    found = _aurocs(scores, labels, counts[None])[0]
+    found = weighted_aurocs(scores, labels, counts[None])[0]
     y, s = np.repeat(labels, counts), np.repeat(scores, counts)
     if len(set(y.tolist())) < 2:
         assert np.isnan(found)

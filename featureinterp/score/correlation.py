@@ -13,7 +13,7 @@ import numpy as np
 
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Agreement, Score, Simulation
-from featureinterp.score.intervals import bootstrap
+from featureinterp.intervals import bootstrap
 
 
 @dataclass(frozen=True, eq=False)

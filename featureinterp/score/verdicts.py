@@ -12,9 +12,9 @@ from featureinterp.domain.score import Score
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, LanguageModelError, MalformedReplyError
 from featureinterp.interfaces import LanguageModel
+from featureinterp.intervals import bootstrap, weighted_aurocs
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.prompts import Prompt
-from featureinterp.score.intervals import bootstrap
 from featureinterp.tasks import each
 
 
@@ -124,7 +124,7 @@ def judge(name: str, verdicts: Sequence[Verdict], *, seed: int = 0) -> list[Scor
     if any(p is None for p in known):
         return scores + [Score(full, None, n, failed, undefined="the endpoint gives no probabilities") for full in names[2:]]
     p = np.array(known, float)
-    scores.append(score(names[2], lambda counts: _aurocs(p, labels, counts)))
+    scores.append(score(names[2], lambda counts: weighted_aurocs(p, labels, counts)))
     fitted = calibrated(p, labels, window)
     if fitted is None:
         return [*scores, Score(names[3], None, n, failed, undefined="calibration needs two windows with each right answer")]
@@ -163,14 +163,3 @@ def _f1(table: np.ndarray) -> np.ndarray:
     hit, miss, false, _ = table.T
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(hit + miss > 0, 2 * hit / (2 * hit + miss + false), np.nan)
-
-
-def _aurocs(scores: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """P(score of a positive > score of a negative) + ½ P(equal), with units weighted by ``counts [resample, unit]``."""
-    order = np.argsort(scores, kind="stable")
-    positive, negative = counts[:, order] * labels[order], counts[:, order] * ~labels[order]
-    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
-    p, q = np.add.reduceat(positive, starts, axis=1), np.add.reduceat(negative, starts, axis=1)
-    below = np.cumsum(q, axis=1) - q
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray((p * (below + q / 2)).sum(1) / (p.sum(1) * q.sum(1)))

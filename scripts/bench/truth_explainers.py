@@ -22,8 +22,8 @@ from featureinterp.explain.one_shot import OneShot
 from featureinterp.explain.styles import RulesStyle, SentenceStyle, style
 from featureinterp.explain.tree import Tree, TreeSettings
 from featureinterp.interfaces import Explainer, LanguageModel
+from featureinterp.intervals import bootstrap
 from featureinterp.score.correlation import agreement
-from featureinterp.score.intervals import bootstrap
 
 TREE = TreeSettings(negatives=("similar_negative",))
 SMALL_TREE = TreeSettings(roots=2, depth=1, width=1, branching=2, feedback=2, negatives=("similar_negative",), n_windows=3)

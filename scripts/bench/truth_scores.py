@@ -12,10 +12,10 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import FeatureRecord, Source, Window
 from featureinterp.domain.score import Interval, Simulation
 from featureinterp.interfaces import LanguageModel
+from featureinterp.intervals import bootstrap
 from featureinterp.score.correlation import Pairs, correlation, deviation_explained, explained_variance, false_positives
 from featureinterp.score.detection import Detection
 from featureinterp.score.fuzzing import Fuzzing
-from featureinterp.score.intervals import bootstrap
 from featureinterp.score.verdicts import judge
 
 BESIDE: tuple[Source, ...] = ("random", "random_negative", "similar_negative", "projected_similar_negative")

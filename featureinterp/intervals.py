@@ -1,4 +1,4 @@
-"""Bootstrap intervals over windows."""
+"""Bootstrap intervals over windows or documents."""
 
 from __future__ import annotations
 
@@ -33,3 +33,14 @@ def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], n: int, rng: np.ran
     if n < 2:
         return None
     return interval_of(statistic(resample_counts(n, rng, n_resamples)))
+
+
+def weighted_aurocs(scores: np.ndarray, labels: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """P(score of a positive > score of a negative) + ½ P(equal), with units weighted by ``counts [resample, unit]``."""
+    order = np.argsort(scores, kind="stable")
+    positive, negative = counts[:, order] * labels[order], counts[:, order] * ~labels[order]
+    starts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
+    p, q = np.add.reduceat(positive, starts, axis=1), np.add.reduceat(negative, starts, axis=1)
+    below = np.cumsum(q, axis=1) - q
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.asarray((p * (below + q / 2)).sum(1) / (p.sum(1) * q.sum(1)))
