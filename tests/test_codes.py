@@ -196,7 +196,7 @@ def test_any_sequence_of_runs_merges_to_the_sorted_codes(tmp_path_factory: pytes
     folder = tmp_path_factory.mktemp("codes")
     n_windows, length = 12, 3
     writer = RunWriter(folder, n_features=n_features, n_positions=n_windows * length, value_dtype="float32", flush_nonzeros=flush)
-    dense = np.zeros((n_features, n_windows * length), np.float32)
+    dense, unscored = np.zeros((n_features, n_windows * length), np.float32), []
     window = 0
     while window < n_windows:
         end = min(n_windows, window + data.draw(st.integers(1, 4)))
@@ -205,7 +205,9 @@ def test_any_sequence_of_runs_merges_to_the_sorted_codes(tmp_path_factory: pytes
         values = np.array([1 + 0.5 * i for i in range(len(chosen))], np.float32)
         positions, features = (np.array(c, np.int64) for c in (zip(*chosen, strict=True) if chosen else ((), ())))
         dense[features, positions] = values
-        writer.add(positions, features, values, n_scored=(end - window) * length, end_window=end)
+        left_out = np.arange(window * length, end * length, 2)[::-1]
+        writer.add(positions, features, values, n_scored=(end - window) * length, end_window=end, unscored=left_out)
+        unscored += sorted(left_out.tolist())
         window = end
         if data.draw(st.booleans()):  # the process ends and another goes on; what was not flushed is done again
             writer.flush()
@@ -219,6 +221,7 @@ def test_any_sequence_of_runs_merges_to_the_sorted_codes(tmp_path_factory: pytes
         np.testing.assert_array_equal(positions[mine], np.flatnonzero(dense[f]))
         np.testing.assert_array_equal(values[mine], dense[f][dense[f] > 0])
     assert json.loads((folder / "codes.json").read_text())["n_scored"] == n_windows * length
+    assert np.fromfile(folder / "unscored.bin", np.uint32).tolist() == unscored
 
 
 def test_values_that_float16_cannot_hold():
@@ -262,5 +265,6 @@ def test_models_without_bos_skip_their_first_token(tmp_path: Path, sae_folder: P
     plain = load_subject(str(make_subject_folder(tmp_path / "m", "gpt2", bos=False)), dtype="float32")
     found = collect(plain, load_sae(str(sae_folder)), load_corpus(str(corpus_file)), tmp_path / "run", WindowPolicy(16, 8, max_tokens=320))
     assert not (np.asarray(found.positions) % 16 == 0).any()
-    assert found.n_scored <= found.windows.n_tokens - len(found.windows)
+    assert found.n_scored == found.windows.n_tokens - len(found.unscored)
+    assert set(range(0, 16 * len(found.windows), 16)) <= set(found.unscored.tolist())
     assert found.meta["mask"]["first"] == "skipped"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from featureinterp.codes.store import CodesStore, RunWriter
+from featureinterp.codes.store import FORMAT, CodesStore, RunWriter
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows, copy_windows
 from featureinterp.errors import FeatureInterpError, IncompatibleError, InputError
@@ -92,11 +92,11 @@ def collect_shared(
     total = windows.n_tokens * max(1, len(groups))
     for number, ((_, start), group) in enumerate(groups.items()):
         done = windows.n_tokens * number + int(np.sum(windows.lengths[:start]))
-        for found, n_scored, end_window in _encode_all(subject, [target.sae for target in group], windows, start, batch_tokens):
+        for found, unscored, n_tokens, end_window in _encode_all(subject, [target.sae for target in group], windows, start, batch_tokens):
             for target, (positions, codes) in zip(group, found, strict=True):
                 features, values = codes.features.cpu().numpy(), codes.values.float().cpu().numpy()
-                target.writer.add(positions, features, values, n_scored=n_scored, end_window=end_window)
-            done += n_scored
+                target.writer.add(positions, features, values, n_scored=n_tokens - len(unscored), end_window=end_window, unscored=unscored)
+            done += n_tokens
             if progress:
                 progress(min(done, total), total)
         for target in group:
@@ -124,7 +124,7 @@ def _target(subject: Subject, sae: LoadedSae, run: Path, corpus: Corpus, windows
         "corpus": {"name": corpus.name, "windows": windows.fingerprint},
         "mask": _mask(subject),
     }
-    key = content_key({**provenance, "value_dtype": value_dtype})
+    key = content_key({**provenance, "value_dtype": value_dtype, "format": FORMAT})
     folder = run / "codes"
     if (folder / "codes.json").exists():
         if json.loads((folder / "codes.json").read_text())["key"] == key:
@@ -177,8 +177,16 @@ def _mask(subject: Subject) -> dict[str, Any]:
 
 def _encode_all(
     subject: Subject, saes: Sequence[LoadedSae], windows: WindowTable, first: int, batch_tokens: int
-) -> Iterator[tuple[list[tuple[np.ndarray, SparseCodes]], int, int]]:
-    """Batches of windows of one length, as (for each SAE the positions of the codes and the codes, tokens scored, end of the finished windows)."""
+) -> Iterator[tuple[list[tuple[np.ndarray, SparseCodes]], np.ndarray, int, int]]:
+    """Batches of windows of one length, as (for each SAE the positions of the codes and the codes, positions that were not scored, tokens, end of the
+    finished windows)."""
+    for length, rows, end in batches_of(windows, first, batch_tokens):
+        found, unscored = encode_windows(subject, saes, windows, rows, length)
+        yield found, unscored, length * len(rows), end
+
+
+def batches_of(windows: WindowTable, first: int, batch_tokens: int) -> Iterator[tuple[int, np.ndarray, int]]:
+    """Windows of one length, batch by batch: (their length, their rows, the window before which all are done when this batch is)."""
     rows_at_once = max(1, batch_tokens // windows.length)
     chunk_rows = max(rows_at_once, CHUNK_TOKENS // windows.length // rows_at_once * rows_at_once)
     for start in range(first, len(windows), chunk_rows):
@@ -189,26 +197,34 @@ def _encode_all(
             rows = start + np.flatnonzero(lengths == length)
             batches += [(int(length), rows[i : i + rows_at_once]) for i in range(0, len(rows), rows_at_once)]
         for number, (length, rows) in enumerate(batches, 1):
-            found, scored = encode_windows(subject, saes, windows, rows, length)
-            yield found, scored, end if number == len(batches) else start
+            yield length, rows, end if number == len(batches) else start
 
 
 @torch.inference_mode()
 def encode_windows(
     subject: Subject, saes: Sequence[LoadedSae], windows: WindowTable, rows: np.ndarray, length: int
-) -> tuple[list[tuple[np.ndarray, SparseCodes]], int]:
-    """Windows of one length, by SAEs at one hook: for each the position of every code and the codes, and the number of tokens scored."""
-    ids = torch.from_numpy(np.array(windows.tokens[rows, :length], np.int64))
-    residual = subject.residual(ids, saes[0].hook)
+) -> tuple[list[tuple[np.ndarray, SparseCodes]], np.ndarray]:
+    """Windows of one length, by SAEs at one hook: for each the position of every code and the codes, and the positions of the tokens that are not scored."""
+    residual = residual_of(subject, saes[0].hook, windows, rows, length)
     scored = scored_tokens(residual, subject)
-    kept = residual[scored]
-    window, offset = (part.cpu().numpy() for part in torch.nonzero(scored, as_tuple=True))
-    place = rows[window] * windows.length + offset
+    place = positions_of(windows, rows, length)
+    mask = scored.cpu().numpy()
+    kept, at = residual[scored], place[mask]
     found = []
     for sae in saes:
         codes = sae.sae.encode(kept)
-        found.append((place[codes.rows.cpu().numpy()], codes))
-    return found, len(window)
+        found.append((at[codes.rows.cpu().numpy()], codes))
+    return found, place[~mask]
+
+
+def residual_of(subject: Subject, hook: str, windows: WindowTable, rows: np.ndarray, length: int) -> torch.Tensor:
+    """The activations at a hook in windows of one length: ``[window, token, d_model]``."""
+    return subject.residual(torch.from_numpy(np.array(windows.tokens[rows, :length], np.int64)), hook)
+
+
+def positions_of(windows: WindowTable, rows: np.ndarray, length: int) -> np.ndarray:
+    """The positions of the first ``length`` tokens of some windows: int64 ``[window, token]``."""
+    return np.asarray(rows[:, None] * windows.length + np.arange(length))
 
 
 def scored_tokens(residual: torch.Tensor, subject: Subject) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 Files: ``offsets.bin`` int64 ``[F + 1]``; ``positions.bin`` uint32 (uint64 for very large corpora) ``[nonzero]``, where position =
 row of the window · window length + offset in it; ``values.bin`` float16 (float32 on request) ``[nonzero]``, raw SAE units, > 0;
-``scales.bin`` float32 ``[F]``, each feature's largest value (0 when it never fires). ``codes.json`` is written last and marks
+``scales.bin`` float32 ``[F]``, each feature's largest value (0 when it never fires); ``unscored.bin``, the positions of tokens that have no codes
+because they were not scored (attention sinks), ascending. ``codes.json`` is written last and marks
 the store complete. Writing goes through runs: see :class:`RunWriter`.
 """
 
@@ -22,7 +23,7 @@ from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import FeatureRangeError, IncompleteStoreError, StorageError
 from featureinterp.files import content_key, explained_storage, write_json
 
-FORMAT = 1
+FORMAT = 2
 FLUSH_NONZEROS = 1_000_000
 _FLOAT16_MAX = 65504.0
 _FLOAT16_TINY = np.float16(6e-8)
@@ -47,6 +48,7 @@ class CodesStore:
     positions: np.ndarray
     values: np.ndarray
     scales: np.ndarray
+    unscored: np.ndarray
 
     @property
     def fingerprint(self) -> str:
@@ -63,6 +65,8 @@ class CodesStore:
             raise IncompleteStoreError(f"{run} holds {state}")
         with explained_storage(folder):
             meta = json.loads((folder / "codes.json").read_text())
+            if meta["format"] != FORMAT:
+                raise IncompleteStoreError(f"{folder} was made by another version of featureinterp: delete {folder} and collect again")
             n, f = meta["n_nonzeros"], meta["n_features"]
             arrays = {}
             for name, dtype, size in (
@@ -70,6 +74,7 @@ class CodesStore:
                 ("positions", meta["position_dtype"], n),
                 ("values", meta["value_dtype"], n),
                 ("scales", "float32", f),
+                ("unscored", meta["position_dtype"], meta["n_unscored"]),
             ):
                 path = folder / f"{name}.bin"
                 if path.stat().st_size != size * np.dtype(dtype).itemsize:
@@ -139,6 +144,7 @@ class RunWriter:
         self.next_window, self.n_scored, self.n_runs = self._resume()
         self._first_window = self.next_window
         self._pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._unscored_pending: list[np.ndarray] = []
         self._n_pending = self._scored_pending = 0
 
     def _resume(self) -> tuple[int, int, int]:
@@ -155,8 +161,13 @@ class RunWriter:
                 window, scored, number = meta["end_window"], scored + meta["n_scored"], number + 1
         return window, scored, number
 
-    def add(self, positions: np.ndarray, features: np.ndarray, values: np.ndarray, *, n_scored: int, end_window: int) -> None:
-        """Codes in any order, each pair (position, feature) once; ``end_window``: all windows before it are now complete."""
+    def add(
+        self, positions: np.ndarray, features: np.ndarray, values: np.ndarray, *, n_scored: int, end_window: int, unscored: np.ndarray | None = None
+    ) -> None:
+        """Codes in any order, each pair (position, feature) once; ``unscored``: positions of tokens that were left out; ``end_window``: all windows before it
+        are now complete."""
+        if unscored is not None and len(unscored):
+            self._unscored_pending.append(unscored.astype(self.position_dtype))
         self._pending.append((positions.astype(self.position_dtype), features.astype(np.uint32), narrow_values(values, self.value_dtype)))
         self._n_pending += len(values)
         self._scored_pending += n_scored
@@ -170,6 +181,7 @@ class RunWriter:
         if self.next_window == self._first_window:
             return
         positions, features, values = (np.concatenate(column) for column in zip(*self._pending, strict=True))
+        unscored = np.sort(np.concatenate([np.zeros(0, self.position_dtype), *self._unscored_pending]))
         order = np.argsort((features.astype(np.uint64) << np.uint64(40)) + positions)
         offsets = np.zeros(self.n_features + 1, np.int64)
         np.cumsum(np.bincount(features, minlength=self.n_features), out=offsets[1:])
@@ -178,7 +190,8 @@ class RunWriter:
         with explained_storage(half):
             try:
                 half.mkdir()
-                for name, array in (("offsets", offsets), ("positions", positions[order]), ("values", values[order])):
+                arrays = {"offsets": offsets, "positions": positions[order], "values": values[order], "unscored": unscored}
+                for name, array in arrays.items():
                     (half / f"{name}.bin").write_bytes(memoryview(array).cast("B") if len(array) else b"")
                 meta = {"first_window": self._first_window, "end_window": self.next_window, "n_scored": self._scored_pending}
                 (half / "run.json").write_text(json.dumps(meta))
@@ -189,7 +202,7 @@ class RunWriter:
         self.n_scored += self._scored_pending
         self.n_runs += 1
         self._first_window = self.next_window
-        self._pending, self._n_pending, self._scored_pending = [], 0, 0
+        self._pending, self._unscored_pending, self._n_pending, self._scored_pending = [], [], 0, 0
 
     def finish(self, meta: Mapping[str, Any]) -> None:
         """Merges all runs into the feature-major files, writes ``codes.json`` last, and removes the runs."""
@@ -212,6 +225,8 @@ class RunWriter:
                     os.fsync(out.fileno())
             (self.folder / "offsets.bin").write_bytes(memoryview(offsets).cast("B"))
             (self.folder / "scales.bin").write_bytes(memoryview(scales).cast("B"))
+            unscored = b"".join((run / "unscored.bin").read_bytes() for run in runs)  # runs follow each other in position
+            (self.folder / "unscored.bin").write_bytes(unscored)
         write_json(
             self.folder / "codes.json",
             {
@@ -220,6 +235,7 @@ class RunWriter:
                 "n_features": self.n_features,
                 "n_nonzeros": int(offsets[-1]),
                 "n_scored": self.n_scored,
+                "n_unscored": len(unscored) // self.position_dtype.itemsize,
                 "position_dtype": self.position_dtype.name,
                 "value_dtype": self.value_dtype.name,
             },

@@ -10,8 +10,9 @@ bytes are spread over several tokens belongs to the last of them; the others hav
 
 Files of a table: ``tokens.bin`` int32 ``[n, length]`` (−1 after the end of a short window), ``ends.bin`` uint32
 ``[n, length]`` (end of each token in characters of the window's text), ``lengths.bin`` int32 ``[n]``, ``documents.bin``
-int32 ``[n]``, ``starts.bin`` int64 ``[n]`` (first token's index in its document), ``text.bin`` UTF-8, ``spans.bin`` int64
-``[n + 1]`` (byte offsets into ``text.bin``), ``documents.jsonl``; ``windows.json`` is written last and marks it complete.
+int32 ``[n]``, ``starts.bin`` int64 ``[n]`` (first token's index in its document), ``chars.bin`` int64 ``[n]`` (first
+character's place in it), ``text.bin`` UTF-8, ``spans.bin`` int64 ``[n + 1]`` (byte offsets into ``text.bin``),
+``documents.jsonl``; ``windows.json`` is written last and marks it complete.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,10 +35,10 @@ from featureinterp.corpus.text import Corpus
 from featureinterp.errors import CorpusError, IncompleteStoreError, InputError
 from featureinterp.files import content_key, explained_storage, write_json
 
-FORMAT = 1
+FORMAT = 2
 SEGMENT_CHARS = 100_000
 STREAMED_WINDOWS_PER_DOCUMENT = 8
-_ARRAYS = {"tokens": np.int32, "ends": np.uint32, "lengths": np.int32, "documents": np.int32, "starts": np.int64, "spans": np.int64}
+_ARRAYS = {"tokens": np.int32, "ends": np.uint32, "lengths": np.int32, "documents": np.int32, "starts": np.int64, "chars": np.int64, "spans": np.int64}
 
 
 class Encoding(Protocol):
@@ -97,6 +98,7 @@ class WindowTable:
     lengths: np.ndarray
     documents: np.ndarray
     starts: np.ndarray
+    chars: np.ndarray
     spans: np.ndarray
 
     @classmethod
@@ -107,6 +109,8 @@ class WindowTable:
             raise IncompleteStoreError(f"{folder} holds no complete table of windows: run 'featureinterp collect' again")
         with explained_storage(folder):
             meta = json.loads(marker.read_text())
+            if meta["format"] != FORMAT:
+                raise IncompleteStoreError(f"{folder} was made by another version of featureinterp: delete {folder.parent} and collect again")
             n, length = meta["n_windows"], meta["policy"]["length"]
             shapes = {"tokens": (n, length), "ends": (n, length), "spans": (n + 1,)}
             arrays: dict[str, np.ndarray] = {}
@@ -186,9 +190,10 @@ def build_windows(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, fo
     request = {"format": FORMAT, "corpus": corpus.name, "policy": asdict(policy), "tokenizer": encoder.fingerprint}
     key = content_key(request)
     if (folder / "windows.json").exists():
-        table = WindowTable.open(folder)
-        if table.meta["key"] == key:
-            return table
+        with suppress(IncompleteStoreError):  # a table of another version is made anew
+            table = WindowTable.open(folder)
+            if table.meta["key"] == key:
+                return table
     with explained_storage(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -220,6 +225,7 @@ def copy_windows(table: WindowTable, folder: Path) -> None:
 @dataclass(frozen=True, slots=True)
 class _Cut:
     start: int
+    char: int
     ids: list[int]
     text: str
     ends: np.ndarray
@@ -251,6 +257,7 @@ def _write(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: P
                 put("lengths", len(cut.ids))
                 put("documents", n_documents)
                 put("starts", cut.start)
+                put("chars", cut.char)
                 put("spans", span)
                 text_file.write(data)
                 digest.update(ids.tobytes() + data + n_documents.to_bytes(8, "little"))
@@ -280,13 +287,14 @@ def _cuts(text: str, encoder: TextEncoder, policy: WindowPolicy, quota: int | No
     if quota == 0:
         return
     segments = list(_segments(_valid_unicode(text)))
-    first = taken = 0
+    first = taken = char = 0
     for number, segment in enumerate(segments, 1):
         encoding = encoder.encode([segment])[0]
         available = _n_windows(len(encoding.ids), policy)
         take = available if quota is None else min(available, round(quota * number / len(segments)) - taken)
-        yield from _windows_of(segment, encoding, first, _spread(available, take), policy)
+        yield from _windows_of(segment, encoding, first, char, _spread(available, take), policy)
         first += len(encoding.ids)
+        char += len(segment)
         taken += take
 
 
@@ -300,14 +308,14 @@ def _n_windows(n_tokens: int, policy: WindowPolicy) -> int:
     return full + (rest >= policy.min_length)
 
 
-def _windows_of(text: str, encoding: Encoding, start: int, chosen: Sequence[int], policy: WindowPolicy) -> Iterator[_Cut]:
+def _windows_of(text: str, encoding: Encoding, start: int, char: int, chosen: Sequence[int], policy: WindowPolicy) -> Iterator[_Cut]:
     if not chosen:
         return
     ends = piece_ends(text, encoding.offsets)
     for k in chosen:
         a, b = k * policy.length, min((k + 1) * policy.length, len(encoding.ids))
         left = int(ends[a - 1]) if a else 0
-        yield _Cut(start + a, encoding.ids[a:b], text[left : int(ends[b - 1])], ends[a:b] - left)
+        yield _Cut(start + a, char + left, encoding.ids[a:b], text[left : int(ends[b - 1])], ends[a:b] - left)
 
 
 def _segments(text: str) -> Iterator[str]:
