@@ -77,6 +77,7 @@ def test_a_long_document_is_cut_into_segments_without_losing_anything(tmp_path: 
     assert "".join(table.text(row) for row in range(len(table))) == text
     starts, lengths = table.starts, table.lengths
     assert starts.tolist() == [0, *np.cumsum(lengths)[:-1].tolist()]
+    assert all(text.startswith(table.text(row), table.chars[row]) for row in range(len(table)))
 
 
 def test_tokens_are_spread_over_documents_and_within_them(tmp_path: Path):
@@ -84,6 +85,7 @@ def test_tokens_are_spread_over_documents_and_within_them(tmp_path: Path):
     table = table_of(tmp_path / "w", *texts, max_tokens=240)
     counts = np.bincount(table.documents, minlength=20)
     assert table.n_tokens <= 240 + 4 and counts.tolist() == [3] * 20
+    assert all(texts[table.documents[row]].startswith(table.text(row), table.chars[row]) for row in range(len(table)))
     one = table.starts[table.documents == 0]
     all_of_one = len(ENCODER.encode([texts[0]])[0].ids)
     assert one[0] < all_of_one / 3 < one[1] < 2 * all_of_one / 3 < one[2]
@@ -114,6 +116,11 @@ def test_a_finished_table_is_reused_and_a_changed_request_is_not(tmp_path: Path)
     assert table_of(tmp_path / "w", *TINY_TEXTS).fingerprint == table.fingerprint
     assert (tmp_path / "w" / "tokens.bin").stat().st_mtime_ns == stamp
     assert table_of(tmp_path / "w", *TINY_TEXTS, length=5).length == 5
+    marker = tmp_path / "w" / "windows.json"
+    marker.write_text(marker.read_text().replace('"format": 2', '"format": 1'))
+    with pytest.raises(IncompleteStoreError, match="another version"):
+        WindowTable.open(tmp_path / "w")
+    assert table_of(tmp_path / "w", *TINY_TEXTS).length == 4
 
 
 def test_an_unfinished_table_says_so_and_a_failed_one_leaves_nothing(tmp_path: Path):

@@ -286,7 +286,7 @@ def _cuts(text: str, encoder: TextEncoder, policy: WindowPolicy, quota: int | No
     """The chosen windows of a document: all of them, or ``quota`` of them spread evenly over it."""
     if quota == 0:
         return
-    segments = list(_segments(_valid_unicode(text)))
+    segments = list(_segments(valid_unicode(text)))
     first = taken = char = 0
     for number, segment in enumerate(segments, 1):
         encoding = encoder.encode([segment])[0]
@@ -331,7 +331,7 @@ def _segments(text: str) -> Iterator[str]:
         yield text[start:]
 
 
-def _valid_unicode(text: str) -> str:
+def valid_unicode(text: str) -> str:
     """The text with lone surrogates (which JSON can carry and UTF-8 cannot) replaced by U+FFFD."""
     try:
         text.encode()

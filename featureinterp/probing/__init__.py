@@ -10,8 +10,10 @@ from featureinterp.probing.buffer import ActivationBuffer
 from featureinterp.probing.columns import Columns, as_columns
 from featureinterp.probing.decode import LinearDecoder, decode_eval, fit_logreg, fit_softmax, macro_auroc, standardize
 from featureinterp.probing.domain_f1 import DomainF1, domain_f1
+from featureinterp.probing.labels import Labels, Span, load_labels
 from featureinterp.probing.nulls import auroc_interval, auroc_null, f1_interval, f1_null, p_values, shift_rows
 from featureinterp.probing.splits import split_indices
+from featureinterp.probing.tokens import Labelled, RunTokens
 
 __all__ = [
     "ActivationBuffer",
@@ -19,7 +21,11 @@ __all__ = [
     "BestSingle",
     "Columns",
     "DomainF1",
+    "Labelled",
+    "Labels",
     "LinearDecoder",
+    "RunTokens",
+    "Span",
     "annotate_features",
     "as_columns",
     "auroc_all",
@@ -33,6 +39,7 @@ __all__ = [
     "f1_null",
     "fit_logreg",
     "fit_softmax",
+    "load_labels",
     "macro_auroc",
     "p_values",
     "runs_of",
