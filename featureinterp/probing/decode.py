@@ -19,8 +19,8 @@ from featureinterp.probing.columns import Columns, as_columns, as_labels, is_tor
 from featureinterp.probing.splits import split_indices
 
 EPSILON = 1e-6
-LAMBDAS = (1.0, 0.1, 0.01, 0.001)
-"""Tried from the strongest, each from the solution of the one before."""
+LAMBDAS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+"""Tried from the strongest on, as long as it helps."""
 MAX_STEPS = 200
 TOLERANCE = 1e-4
 
@@ -130,12 +130,16 @@ def _fitted(
         inner, held = split_indices(len(rows), 0.2, seed, None if groups is None else np.asarray(groups)[rows])
         fit_on, values = _Standardised(_rows_of(x, rows[inner])), []
         judged_on = _rows_of(x, rows[held])
-        for strength in path:
+        solutions: list[np.ndarray] = []
+        for strength in path:  # from the strongest, each from the solution of the one before, until it gets worse
             w, n = _minimum(fit_on, wanted[rows[inner]], loss, strength, w)
+            steps += n
             weights, bias = fit_on.plain(w)
             values.append(loss(judged_on.apply(weights) + judged_on.offset @ weights + bias, wanted[rows[held]])[0])
-            steps += n
-        path, w = [path[int(np.argmin(values))]], None
+            solutions.append(w)
+            if values[-1] > min(values):
+                break
+        path, w = [path[int(np.argmin(values))]], solutions[int(np.argmin(values))]
     fit_on = _Standardised(_rows_of(x, rows))
     w, n = _minimum(fit_on, wanted[rows], loss, path[0], w)
     return LinearDecoder(*fit_on.plain(w), path[0], steps + n)
@@ -217,9 +221,9 @@ class _Dense(_Inputs):
     """Dense inputs less their mean (beside which float32 would lose what matters), by numpy."""
 
     def __init__(self, taken: np.ndarray) -> None:
-        wide = taken.astype(np.float64)
-        self.offset, self.deviation = wide.mean(0), wide.std(0)
-        self.matrix = (wide - self.offset).astype(np.float32)
+        self.offset = taken.mean(0, dtype=np.float64)
+        self.matrix = (taken - self.offset).astype(np.float32)
+        self.deviation = np.sqrt((self.matrix**2).mean(0, dtype=np.float64))
         self.mean = np.zeros(len(self.offset))
 
     def apply(self, weights: np.ndarray) -> np.ndarray:

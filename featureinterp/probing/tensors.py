@@ -10,9 +10,6 @@ import torch
 
 from featureinterp.errors import InputError
 
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
-
 
 def nonzeros(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows, columns and values of what a dense or sparse matrix holds, on its device; bfloat16 as float32."""
@@ -60,7 +57,7 @@ def rank_sums(codes: torch.Tensor, labels: np.ndarray) -> np.ndarray | None:
     tied = torch.bincount(group, minlength=len(first))
     midrank = (first - edges[features[first]]).double() + (tied + 1) / 2
     w = midrank[group] + (n - counts[features] - 1) / 2
-    sums = torch.sparse_csr_tensor(edges, rows, w, size=(n_features, n)) @ wanted
+    sums = _by_row(edges, rows, w, (n_features, n)) @ wanted
     return np.asarray((positives * (n - counts[:, None] + 1) / 2 + sums - positives * (positives + 1) / 2).cpu().numpy())
 
 
@@ -69,7 +66,7 @@ class SparseMatrix:
 
     def __init__(self, shape: tuple[int, int], offsets: np.ndarray, rows: np.ndarray, values: np.ndarray, device: Any) -> None:
         at = (torch.as_tensor(np.ascontiguousarray(a), device=device) for a in (offsets, rows.astype(np.int64), values.astype(np.float32)))
-        self.transposed = torch.sparse_csr_tensor(*at, size=shape[::-1])
+        self.transposed = _by_row(*at, shape[::-1])
         self.matrix = self.transposed.to_sparse_coo().T.coalesce().to_sparse_csr()
         self.device = device
 
@@ -99,6 +96,12 @@ class DenseMatrix:
     def pull(self, slope: np.ndarray) -> np.ndarray:
         """matrixᵀ · slope."""
         return _times(self.matrix.T, slope, self.device)
+
+
+def _by_row(offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that such tensors are young
+        return torch.sparse_csr_tensor(offsets, columns, values, size=shape)
 
 
 def _times(matrix: torch.Tensor, other: np.ndarray, device: Any) -> np.ndarray:
