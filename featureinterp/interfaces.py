@@ -86,6 +86,14 @@ class Steerer(Protocol):
         ...
 
 
+class Judge(Protocol):
+    """Says whether texts fit an explanation."""
+
+    async def __call__(self, explanation: Explanation, texts: Sequence[str]) -> list[float | None]:
+        """How probable it is that each text fits, None where it could not be asked."""
+        ...
+
+
 class Embedder(Protocol):
     """Embeds texts for similarity search."""
 

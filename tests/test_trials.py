@@ -20,7 +20,7 @@ from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.trial import Trial, TrialText
-from featureinterp.errors import InputError, MalformedReplyError
+from featureinterp.errors import InputError, LanguageModelError, MalformedReplyError
 from featureinterp.explain.styles import SentenceStyle
 from featureinterp.explain.tree import Tree, TreeSettings
 from featureinterp.falsify.counterexamples import Falsifier, TrialSettings, with_counterexamples
@@ -69,23 +69,43 @@ def record() -> FeatureRecord:
     return FeatureRecord(FeatureId("s", 1), 4.0, 0.01, 90, splits)
 
 
+class Finds:
+    """A judge: what fits holds a word of the explanation. ``unknown``: texts that it cannot judge."""
+
+    settings = {"judge": "finds"}
+
+    def __init__(self, *unknown: str) -> None:
+        self.unknown = unknown
+
+    async def __call__(self, explanation: Explanation, texts: Sequence[str]) -> list[float | None]:
+        words = set(explanation.text.lower().split())
+        return [None if t in self.unknown else 0.9 if words & set(t.lower().split()) else 0.1 for t in texts]
+
+
 def kind_of(request: Request) -> str:
     asked = request.messages[-1].content
+    if "with the same thing in them" in asked:
+        return "alike"
     if "nothing in them that fits" in asked:
         return "near"
     return "fitting" if "fits the description" in asked else "other"
 
 
-def writer(fitting: list[str], near: list[str], other: Callable[[Request], str] = lambda _: "?") -> FunctionModel:
+ALIKE = ("a long war",)
+
+
+def writer(fitting: list[str], near: list[str], other: Callable[[Request], str] = lambda _: "?", alike: Sequence[str] = ALIKE) -> FunctionModel:
     def answer(request: Request) -> str:
         kind = kind_of(request)
-        return other(request) if kind == "other" else json.dumps({"texts": fitting if kind == "fitting" else near})
+        return other(request) if kind == "other" else json.dumps({"texts": {"fitting": fitting, "near": near, "alike": list(alike)}[kind]})
 
     return FunctionModel(answer)
 
 
-def try_it(said: Explanation, fitting: list[str], near: list[str], n: int = 8) -> Trial:
-    return anyio.run(Falsifier(writer(fitting, near), Decides(), TrialSettings(n)).run, said, FeatureId("s", 1), 4.0)
+def try_it(said: Explanation, fitting: list[str], near: list[str], n: int = 8, alike: Sequence[str] = (), judge: Finds | None = None) -> Trial:
+    """Without ``alike`` the feature has no example to write texts like."""
+    tried = record() if alike else FeatureRecord(FeatureId("s", 1), 4.0, 0.01, 90, {})
+    return anyio.run(Falsifier(writer(fitting, near, alike=alike), Decides(), judge or Finds(), TrialSettings(n)).run, said, tried)
 
 
 def test_precision_and_recall_by_hand():
@@ -98,6 +118,27 @@ def test_precision_and_recall_by_hand():
     assert broad.precision.value == 0 and broad.recall.value is None and broad.f1 == 0
     narrow = try_it(explanation("the word war"), ["the war", "a war"], ["an army", "a battle", "the army"])
     assert narrow.precision.value == 1 and narrow.recall.value == pytest.approx(0.4)
+
+
+def test_texts_like_the_examples_show_what_is_too_narrow():
+    alike = ["an army of <<men>>", "a battle", "the war", "a calm war", "what"]
+    narrow = try_it(explanation("the word war"), ["the war"], ["go on"], alike=alike, judge=Finds("what"))
+    found = {t.text: (t.fits, t.alike, narrow.fires(t)) for t in narrow.texts}
+    assert found["the war"] == (True, False, True), "a text that was written as fitting is not judged again"
+    assert found["an army of men"] == (False, True, True) and found["a battle"] == (False, True, True) and found["a calm war"] == (True, True, True)
+    assert "what" not in found, "a text that could not be judged says nothing"
+    assert (narrow.recall.hits, narrow.recall.n) == (2, 4) and narrow.precision.value == 1
+    assert [t.text for t in narrow.contradictions] == ["an army of men", "a battle"]
+    assert Trial.from_json(json.loads(json.dumps(narrow.to_json()))) == narrow
+    with pytest.raises(LanguageModelError, match="could be judged"):
+        try_it(explanation("x"), ["the war"], ["go on"], alike=["what"], judge=Finds("what"))
+
+
+def test_the_writer_is_shown_training_examples_alone():
+    model = writer(["the war"], ["go on"])
+    anyio.run(Falsifier(model, Decides(), Finds(), TrialSettings(2)).run, explanation("war"), record())
+    asked = next(r for r in model.requests if kind_of(r) == "alike").messages[-1].content
+    assert "the<< war>> was long" in asked and asked.count("\n- ") + asked.startswith("- ") == 3 and "calm" not in asked
 
 
 def test_a_near_miss_with_a_word_of_the_explanation_is_none():
@@ -118,7 +159,13 @@ def test_half_a_trial_is_none():
         return json.dumps({"texts": ["the war"]}) if kind_of(request) == "fitting" else "no"
 
     with pytest.raises(MalformedReplyError):
-        anyio.run(Falsifier(FunctionModel(answer), Decides()).run, explanation("x"), FeatureId("s", 1), 4.0)
+        anyio.run(Falsifier(FunctionModel(answer), Decides(), Finds()).run, explanation("x"), record())
+
+    def silent(request: Request) -> str:
+        return "no" if kind_of(request) == "alike" else json.dumps({"texts": [kind_of(request)]})
+
+    with pytest.raises(LanguageModelError, match="no text like the examples was written"):
+        anyio.run(Falsifier(FunctionModel(silent), Decides(), Finds()).run, explanation("x"), record())
 
 
 def test_counterexamples_are_shared_between_training_and_validation():
@@ -142,7 +189,7 @@ def job(tmp_path: Path, model: FunctionModel, activator: Decides, rounds: int = 
 
     simulator = Lexical()
     reviser = Tree(model, SentenceStyle(), simulator, agreement, tree=TreeSettings(roots=1, depth=1, width=1, branching=1, n_windows=6))
-    falsifier = Falsifier(model, activator, TrialSettings(4, rounds))
+    falsifier = Falsifier(model, activator, Finds(), TrialSettings(4, rounds))
     plan = Plan(3, 3, negatives=("random",))
     return ExplainJob(Journal(tmp_path / "j.sqlite"), Says(), simulator, falsifier=falsifier, reviser=reviser, plan=plan)
 
@@ -160,14 +207,14 @@ def test_explain_falsify_revise(tmp_path: Path):
     model = writer(*BROAD, other=lambda _: IMPROVED)
     result = finished(job(tmp_path, model, Decides()))
     first, second = result.trials
-    assert first.precision.value == pytest.approx(1 / 3)
+    assert first.precision.value == 2 / 4, "of three texts that were written to fit and one like the examples that does"
     assert [t.text for t in first.contradictions] == ["a house stood", "a tree fell", "an army came"]
     assert result.revised is not None and result.revised.text == '"war", "army", "battle": words of conflict'
     assert second.rules == result.revised.rules and result.revised_correlation is not None
     own = result.score("correlation")
     assert own is not None and own.value is not None and result.revised_correlation > own.value
     precision = result.score("trial_precision")
-    assert precision is not None and precision.value == pytest.approx(1 / 3) and precision.interval is not None and precision.n_scored == 3
+    assert precision is not None and precision.value == 2 / 4 and precision.interval is not None and precision.n_scored == 4
     feedback = next(r for r in model.requests if kind_of(r) == "other").messages[-1].content
     assert re.search(r"^ house\t\d\.\d\t0\.0\t\+", feedback, re.MULTILINE), "the search is shown texts that broke the explanation"
     assert FeatureResult.from_json(json.loads(json.dumps(result.to_json()))) == result

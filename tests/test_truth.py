@@ -19,6 +19,7 @@ from featureinterp.jobs.records import build_records
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.types import Request
 from featureinterp.records.policy import RecordPolicy
+from featureinterp.score.detection import FitJudge
 from featureinterp.simulate.lexical import Lexical
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "bench"))
@@ -200,6 +201,8 @@ def test_trials_and_sensitivity_by_planted_detectors(subject: object, tmp_path: 
 
     def answer(request: Request) -> str:
         asked = request.messages[-1].content
+        if "Does the text contain it?" in asked:
+            return "Yes" if any(m in asked.split("Text:")[1] for m in (" March", " June")) and "months" in asked else "No"
         fits = "fits the description" in asked and "nothing in them" not in asked
         about_months = "names of months" in asked or "December" in asked or "<< March>>" in asked
         return json.dumps({"texts": texts["months" if about_months and (fits or "<<" in asked) else "other"]})
@@ -208,9 +211,10 @@ def test_trials_and_sensitivity_by_planted_detectors(subject: object, tmp_path: 
     store = planted.plant(tmp_path, windows, FEATURES[:2])
     counts = {"top": (4, 2, 2), "random": (0, 2, 2), "random_negative": (0, 2, 2)}
     records = list(build_records(tmp_path, store, [0, 1], RecordPolicy(counts)))
-    rows = anyio.run(truth_falsify.tried, Falsifier(model, activator), Lexical(), BY_NAME["months"], records[0])
+    rows = anyio.run(truth_falsify.tried, Falsifier(model, activator, FitJudge(model)), Lexical(), BY_NAME["months"], records[0])
     found = {r["explanation"]: r for r in rows}
     assert found["true"]["precision"] == pytest.approx(2 / 3) and found["true"]["recall"] == 1 and found["another concept"]["precision"] == 0
+    assert found["too narrow"]["recall"] == 1, "its own texts fit it here, and those like the examples are the same"
     truth_falsify.print_trials(rows)
     sensed = anyio.run(truth_falsify.sensed, TextWriter(model, per_call=3), activator, records, 3)
     assert sensed[0]["sensitivity"] == pytest.approx(2 / 3) and sensed[1]["control"] == 0 and [r["feature"] for r in sensed] == ["months", "negation"]

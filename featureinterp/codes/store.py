@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,20 @@ class CodesStore:
     def n_scored(self) -> int:
         """Tokens whose codes were kept."""
         return int(self.meta["n_scored"])
+
+    @cached_property
+    def scored_positions(self) -> np.ndarray:
+        """The positions of the scored tokens, ascending: int64 ``[token]``."""
+        there = np.arange(self.windows.length) < np.asarray(self.windows.lengths)[:, None]
+        there.reshape(-1)[np.asarray(self.unscored, np.int64)] = False
+        return np.flatnonzero(there)
+
+    @cached_property
+    def row_of_position(self) -> np.ndarray:
+        """The place of every position among the scored tokens, −1 where none is: int32 ``[position]``."""
+        out = np.full(len(self.windows) * self.windows.length, -1, np.int32)
+        out[self.scored_positions] = np.arange(len(self.scored_positions))
+        return out
 
     def check_feature(self, index: int) -> None:
         """Raises ``FeatureRangeError`` when the dictionary has no such feature."""

@@ -1,4 +1,4 @@
-"""An explanation on trial: texts that were written to fit it or to miss it narrowly, and what the feature really does on them."""
+"""An explanation on trial: texts that were written to test it, and what the feature really does on them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from featureinterp.domain.rate import Rate
 
 @dataclass(frozen=True, slots=True)
 class TrialText:
-    """A text that was written about an explanation. ``fits``: it should make the feature fire; otherwise it comes close and should not. ``pieces`` and
-    ``activations`` (raw SAE units): one entry per token."""
+    """A text that was written about an explanation, or (``alike``) like the feature's own examples. ``fits``: by the explanation it should make the feature
+    fire; a judge says so of what is written like examples. ``pieces`` and ``activations`` (raw SAE units): one entry per token."""
 
     text: str
     fits: bool
     pieces: tuple[str, ...]
     activations: tuple[float, ...]
+    alike: bool = False
 
     @property
     def max_activation(self) -> float:
@@ -64,12 +65,12 @@ class Trial:
         """A JSON-serialisable form that :meth:`from_json` reads back to an equal value."""
         return {
             "rules": [[r.activates_on, r.strength] for r in self.rules],
-            "texts": [[t.text, t.fits, list(t.pieces), list(t.activations)] for t in self.texts],
+            "texts": [[t.text, t.fits, list(t.pieces), list(t.activations), t.alike] for t in self.texts],
             "threshold": self.threshold,
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Trial:
         """Reads what :meth:`to_json` wrote."""
-        texts = tuple(TrialText(text, fits, tuple(pieces), tuple(activations)) for text, fits, pieces, activations in value["texts"])
+        texts = tuple(TrialText(text, fits, tuple(pieces), tuple(activations), alike) for text, fits, pieces, activations, alike in value["texts"])
         return cls(tuple(Rule(*r) for r in value["rules"]), texts, value["threshold"])

@@ -1,4 +1,7 @@
-"""Counterexamples: a language model writes texts that fit an explanation and texts that miss it narrowly; the subject model decides who is right."""
+"""Counterexamples: a language model writes texts that fit an explanation, texts that miss it narrowly, and texts like the feature's examples, which a judge
+holds against the explanation; the subject model decides who is right.
+
+Texts that fit show what is too broad; those like the examples, on which the feature fires though they do not fit, show what is too narrow."""
 
 from __future__ import annotations
 
@@ -12,24 +15,26 @@ import numpy as np
 import pydantic
 
 from featureinterp.domain.explanation import Explanation
-from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, SplitName, Window
 from featureinterp.domain.trial import Trial, TrialText
-from featureinterp.errors import InputError
-from featureinterp.falsify.writing import read_texts, without_marks
-from featureinterp.interfaces import Activator, LanguageModel
+from featureinterp.errors import InputError, LanguageModelError
+from featureinterp.falsify.sensitivity import examples_of
+from featureinterp.falsify.writing import TextWriter, read_texts, without_marks
+from featureinterp.interfaces import Activator, Judge, LanguageModel
 from featureinterp.llm.types import Message, Request
 from featureinterp.prompts import escape, load_prompt
 from featureinterp.replies import object_schema
 
 Kind = Literal["fitting", "near"]
+N_EXAMPLES, HALF_WIDTH = (10, 5), 10
+"""Top and importance-weighted examples that the writer is shown at most, and tokens on each side of their strongest one."""
 _QUOTED = re.compile(r'"([^"]+)"')
 
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """``n_texts``: of each kind. ``rounds``: explanations that are tried at most, the first one included; each further one is a revision. ``fires_above``:
-    share of the feature's scale that a text has to reach to count as firing."""
+    """``n_texts``: of each of the three kinds. ``rounds``: explanations that are tried at most, the first one included; each further one is a revision.
+    ``fires_above``: share of the feature's scale that a text has to reach to count as firing."""
 
     n_texts: int = 8
     rounds: int = 2
@@ -45,22 +50,32 @@ class TrialSettings:
 
 
 class Falsifier:
-    """Puts explanations on trial. ``model`` writes, ``activator`` decides."""
+    """Puts explanations on trial. ``model`` writes, ``judge`` says which of the texts that are like the examples fit, ``activator`` decides."""
 
     def __init__(
-        self, model: LanguageModel, activator: Activator, settings: TrialSettings | None = None, *, temperature: float = 0.8, version: str = "v1", seed: int = 0
+        self,
+        model: LanguageModel,
+        activator: Activator,
+        judge: Judge,
+        settings: TrialSettings | None = None,
+        *,
+        temperature: float = 0.8,
+        version: str = "v1",
+        seed: int = 0,
     ) -> None:
-        self.model, self.activator, self.trial = model, activator, settings or TrialSettings()
+        self.model, self.activator, self.judge, self.trial = model, activator, judge, settings or TrialSettings()
         self.temperature, self.seed = temperature, seed
         self.prompt = load_prompt("falsify", version)
+        self.writer = TextWriter(model, per_call=self.trial.n_texts, temperature=temperature, seed=seed)
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that a trial depends on, besides the explanation and the feature."""
         own = {"model": self.model.name, "prompt": self.prompt.name, "prompt_hash": self.prompt.hash, "temperature": self.temperature, "seed": self.seed}
-        return {**own, "n_texts": self.trial.n_texts, "fires_above": self.trial.fires_above, "activator": getattr(self.activator, "settings", None)}
+        others = {name: getattr(part, "settings", None) for name, part in (("activator", self.activator), ("judge", self.judge), ("writer", self.writer))}
+        return {**own, "n_texts": self.trial.n_texts, "fires_above": self.trial.fires_above, "n_examples": N_EXAMPLES, **others}
 
-    async def run(self, explanation: Explanation, feature: FeatureId, scale: float) -> Trial:
+    async def run(self, explanation: Explanation, record: FeatureRecord) -> Trial:
         """One trial. Near misses that hold a word which the explanation names in quotes are left out. Raises the ``LanguageModelError`` of a request that
         failed, as half a trial says nothing."""
         written: list[tuple[str, bool]] = []
@@ -68,11 +83,28 @@ class Falsifier:
             texts = [without_marks(t) for t in await self._write(kind, explanation)]
             new = [t for t in texts if t not in [known for known, _ in written]]
             written += [(t, kind == "fitting") for t in new if kind == "fitting" or not names_a_word_of(explanation, t)]
-        windows = await self.activator.run(feature, [text for text, _ in written])
+        alike = [t for t in await self._like_examples(record) if t not in [known for known, _ in written]]
+        judged = zip(alike, await self.judge(explanation, alike) if alike else (), strict=True)
+        known = [(t, p > 0.5) for t, p in judged if p is not None]
+        if alike and not known:
+            raise LanguageModelError("none of the texts that are like the examples could be judged")
+        windows = await self.activator.run(record.feature, [text for text, _ in (*written, *known)])
         texts = tuple(
-            TrialText(text, fits, w.pieces, tuple(np.round(w.activations.astype(float), 4).tolist())) for (text, fits), w in zip(written, windows, strict=True)
+            TrialText(text, fits, w.pieces, tuple(np.round(w.activations.astype(float), 4).tolist()), i >= len(written))
+            for i, ((text, fits), w) in enumerate(zip((*written, *known), windows, strict=True))
         )
-        return Trial(explanation.rules, texts, self.trial.fires_above * scale)
+        return Trial(explanation.rules, texts, self.trial.fires_above * record.scale)
+
+    async def _like_examples(self, record: FeatureRecord) -> list[str]:
+        """New texts like the feature's training examples; none where it has no such example."""
+        shown = [e.shown for e in examples_of(record, *N_EXAMPLES, HALF_WIDTH) if not e.held_out]
+        if not shown:
+            return []
+        calls = await self.writer.write(shown, self.trial.n_texts)
+        texts = [without_marks(t) for c in calls for t in c.texts]
+        if not texts:
+            raise LanguageModelError(f"no text like the examples was written: {calls[-1].failure}")
+        return list(dict.fromkeys(texts))[: self.trial.n_texts]
 
     async def _write(self, kind: Kind, explanation: Explanation) -> list[str]:
         n = self.trial.n_texts

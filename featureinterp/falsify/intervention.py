@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +11,9 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.intervention import Direction, Intervention, SteeredText
 from featureinterp.errors import InputError
-from featureinterp.interfaces import Activator, Steerer
+from featureinterp.interfaces import Activator, Judge, Steerer
 
 OPENINGS = ("I think that", "The most important", "It was a", "There is a")
-Judge = Callable[[Explanation, Sequence[str]], Awaitable[list[float | None]]]
-"""For an explanation and texts: how probable it is that each fits, None where it could not be asked."""
 
 
 @dataclass(frozen=True)

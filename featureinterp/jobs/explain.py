@@ -248,7 +248,7 @@ class ExplainJob:
             tried = state.revised or explanation
 
             async def trial(tried: Explanation = tried) -> Any:
-                return (await falsifier.run(tried, record.feature, record.scale)).to_json(), False
+                return (await falsifier.run(tried, record)).to_json(), False
 
             rules = [[r.activates_on, r.strength] for r in tried.rules]
             value = await self._stage(state, "falsify", {"falsifier": settings, "rules": rules}, trial, settings)

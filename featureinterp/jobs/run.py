@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from featureinterp.codes.store import CodesStore
-from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.domain.result import FeatureResult
@@ -41,7 +40,7 @@ from featureinterp.llm.tally import Tallied
 from featureinterp.llm.types import Reply, Request
 from featureinterp.records.build import Neighbours
 from featureinterp.score.correlation import agreement
-from featureinterp.score.detection import Detection
+from featureinterp.score.detection import FitJudge
 from featureinterp.simulate.lexical import Lexical
 from featureinterp.simulate.prompt_logprobs import PromptLogprobs
 from featureinterp.simulate.rated import Rated
@@ -188,24 +187,11 @@ def _tests(job: Job, store: CodesStore, model: LanguageModel, judge: LanguageMod
     found: dict[str, Any] = {}
     if "falsify" in job.stages:
         shape = replace(job.tree, roots=1, depth=1, width=1)
-        found["falsifier"] = Falsifier(model, local.activator(job, store), job.trial, seed=job.plan.seed)
+        found["falsifier"] = Falsifier(model, local.activator(job, store), FitJudge(judge), job.trial, seed=job.plan.seed)
         found["reviser"] = Tree(model, job.form(), KeptSimulator(simulator, journal), agreement, tree=shape, seed=job.plan.seed)
     if "steer" in job.stages:
-        found["interventions"] = Interventions(local.steerer(job, store), local.activator(job, store), _Fits(judge), job.steering, seed=job.plan.seed)
+        found["interventions"] = Interventions(local.steerer(job, store), local.activator(job, store), FitJudge(judge), job.steering, seed=job.plan.seed)
     return found
-
-
-class _Fits:
-    """Judges texts by the question of detection."""
-
-    def __init__(self, model: LanguageModel) -> None:
-        self.detection = Detection(model)
-        self.settings = {"model": model.name, "prompt": self.detection.prompt.name, "prompt_hash": self.detection.prompt.hash}
-
-    async def __call__(self, explanation: Explanation, texts: Sequence[str]) -> list[float | None]:
-        windows = [Window(i, i, np.zeros(1, np.int32), (text,), np.zeros(1, np.float32)) for i, text in enumerate(texts)]
-        _, verdicts, _ = await self.detection.run(explanation, windows)
-        return [v.probability if v.probability is not None else None if v.said is None else float(v.said) for v in verdicts]
 
 
 def _simulator(job: Job, model: LanguageModel, local: Local) -> Simulator:

@@ -65,8 +65,8 @@ class SparseMatrix:
     """Codes ``[token, feature]`` on a device, given by feature."""
 
     def __init__(self, shape: tuple[int, int], offsets: np.ndarray, rows: np.ndarray, values: np.ndarray, device: Any) -> None:
-        at = (torch.as_tensor(np.ascontiguousarray(a), device=device) for a in (offsets, rows.astype(np.int64), values.astype(np.float32)))
-        self.transposed = _by_row(*at, shape[::-1])
+        at = [torch.as_tensor(np.ascontiguousarray(a), device=device) for a in (offsets, rows.astype(np.int64), values.astype(np.float32))]
+        self.transposed = _by_row(at[0], at[1], at[2], (shape[1], shape[0]))
         self.matrix = self.transposed.to_sparse_coo().T.coalesce().to_sparse_csr()
         self.device = device
 

@@ -27,20 +27,10 @@ class RunTokens:
 
     store: CodesStore
 
-    @cached_property
+    @property
     def positions(self) -> np.ndarray:
         """Position of every row: int64 ``[token]``."""
-        windows = self.store.windows
-        there = np.arange(windows.length) < np.asarray(windows.lengths)[:, None]
-        there.reshape(-1)[np.asarray(self.store.unscored, np.int64)] = False
-        return np.flatnonzero(there)
-
-    @cached_property
-    def row_of(self) -> np.ndarray:
-        """Row of every position, −1 where no token is scored: int32 ``[position]``."""
-        out = np.full(len(self.store.windows) * self.store.windows.length, -1, np.int32)
-        out[self.positions] = np.arange(len(self.positions))
-        return out
+        return self.store.scored_positions
 
     @property
     def documents(self) -> np.ndarray:
@@ -51,7 +41,7 @@ class RunTokens:
     @cached_property
     def codes(self) -> Columns:
         """The codes of these tokens."""
-        return Columns(len(self.positions), np.asarray(self.store.offsets), self.row_of[np.asarray(self.store.positions)], self.store.values)
+        return Columns(len(self.positions), np.asarray(self.store.offsets), self.store.row_of_position[np.asarray(self.store.positions)], self.store.values)
 
     def labelled(self, labels: Labels, corpus: Corpus | None = None) -> Labelled:
         """Labels of these tokens. ``corpus``: the run's, for labels that are computed from text. Raises ``IncompatibleError`` when it is not the text that the
@@ -146,7 +136,7 @@ def _tokens_of(tokens: RunTokens, document: int) -> _Tokens:
     for window in range(first_window, end_window):
         n, first = int(table.lengths[window]), int(table.chars[window])
         at = 0
-        row = tokens.row_of[window * table.length : window * table.length + n].tolist()
+        row = tokens.store.row_of_position[window * table.length : window * table.length + n].tolist()
         for piece, number in zip(table.pieces(window), row, strict=True):
             bare = piece.strip()
             start = at + (len(piece) - len(piece.lstrip()) if bare else 0)

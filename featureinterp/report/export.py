@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,11 @@ def export_results(folder: Path, to: str, out: Path | None = None) -> tuple[Path
     if to not in FORMATS:
         raise InputError(f"there is no format {to!r}: choose from {', '.join(FORMATS)}")
     results, _ = read_results(folder)
-    path = out or folder / f"features.{to}"
-    rows = [row(r) for r in results]
+    return write_table(out or folder / f"features.{to}", [row(r) for r in results], to)
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]], to: str) -> tuple[Path, int]:
+    """Writes rows in one of ``FORMATS``; a column is there when any row has it. Returns the file and the number of rows."""
     names = list(dict.fromkeys(name for r in rows for name in r))
     rows = [{name: r.get(name) for name in names} for r in rows]
     if to == "jsonl":

@@ -24,3 +24,16 @@ class Detection:
         questions = [Question(escape(w.text.strip()), w.fires, w.row) for w in windows]
         verdicts, usage = await ask(self.model, self.prompt, escape(explanation.text), questions)
         return judge("detection", verdicts, seed=seed), verdicts, usage
+
+
+class FitJudge:
+    """A :class:`featureinterp.interfaces.Judge`: says of any texts whether they fit an explanation, by the question of detection."""
+
+    def __init__(self, model: LanguageModel, version: str = "v1") -> None:
+        self.model, self.prompt = model, load_prompt("detect", version)
+        self.settings = {"model": model.name, "prompt": self.prompt.name, "prompt_hash": self.prompt.hash}
+
+    async def __call__(self, explanation: Explanation, texts: Sequence[str]) -> list[float | None]:
+        """The probability of "yes" for each text (1 or 0 from an endpoint without probabilities), None where the question failed."""
+        verdicts, _ = await ask(self.model, self.prompt, escape(explanation.text), [Question(escape(t.strip()), True, i) for i, t in enumerate(texts)])
+        return [v.probability if v.probability is not None else None if v.said is None else float(v.said) for v in verdicts]

@@ -45,6 +45,7 @@ from featureinterp.llm.metered import Meter
 from featureinterp.llm.stack import open_stack
 from featureinterp.records.policy import RecordPolicy
 from featureinterp.records.similar import SentenceEmbedder
+from featureinterp.score.detection import FitJudge
 from featureinterp.simulate.all_at_once import AllAtOnce
 from featureinterp.simulate.lexical import Lexical
 from featureinterp.simulate.token_wise import TokenWise
@@ -61,9 +62,10 @@ def main() -> None:
         wanted = wanted[:: max(1, len(wanted) // 12)]
     n = 3 if args.small else args.windows
     shown = n if "explainers" in args.parts else 0
-    learnt = 10 if shown or "sensitivity" in args.parts else 0
+    from_examples = not {"sensitivity", "trials"}.isdisjoint(args.parts)
+    learnt = 10 if shown or from_examples else 0
     counts: dict[Source, tuple[int, int, int]] = {source: (0, n if source == "random" else 0, n) for source in BESIDE}
-    counts |= {"top": (learnt, n, n), "weighted": (5 if "sensitivity" in args.parts else 0, 0, 0), HARD: (shown, shown, n)}
+    counts |= {"top": (learnt, n, n), "weighted": (5 if from_examples else 0, 0, 0), HARD: (shown, shown, n)}
     records = {r.feature.index: r for r in build_records(args.out, planted_run(args.out), wanted, RecordPolicy(counts))}
     anyio.run(judged, args, [records[i] for i in wanted])
 
@@ -169,7 +171,7 @@ async def written(parts: Sequence[str], model: Any, simulator: Any, records: Seq
         for number, record in enumerate(records):
             feature = FEATURES[record.feature.index]
             with working_on(record.feature.index):
-                rows += await tried(Falsifier(model, activator), simulator, feature, record)
+                rows += await tried(Falsifier(model, activator, FitJudge(model)), simulator, feature, record)
             shown = ", ".join(f"{r['explanation']} " + ("–" if r["f1"] is None else f"{r['f1']:.2f}") for r in rows[-len(KINDS) :])
             say(f"{number + 1} of {len(records)}: {feature.name}: {shown}")
         write(out / "trials.csv", rows)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from planted import FEATURES, SCALE, Planted, activations
+from planted import FEATURES, Planted, activations
 from truth_explainers import hard_correlation, share
 from truth_scores import Row, explanations, paired, print_rows
 
@@ -50,7 +50,7 @@ async def tried(falsifier: Falsifier, simulator: Any, feature: Planted, record: 
             continue
         row: Row = {"feature": feature.name, "family": feature.family, "explanation": kind, "failure": None}
         try:
-            trial = await falsifier.run(explanation, record.feature, SCALE)
+            trial = await falsifier.run(explanation, record)
             row |= {"precision": trial.precision.value, "recall": trial.recall.value, "f1": trial.f1, "n": len(trial.texts)}
         except FeatureInterpError as error:
             row |= {"precision": None, "recall": None, "f1": None, "n": 0, "failure": str(error)}
