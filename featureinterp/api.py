@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from featureinterp.interfaces import Activator, Simulator, Steerer
     from featureinterp.jobs.run import DryRun, Local
     from featureinterp.jobs.status import JobStatus
+    from featureinterp.probing.agreement import Agreement
+    from featureinterp.probing.study import Study, StudySettings
     from featureinterp.records.build import Neighbours
     from featureinterp.records.policy import RecordPolicy
     from featureinterp.sae.load import LoadedSae
@@ -89,6 +91,23 @@ class Sensitivity:
     summary: dict[str, Any]
     features: tuple[FeatureSensitivity, ...]
     stopped: JobStoppedError | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """What labels say about a run's features. ``folder`` holds tables, plots and the ``page``. ``labels``: how many spans there were, and how many met no token
+    of the run. Draws itself as a table in a notebook."""
+
+    study: Study
+    folder: Path
+    page: Path
+    n_spans: int
+    n_outside: int
+
+    def _repr_html_(self) -> str:
+        from featureinterp.report.probing import study_table
+
+        return study_table(self.study)
 
 
 def collect(
@@ -258,7 +277,7 @@ async def run_async(job: Job | str | Path, *, on_event: Callable[[Event], None] 
     ran = await run_job(job, open_run(job.run), _local(), on_event=on_event, steps=steps)
     if ran.results:
         write_results(job.folder, ran.results, ran.about)
-        write_report(job.folder / "report.html", ran.results, ran.about)
+        write_report(job.folder / "report.html", ran.results, ran.about, _labels(job.run, ran.results))
     return Results(ran.results, job.folder, ran.about, ran.outcome)
 
 
@@ -437,12 +456,76 @@ def sensitivity(
     return results
 
 
+def probe(
+    run: str | Path,
+    labels: str | Path | Mapping[str, str] | Callable[[str], Any] | None = None,
+    *,
+    out: str | Path | None = None,
+    settings: StudySettings | None = None,
+    dense: bool = True,
+    corpus: str | None = None,
+    text_field: str = "text",
+    model: str | None = None,
+    device: str | None = None,
+    steps: Steps = _silent,
+) -> Probe:
+    """What labelled concepts say about every feature of a run at once; see ``docs/probing.md``.
+
+    ``labels``: a ``.jsonl`` file of spans, a ``.toml`` file or a mapping of regular expressions, a function of a document's text that gives
+    (start, end, label), names of ready concepts, or None for all of those. ``dense``: also decodes the activations that the SAE read, for which the model
+    (``model``: where it is now, when not by the name that the run recorded) runs over the windows once. ``corpus``, ``text_field``: where the documents'
+    text is now; labels from a file of spans do not need it. Writes tables, plots and a page to ``out`` (the run's folder ``probe`` when not given), from
+    which reports on the run's explanations take the annotations.
+    """
+    from featureinterp.codes.dense import dense_twin
+    from featureinterp.corpus.text import load_corpus
+    from featureinterp.probing.buffer import ActivationBuffer
+    from featureinterp.probing.labels import load_labels
+    from featureinterp.probing.study import study
+    from featureinterp.probing.tokens import RunTokens
+    from featureinterp.report.probing import about_study, write_study
+    from featureinterp.subject.load import load_subject
+
+    store = open_run(run)
+    wanted = load_labels(labels)
+    texts = None if wanted.listed is not None else load_corpus(corpus or store.meta["corpus"]["name"], text_field=text_field)
+    tokens = RunTokens(store)
+    found = tokens.labelled(wanted, texts)
+
+    def subject() -> Subject:
+        return load_subject(model or store.meta["model"]["name"], device=device, dtype=store.meta["model"]["dtype"])
+
+    twin = dense_twin(store, Path(run), subject, progress=lambda done, total: steps("tokens read again", done, total)) if dense else None
+    buffer = ActivationBuffer(tokens.codes, found.labels, found.names, twin, found.instances, tokens.documents)
+    judged = study(buffer, settings, steps=steps)
+    folder = Path(out) if out else Path(run) / "probe"
+    positions = {name: tokens.positions[found.labels[:, i]] for i, name in enumerate(found.names)}
+    page = write_study(folder, judged, positions, about_study(store.meta, wanted.source, judged, found.n_spans, found.n_outside) | {"codes": store.fingerprint})
+    return Probe(judged, folder, page, found.n_spans, found.n_outside)
+
+
+def _labels(run: Path, results: Sequence[FeatureResult]) -> dict[int, list[Agreement]]:
+    """The concepts that a run's explained features were annotated with, where it was probed."""
+    from featureinterp.probing.agreement import agreements
+    from featureinterp.report.probing import read_annotations
+
+    if not (run / "probe").is_dir():
+        return {}
+    store = open_run(run)
+    annotations, positions = read_annotations(run / "probe", store.fingerprint)
+    return agreements(results, annotations, positions, store.windows.length)
+
+
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Draws the report again from the results that an explain job left in ``folder``; returns the file."""
+    """Draws the report again from the results that an explain job left in ``folder``, with the concepts of ``probe`` where the run has them; returns the
+    file."""
+    from featureinterp.jobs.spec import job_of
     from featureinterp.report.render import read_results, write_report
 
     results, about = read_results(Path(folder))
-    return write_report(Path(out) if out else Path(folder) / "report.html", results, about)
+    run = job_of(Path(folder)).run if (Path(folder) / "job.json").exists() else None
+    labels = _labels(run, results) if run and (run / "codes").is_dir() else {}
+    return write_report(Path(out) if out else Path(folder) / "report.html", results, about, labels)
 
 
 def status(folder: str | Path) -> JobStatus:

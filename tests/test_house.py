@@ -36,11 +36,11 @@ ALLOWED = {
     "score": LANGUAGE | {"score"},
     "falsify": LANGUAGE | {"falsify"},
     "probing": {"probing", "codes", "corpus", "domain", "errors", "files", "intervals"},
-    "report": {"report", "falsify", "domain", "errors", "files", "prompts"},
+    "report": {"report", "falsify", "probing", "domain", "errors", "files", "prompts"},
     "jobs": LANGUAGE | {"jobs", "explain", "simulate", "score", "falsify", "records", "codes", "sae", "subject", "corpus", "__version__"},
     "__main__": {"cli"},
     "server": {"server", "api", "domain", "errors", "files", "jobs", "__version__"},
-    "cli": {"cli", "server", "api", "errors", "assets", "domain", "jobs", "records", "llm", "__version__"},
+    "cli": {"cli", "server", "api", "probing", "errors", "assets", "domain", "jobs", "records", "llm", "__version__"},
 }
 TORCH_ROOMS = {"subject", "sae", "codes"}
 TORCH_FILES = {
@@ -103,10 +103,10 @@ def test_torch_stays_on_the_tensor_side():
 
 
 def test_façade_names():
-    names = """AllAtOnce Budget CodesStore Endpoint ExplainJob Explanation Failure FeatureId FeatureInterpError FeatureRecord FeatureResult
-        FunctionModel HolisticActivations InputError Interval Intervention Job LanguageModelError Lexical LoadedSae OneShot OpenAIModel Plan PromptLogprobs Rated RecordPolicy Results Rule
-        RulesStyle Score SearchNode Sensitivity SensitivityPlan SentenceStyle Service Simulation SteeringSettings StorageError Subject TokenWise TopTokens Tree TreeSettings Trial TrialSettings Usage Window WindowPolicy collect demo dry_run explain
-        explain_async export falsify load_corpus load_job load_sae load_subject local_simulator open_run records report run run_async sae_info saes save_sae sensitivity status steer"""
+    names = """ActivationBuffer AllAtOnce Budget CodesStore Endpoint ExplainJob Explanation Failure FeatureId FeatureInterpError FeatureRecord FeatureResult
+        FunctionModel HolisticActivations InputError Interval Intervention Job LanguageModelError Lexical LoadedSae OneShot OpenAIModel Plan Probe PromptLogprobs Rated RecordPolicy Results Rule
+        RulesStyle Score SearchNode Sensitivity SensitivityPlan SentenceStyle Service Simulation SteeringSettings StorageError StudySettings Subject TokenWise TopTokens Tree TreeSettings Trial TrialSettings Usage Window WindowPolicy collect demo dry_run explain
+        explain_async export falsify load_corpus load_job load_sae load_subject local_simulator open_run probe records report run run_async sae_info saes save_sae sensitivity status steer"""
     assert sorted(featureinterp.__all__) == names.split()
     for name in featureinterp.__all__:
         assert getattr(featureinterp, name) is not None

@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 
 from featureinterp import __version__
-from featureinterp.cli import collect, demo, explain, falsify, jobs, llm, models, records, report, saes, sensitivity, serve, steer
+from featureinterp.cli import collect, demo, explain, falsify, jobs, llm, models, probe, records, report, saes, sensitivity, serve, steer
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or a request to end."""
@@ -32,6 +32,7 @@ app.command("records")(records.records)
 app.command("explain")(explain.explain)
 app.command("falsify")(falsify.falsify)
 app.command("steer")(steer.steer)
+app.command("probe")(probe.probe)
 app.command("sensitivity")(sensitivity.sensitivity)
 app.command("run")(jobs.run)
 app.command("status")(jobs.status)

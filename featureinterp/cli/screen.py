@@ -119,7 +119,7 @@ class Screen:
             table.add_column(title, no_wrap=short, min_width=longest if short else None)
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        Console(highlight=False).print(table)
+        Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
 
     def result(self, value: Any) -> None:
         """The verb's result for a program: one JSON document on standard output."""

@@ -17,6 +17,7 @@ from featureinterp.domain.score import Score
 from featureinterp.domain.trial import TrialText
 from featureinterp.errors import InputError
 from featureinterp.files import explained_storage, write_atomic
+from featureinterp.probing.agreement import Agreement
 
 SOURCE_NAMES = {
     "top": "Top-activating",
@@ -75,23 +76,29 @@ class Token:
     cause: float = 0.0
 
 
-def write_report(path: Path, results: Sequence[FeatureResult], about: Mapping[str, Any]) -> Path:
-    """Writes the page for ``results``; ``about`` is shown as the run's particulars. Raises ``InputError`` without results."""
+def write_report(path: Path, results: Sequence[FeatureResult], about: Mapping[str, Any], labels: Mapping[int, Sequence[Agreement]] | None = None) -> Path:
+    """Writes the page for ``results``; ``about`` is shown as the run's particulars, ``labels`` beside the explanations. Raises ``InputError`` without
+    results."""
     if not results:
         raise InputError("there is no result to report on: run 'featureinterp explain' first")
-    write_atomic(path, render_report(results, about))
+    write_atomic(path, render_report(results, about, labels))
     return path
 
 
-def render_report(results: Sequence[FeatureResult], about: Mapping[str, Any]) -> str:
-    """The page as a string."""
-    environment = jinja2.Environment(
+def render_report(results: Sequence[FeatureResult], about: Mapping[str, Any], labels: Mapping[int, Sequence[Agreement]] | None = None) -> str:
+    """The page as a string. ``labels``: concepts that features were annotated with."""
+    return environment().get_template("report.html").render(results=results, about=about, summary=summarise(results), labels=labels or {})
+
+
+def environment() -> jinja2.Environment:
+    """What pages are drawn with: everything is escaped, and a name that is missing is an error."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("featureinterp.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "score_name": lambda n: SCORE_NAMES.get(n, n.replace("_", " ")), "source_name": lambda s: SOURCE_NAMES.get(s, s)}
+    made.filters |= {"number": number, "score_name": lambda n: SCORE_NAMES.get(n, n.replace("_", " ")), "source_name": lambda s: SOURCE_NAMES.get(s, s)}
     shown = (tokens, trial_tokens, visible, whisker, groups, largest_cause, search_rows)
-    environment.globals |= {function.__name__: function for function in shown}
-    return environment.get_template("report.html").render(results=results, about=about, summary=summarise(results))
+    made.globals |= {function.__name__: function for function in shown}
+    return made
 
 
 def summarise(results: Sequence[FeatureResult]) -> dict[str, Any]:

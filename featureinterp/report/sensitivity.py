@@ -13,11 +13,11 @@ import numpy as np
 
 from featureinterp.domain.rate import Rate
 from featureinterp.domain.record import Window
-from featureinterp.errors import InputError
 from featureinterp.falsify.sensitivity import MARK_ABOVE, RELIABLE, FeatureSensitivity
 from featureinterp.falsify.writing import without_marks
 from featureinterp.files import write_atomic, write_json
 from featureinterp.prompts import marked
+from featureinterp.report.figures import figure
 
 EVAL_NAME = "sensitivity"
 SUMMARY = "summary.json"
@@ -171,17 +171,8 @@ def mean_with_interval(values: Sequence[float | None], *, seed: int = 0, n_resam
 def plot_sensitivity(folder: Path, summaries: Sequence[Row]) -> list[Path]:
     """``sensitivity.png`` and ``.svg``: mean sensitivity of each SAE against its width and its L0, with intervals. Needs matplotlib (the extra ``figures``);
     raises ``InputError`` without it."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise InputError("plots need matplotlib: install featureinterp[figures]") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "featureinterp", "figure.facecolor": "white"}
     architectures = list(dict.fromkeys(str(s.get("architecture")) for s in summaries))
-    with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    with figure(folder / "sensitivity", width=9, height=3.6, panels=2, share_y=True) as (_, axes):
         for axis, key, label in zip(axes, ("d_sae", "l0"), ("features in the dictionary", "codes per token (L0)"), strict=True):
             for number, architecture in enumerate(architectures):
                 _points(axis, [s for s in summaries if str(s.get("architecture")) == architecture], key, f"C{number}", architecture)
@@ -191,11 +182,7 @@ def plot_sensitivity(folder: Path, summaries: Sequence[Row]) -> list[Path]:
         axes[0].set_ylabel("mean sensitivity")
         axes[0].plot([], [], "o", color="#888888", fillstyle="none", label="unfiltered")
         axes[0].legend(frameon=False, fontsize=8)
-        paths = [folder / f"sensitivity.{kind}" for kind in ("png", "svg")]
-        for path, metadata in zip(paths, ({}, {"Date": None}), strict=True):
-            figure.savefig(path, dpi=150, metadata=metadata)
-        pyplot.close(figure)
-    return paths
+    return [folder / f"sensitivity.{kind}" for kind in ("png", "svg")]
 
 
 def _points(axis: Any, summaries: Sequence[Row], key: str, colour: str, label: str) -> None:

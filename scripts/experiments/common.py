@@ -22,6 +22,7 @@ from featureinterp.domain.result import FeatureResult
 from featureinterp.intervals import bootstrap
 from featureinterp.jobs.plan import Event
 from featureinterp.jobs.spec import make_job
+from featureinterp.report.figures import figure
 
 Row = dict[str, Any]
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
@@ -85,18 +86,8 @@ class Experiment:
 
     def figure(self, draw: Callable[[Any], None], *, width: float = 7.0, height: float = 3.6, panels: int = 1) -> None:
         """``NAME.png`` and ``NAME.svg`` of what ``draw`` puts on the axes (a list of them when there are several panels)."""
-        import matplotlib
-
-        matplotlib.use("agg")
-        from matplotlib import pyplot
-
-        style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "featureinterp", "figure.facecolor": "white"}
-        with pyplot.rc_context(style):
-            figure, axes = pyplot.subplots(1, panels, figsize=(width, height), layout="constrained")
+        with figure(self.out / self.name, width=width, height=height, panels=panels) as (_, axes):
             draw(axes)
-            for kind, metadata in (("png", {}), ("svg", {"Date": None})):
-                figure.savefig(self.out / f"{self.name}.{kind}", dpi=150, metadata=metadata)
-            pyplot.close(figure)
         say(f"tables and figures are in {self.out}")
 
     def compare_rules(self, by: str, arms: Iterable[tuple[Any, Sequence[FeatureResult]]], columns: Mapping[str, str], axis: str) -> None:
