@@ -418,6 +418,7 @@ def test_matrices_on_a_device_are_multiplied_as_on_the_cpu():
     np.testing.assert_allclose(sparse.apply(weights), codes @ weights, atol=1e-5)
     np.testing.assert_allclose(sparse.pull(slope), codes.T @ slope, atol=1e-5)
     dense = DenseMatrix(torch.from_numpy(codes), np.arange(5, 25))
+    np.testing.assert_array_equal(DenseMatrix(codes, np.arange(5, 25)).matrix, dense.matrix)
     np.testing.assert_allclose(dense.apply(weights) + dense.offset @ weights, codes[5:25] @ weights, atol=1e-5)
     np.testing.assert_allclose(dense.deviation, codes[5:25].std(0), atol=1e-6)
 

@@ -19,10 +19,11 @@ from featureinterp.probing.columns import Columns, as_columns, as_labels, is_tor
 from featureinterp.probing.splits import split_indices
 
 EPSILON = 1e-6
-LAMBDAS = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
+LAMBDAS = (1.0, 0.2, 0.04, 0.008, 0.0016)
 """Tried from the strongest on, as long as it helps."""
 MAX_STEPS = 200
-TOLERANCE = 1e-4
+TOLERANCE, ROUGH = 1e-4, 3e-3
+"""Of the gradient: of what is kept, and while the penalty is chosen."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def fit_logreg(x: Any, labels: Any, train: Any = None, *, l2: float | Sequence[f
     ``x``: codes in any form of :func:`as_columns`, or a dense array or tensor ``[token, input]`` of any sign. ``labels`` bool ``[token, label]``. With several
     ``l2`` a fifth of the training rows (whole ``groups``) is held out to choose by the log loss there, and the chosen one is fitted on all of them.
     """
-    return _fitted(x, as_labels(labels, len_of(x)).astype(np.float64), train, _sigmoid_loss, l2, groups, seed)
+    return _fitted(x, as_labels(labels, len_of(x)), train, _sigmoid_loss, l2, groups, seed)
 
 
 def fit_softmax(x: Any, classes: Any, train: Any = None, *, l2: float | Sequence[float] = LAMBDAS, groups: Any = None, seed: int = 0) -> LinearDecoder:
@@ -106,8 +107,8 @@ def len_of(x: Any) -> int:
     return int(x.shape[0])
 
 
-_Loss = Callable[[np.ndarray, np.ndarray], tuple[float, np.ndarray]]
-"""(logits, wanted) → (summed loss, its gradient by the logits)."""
+_Loss = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+"""(logits, wanted) → (loss of every token, its gradient by the logits)."""
 
 
 def _fitted(
@@ -125,60 +126,68 @@ def _fitted(
         raise InputError(f"l2 = {l2} is not possible: give numbers from 0")
     if not len(rows):
         raise InputError("there are no training rows to fit a decoder on")
-    steps, w = 0, None
+    inputs, labels = _Standardised(_rows_of(x, rows)), wanted[rows]
+    steps, w = 0, np.zeros((inputs.n_inputs + 1, wanted.shape[1]))
     if len(path) > 1:
         inner, held = split_indices(len(rows), 0.2, seed, None if groups is None else np.asarray(groups)[rows])
-        fit_on, values = _Standardised(_rows_of(x, rows[inner])), []
-        judged_on = _rows_of(x, rows[held])
         solutions: list[np.ndarray] = []
+        values: list[float] = []
         for strength in path:  # from the strongest, each from the solution of the one before, until it gets worse
-            w, n = _minimum(fit_on, wanted[rows[inner]], loss, strength, w)
+            w, n = _minimum(inputs, labels, loss, strength, w, ROUGH, inner)
             steps += n
-            weights, bias = fit_on.plain(w)
-            values.append(loss(judged_on.apply(weights) + judged_on.offset @ weights + bias, wanted[rows[held]])[0])
             solutions.append(w)
+            values.append(float(loss(inputs.logits(w), labels)[0][held].sum()))
             if values[-1] > min(values):
                 break
-        path, w = [path[int(np.argmin(values))]], solutions[int(np.argmin(values))]
-    fit_on = _Standardised(_rows_of(x, rows))
-    w, n = _minimum(fit_on, wanted[rows], loss, path[0], w)
-    return LinearDecoder(*fit_on.plain(w), path[0], steps + n)
+        best = int(np.argmin(values))
+        path, w = [path[best]], solutions[best]
+    w, n = _minimum(inputs, labels, loss, path[0], w, TOLERANCE)
+    return LinearDecoder(*inputs.plain(w), path[0], steps + n)
 
 
-def _minimum(inputs: _Standardised, wanted: np.ndarray, loss: _Loss, l2: float, start: np.ndarray | None) -> tuple[np.ndarray, int]:
-    """Weights of standardised inputs with the bias as the last row, ``[input + 1, output]``, and the evaluations that it took."""
+def _minimum(
+    inputs: _Standardised, wanted: np.ndarray, loss: _Loss, l2: float, start: np.ndarray, tolerance: float, counted: np.ndarray | None = None
+) -> tuple[np.ndarray, int]:
+    """Weights of standardised inputs with the bias as the last row, ``[input + 1, output]``, and the evaluations that it took; ``counted``: the tokens whose
+    loss counts (all when not given)."""
     from scipy.optimize import minimize
+    from threadpoolctl import threadpool_limits
 
-    shape = (inputs.n_inputs + 1, wanted.shape[1])
+    n = len(wanted) if counted is None else len(counted)
+    left_out = np.ones(len(wanted), bool)
+    left_out[slice(None) if counted is None else counted] = False
 
     def value(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        w = flat.reshape(shape)
-        summed, slope = loss(inputs.logits(w), wanted)
-        gradient = inputs.gradient(slope) / len(wanted)
+        w = flat.reshape(start.shape)
+        losses, slope = loss(inputs.logits(w), wanted)
+        losses[left_out], slope[left_out] = 0, 0
+        gradient = inputs.gradient(slope) / n
         gradient[:-1] += l2 * w[:-1]
-        return summed / len(wanted) + l2 / 2 * float((w[:-1] ** 2).sum()), gradient.ravel()
+        return float(losses.sum()) / n + l2 / 2 * float((w[:-1] ** 2).sum()), gradient.ravel()
 
-    first = np.zeros(shape) if start is None else start
-    found = minimize(value, first.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": MAX_STEPS, "gtol": TOLERANCE})
-    return found.x.reshape(shape), int(found.nfev)
-
-
-def _sigmoid_loss(logits: np.ndarray, wanted: np.ndarray) -> tuple[float, np.ndarray]:
-    from scipy.special import expit
-
-    return float((np.logaddexp(0, logits) - wanted * logits).sum()), np.asarray(expit(logits) - wanted)
+    with threadpool_limits(1, user_api="blas"):  # scipy's threads, waiting for their next small task, would take the processors from the matrices
+        found = minimize(value, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": MAX_STEPS, "gtol": tolerance})
+    return found.x.reshape(start.shape), int(found.nfev)
 
 
-def _softmax_loss(logits: np.ndarray, wanted: np.ndarray) -> tuple[float, np.ndarray]:
+def _sigmoid_loss(logits: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    small = np.exp(-np.abs(logits))  # one exponential for loss and slope
+    positive = logits > 0
+    loss = np.where(positive != wanted, np.abs(logits), 0) + np.log1p(small)
+    slope = np.where(positive, 1, small) / (1 + small) - wanted
+    return loss.sum(1, dtype=np.float64), slope
+
+
+def _softmax_loss(logits: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     from scipy.special import log_softmax
 
     log_p = log_softmax(logits, axis=1)
-    return float(-(wanted * log_p).sum()), np.asarray(np.exp(log_p) - wanted)
+    return np.asarray(-(wanted * log_p).sum(1, dtype=np.float64)), np.asarray(np.exp(log_p) - wanted)
 
 
 class _Inputs:
-    """Some tokens' inputs x, of which ``apply(weights)`` is (x − offset) · weights and ``pull(slope)`` is (x − offset)ᵀ · slope, both float64. ``mean`` and
-    ``deviation`` ``[input]`` are those of x − offset."""
+    """Some tokens' inputs x, of which ``apply(weights)`` is (x − offset) · weights in float32, and ``pull(slope)`` is (x − offset)ᵀ · slope in float64.
+    ``mean`` and ``deviation`` ``[input]`` are those of x − offset."""
 
     mean: np.ndarray
     deviation: np.ndarray
@@ -203,7 +212,7 @@ class _Sparse(_Inputs):
         self.offset = np.zeros(columns.n_features)
 
     def apply(self, weights: np.ndarray) -> np.ndarray:
-        return np.asarray(self.matrix @ weights.astype(np.float32), np.float64)
+        return np.asarray(self.matrix @ weights.astype(np.float32))
 
     def pull(self, slope: np.ndarray) -> np.ndarray:
         return np.asarray(self.matrix.T @ slope.astype(np.float32), np.float64)
@@ -215,22 +224,6 @@ class _OnDevice(_Inputs):
     def __init__(self, matrix: Any, mean: np.ndarray, deviation: np.ndarray, offset: np.ndarray) -> None:
         self.apply, self.pull = matrix.apply, matrix.pull  # type: ignore[method-assign]
         self.mean, self.deviation, self.offset = mean, deviation, offset
-
-
-class _Dense(_Inputs):
-    """Dense inputs less their mean (beside which float32 would lose what matters), by numpy."""
-
-    def __init__(self, taken: np.ndarray) -> None:
-        self.offset = taken.mean(0, dtype=np.float64)
-        self.matrix = (taken - self.offset).astype(np.float32)
-        self.deviation = np.sqrt((self.matrix**2).mean(0, dtype=np.float64))
-        self.mean = np.zeros(len(self.offset))
-
-    def apply(self, weights: np.ndarray) -> np.ndarray:
-        return np.asarray(self.matrix @ weights.astype(np.float32), np.float64)
-
-    def pull(self, slope: np.ndarray) -> np.ndarray:
-        return np.asarray(self.matrix.T @ slope.astype(np.float32), np.float64)
 
 
 def _moments(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
@@ -250,26 +243,18 @@ def _rows_of(x: Any, rows: np.ndarray | None) -> _Inputs:
     sparse = isinstance(x, Columns) or hasattr(x, "tocsc") or (is_torch(x) and str(x.layout) != "torch.strided")
     if not sparse and x.ndim != 2:
         raise InputError(f"inputs of shape {tuple(x.shape)} are not a matrix: give [token, input]")
-    found: _Inputs
-    if sparse:
-        columns = as_columns(x) if rows is None else as_columns(x).take(rows)
-        if is_torch(x) and x.is_cuda:
-            from featureinterp.probing.tensors import SparseMatrix
+    from featureinterp.probing.tensors import DenseMatrix, SparseMatrix
 
-            matrix = SparseMatrix(columns.shape, columns.offsets, columns.rows, columns.values, x.device)
-            return _OnDevice(matrix, *_moments(columns), np.zeros(columns.n_features))
-        return _Sparse(columns)
-    if is_torch(x) and x.is_cuda:
-        from featureinterp.probing.tensors import DenseMatrix
-
+    if not sparse:
         dense = DenseMatrix(x, rows)
-        found = _OnDevice(dense, np.zeros(len(dense.offset)), dense.deviation, dense.offset)
-    else:
-        array = x.detach().float().numpy() if is_torch(x) else np.asarray(x)
-        found = _Dense(array if rows is None else array[rows])
-    if not (np.isfinite(found.offset).all() and np.isfinite(found.deviation).all()):
-        raise InputError("the inputs of a decoder must be finite")
-    return found
+        if not (np.isfinite(dense.mean).all() and np.isfinite(dense.deviation).all()):
+            raise InputError("the inputs of a decoder must be finite")
+        return _OnDevice(dense, dense.mean, dense.deviation, dense.offset)
+    columns = as_columns(x) if rows is None else as_columns(x).take(rows)
+    if is_torch(x) and x.is_cuda:
+        matrix = SparseMatrix(columns.shape, columns.offsets, columns.rows, columns.values, x.device)
+        return _OnDevice(matrix, *_moments(columns), np.zeros(columns.n_features))
+    return _Sparse(columns)
 
 
 class _Standardised:
@@ -282,10 +267,10 @@ class _Standardised:
 
     def logits(self, w: np.ndarray) -> np.ndarray:
         weights = w[:-1] / self.deviation
-        return np.asarray(self.inputs.apply(weights) + w[-1] - (self.mean * weights).sum(0))
+        return np.asarray(self.inputs.apply(weights) + (w[-1] - (self.mean * weights).sum(0)).astype(np.float32))
 
     def gradient(self, slope: np.ndarray) -> np.ndarray:
-        total = slope.sum(0, keepdims=True)
+        total = slope.sum(0, keepdims=True, dtype=np.float64)
         return np.concatenate([(self.inputs.pull(slope) - self.mean * total) / self.deviation, total])
 
     def plain(self, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -80,14 +80,20 @@ class SparseMatrix:
 
 
 class DenseMatrix:
-    """Dense inputs ``[token, input]`` less ``offset``, their mean (beside which float32 would lose what matters), where they are."""
+    """Dense inputs ``[token, input]`` (an array or a tensor) less ``offset``, about their mean (beside which float32 would lose what matters), where they are.
+    ``mean`` and ``deviation`` are of what is left."""
 
-    def __init__(self, inputs: torch.Tensor, rows: np.ndarray | None) -> None:
-        inputs = inputs.detach()
-        wide = (inputs if rows is None else inputs[torch.as_tensor(rows, device=inputs.device)]).double()
-        mean = wide.mean(0)
-        self.matrix, self.device = (wide - mean).float(), inputs.device
-        self.offset, self.deviation = mean.cpu().numpy(), wide.std(0, correction=0).cpu().numpy()
+    def __init__(self, inputs: Any, rows: np.ndarray | None) -> None:
+        if not isinstance(inputs, torch.Tensor):
+            inputs = torch.from_numpy(np.ascontiguousarray(inputs if rows is None else inputs[rows]))
+            rows = None
+        taken = inputs.detach() if rows is None else inputs.detach()[torch.as_tensor(rows, device=inputs.device)]
+        offset = taken.mean(0, dtype=torch.float64).float()
+        self.matrix, self.device = taken.float() - offset, inputs.device
+        mean = self.matrix.mean(0, dtype=torch.float64)
+        squares = (self.matrix**2).mean(0, dtype=torch.float64)
+        self.offset, self.mean = offset.double().cpu().numpy(), mean.cpu().numpy()
+        self.deviation = (squares - mean**2).clamp(min=0).sqrt().cpu().numpy()
 
     def apply(self, weights: np.ndarray) -> np.ndarray:
         """matrix · weights."""
@@ -105,4 +111,4 @@ def _by_row(offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, 
 
 
 def _times(matrix: torch.Tensor, other: np.ndarray, device: Any) -> np.ndarray:
-    return np.asarray((matrix @ torch.as_tensor(other, dtype=torch.float32, device=device)).double().cpu().numpy())
+    return np.asarray((matrix @ torch.as_tensor(other, dtype=torch.float32, device=device)).cpu().numpy())
