@@ -27,7 +27,7 @@ def auroc_all(codes: Any, labels: Any, *, degenerate: float = np.nan) -> np.ndar
 
     ``codes`` ``[token, feature]`` ≥ 0 in any form of :func:`as_columns`; a tensor on a GPU is worked on there. ``labels`` bool ``[token, label]``.
     A label that no token has, or every token, gives ``degenerate`` (NaN; others' code gives 0.5). Exact, with midranks for ties, summed in float64. Time grows
-    with nonzeros · (log nonzeros + labels), memory with the nonzeros.
+    with nonzeros · (log nonzeros + labels), memory with the nonzeros and with tokens · labels.
     """
     if is_torch(codes) and codes.is_cuda:
         from featureinterp.probing import tensors

@@ -40,7 +40,7 @@ def domain_f1(codes: Any, fmax: Any, mask: Any, instances: Any, thresholds: Sequ
     with fmax 0 never fires); a token fires where the quotient exceeds a threshold. ``mask``: bool ``[token]``, or ``[token, concept]``: inside the concept.
     ``instances``: int ``[token]``, or ``[token, depth]`` where instances of one concept overlap: the instance that a token belongs to, −1 for none (any ids,
     gaps allowed; ids outside the mask count as well); for several concepts a list of these. Of equal F1 the first threshold wins. Exact; memory
-    grows with the nonzeros.
+    grows with the nonzeros, and with features · thresholds · concepts, as the result does.
     """
     columns = as_columns(codes)
     inside = as_labels(mask, columns.n_rows)
