@@ -192,6 +192,10 @@ def test_explanations_agree_or_disagree_with_annotations():
     assert agrees.verdict == "agrees" and agrees.predicted == 1.0 and agrees.actual == 1.0 and (agrees.n_tokens, agrees.n_labelled) == (16, 4)
     disagrees = agreement_with(result_of([[5, 0, 0, 1]] * 4, TRUE), MONTHS, LABELLED, 4)
     assert disagrees.verdict == "disagrees" and disagrees.predicted == pytest.approx((0.5 + 0.5 + 0) / 3, abs=0.2)
+    unsure = agreement_with(result_of([[0, 5, 0, 1], [5, 0, 0, 1]] * 2, TRUE), MONTHS, LABELLED, 4)
+    assert unsure.verdict == "unknown" and unsure.interval is not None and unsure.interval.low <= 0.5
+    weak = agreement_with(result_of([[0, 3, 5, 5]] * 4, [[0, 0.2, 0, 0]] * 4), MONTHS, LABELLED, 4)
+    assert weak.predicted == pytest.approx(1 / 3) and weak.verdict == "disagrees"
     assert agreement_with(result_of([[0, 5, 0, 1]] * 4, TRUE), MONTHS, np.array([400]), 4).verdict == "unknown"
     assert agreement_with(result_of([[0, 5, 0, 1]] * 4, [[4, 0, 4, 4]] * 4), MONTHS, LABELLED, 4).verdict == "unknown", "nor does the feature itself"
     assert agreement_with(result_of([], []), MONTHS, LABELLED, 4).verdict == "unknown"

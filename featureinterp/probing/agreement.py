@@ -32,11 +32,14 @@ class Agreement:
 
     @property
     def verdict(self) -> Verdict:
-        """``agrees`` when the predictions find the concept's tokens better than chance (the interval lies above ½), ``disagrees`` when they do not, ``unknown``
-        when the windows cannot tell, or the feature's own activations do not find them there either."""
+        """``disagrees`` when the predictions find the concept's tokens at most half as well as the feature does (the interval lies below the middle of ½ and
+        ``actual``), ``agrees`` when they find them better than chance (the interval lies above ½), and otherwise ``unknown``; so too when the feature's own
+        activations do not find them in these windows."""
         if self.interval is None or self.actual is None or self.actual <= 0.5:
             return "unknown"
-        return "agrees" if self.interval.low > 0.5 else "disagrees"
+        if self.interval.high < (0.5 + self.actual) / 2:
+            return "disagrees"
+        return "agrees" if self.interval.low > 0.5 else "unknown"
 
 
 def agreement_with(result: FeatureResult, annotation: Annotation, labelled: np.ndarray, window_length: int) -> Agreement:
