@@ -135,3 +135,11 @@ def test_shipped_configurations_are_jobs(module: ModuleType, tmp_path: Path, mon
         experiment = common.Experiment(str(module.__file__), "")
         made = make_job(run=tmp_path, **experiment.settings)
         assert made.plan.negatives[0] == "random" and "simulate" in made.stages
+
+
+def test_arms_are_compared_on_features_that_have_a_value_in_all():
+    values = {("a", 1): 0.1, ("a", 2): 0.3, ("b", 1): None, ("b", 2): 0.5, ("c", 1): None, ("c", 2): None}
+    rows = [{"arm": arm, "feature": f, "r": v} for (arm, f), v in values.items()]
+    assert common.means(rows, "arm", "r", paired=True) == {"a": [0.3], "b": [0.5], "c": [None]}
+    assert common.means(rows, "arm", "r") == {"a": [0.1, 0.3], "b": [None, 0.5], "c": [None, None]}
+    assert common.means([r for r in rows if r["arm"] == "c"], "arm", "r", paired=True) == {"c": []}

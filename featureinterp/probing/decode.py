@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -185,7 +185,7 @@ def _softmax_loss(logits: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, n
     return np.asarray(-(wanted * log_p).sum(1, dtype=np.float64)), np.asarray(np.exp(log_p) - wanted)
 
 
-class _Inputs:
+class _Inputs(Protocol):
     """Some tokens' inputs x, of which ``apply(weights)`` is (x − offset) · weights in float32, and ``pull(slope)`` is (x − offset)ᵀ · slope in float64.
     ``mean`` and ``deviation`` ``[input]`` are those of x − offset."""
 
@@ -193,14 +193,12 @@ class _Inputs:
     deviation: np.ndarray
     offset: np.ndarray
 
-    def apply(self, weights: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+    def apply(self, weights: np.ndarray) -> np.ndarray: ...
 
-    def pull(self, slope: np.ndarray) -> np.ndarray:
-        raise NotImplementedError
+    def pull(self, slope: np.ndarray) -> np.ndarray: ...
 
 
-class _Sparse(_Inputs):
+class _Sparse:
     """Codes, by scipy on the CPU."""
 
     def __init__(self, columns: Columns) -> None:
@@ -218,11 +216,11 @@ class _Sparse(_Inputs):
         return np.asarray(self.matrix.T @ slope.astype(np.float32), np.float64)
 
 
-class _OnDevice(_Inputs):
+class _OnDevice:
     """Codes or dense inputs as a matrix of :mod:`featureinterp.probing.tensors`."""
 
     def __init__(self, matrix: Any, mean: np.ndarray, deviation: np.ndarray, offset: np.ndarray) -> None:
-        self.apply, self.pull = matrix.apply, matrix.pull  # type: ignore[method-assign]
+        self.apply, self.pull = matrix.apply, matrix.pull
         self.mean, self.deviation, self.offset = mean, deviation, offset
 
 

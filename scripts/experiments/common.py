@@ -90,8 +90,9 @@ class Experiment:
             draw(axes)
         say(f"tables and figures are in {self.out}")
 
-    def compare_rules(self, by: str, arms: Iterable[tuple[Any, Sequence[FeatureResult]]], columns: Mapping[str, str], axis: str) -> None:
-        """Tables and a figure of explanations in rules along one setting, ``by``; ``columns``: what is drawn, with its label."""
+    def compare_rules(self, by: str, arms: Iterable[tuple[Any, Sequence[FeatureResult]]], columns: Mapping[str, str], axis: str, *, paired: bool) -> None:
+        """Tables and a figure of explanations in rules along one setting, ``by``; ``columns``: what is drawn, with its label; ``paired``: as
+        for :func:`means`, where the arms are about the same features."""
         rows: list[Row] = []
         for place, results in arms:
             for result in results:
@@ -102,7 +103,7 @@ class Experiment:
                     "rules": float(len(given.rules)) if given else None,
                 }
                 rows.append({"feature": result.feature, by: place, **figures, "explanation": given.text if given else None})
-        groups = {name: means(rows, by, name) for name in columns}
+        groups = {name: means(rows, by, name, paired=paired) for name in columns}
         summary = []
         for place in groups["correlation"]:
             others = {name: summarised(name, groups[name][place])[name] for name in columns if name != "correlation"}
@@ -169,9 +170,14 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def means(rows: Sequence[Row], by: str, name: str) -> Mapping[Any, list[float | None]]:
-    """The values of a column, grouped by another in the order in which they come."""
-    groups: dict[Any, list[float | None]] = {}
+def means(rows: Sequence[Row], by: str, name: str, *, paired: bool = False) -> Mapping[Any, list[float | None]]:
+    """The values of a column, grouped by another in the order in which they come. ``paired``: only features that have a value in every group count (a group
+    without any value aside): otherwise a feature whose explanation failed in one arm would pass for a difference between the arms."""
+    groups: dict[Any, dict[int, float | None]] = {}
     for row in rows:
-        groups.setdefault(row[by], []).append(row[name])
-    return groups
+        groups.setdefault(row[by], {})[row["feature"]] = row[name]
+    if not paired:
+        return {group: list(values.values()) for group, values in groups.items()}
+    known = [{f for f, v in values.items() if v is not None} for values in groups.values()]
+    shared = set.intersection(*filter(None, known)) if any(known) else set()
+    return {group: [v for f, v in values.items() if f in shared] for group, values in groups.items()}

@@ -27,7 +27,7 @@ def main() -> None:
     if not own["layers"]:
         sys.exit('layers: name the SAEs to compare in a configuration, and give it with --config: layers = [{ layer = 4, sae = "FOLDER" }, …]')
     columns = {"correlation": "correlation", "rules": "rules used", "complexity": "complexity of the rules, 0–5"}
-    experiment.compare_rules("layer", ((entry["layer"], explained(experiment, entry)) for entry in own["layers"]), columns, "layer")
+    experiment.compare_rules("layer", ((entry["layer"], explained(experiment, entry)) for entry in own["layers"]), columns, "layer", paired=False)
 
 
 def explained(experiment: Experiment, entry: Row) -> Sequence[FeatureResult]:

@@ -17,7 +17,7 @@ def main() -> None:
     run = experiment.run()
     arms = ((cap, experiment.arm(f"cap {cap}", run, style="rules", rule_cap=cap)) for cap in experiment.own["caps"])
     columns = {"correlation": "correlation", "complexity": "complexity of the rules, 0–5", "rules": "rules used"}
-    experiment.compare_rules("rule cap", arms, columns, "rules allowed")
+    experiment.compare_rules("rule cap", arms, columns, "rules allowed", paired=True)
 
 
 if __name__ == "__main__":
