@@ -387,7 +387,7 @@ def test_saelens_folders_encode_as_saelens_does(form: str):
 
 def test_saelens_folders_that_mean_something_else_are_refused(tmp_path: Path):
     for change, message in (
-        ({"normalize_activations": "layer_norm"}, "normalize_activations = 'layer_norm'"),
+        ({"normalize_activations": "constant_norm_rescale"}, "normalize_activations = 'constant_norm_rescale'"),
         ({"reshape_activations": "hook_z"}, "reshape_activations"),
         ({"architecture": "temporal"}, "temporal"),
         ({"d_sae": 11}, "instead of"),

@@ -122,7 +122,7 @@ def _target(subject: Subject, sae: LoadedSae, run: Path, corpus: Corpus, windows
         "model": {"name": subject.name, "fingerprint": subject.fingerprint, "dtype": str(subject.dtype).removeprefix("torch.")},
         "sae": {"name": sae.name, "fingerprint": sae.fingerprint, "hook": sae.hook, "architecture": sae.sae.architecture},
         "corpus": {"name": corpus.name, "windows": windows.fingerprint},
-        "mask": _mask(subject),
+        "mask": mask_of(subject),
     }
     key = content_key({**provenance, "value_dtype": value_dtype, "format": FORMAT})
     folder = run / "codes"
@@ -167,7 +167,8 @@ def _check_owner(run: Path, subject: Subject, sae: LoadedSae) -> None:
             raise IncompatibleError(f"{run} holds codes made with another {what} ({theirs['name']}): collect into another folder, or delete this one")
 
 
-def _mask(subject: Subject) -> dict[str, Any]:
+def mask_of(subject: Subject) -> dict[str, Any]:
+    """Which tokens are not scored, as a store records it."""
     match subject.sink:
         case PrependToken(token_id):
             return {"first": "bos", "token_id": token_id, "sink_factor": SINK_FACTOR}

@@ -1,9 +1,10 @@
-"""What all architectures share: the tensors' names and shapes, decoding, and their checks."""
+"""What all architectures share: the tensors' names and shapes, input normalisation, decoding, and their checks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import replace
+from typing import ClassVar, Literal, get_args
 
 import torch
 
@@ -11,10 +12,22 @@ from featureinterp.errors import IncompatibleError
 from featureinterp.sae.codes import SparseCodes
 
 
+Normalize = Literal["none", "layer_norm"]
+LAYER_NORM_EPSILON = 1e-5
+
+
+def layer_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """((x − mean) / (deviation + 1e-5), mean, deviation) of every row ``[token, d_in]``; the deviation is the unbiased one."""
+    mean = x.mean(-1, keepdim=True)
+    deviation = x.std(-1, keepdim=True)
+    return (x - mean) / (deviation + LAYER_NORM_EPSILON), mean.squeeze(-1), deviation.squeeze(-1)
+
+
 class SparseAutoencoder:
     """Base of the architectures. ``decode(encode(x))`` reconstructs activations ``x`` ``[token, d_in]``.
 
-    ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``, and what ``extra`` names.
+    ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``, and what ``extra`` names. ``normalize``: what is done to every
+    token before it is encoded: nothing, or :func:`layer_norm`; codes are then in units of the token's deviation, and decoding undoes it.
     """
 
     architecture: ClassVar[str]
@@ -24,8 +37,10 @@ class SparseAutoencoder:
     """Keys of the configuration that the encoder needs, each a positive integer."""
     required_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], **settings: int) -> None:
-        self.tensors = dict(tensors)
+    def __init__(self, tensors: Mapping[str, torch.Tensor], *, normalize: Normalize = "none", **settings: int) -> None:
+        if normalize not in get_args(Normalize):
+            raise IncompatibleError(f"there is no input normalisation {normalize!r}: known are {', '.join(get_args(Normalize))}")
+        self.tensors, self.normalize = dict(tensors), normalize
         self.W_enc, self.W_dec, self.b_dec = tensors["W_enc"], tensors["W_dec"], tensors["b_dec"]
         self.b_enc = tensors.get("b_enc")
         for name in self.settings:
@@ -56,22 +71,29 @@ class SparseAutoencoder:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SparseAutoencoder:
         """The same SAE elsewhere or in another dtype."""
-        return type(self)({k: v.to(device, dtype) for k, v in self.tensors.items()}, **self.options)
+        return type(self)({k: v.to(device, dtype) for k, v in self.tensors.items()}, normalize=self.normalize, **self.options)
 
     def encode(self, x: torch.Tensor) -> SparseCodes:
         """Sparse codes of activations ``[token, d_in]`` (any float dtype; computed in the SAE's own)."""
-        raise TypeError(f"{type(self).__name__} has no encoder")
-
-    def decode(self, codes: SparseCodes) -> torch.Tensor:
-        """``codes @ W_dec + b_dec``: ``[token, d_in]``."""
-        return codes.matmul(self.W_dec) + self.b_dec
-
-    def _input(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise IncompatibleError(f"the SAE takes activations [token, {self.d_in}], not {list(x.shape)}: it belongs to a model of another width")
-        return x.to(self.W_enc.device, self.W_enc.dtype)
+        x = x.to(self.W_enc.device, self.W_enc.dtype)
+        if self.normalize == "none":
+            return self._encode(x)
+        normal, mean, deviation = layer_norm(x)
+        return replace(self._encode(normal), shift=mean, scale=deviation)
+
+    def decode(self, codes: SparseCodes) -> torch.Tensor:
+        """``codes @ W_dec + b_dec``, with the input's normalisation undone: ``[token, d_in]``."""
+        found = codes.matmul(self.W_dec) + self.b_dec
+        if codes.scale is None or codes.shift is None:
+            return found
+        return found * codes.scale[:, None] + codes.shift[:, None]
+
+    def _encode(self, x: torch.Tensor) -> SparseCodes:
+        raise TypeError(f"{type(self).__name__} has no encoder")
 
     def _centred(self, x: torch.Tensor) -> torch.Tensor:
         """``(x − b_dec) W_enc + b_enc`` in one fused product."""
         bias = -(self.b_dec @ self.W_enc)
-        return torch.addmm(bias if self.b_enc is None else bias + self.b_enc, self._input(x), self.W_enc)
+        return torch.addmm(bias if self.b_enc is None else bias + self.b_enc, x, self.W_enc)

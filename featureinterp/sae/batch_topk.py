@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from featureinterp.errors import IncompatibleError
@@ -19,12 +21,12 @@ class BatchTopK(SparseAutoencoder):
     def shapes(cls, d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
         return super().shapes(d_in, d_sae) | {"threshold": ()}
 
-    def __init__(self, tensors: dict[str, torch.Tensor], **settings: int) -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor], **settings: Any) -> None:
         super().__init__(tensors, **settings)
         self.threshold = tensors["threshold"]
         if not float(self.threshold) >= 0:
             raise IncompatibleError(f"the BatchTopK threshold is {float(self.threshold):g}, so it was never learned: use a checkpoint from the end of training")
 
-    def encode(self, x: torch.Tensor) -> SparseCodes:
+    def _encode(self, x: torch.Tensor) -> SparseCodes:
         z = self._centred(x)
         return SparseCodes.from_dense(torch.where(z > self.threshold, z, 0))

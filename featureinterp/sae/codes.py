@@ -12,7 +12,7 @@ class SparseCodes:
     """The positive codes of ``n_rows`` tokens over ``n_features`` features, as coordinates.
 
     ``rows``, ``features`` int64 ``[nonzero]``; ``values`` ``[nonzero]``, > 0, in raw SAE units. No pair (row, feature) occurs
-    twice; rows never fall.
+    twice; rows never fall. ``scale``, ``shift`` ``[row]``: what undoes the normalisation of each token, where its SAE has one.
     """
 
     rows: torch.Tensor
@@ -20,6 +20,8 @@ class SparseCodes:
     values: torch.Tensor
     n_rows: int
     n_features: int
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
 
     @classmethod
     def from_top(cls, indices: torch.Tensor, values: torch.Tensor, n_features: int) -> SparseCodes:

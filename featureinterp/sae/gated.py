@@ -15,7 +15,7 @@ class Gated(SparseAutoencoder):
     extra = ("r_mag", "gate_bias", "mag_bias")
     required_biases = ()
 
-    def encode(self, x: torch.Tensor) -> SparseCodes:
+    def _encode(self, x: torch.Tensor) -> SparseCodes:
         u = self._centred(x)
         size = torch.relu(torch.exp(self.tensors["r_mag"]) * u + self.tensors["mag_bias"])
         return SparseCodes.from_dense(torch.where(u + self.tensors["gate_bias"] > 0, size, 0))

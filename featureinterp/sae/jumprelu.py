@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from featureinterp.sae.base import SparseAutoencoder
@@ -14,10 +16,10 @@ class JumpReLU(SparseAutoencoder):
     architecture = "jumprelu"
     extra = ("threshold",)
 
-    def __init__(self, tensors: dict[str, torch.Tensor], **settings: int) -> None:
+    def __init__(self, tensors: dict[str, torch.Tensor], **settings: Any) -> None:
         super().__init__(tensors, **settings)
         self.threshold = tensors["threshold"]
 
-    def encode(self, x: torch.Tensor) -> SparseCodes:
-        z = torch.addmm(self.tensors["b_enc"], self._input(x), self.W_enc)
+    def _encode(self, x: torch.Tensor) -> SparseCodes:
+        z = torch.addmm(self.tensors["b_enc"], x, self.W_enc)
         return SparseCodes.from_dense(torch.where((z > self.threshold) & (z > 0), z, 0))

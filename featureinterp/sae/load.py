@@ -17,9 +17,10 @@ from featureinterp.sae.hub import fetch
 from featureinterp.sae.layouts import dictionary_learning, gemma_scope, own, saelens
 from featureinterp.sae.layouts.checkpoint import ARCHITECTURES, Checkpoint
 from featureinterp.sae.layouts.own import save_sae
+from featureinterp.sae.layouts.saelens import save_saelens
 from featureinterp.sae.names import SaeSpec, is_published, nearest, resolve
 
-__all__ = ["ARCHITECTURES", "LoadedSae", "load_sae", "save_sae"]
+__all__ = ["ARCHITECTURES", "LoadedSae", "load_sae", "save_sae", "save_saelens"]
 
 _SCOPE_PLACE = re.compile(r"layer_(\d+)/width_[0-9a-z]+/average_l0_\d+$")
 _SCOPE_MODELS = {2304: "google/gemma-2-2b", 3584: "google/gemma-2-9b"}
@@ -57,7 +58,7 @@ def load_sae(
     checkpoint = _checkpoint(name, steps)
     kind = ARCHITECTURES[checkpoint.architecture]
     tensors = {k: v.to(device, dtype).contiguous() for k, v in checkpoint.tensors.items()}
-    sae = kind(tensors, **{s: checkpoint.settings.get(s) for s in kind.settings})
+    sae = kind(tensors, normalize=checkpoint.settings.get("normalize", "none"), **{s: checkpoint.settings.get(s) for s in kind.settings})
     return LoadedSae(name, sae, checkpoint.hook, checkpoint.model, checkpoint.config, checkpoint.fingerprint)
 
 

@@ -13,5 +13,5 @@ class ReLU(SparseAutoencoder):
 
     architecture = "relu"
 
-    def encode(self, x: torch.Tensor) -> SparseCodes:
+    def _encode(self, x: torch.Tensor) -> SparseCodes:
         return SparseCodes.from_dense(torch.relu(self._centred(x)))

@@ -14,6 +14,6 @@ class TopK(SparseAutoencoder):
     architecture = "topk"
     settings = ("k",)
 
-    def encode(self, x: torch.Tensor) -> SparseCodes:
+    def _encode(self, x: torch.Tensor) -> SparseCodes:
         values, indices = torch.topk(self._centred(x), min(self.options["k"], self.d_sae), dim=-1, sorted=False)
         return SparseCodes.from_top(indices, values, self.d_sae)

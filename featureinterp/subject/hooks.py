@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,3 +58,21 @@ def residual_after(model: nn.Module, block: nn.Module, inputs: dict[str, Any]) -
     finally:
         handle.remove()
     raise RuntimeError("the forward pass ended without reaching the hooked block")
+
+
+@contextmanager
+def replaced(model: nn.Module, hook: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Within the block, the residual stream at ``hook`` goes through ``change``, a function of ``[batch, token, d_model]``. The hook is removed whatever
+    happens."""
+    n_blocks = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[operator,union-attr]
+    block = find_blocks(model, n_blocks)[block_of(hook, n_blocks)]
+
+    def other(_module: nn.Module, _args: Any, output: Any) -> Any:
+        changed = change(output[0] if isinstance(output, tuple) else output)
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = block.register_forward_hook(other)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -152,7 +152,11 @@ def load_subject(
 
     Raises ``UnknownNameError`` when there is no such model or it is no causal language model with a fast tokenizer.
     """
-    model, tokenizer = load_causal_lm(name, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    return as_subject(name, *load_causal_lm(name, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code))
+
+
+def as_subject(name: str, model: Any, tokenizer: Any) -> Subject:
+    """The subject in a causal language model that :func:`load_causal_lm` gave."""
     config = model.config.get_text_config()
     return Subject(
         name=name,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from featureinterp.errors import IncompatibleError
-from featureinterp.subject.hooks import block_of, find_blocks
+from featureinterp.subject.hooks import replaced
 
 
 @contextmanager
@@ -19,25 +19,17 @@ def added(model: torch.nn.Module, hook: str, vector: torch.Tensor | None) -> Ite
     if vector is None or not bool(vector.any()):
         yield
         return
-    n_blocks = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[operator,union-attr]
-    block = find_blocks(model, n_blocks)[block_of(hook, n_blocks)]
 
-    def add(_module: torch.nn.Module, _args: Any, output: Any) -> Any:
-        residual = output[0] if isinstance(output, tuple) else output
+    def add(residual: torch.Tensor) -> torch.Tensor:
         if vector.shape != residual.shape[-1:]:
             raise IncompatibleError(f"a direction of {list(vector.shape)} cannot be added to a residual stream of width {residual.shape[-1]}")
         shift = vector.to(residual.device, residual.dtype)
         if residual.shape[1] > 1:
-            changed = torch.cat([residual[:, :1], residual[:, 1:] + shift], 1)
-        else:
-            changed = residual + shift
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+            return torch.cat([residual[:, :1], residual[:, 1:] + shift], 1)
+        return residual + shift
 
-    handle = block.register_forward_hook(add)
-    try:
+    with replaced(model, hook, add):
         yield
-    finally:
-        handle.remove()
 
 
 @torch.inference_mode()

@@ -42,6 +42,8 @@ def save_sae(folder: Path, sae: SparseAutoencoder, *, hook: str, model: str, dty
             raise IncompatibleError(f"the tensor {key!r} does not fit {dtype}: save with a wider dtype")
     config = {"format": FORMAT, "architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "hook": hook, "model": model}
     write_atomic(folder / WEIGHTS, save(tensors))
+    if sae.normalize != "none":
+        config["normalize"] = sae.normalize
     write_json(folder / "config.json", {**config, **sae.options, **notes})
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from featureinterp.errors import DownloadError, FeatureInterpError, IncompatibleError, UnknownNameError
-from featureinterp.files import content_key, explained_storage
+from featureinterp.files import content_key, explained_storage, write_atomic, write_json
+from featureinterp.sae.base import SparseAutoencoder
 from featureinterp.sae.layouts.checkpoint import Checkpoint, check_finite, check_shapes, fingerprint, read_json, size_of
 from featureinterp.sae.layouts.tensors import read_header
 
@@ -33,6 +34,37 @@ def read_saelens(folder: Path) -> Checkpoint:
     with explained_storage(weights):
         tensors = load_file(weights)
     return _checkpoint(config, tensors, path, weights, fingerprint(path, weights))
+
+
+def save_saelens(folder: Path, sae: SparseAutoencoder, *, hook: str, model: str, **notes: Any) -> None:
+    """Writes an SAE as SAELens loads it with ``SAE.load_from_disk``, float32. BatchTopK becomes a JumpReLU with one threshold for all features, as SAELens saves
+    its own; ``notes`` go into the metadata. ``cfg.json`` is written last."""
+    from safetensors.torch import save
+
+    t = {name: tensor.detach().cpu().float() for name, tensor in sae.tensors.items()}
+    kind, centred, extra = sae.architecture, True, {}
+    if kind == "batch_topk":
+        kind, t["threshold"] = "jumprelu", t["threshold"].expand(sae.d_sae)
+    elif kind == "jumprelu":
+        centred = False
+    elif kind == "gated":
+        t |= {"b_gate": t["gate_bias"], "b_mag": t["mag_bias"]}
+    elif kind == "topk":
+        extra = {"k": sae.options["k"], "rescale_acts_by_decoder_norm": False}
+    config = {
+        "architecture": {ours: theirs for theirs, ours in _KINDS.items()}[kind],
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": centred,
+        "normalize_activations": sae.normalize,
+        "reshape_activations": "none",
+        **extra,
+        "metadata": {"model_name": model, "hook_name": hook, **notes},
+    }
+    write_atomic(folder / WEIGHTS, save({name: t[name].contiguous() for name in _shapes(kind, sae.d_in, sae.d_sae)}))
+    write_json(folder / CONFIG, config)
 
 
 def load_release(name: str) -> Checkpoint:
@@ -67,7 +99,7 @@ def _kind(config: Mapping[str, Any], path: Path) -> str:
         architecture = "topk"
     if architecture not in _KINDS:
         raise IncompatibleError(f"{path} names the architecture {architecture!r}: known are {', '.join(_KINDS)}")
-    for key, plain in (("normalize_activations", ("none",)), ("reshape_activations", ("none",)), ("activation_fn_str", ("relu", "topk"))):
+    for key, plain in (("normalize_activations", ("none", "layer_norm")), ("reshape_activations", ("none",)), ("activation_fn_str", ("relu", "topk"))):
         if config.get(key, plain[0]) not in plain:
             raise IncompatibleError(f"{path} says {key} = {config[key]!r}, which is not supported: fold it into the weights, or save an SAE without it")
     return _KINDS[architecture]
@@ -88,7 +120,7 @@ def _checkpoint(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], 
     hook, model = (metadata.get(key) or config.get(key) for key in ("hook_name", "model_name"))
     if not isinstance(hook, str) or not isinstance(model, str):
         raise IncompatibleError(f"{path} does not say which hook of which model the SAE reads (hook_name {hook!r}, model_name {model!r})")
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = {"normalize": config.get("normalize_activations", "none")}
     if kind == "topk":
         settings["k"] = config.get("k", (config.get("activation_fn_kwargs") or {}).get("k"))
         if config.get("rescale_acts_by_decoder_norm"):

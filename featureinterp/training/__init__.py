@@ -1,0 +1,1 @@
+"""The recipe: corpus → activations → SAE → figures that can be trusted."""

@@ -1,0 +1,255 @@
+"""From a corpus to activation stores: one pass of the subject model up to a hook, in bounded memory, gone on with after an interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featureinterp.codes.collect import BATCH_TOKENS, mask_of, scored_tokens
+from featureinterp.corpus.text import Corpus
+from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
+from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
+from featureinterp.files import content_key, explained_storage, write_json
+from featureinterp.probing.splits import split_indices
+from featureinterp.subject.load import Subject
+from featureinterp.training.store import FORMAT, METADATA, ActivationStore, StoreWriter, merge_stores, store_key
+
+CHUNK_TOKENS = 16_384
+STATE = "extracting.json"
+TRAIN, TEST = "train", "test"
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractSettings:
+    """``held_out``: share of the tokens whose documents go into a store of their own, for evaluation (0: none). ``dtype``: float16 or float32. ``shuffle``:
+    windows are read in random order, so that every shard is a sample of the whole corpus. ``part``, ``parts``: this worker's number, counted from 0, and how
+    many there are. ``shard_rows``: rows per shard; 64 MiB of them when None. ``only_held_out``: the training documents are left to be read while training."""
+
+    held_out: float = 0.1
+    dtype: str = "float16"
+    shuffle: bool = True
+    shard_rows: int | None = None
+    only_held_out: bool = False
+    part: int = 0
+    parts: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.held_out < 1:
+            raise InputError(f"a held-out share of {self.held_out:g} is not possible: choose one from 0 to below 1")
+        if self.dtype not in ("float16", "float32"):
+            raise InputError(f"activations cannot be stored as {self.dtype!r} (numpy has no bfloat16): choose float16 or float32")
+        if not 0 <= self.part < self.parts:
+            raise InputError(f"there is no part {self.part} of {self.parts}: parts are counted from 0 to {self.parts - 1}")
+        if self.shard_rows is not None and self.shard_rows < 1:
+            raise InputError(f"shards of {self.shard_rows} rows are not possible: give at least 1")
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What an extraction wrote into ``folder``. ``test`` is None when no document was held out, ``train`` when only those were extracted."""
+
+    folder: Path
+    windows: WindowTable
+    train: ActivationStore | None
+    test: ActivationStore | None
+
+    @classmethod
+    def open(cls, folder: Path) -> Extracted:
+        """Raises as :meth:`ActivationStore.open`."""
+        stores = {name: ActivationStore.open(folder / name) if (folder / name).exists() else None for name in (TRAIN, TEST)}
+        if stores[TRAIN] is None and stores[TEST] is None:
+            raise UnknownNameError(f"there is no extraction in {folder}: make one with 'featureinterp extract'")
+        return cls(folder, WindowTable.open(folder / "windows"), stores[TRAIN], stores[TEST])
+
+
+def extract(
+    subject: Subject,
+    hook: str,
+    corpus: Corpus,
+    out: Path,
+    policy: WindowPolicy,
+    settings: ExtractSettings = ExtractSettings(),
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
+) -> Extracted:
+    """Writes the activations at ``hook`` of every scored token into ``out/train`` and ``out/test``; the text windows are in ``out/windows``.
+
+    A complete extraction for the same request is reused, an unfinished one is gone on with, and one for another request is refused with ``IncompatibleError``.
+    Position 0 and further attention sinks are left out, and counted.
+    """
+    subject.check_hook(hook)
+    target = _Target(out, subject, hook, corpus.name)
+    target.claim(policy, settings)
+    windows = build_windows(corpus, subject.encoder, policy, out / "windows")
+    splits = window_splits(windows, settings)
+    source = target.source(windows)
+    names = [TRAIN, TEST] if settings.held_out else [TRAIN]
+    order = window_order(windows, settings)
+    if settings.only_held_out:
+        names, order, splits = [TEST], order[splits[order] == 1], splits - 1
+    if all((out / name / METADATA).exists() for name in names):
+        return Extracted.open(out)
+    state = target.state(names)
+    writers = {
+        name: StoreWriter(out / name, subject.d_model, settings.dtype, n_rows=state[name]["n_rows"], shard_rows=settings.shard_rows) for name in names
+    }
+    lengths = np.asarray(windows.lengths)[order]
+    total, done = int(lengths.sum()), int(lengths[: state["next"]].sum())
+    for end, rows, residual, scored in read_windows(subject, hook, windows, order, state["next"], batch_tokens):
+        for number, name in enumerate(names):
+            mine = splits[rows] == number
+            if mine.any():
+                _append(writers[name], state[name], windows, rows[mine], residual[mine], scored[mine])
+        done += rows.size * residual.shape[1]
+        if end is not None:
+            for name in names:
+                writers[name].flush()
+                state[name]["n_rows"] = writers[name].n_rows
+            state["next"] = end
+            write_json(out / STATE, state)
+        if progress:
+            progress(done, total)
+    for number, name in enumerate(names):
+        counts = {k: v for k, v in state[name].items() if k != "n_rows"}
+        meta = {"source": source, "split": {"name": name, "held_out": settings.held_out, "seed": settings.seed}, "order": target.order(settings)}
+        meta |= {"part": {"number": settings.part, "of": settings.parts}, "counts": counts, "dtype": settings.dtype}
+        meta |= {"hook": hook, "model": source["model"], "n_windows": int((splits[order] == number).sum())}
+        writers[name].finish({**meta, "key": store_key(meta)})
+    (out / STATE).unlink()
+    return Extracted.open(out)
+
+
+def merge(folders: list[Path], out: Path) -> Extracted:
+    """One extraction from those of several workers. Raises as :func:`merge_stores`."""
+    if not folders:
+        raise InputError("there is nothing to merge: name the folders that the workers wrote")
+    for folder in folders:
+        Extracted.open(folder)
+    for name in (TRAIN, TEST):
+        if (folders[0] / name).exists():
+            merge_stores([f / name for f in folders], out / name)
+    with explained_storage(out):
+        shutil.copytree(folders[0] / "windows", out / "windows", dirs_exist_ok=True)
+    return Extracted.open(out)
+
+
+def window_splits(windows: WindowTable, settings: ExtractSettings) -> np.ndarray:
+    """0 for windows of training documents, 1 for held-out ones: int8 ``[window]``. Raises ``InputError`` when there is one document alone."""
+    found = np.zeros(len(windows), np.int8)
+    if settings.held_out:
+        try:
+            test = split_indices(len(windows), settings.held_out, settings.seed, np.asarray(windows.documents))[1]
+        except InputError as error:
+            raise InputError(f"no document can be held out ({error}); --held-out 0 keeps all for training") from error
+        found[test] = 1
+    return found
+
+
+def window_order(windows: WindowTable, settings: ExtractSettings) -> np.ndarray:
+    """The windows of this part in the order in which they are read, int64."""
+    order = np.random.default_rng([settings.seed, 2]).permutation(len(windows)) if settings.shuffle else np.arange(len(windows))
+    cuts = np.linspace(0, len(order), settings.parts + 1).astype(int)
+    mine = order[cuts[settings.part] : cuts[settings.part + 1]]
+    if not len(mine):
+        raise InputError(f"{len(windows)} windows are too few for {settings.parts} parts: use fewer")
+    return mine
+
+
+def read_windows(
+    subject: Subject, hook: str, windows: WindowTable, order: np.ndarray, first: int, batch_tokens: int
+) -> Iterator[tuple[int | None, np.ndarray, np.ndarray, np.ndarray]]:
+    """Windows of one length batch by batch, from ``order[first:]``: (when all before a place in ``order`` are through that place, else None; their rows; their
+    activations ``[window, token, d_model]``; which tokens are scored)."""
+    at_once = max(1, batch_tokens // windows.length)
+    chunk = max(at_once, CHUNK_TOKENS // windows.length // at_once * at_once)
+    for start in range(first, len(order), chunk):
+        rows = order[start : start + chunk]
+        lengths = np.asarray(windows.lengths)[rows]
+        batches = []
+        for length in np.unique(lengths)[::-1]:
+            same = rows[lengths == length]
+            batches += [(int(length), same[i : i + at_once]) for i in range(0, len(same), at_once)]
+        for number, (length, batch) in enumerate(batches, 1):
+            with torch.inference_mode():
+                residual = subject.residual(torch.from_numpy(np.array(windows.tokens[batch, :length], np.int64)), hook)
+                scored = scored_tokens(residual, subject)
+            yield (start + len(rows) if number == len(batches) else None), batch, residual.float().cpu().numpy(), scored.cpu().numpy()
+
+
+def _append(writer: StoreWriter, counts: dict[str, int], windows: WindowTable, rows: np.ndarray, residual: np.ndarray, scored: np.ndarray) -> None:
+    """Puts the scored tokens of some windows into a store, and counts the others."""
+    length = residual.shape[1]
+    place = np.broadcast_to(np.arange(length), scored.shape)
+    window = np.broadcast_to(rows[:, None], scored.shape)
+    tokens = np.asarray(windows.tokens[rows, :length])
+    documents = np.broadcast_to(np.asarray(windows.documents)[rows][:, None], scored.shape)
+    writer.append(residual[scored], documents=documents[scored], windows=window[scored], offsets=place[scored], tokens=tokens[scored])
+    first = ~scored[:, 0]
+    counts["n_tokens"] += scored.size
+    counts["n_first"] += int(first.sum())
+    counts["n_sinks"] += int((~scored).sum() - first.sum())
+
+
+class _Target:
+    """The folder of an extraction, and what it was asked for."""
+
+    def __init__(self, out: Path, subject: Subject, hook: str, corpus: str) -> None:
+        self.out, self.subject, self.hook, self.corpus = out, subject, hook, corpus
+
+    def claim(self, policy: WindowPolicy, settings: ExtractSettings) -> None:
+        """Writes down the request, or finds it there. Raises ``IncompatibleError`` for another one."""
+        subject = self.subject
+        asked = {
+            "format": FORMAT,
+            "model": subject.fingerprint,
+            "tokenizer": subject.encoder.fingerprint,
+            "hook": self.hook,
+            "corpus": self.corpus,
+            "policy": asdict(policy),
+            "settings": asdict(settings),
+        }
+        path, key = self.out / "request.json", content_key(asked)
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["key"] != key:
+                different = next((name for name in asked if found.get(name) != asked[name]), "key")
+                raise IncompatibleError(
+                    f"{self.out} holds an extraction with another {different} ({found.get(different)!r}): extract into another folder, or delete this one"
+                )
+            return
+        if any((self.out / name).exists() for name in (TRAIN, TEST)):
+            raise IncompatibleError(f"{self.out} holds stores that do not say what they were made of: extract into another folder")
+        write_json(path, {"key": key, **asked})
+
+    def source(self, windows: WindowTable) -> dict[str, Any]:
+        """What rows depend on."""
+        subject = self.subject
+        return {
+            "model": {"name": subject.name, "fingerprint": subject.fingerprint, "dtype": str(subject.dtype).removeprefix("torch.")},
+            "hook": self.hook,
+            "corpus": {"name": self.corpus, "windows": windows.fingerprint, "n_documents": windows.meta["n_documents"]},
+            "tokenizer": subject.encoder.fingerprint,
+            "mask": mask_of(subject),
+        }
+
+    def order(self, settings: ExtractSettings) -> str:
+        return "shuffled" if settings.shuffle else "corpus"
+
+    def state(self, names: list[str]) -> dict[str, Any]:
+        """How far an unfinished extraction got."""
+        path = self.out / STATE
+        if path.exists():
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        for name in names:
+            shutil.rmtree(self.out / name, ignore_errors=True)
+        return {"next": 0, **{name: {"n_rows": 0, "n_tokens": 0, "n_first": 0, "n_sinks": 0} for name in names}}

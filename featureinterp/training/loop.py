@@ -1,0 +1,243 @@
+"""The one training loop: steps, schedule, dead features, checkpoints, and a log of what happened."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from featureinterp.errors import FeatureInterpError, IncompatibleError
+from featureinterp.files import content_key, explained_storage, replaced_atomically
+from featureinterp.training.architectures import TRAINABLE, Normalizer, Trainable, geometric_median
+from featureinterp.training.batches import Batches, as_tensor
+from featureinterp.training.ranks import Ranks
+from featureinterp.training.settings import SaeTable, TrainingTable
+
+CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+Line = dict[str, Any]
+OnLine = Callable[[Line], None]
+"""Called with every line of the log."""
+
+
+def planned_steps(table: TrainingTable, n_rows: int | None) -> int:
+    """How many steps a run has; ``n_rows``: of the store, None where that is not known. Raises ``InputError``."""
+    from featureinterp.errors import InputError
+
+    samples = table.samples
+    if samples is None:
+        if n_rows is None:
+            raise InputError("without a store the number of tokens to train on must be said: set training.samples")
+        samples = round(table.epochs * n_rows)
+    if samples < table.batch:
+        raise InputError(f"a batch of {table.batch:,} rows is larger than the {samples:,} samples of the run: choose a smaller batch or more samples")
+    return samples // table.batch
+
+
+def learning_rate(table: TrainingTable, step: int, steps: int) -> float:
+    """The rate of a step, counted from 0: a linear rise over ``warmup`` steps to ``lr``, then a fall to ``lr_end``, which the last step has."""
+    warmup = min(table.warmup, max(0, steps - 1))
+    if step < warmup:
+        return table.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    match table.decay:
+        case "cosine":
+            share = 0.5 * (1 + math.cos(math.pi * progress))
+        case "linear":
+            share = 1 - progress
+        case "constant":
+            share = 1.0
+    return table.lr_end + (table.lr - table.lr_end) * share
+
+
+@dataclass
+class Trainer:
+    """A model with all that changes while it learns. ``silent_for``: tokens since each feature fired, int64 ``[d_sae]``."""
+
+    model: Trainable
+    normalizer: Normalizer
+    table: TrainingTable
+    batches: Batches
+    steps: int
+    device: torch.device
+    ranks: Ranks = Ranks()
+
+    def __post_init__(self) -> None:
+        self.model.half = self.table.precision == "bfloat16"
+        self.model.to(self.device).train()
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.table.lr, betas=self.table.betas, fused=fused)
+        self.silent_for = torch.zeros(self.model.d_sae, dtype=torch.int64, device=self.device)
+        self.step = 0
+        self._module: nn.Module = self.model
+        if self.ranks.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self._module = nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    @property
+    def dead(self) -> torch.Tensor:
+        """Which features are dead, bool ``[d_sae]``."""
+        return self.silent_for > self.model.table.dead_after
+
+    def one_step(self) -> Line:
+        """Takes a step; what it gave, over all processes."""
+        table, ranks = self.table, self.ranks
+        rate = learning_rate(table, self.step, self.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        x = self.normalizer(as_tensor(self.batches.next(), self.device))
+        growth = self.model.table.penalty_warmup * self.steps
+        strength = 1.0 if growth < 1 else min(1.0, (self.step + 1) / growth)
+        found = self._module(x, torch.nonzero(self.dead).squeeze(1), strength)
+        self.optimizer.zero_grad()
+        found.loss.backward()
+        self.model.free_rows()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), table.clip or float("inf"))
+        self.optimizer.step()
+        self.model.constrain()
+        self.silent_for += table.batch
+        self.silent_for[ranks.any(found.fired)] = 0
+        self.step += 1
+        sums = ranks.sum(torch.stack([found.error.double(), found.n_codes.double(), found.loss.detach().double(), found.penalty.double(), found.aux.double()]))
+        error, n_codes, loss, penalty, aux = sums.tolist()
+        if not math.isfinite(loss):
+            raise FeatureInterpError(f"training diverged: the loss of step {self.step} is not finite; lower training.lr, or raise training.warmup")
+        n = ranks.world
+        return {
+            "loss": loss / n,
+            "fvu": error / (table.batch * self.model.variance),
+            "penalty": penalty / n,
+            "aux": aux / n,
+            "l0": n_codes / table.batch,
+            "grad_norm": float(norm),
+            "lr": rate,
+        }
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Everything that changes, as tensors."""
+        found = {f"model.{name}": t for name, t in self.model.state_dict().items()}
+        for name, p in self.model.named_parameters():
+            for key, value in self.optimizer.state[p].items():
+                found[f"adam.{name}.{key}"] = value
+        return {**found, "silent_for": self.silent_for}
+
+    def restore(self, tensors: dict[str, torch.Tensor], step: int, cursor: dict[str, int]) -> None:
+        """Goes on from a checkpoint."""
+        self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        for name, p in self.model.named_parameters():
+            prefix = f"adam.{name}."
+            self.optimizer.state[p] = {k.removeprefix(prefix): v.to(self.device if v.ndim else v.device) for k, v in tensors.items() if k.startswith(prefix)}
+        self.silent_for = tensors["silent_for"].to(self.device)
+        self.step = step
+        self.batches.seek(cursor)
+
+
+def prepare(batches: Batches, sae: SaeTable, table: TrainingTable, device: torch.device, n_rows: int | None, ranks: Ranks = Ranks()) -> Trainer:
+    """A trainer at its first step: normalisation, variance and the pre-bias, the geometric median, come from a sample of several shards."""
+    steps = planned_steps(table, n_rows)
+    sample = as_tensor(batches.sample(table.presample_rows, seed=table.seed, n_shards=table.presample), device)
+    normalizer = Normalizer.of(sae.normalize, sample)
+    sample = normalizer(sample)
+    variance = float((sample - sample.mean(0)).pow(2).sum(1).mean())
+    if not variance > 0:
+        raise IncompatibleError("all activations are equal: there is nothing to learn from them")
+    generator = torch.Generator().manual_seed(table.seed)
+    bias = geometric_median(sample).cpu()
+    model = TRAINABLE[sae.architecture](batches.d_model, sae, bias=bias, variance=variance, generator=generator, ranks=ranks)
+    return Trainer(model, normalizer, table, batches, steps, device, ranks)
+
+
+def run(trainer: Trainer, folder: Path, key: dict[str, Any], *, on_line: OnLine = lambda _: None) -> None:
+    """Takes all steps that are left, with a log and checkpoints in ``folder``; goes on from a checkpoint of the same ``key``. Raises ``IncompatibleError`` for a
+    checkpoint of another run."""
+    table, ranks = trainer.table, trainer.ranks
+    same = content_key(key)
+    read_checkpoint(trainer, folder / CHECKPOINT, same)
+    log = Log(folder / LOG, trainer.step) if ranks.leads else None
+    window: list[Line] = []
+    began, first = time.monotonic(), trainer.step
+    while trainer.step < trainer.steps:
+        window.append(trainer.one_step())
+        step = trainer.step
+        if step % table.log_every == 0 or step == trainer.steps:
+            dead = float(trainer.dead.double().mean())
+            seconds = time.monotonic() - began
+            rate = (step - first) * table.batch / seconds
+            means = {name: sum(line[name] for line in window) / len(window) for name in window[0] if name != "lr"}
+            line = {"step": step, "steps": trainer.steps, **means, "lr": window[-1]["lr"], "dead": dead, "samples": step * table.batch}
+            line |= {"samples_per_s": rate, "left_s": (trainer.steps - step) * table.batch / rate}
+            window = []
+            if log is not None:
+                log.write(line)
+                on_line(line)
+        if step % table.checkpoint_every == 0 or step == trainer.steps:
+            write_checkpoint(trainer, folder / CHECKPOINT, same)
+    ranks.barrier()
+
+
+class Log:
+    """A JSONL file, one line per some steps. Lines of steps after ``step`` are of an attempt that was cut off, and are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        kept = [line for line in read_log(path) if line["step"] <= step]
+        with replaced_atomically(path) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def write(self, line: Line) -> None:
+        """Appends a line."""
+        with explained_storage(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def read_log(path: Path) -> list[Line]:
+    """The lines of a log; a last one that was cut off is left out, none when there is no log."""
+    if not path.exists():
+        return []
+    found = []
+    with explained_storage(path):
+        for text in path.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    found.append(line)
+    return found
+
+
+def write_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
+    """All that is needed to go on, in one safetensors file. All processes take part; the first one writes."""
+    from safetensors.torch import save
+
+    cursors = trainer.ranks.objects(trainer.batches.cursor)
+    if not trainer.ranks.leads:
+        return
+    about = {"key": key, "step": str(trainer.step), "cursors": json.dumps(cursors)}
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in trainer.state().items()}
+    with replaced_atomically(path) as file:
+        file.write(save(tensors, about))
+
+
+def read_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
+    """Takes a trainer to where a checkpoint was written, when there is one."""
+    if not path.exists():
+        return
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(os.fspath(path), "pt") as file:  # type: ignore[no-untyped-call]
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            step, cursors = int(about["step"]), json.loads(about["cursors"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise IncompatibleError(f"the checkpoint {path} cannot be read ({error}): delete it to train from the start") from error
+    if about.get("key") != key:
+        raise IncompatibleError(f"{path.parent} holds a run with other settings or data: train into another folder, or delete this one")
+    trainer.restore(tensors, step, cursors[trainer.ranks.rank % len(cursors)])

@@ -1,0 +1,306 @@
+"""The whole path in one call: extract what is missing, train, export, evaluate. Every step reuses what an earlier call finished."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from featureinterp.corpus.text import load_corpus
+from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
+from featureinterp.errors import IncompatibleError, InputError
+from featureinterp.files import explained_storage, write_atomic, write_json
+from featureinterp.sae.load import LoadedSae, load_sae, save_sae, save_saelens
+from featureinterp.subject.load import Subject, as_subject, load_causal_lm, pick_device
+from featureinterp.training.architectures import as_sae
+from featureinterp.training.batches import Batches, OnlineBatches, Share, StoreBatches
+from featureinterp.training.evaluate import Evaluation, check_apart, evaluate, loss_recovered
+from featureinterp.training.extract import Extracted, ExtractSettings, extract, window_splits
+from featureinterp.training.loop import CHECKPOINT, LOG, OnLine, Trainer, prepare, read_log, run
+from featureinterp.training.ranks import Ranks, joined, own_device
+from featureinterp.training.settings import Recipe, recipe_toml
+from featureinterp.training.store import METADATA
+from featureinterp.training.trackers import open_tracker
+
+Steps = Callable[[str, int, int], None]
+RECIPE, ABOUT, METRICS = "recipe.toml", "run.json", "metrics.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Trained:
+    """A finished run. ``metrics`` is None when no document was held out."""
+
+    folder: Path
+    recipe: Recipe
+    sae: LoadedSae
+    metrics: dict[str, Any] | None
+    log: list[dict[str, Any]] = field(repr=False)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        found = self.metrics
+        figures = f"variance explained {found['sae']['raw']:.3f}, L0 {found['l0']:.1f}, dead {found['dead']:.1%}" if found else "not evaluated"
+        return f"<b>{escape(self.recipe.sae.architecture)}</b> of {self.sae.n_features:,} features: {figures}; <code>{escape(str(self.folder))}</code>"
+
+
+class Parts:
+    """What a recipe needs of the subject, loaded when it is first asked for."""
+
+    def __init__(self, recipe: Recipe, device: str | None) -> None:
+        self.recipe, self.device = recipe, own_device(pick_device(device))
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    @property
+    def model(self) -> tuple[Any, Any]:
+        """The whole model, and its tokenizer."""
+        if self._model is None:
+            table = self.recipe.subject
+            self._model, self._tokenizer = load_causal_lm(table.model, device=str(self.device), dtype=table.dtype)
+        return self._model, self._tokenizer
+
+    @property
+    def subject(self) -> Subject:
+        """The model up to its head."""
+        return as_subject(self.recipe.subject.model, *self.model)
+
+    @property
+    def policy(self) -> WindowPolicy:
+        """How the corpus is cut."""
+        c = self.recipe.corpus
+        return WindowPolicy(c.window, min(c.min_window, c.window), c.max_tokens, c.max_per_document)
+
+    def extract_settings(self, *, only_held_out: bool = False) -> ExtractSettings:
+        """How activations are stored."""
+        r = self.recipe
+        return ExtractSettings(r.corpus.held_out, r.store.dtype, r.store.shuffle, r.store.shard_rows, only_held_out, seed=r.training.seed)
+
+    def extract(self, folder: Path, steps: Steps, *, only_held_out: bool = False) -> Extracted:
+        """The extraction in ``folder``, made, gone on with or reused."""
+        corpus = load_corpus(self.recipe.corpus.name, text_field=self.recipe.corpus.text_field)
+        settings = self.extract_settings(only_held_out=only_held_out)
+        return extract(
+            self.subject,
+            self.recipe.subject.hook,
+            corpus,
+            folder,
+            self.policy,
+            settings,
+            batch_tokens=self.recipe.training.batch_tokens,
+            progress=lambda done, total: steps("tokens", done, total),
+        )
+
+
+def train(recipe: Recipe, out: Path, *, device: str | None = None, steps: Steps = lambda *_: None, on_line: OnLine = lambda _: None) -> Trained:
+    """Runs a recipe in the folder ``out``: activations (unless ``store.folder`` has them, or ``training.online``), training, ``sae/`` and ``saelens/``,
+    ``metrics.json``. The same call goes on with what was interrupted. Started by ``torchrun``, all processes train together.
+
+    Raises ``InputError`` for what cannot work, before anything is computed.
+    """
+    writable(out)
+    parts = Parts(recipe, device)
+    with joined(parts.device) as ranks:
+        found = _data(recipe, out, parts, steps, ranks)
+        trainer = prepare(found.batches, recipe.sae, recipe.training, parts.device, found.n_rows, ranks)
+        key = {"data": found.key, **_settings_that_matter(recipe, ranks)}
+        if ranks.leads:
+            write_atomic(out / RECIPE, recipe_toml(recipe))
+            write_json(out / ABOUT, _about(recipe, trainer, found, ranks))
+        with open_tracker(recipe.tracking, out, recipe, ranks.leads) as track:
+
+            def tell(line: dict[str, Any]) -> None:
+                track(line)
+                on_line(line)
+                steps("training", line["step"], line["steps"])
+
+            run(trainer, out, key, on_line=tell)
+        metrics = None
+        if ranks.leads:
+            metrics = _finish(recipe, out, parts, trainer, found, steps)
+        ranks.barrier()
+        return Trained(out, recipe, load_sae(str(out / "sae")), metrics, read_log(out / LOG))
+
+
+@dataclass(frozen=True)
+class _Data:
+    """Where training rows come from. ``key``: what they depend on; ``n_rows``: of the store."""
+
+    batches: Batches
+    key: str
+    n_rows: int | None
+    extracted: Extracted | None
+
+
+def _data(recipe: Recipe, out: Path, parts: Parts, steps: Steps, ranks: Ranks) -> _Data:
+    """Activations or the model itself; the first process extracts, the others wait for it."""
+    table = recipe.training
+    folder = recipe.store.folder or out / "activations"
+    share = Share(ranks.rank, ranks.world)
+    share.of(table.batch)
+    given = recipe.store.folder is not None and (folder / "train" / METADATA).exists()
+    if table.online:
+        return _online(recipe, folder, parts, steps, ranks, share)
+    if not given and ranks.leads:
+        parts.extract(folder, steps)
+    ranks.barrier()
+    found = Extracted.open(folder)
+    if found.train is None:
+        raise InputError(f"{folder} holds only held-out activations: give an extraction with training ones, or set training.online")
+    if given:
+        _check_store(recipe, found)
+    if found.test is not None:
+        check_apart(found.train, found.test)
+    batches = StoreBatches(found.train, table.batch, mix=table.mix, seed=table.seed, share=share)
+    return _Data(batches, found.train.key, len(found.train), found)
+
+
+def _online(recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ranks, share: Share) -> _Data:
+    table = recipe.training
+    held = None
+    if ranks.leads:
+        if recipe.corpus.held_out:
+            held = parts.extract(folder, steps, only_held_out=True)
+        else:
+            corpus = load_corpus(recipe.corpus.name, text_field=recipe.corpus.text_field)
+            build_windows(corpus, parts.subject.encoder, parts.policy, folder / "windows")
+    ranks.barrier()
+    windows = held.windows if held else WindowTable.open(folder / "windows")
+    rows = np.flatnonzero(window_splits(windows, parts.extract_settings()) == 0)
+    batches = OnlineBatches(
+        parts.subject,
+        recipe.subject.hook,
+        windows,
+        rows,
+        table.batch,
+        buffer=table.buffer,
+        batch_tokens=table.batch_tokens,
+        seed=table.seed,
+        share=share,
+    )
+    key = f"{windows.fingerprint} {parts.subject.fingerprint} {recipe.subject.hook}"
+    return _Data(batches, key, None if table.samples else int(np.asarray(windows.lengths)[rows].sum()), held)
+
+
+def _check_store(recipe: Recipe, found: Extracted) -> None:
+    """Raises ``IncompatibleError`` when a store that was given is not of the recipe's hook and model."""
+    assert found.train is not None
+    source = found.train.meta["source"]
+    for name, ours, theirs in (("hook", recipe.subject.hook, source["hook"]), ("model", recipe.subject.model, source["model"]["name"])):
+        if ours != theirs:
+            raise IncompatibleError(f"the activations in {found.folder} are those of the {name} {theirs!r}, and the recipe says {ours!r}: change one of them")
+
+
+def _settings_that_matter(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
+    """What the weights depend on."""
+    training = recipe.training.model_dump(mode="json", exclude={"log_every", "checkpoint_every", "batch_tokens"})
+    return {"sae": recipe.sae.model_dump(mode="json", exclude={"dtype"}), "training": training, **({"world": ranks.world} if recipe.training.online else {})}
+
+
+def _about(recipe: Recipe, trainer: Trainer, found: _Data, ranks: Ranks) -> dict[str, Any]:
+    """What the run is, beside its settings."""
+    from featureinterp import __version__
+
+    source = found.extracted.train.meta["source"] if found.extracted and found.extracted.train else None
+    return {
+        "featureinterp": __version__,
+        "torch": torch.__version__,
+        "steps": trainer.steps,
+        "decay_steps": trainer.steps,
+        "d_in": trainer.model.d_in,
+        "d_sae": trainer.model.d_sae,
+        "n_parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "aux_k": trainer.model.aux_k,
+        "normalize": {"kind": trainer.normalizer.kind, "scale": trainer.normalizer.scale},
+        "variance": trainer.model.variance,
+        "n_rows": found.n_rows,
+        "data": found.key,
+        "source": source,
+        "activations": str(found.extracted.folder.resolve()) if found.extracted else None,
+        "processes": ranks.world,
+        "device": str(trainer.device),
+    }
+
+
+def _finish(recipe: Recipe, out: Path, parts: Parts, trainer: Trainer, found: _Data, steps: Steps) -> dict[str, Any] | None:
+    """Writes the SAE in both layouts, and judges what was written."""
+    sae = as_sae(trainer.model, trainer.normalizer)
+    names = {"hook": recipe.subject.hook, "model": recipe.subject.model}
+    dtype = DTYPES[recipe.sae.dtype]
+    provenance = {"recipe": json.loads(recipe.model_dump_json(exclude_none=True, exclude={"store": {"folder"}})), "data": found.key}
+    save_sae(out / "sae", sae, dtype=dtype, provenance=provenance, **names)
+    written = load_sae(str(out / "sae"), device=parts.device)
+    metrics = None
+    extracted = found.extracted
+    if extracted is not None and extracted.test is not None:
+        table = recipe.evaluation
+        sample = found.batches.sample(max(20_000, 20 * table.pca), seed=recipe.training.seed, n_shards=None)
+        dead = float(trainer.dead.double().mean())
+        judged = evaluate(
+            written.sae,
+            extracted.test,
+            sample,
+            max_rows=table.max_rows,
+            pca=table.pca,
+            dead_in_training=dead,
+            seed=recipe.training.seed,
+            progress=lambda done, total: steps("evaluating", done, total),
+        )
+        judged = with_loss(judged, recipe, extracted, written, parts, steps)
+        metrics = judged.to_json()
+        write_json(out / METRICS, metrics)
+        save_sae(out / "sae", written.sae, dtype=dtype, provenance=provenance, metrics=short_metrics(metrics), **names)
+    save_saelens(out / "saelens", written.sae, **names)
+    return metrics
+
+
+def with_loss(judged: Evaluation, recipe: Recipe, extracted: Extracted, sae: LoadedSae, parts: Parts, steps: Steps) -> Evaluation:
+    """An evaluation with the model's loss on windows of held-out documents, when the recipe asks for it."""
+    from dataclasses import replace
+
+    n = recipe.evaluation.ce_windows
+    if not n or extracted.test is None:
+        return judged
+    rows = np.unique(np.asarray(extracted.test.windows))
+    rows = rows if n >= len(rows) else np.sort(np.random.default_rng([recipe.training.seed, 5]).choice(rows, n, replace=False))
+    model, tokenizer = parts.model
+    loss = loss_recovered(
+        model, tokenizer, recipe.subject.hook, sae.sae, extracted.windows, rows, progress=lambda done, total: steps("cross-entropy", done, total)
+    )
+    return replace(judged, loss=loss)
+
+
+def short_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The figures that go into an SAE's own configuration."""
+    loss = metrics["loss"]
+    found = {
+        "explained_variance": metrics["sae"]["raw"],
+        "explained_variance_normalised": metrics["sae"]["normalised"],
+        "explained_variance_of_zero_codes": metrics["zero"]["raw"],
+        "explained_variance_of_pca": metrics["pca"] and metrics["pca"]["raw"],
+        "pca_components": metrics["pca_k"],
+        "l0": metrics["l0"],
+        "dead_share": metrics["dead"],
+        "loss_recovered": loss and loss["recovered"],
+        "n_tokens": metrics["n_rows"],
+        "n_documents": metrics["n_documents"],
+    }
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in found.items() if value is not None}
+
+
+def writable(out: Path) -> None:
+    """Raises ``StorageError`` when nothing can be written into a folder."""
+    probe = out / ".writable"
+    with explained_storage(out):
+        out.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+
+
+__all__ = ["ABOUT", "CHECKPOINT", "METRICS", "RECIPE", "Parts", "Trained", "short_metrics", "train", "with_loss", "writable"]
