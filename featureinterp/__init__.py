@@ -31,7 +31,7 @@ _HOME = {
     "Intervention": "domain.intervention",
     "TrialSettings": "falsify.counterexamples",
     "Trial": "domain.trial",
-    "local_simulator": "api",
+    "local_simulator": "api.local",
     "probe": "api",
     "Probe": "api",
     "StudySettings": "probing.study",

@@ -36,13 +36,14 @@ ALLOWED = {
     "score": LANGUAGE | {"score"},
     "falsify": LANGUAGE | {"falsify"},
     "probing": {"probing", "codes", "corpus", "domain", "errors", "files", "intervals"},
+    "training": {"training", "probing", "codes", "sae", "subject", "corpus", "domain", "errors", "files", "intervals", "resources", "validation", "__version__"},
     "report": {"report", "falsify", "probing", "domain", "errors", "files", "prompts"},
     "jobs": LANGUAGE | {"jobs", "explain", "simulate", "score", "falsify", "records", "codes", "sae", "subject", "corpus", "__version__"},
     "__main__": {"cli"},
     "server": {"server", "api", "domain", "errors", "files", "jobs", "__version__"},
-    "cli": {"cli", "server", "api", "probing", "errors", "assets", "domain", "jobs", "records", "llm", "__version__"},
+    "cli": {"cli", "server", "api", "probing", "training", "errors", "assets", "domain", "jobs", "records", "llm", "__version__"},
 }
-TORCH_ROOMS = {"subject", "sae", "codes"}
+TORCH_ROOMS = {"subject", "sae", "codes", "training"}
 TORCH_FILES = {
     "probing/tensors.py",
     "records/projected.py",

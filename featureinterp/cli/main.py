@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 
 from featureinterp import __version__
-from featureinterp.cli import collect, demo, explain, falsify, jobs, llm, models, probe, records, report, saes, sensitivity, serve, steer
+from featureinterp.cli import collect, demo, explain, falsify, jobs, llm, models, probe, records, report, saes, sensitivity, serve, steer, training
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or a request to end."""
@@ -34,6 +34,9 @@ app.command("falsify")(falsify.falsify)
 app.command("steer")(steer.steer)
 app.command("probe")(probe.probe)
 app.command("sensitivity")(sensitivity.sensitivity)
+app.command("extract")(training.extract)
+app.command("train")(training.train)
+app.command("evaluate")(training.evaluate)
 app.command("run")(jobs.run)
 app.command("status")(jobs.status)
 app.command("export")(jobs.export)

@@ -11,7 +11,6 @@ import torch
 from featureinterp.errors import IncompatibleError
 from featureinterp.sae.codes import SparseCodes
 
-
 Normalize = Literal["none", "layer_norm"]
 LAYER_NORM_EPSILON = 1e-5
 

@@ -1,7 +1,7 @@
 """SAEs that learn: what each architecture computes from a batch, and its loss.
 
-Weights are held by feature (``W_enc``, ``W_dec``: ``[d_sae, d_in]``), decoder rows have unit norm. Inputs are normalised; every loss is in shares of their variance V = E‖x − mean‖²,
-so that the weight of a penalty means the same for any model:
+Weights are held by feature (``W_enc``, ``W_dec``: ``[d_sae, d_in]``), decoder rows have unit norm. Inputs are normalised; every loss is in shares of
+their variance V = E‖x − mean‖², so that the weight of a penalty means the same for any model:
 
     reconstruction  Σ‖x − x̂‖² / (batch · V), the fraction of variance unexplained (FVU)
     TopK            + aux                           Gao et al. 2024, "Scaling and evaluating sparse autoencoders"
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.functional import embedding_bag, linear
 
 from featureinterp.sae.base import SparseAutoencoder, layer_norm
 from featureinterp.sae.layouts.checkpoint import ARCHITECTURES
@@ -31,8 +31,8 @@ from featureinterp.training.sparse import Pattern, decoded, encoded
 
 
 class Step(NamedTuple):
-    """What a batch gave: the ``loss`` to descend; the parts of it and of this process's rows, without gradients: ``error`` Σ‖x − x̂‖², ``penalty`` and ``aux`` (as they
-    stand in the loss), ``n_codes``; ``fired`` bool ``[d_sae]``."""
+    """What a batch gave: the ``loss`` to descend; the parts of it and of this process's rows, without gradients: ``error`` Σ‖x − x̂‖², ``penalty`` and ``aux``
+    (as they stand in the loss), ``n_codes``; ``fired`` bool ``[d_sae]``."""
 
     loss: torch.Tensor
     error: torch.Tensor
@@ -62,8 +62,8 @@ class Normalizer:
 
 
 def geometric_median(x: torch.Tensor, *, tolerance: float = 1e-5, most: int = 200) -> torch.Tensor:
-    """The point with the smallest sum of distances to the rows of ``x [row, d]``: Weiszfeld's iteration, until it moves by less than ``tolerance`` of their mean
-    distance."""
+    """The point with the smallest sum of distances to the rows of ``x [row, d]``: Weiszfeld's iteration, until it moves by less than ``tolerance`` of their
+    mean distance."""
     point = x.mean(0)
     for _ in range(most):
         distance = (x - point).norm(dim=1).clamp_min(1e-12)
@@ -86,7 +86,7 @@ class Trainable(nn.Module):
         self.d_in, self.d_sae = d_in, d_sae
         self.aux_k = min(d_sae, d_in // 2 if table.aux_k is None else table.aux_k)
         self.half = False
-        directions = F.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
+        directions = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.W_enc = nn.Parameter(directions.clone())
         self.W_dec = nn.Parameter(directions)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
@@ -119,13 +119,13 @@ class Trainable(nn.Module):
         error = error.detach()
         values = self._before(x, dead)
         top, chosen = torch.topk(values, min(self.aux_k, len(dead)), dim=1, sorted=False)
-        guess = F.embedding_bag(dead[chosen], self.W_dec, mode="sum", per_sample_weights=torch.relu(top))
+        guess = embedding_bag(dead[chosen], self.W_dec, mode="sum", per_sample_weights=torch.relu(top))
         whole = self.ranks.sum(error.pow(2).sum()) / self.ranks.world
         return self.table.aux_coefficient * (error - guess).pow(2).sum() / whole.clamp_min(1e-12)
 
     def _before(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """What some features read, before any threshold: ``[row, feature]``."""
-        return F.linear(x - self.b_dec, self.W_enc[features], self.b_enc[features])
+        return linear(x - self.b_dec, self.W_enc[features], self.b_enc[features])
 
     def _fvu(self, error: torch.Tensor) -> torch.Tensor:
         return error.pow(2).sum() / (len(error) * self.variance)
@@ -162,8 +162,8 @@ class ByCount(Trainable):
     def _all(self, centred: torch.Tensor) -> torch.Tensor:
         """What every feature reads, ``[row, d_sae]``; in half precision it only chooses."""
         if self.half:
-            return F.linear(centred.bfloat16(), self.W_enc.bfloat16(), self.b_enc.bfloat16())
-        return F.linear(centred, self.W_enc, self.b_enc)
+            return linear(centred.bfloat16(), self.W_enc.bfloat16(), self.b_enc.bfloat16())
+        return linear(centred, self.W_enc, self.b_enc)
 
     def _exact(self, values: torch.Tensor, centred: torch.Tensor, pattern: Pattern) -> torch.Tensor:
         """The values of chosen codes in full precision."""
@@ -175,7 +175,8 @@ class ByCount(Trainable):
 
 
 class ByBatch(ByCount):
-    """BatchTopK: the k · batch largest codes of the whole batch; a running mean of the smallest becomes the threshold. Matryoshka keeps its codes in the same way."""
+    """BatchTopK: the k · batch largest codes of the whole batch; a running mean of the smallest becomes the threshold. Matryoshka keeps its codes in the same
+    way."""
 
     threshold: torch.Tensor
 
@@ -214,7 +215,7 @@ class Dense(Trainable):
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
-            return F.linear(x, weight, bias).float()
+            return linear(x, weight, bias).float()
 
     def _decoded(self, codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with torch.autocast(codes.device.type, torch.bfloat16, enabled=self.half):
@@ -285,7 +286,7 @@ class JumpReLU(Dense):
         self.threshold.clamp_(min=0)
 
     def _before(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.W_enc[features], self.b_enc[features])
+        return linear(x, self.W_enc[features], self.b_enc[features])
 
     def export(self, scale: float) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
         name, tensors, settings = super().export(scale)

@@ -27,8 +27,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """Variance explained by one way of reconstructing: 1 − Σ‖x − x̂‖² / Σ‖x − mean‖² over all rows, ``raw``; and with every row less its own mean and over its own
-    deviation, ``normalised``, where each row counts alike. ``by_norm``: raw, for tenths of the rows by their norm, the smallest first."""
+    """Variance explained by one way of reconstructing: 1 − Σ‖x − x̂‖² / Σ‖x − mean‖² over all rows, ``raw``; and with every row less its own mean and over its
+    own deviation, ``normalised``, where each row counts alike. ``by_norm``: raw, for tenths of the rows by their norm, the smallest first."""
 
     raw: float
     normalised: float
@@ -37,8 +37,8 @@ class Explained:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Cross-entropy of the subject's predictions in nats per token: as it is, reading reconstructions, reading zeros. ``recovered`` = 1 − (sae − clean) / (zero −
-    clean), not clipped; None when zeros cost nothing."""
+    """Cross-entropy of the subject's predictions in nats per token: as it is, reading reconstructions, reading zeros. ``recovered`` = 1 − (sae − clean) /
+    (zero − clean), not clipped; None when zeros cost nothing."""
 
     clean: float
     sae: float
@@ -53,9 +53,9 @@ class Loss:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``zero``: all codes zero; ``pca``: the first ``pca_k`` components of the training activations (None without those). ``norms``: edges of the tenths of the row
-    norm. ``l0``: codes per row; ``dead``: share of features that fired on no row; ``dead_in_training``: that were dead by the counter at the end of training.
-    ``frequency``: log10 of the share of rows on which each alive feature fires, as counts in ``frequency_edges``."""
+    """``zero``: all codes zero; ``pca``: the first ``pca_k`` components of the training activations (None without those). ``norms``: edges of the tenths of
+    the row norm. ``l0``: codes per row; ``dead``: share of features that fired on no row; ``dead_in_training``: that were dead by the counter at the end of
+    training. ``frequency``: log10 of the share of rows on which each alive feature fires, as counts in ``frequency_edges``."""
 
     n_rows: int
     n_documents: int
@@ -113,10 +113,12 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """``test``: a store of documents that were not trained on. ``sample``: training activations ``[row, d]``, for the PCA. Raises ``IncompatibleError`` for a store
-    of another width."""
+    """``test``: a store of documents that were not trained on. ``sample``: training activations ``[row, d]``, for the PCA. Raises ``IncompatibleError`` for a
+    store of another width."""
     if test.d_model != sae.d_in:
-        raise IncompatibleError(f"the SAE takes activations of width {sae.d_in}, and {test.folder} holds some of width {test.d_model}: give a store of its hook")
+        raise IncompatibleError(
+            f"the SAE takes activations of width {sae.d_in}, and {test.folder} holds some of width {test.d_model}: give a store of its hook"
+        )
     if len(test) < 2:
         raise InputError(f"{test.folder} has {len(test)} rows: at least 2 are needed to evaluate")
     rows = np.arange(len(test))
@@ -219,12 +221,18 @@ def check_apart(train: ActivationStore, test: ActivationStore) -> None:
         raise InputError(f"{train.folder} and {test.folder} share {len(both)} documents, so that nothing was held out: extract with --held-out")
 
 
+def held_out_windows(test: ActivationStore, n: int, seed: int = 0) -> np.ndarray:
+    """Up to ``n`` random windows of a store, ascending."""
+    rows = np.unique(np.asarray(test.windows))
+    return rows if n >= len(rows) else np.sort(np.random.default_rng([seed, 5]).choice(rows, n, replace=False))
+
+
 @torch.inference_mode()
 def loss_recovered(
     model: Any, tokenizer: Any, hook: str, sae: SparseAutoencoder, windows: WindowTable, rows: np.ndarray, *, batch: int = 8, progress: Progress | None = None
 ) -> Loss:
-    """Cross-entropy over windows of a table, with the residual stream at ``hook`` as it is, reconstructed, and zero. Tokens that are not scored (a BOS, attention
-    sinks) stay as they are in all three; predictions are those made at scored tokens, of the token that follows in the window."""
+    """Cross-entropy over windows of a table, with the residual stream at ``hook`` as it is, reconstructed, and zero. Tokens that are not scored (a BOS,
+    attention sinks) stay as they are in all three; predictions are those made at scored tokens, of the token that follows in the window."""
     from featureinterp.codes.collect import SINK_FACTOR
 
     bos = tokenizer.bos_token_id

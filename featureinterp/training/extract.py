@@ -100,9 +100,7 @@ def extract(
     if all((out / name / METADATA).exists() for name in names):
         return Extracted.open(out)
     state = target.state(names)
-    writers = {
-        name: StoreWriter(out / name, subject.d_model, settings.dtype, n_rows=state[name]["n_rows"], shard_rows=settings.shard_rows) for name in names
-    }
+    writers = {name: StoreWriter(out / name, subject.d_model, settings.dtype, n_rows=state[name]["n_rows"], shard_rows=settings.shard_rows) for name in names}
     lengths = np.asarray(windows.lengths)[order]
     total, done = int(lengths.sum()), int(lengths[: state["next"]].sum())
     for end, rows, residual, scored in read_windows(subject, hook, windows, order, state["next"], batch_tokens):

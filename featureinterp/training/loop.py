@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ class Trainer:
     batches: Batches
     steps: int
     device: torch.device
-    ranks: Ranks = Ranks()
+    ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
         self.model.half = self.table.precision == "bfloat16"
@@ -156,8 +156,8 @@ def prepare(batches: Batches, sae: SaeTable, table: TrainingTable, device: torch
 
 
 def run(trainer: Trainer, folder: Path, key: dict[str, Any], *, on_line: OnLine = lambda _: None) -> None:
-    """Takes all steps that are left, with a log and checkpoints in ``folder``; goes on from a checkpoint of the same ``key``. Raises ``IncompatibleError`` for a
-    checkpoint of another run."""
+    """Takes all steps that are left, with a log and checkpoints in ``folder``; goes on from a checkpoint of the same ``key``. Raises ``IncompatibleError`` for
+    a checkpoint of another run."""
     table, ranks = trainer.table, trainer.ranks
     same = content_key(key)
     read_checkpoint(trainer, folder / CHECKPOINT, same)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from featureinterp.corpus.text import load_corpus
+from featureinterp.corpus.text import Corpus, load_corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
 from featureinterp.errors import IncompatibleError, InputError
 from featureinterp.files import explained_storage, write_atomic, write_json
@@ -19,12 +19,12 @@ from featureinterp.sae.load import LoadedSae, load_sae, save_sae, save_saelens
 from featureinterp.subject.load import Subject, as_subject, load_causal_lm, pick_device
 from featureinterp.training.architectures import as_sae
 from featureinterp.training.batches import Batches, OnlineBatches, Share, StoreBatches
-from featureinterp.training.evaluate import Evaluation, check_apart, evaluate, loss_recovered
+from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
 from featureinterp.training.extract import Extracted, ExtractSettings, extract, window_splits
-from featureinterp.training.loop import CHECKPOINT, LOG, OnLine, Trainer, prepare, read_log, run
+from featureinterp.training.loop import LOG, OnLine, Trainer, prepare, read_log, run
 from featureinterp.training.ranks import Ranks, joined, own_device
 from featureinterp.training.settings import Recipe, recipe_toml
-from featureinterp.training.store import METADATA
+from featureinterp.training.store import METADATA, read_metadata
 from featureinterp.training.trackers import open_tracker
 
 Steps = Callable[[str, int, int], None]
@@ -34,13 +34,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class Trained:
-    """A finished run. ``metrics`` is None when no document was held out."""
+    """A finished run. ``about``: what ``run.json`` says; ``metrics`` is None when no document was held out; ``leads``: whether this process writes the
+    files."""
 
     folder: Path
     recipe: Recipe
     sae: LoadedSae
+    about: dict[str, Any]
     metrics: dict[str, Any] | None
     log: list[dict[str, Any]] = field(repr=False)
+    leads: bool = True
 
     def _repr_html_(self) -> str:
         from html import escape
@@ -82,17 +85,21 @@ class Parts:
         r = self.recipe
         return ExtractSettings(r.corpus.held_out, r.store.dtype, r.store.shuffle, r.store.shard_rows, only_held_out, seed=r.training.seed)
 
-    def extract(self, folder: Path, steps: Steps, *, only_held_out: bool = False) -> Extracted:
+    @property
+    def corpus(self) -> Corpus:
+        """The text."""
+        return load_corpus(self.recipe.corpus.name, text_field=self.recipe.corpus.text_field)
+
+    def extract(self, folder: Path, steps: Steps, settings: ExtractSettings | None = None) -> Extracted:
         """The extraction in ``folder``, made, gone on with or reused."""
-        corpus = load_corpus(self.recipe.corpus.name, text_field=self.recipe.corpus.text_field)
-        settings = self.extract_settings(only_held_out=only_held_out)
+        corpus = self.corpus
         return extract(
             self.subject,
             self.recipe.subject.hook,
             corpus,
             folder,
             self.policy,
-            settings,
+            settings or self.extract_settings(),
             batch_tokens=self.recipe.training.batch_tokens,
             progress=lambda done, total: steps("tokens", done, total),
         )
@@ -105,6 +112,9 @@ def train(recipe: Recipe, out: Path, *, device: str | None = None, steps: Steps 
     Raises ``InputError`` for what cannot work, before anything is computed.
     """
     writable(out)
+    given = recipe.store.folder
+    if given is not None and (given / "train" / METADATA).exists():
+        recipe = fitted(recipe, read_metadata(given / "train")["source"])
     parts = Parts(recipe, device)
     with joined(parts.device) as ranks:
         found = _data(recipe, out, parts, steps, ranks)
@@ -125,7 +135,8 @@ def train(recipe: Recipe, out: Path, *, device: str | None = None, steps: Steps 
         if ranks.leads:
             metrics = _finish(recipe, out, parts, trainer, found, steps)
         ranks.barrier()
-        return Trained(out, recipe, load_sae(str(out / "sae")), metrics, read_log(out / LOG))
+        about = json.loads((out / ABOUT).read_text(encoding="utf-8"))
+        return Trained(out, recipe, load_sae(str(out / "sae")), about, metrics, read_log(out / LOG), ranks.leads)
 
 
 @dataclass(frozen=True)
@@ -144,17 +155,14 @@ def _data(recipe: Recipe, out: Path, parts: Parts, steps: Steps, ranks: Ranks) -
     folder = recipe.store.folder or out / "activations"
     share = Share(ranks.rank, ranks.world)
     share.of(table.batch)
-    given = recipe.store.folder is not None and (folder / "train" / METADATA).exists()
     if table.online:
         return _online(recipe, folder, parts, steps, ranks, share)
-    if not given and ranks.leads:
+    if ranks.leads and not (recipe.store.folder and (folder / "train" / METADATA).exists()):
         parts.extract(folder, steps)
     ranks.barrier()
     found = Extracted.open(folder)
     if found.train is None:
         raise InputError(f"{folder} holds only held-out activations: give an extraction with training ones, or set training.online")
-    if given:
-        _check_store(recipe, found)
     if found.test is not None:
         check_apart(found.train, found.test)
     batches = StoreBatches(found.train, table.batch, mix=table.mix, seed=table.seed, share=share)
@@ -166,10 +174,9 @@ def _online(recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ran
     held = None
     if ranks.leads:
         if recipe.corpus.held_out:
-            held = parts.extract(folder, steps, only_held_out=True)
+            held = parts.extract(folder, steps, parts.extract_settings(only_held_out=True))
         else:
-            corpus = load_corpus(recipe.corpus.name, text_field=recipe.corpus.text_field)
-            build_windows(corpus, parts.subject.encoder, parts.policy, folder / "windows")
+            build_windows(parts.corpus, parts.subject.encoder, parts.policy, folder / "windows")
     ranks.barrier()
     windows = held.windows if held else WindowTable.open(folder / "windows")
     rows = np.flatnonzero(window_splits(windows, parts.extract_settings()) == 0)
@@ -188,13 +195,16 @@ def _online(recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ran
     return _Data(batches, key, None if table.samples else int(np.asarray(windows.lengths)[rows].sum()), held)
 
 
-def _check_store(recipe: Recipe, found: Extracted) -> None:
-    """Raises ``IncompatibleError`` when a store that was given is not of the recipe's hook and model."""
-    assert found.train is not None
-    source = found.train.meta["source"]
-    for name, ours, theirs in (("hook", recipe.subject.hook, source["hook"]), ("model", recipe.subject.model, source["model"]["name"])):
-        if ours != theirs:
-            raise IncompatibleError(f"the activations in {found.folder} are those of the {name} {theirs!r}, and the recipe says {ours!r}: change one of them")
+def fitted(recipe: Recipe, source: dict[str, Any]) -> Recipe:
+    """The recipe with the model and hook of activations that were given, where it names none itself. Raises ``IncompatibleError`` where it names others."""
+    model = source["model"]
+    theirs = {"hook": source["hook"], "model": model["name"], "dtype": model["dtype"]}
+    for name in recipe.subject.model_fields_set:
+        if getattr(recipe.subject, name) != theirs[name]:
+            raise IncompatibleError(
+                f"the activations are of the {name} {theirs[name]!r}, and the recipe says {getattr(recipe.subject, name)!r}: change one of them"
+            )
+    return recipe.model_copy(update={"subject": recipe.subject.model_copy(update=theirs)})
 
 
 def _settings_that_matter(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
@@ -252,28 +262,18 @@ def _finish(recipe: Recipe, out: Path, parts: Parts, trainer: Trainer, found: _D
             seed=recipe.training.seed,
             progress=lambda done, total: steps("evaluating", done, total),
         )
-        judged = with_loss(judged, recipe, extracted, written, parts, steps)
+        if table.ce_windows:
+            model, tokenizer = parts.model
+            rows = held_out_windows(extracted.test, table.ce_windows, recipe.training.seed)
+            loss = loss_recovered(
+                model, tokenizer, recipe.subject.hook, written.sae, extracted.windows, rows, progress=lambda done, total: steps("cross-entropy", done, total)
+            )
+            judged = replace(judged, loss=loss)
         metrics = judged.to_json()
         write_json(out / METRICS, metrics)
         save_sae(out / "sae", written.sae, dtype=dtype, provenance=provenance, metrics=short_metrics(metrics), **names)
     save_saelens(out / "saelens", written.sae, **names)
     return metrics
-
-
-def with_loss(judged: Evaluation, recipe: Recipe, extracted: Extracted, sae: LoadedSae, parts: Parts, steps: Steps) -> Evaluation:
-    """An evaluation with the model's loss on windows of held-out documents, when the recipe asks for it."""
-    from dataclasses import replace
-
-    n = recipe.evaluation.ce_windows
-    if not n or extracted.test is None:
-        return judged
-    rows = np.unique(np.asarray(extracted.test.windows))
-    rows = rows if n >= len(rows) else np.sort(np.random.default_rng([recipe.training.seed, 5]).choice(rows, n, replace=False))
-    model, tokenizer = parts.model
-    loss = loss_recovered(
-        model, tokenizer, recipe.subject.hook, sae.sae, extracted.windows, rows, progress=lambda done, total: steps("cross-entropy", done, total)
-    )
-    return replace(judged, loss=loss)
 
 
 def short_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -301,6 +301,3 @@ def writable(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
         probe.unlink()
-
-
-__all__ = ["ABOUT", "CHECKPOINT", "METRICS", "RECIPE", "Parts", "Trained", "short_metrics", "train", "with_loss", "writable"]

@@ -1,26 +1,28 @@
 """What a run is made of: one TOML file, every key checked before anything is done.
 
-    [subject]
-    model = "smollm2-135m-instruct"
-    hook = "blocks.14.hook_resid_post"
+[subject]
+model = "smollm2-135m-instruct"
+hook = "blocks.14.hook_resid_post"
 
-    [corpus]
-    name = "sotu"
-    max_tokens = 1_500_000
+[corpus]
+name = "sotu"
+max_tokens = 1_500_000
 
-    [sae]
-    architecture = "topk"
-    d_sae = 4608
-    k = 32
+[sae]
+architecture = "topk"
+d_sae = 4608
+k = 32
 
-    [training]
-    samples = 3_600_000
+[training]
+samples = 3_600_000
 """
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -95,8 +97,8 @@ class SaeTable(_Table):
     prefixes: tuple[float, ...] = (0.03125, 0.09375, 0.21875, 0.46875, 1.0)
     """Matryoshka: shares of the dictionary that reconstruct on their own, ascending, the last 1."""
     normalize: Literal["none", "global", "token"] = "global"
-    """Of the input: none; one factor that gives the centred activations unit variance per dimension, folded into the weights at export; or each token by its own
-    mean and deviation, which the exported SAE does too."""
+    """Of the input: none; one factor that gives the centred activations unit variance per dimension, folded into the weights at export; or each token by its
+    own mean and deviation, which the exported SAE does too."""
     penalty: float | None = pydantic.Field(None, ge=0)
     """Weight of sparsity: of the L1 norm (ReLU, gated; 0.1 when not given), of (L0 / k − 1)² (JumpReLU; 1 when not given)."""
     penalty_warmup: float = pydantic.Field(0.1, ge=0, le=1)
@@ -117,7 +119,7 @@ class SaeTable(_Table):
     @pydantic.field_validator("prefixes")
     @classmethod
     def _ascend(cls, prefixes: tuple[float, ...]) -> tuple[float, ...]:
-        if not prefixes or prefixes[0] <= 0 or abs(prefixes[-1] - 1) > TINY or any(b <= a for a, b in zip(prefixes, prefixes[1:], strict=False)):
+        if not prefixes or prefixes[0] <= 0 or abs(prefixes[-1] - 1) > TINY or any(b <= a for a, b in pairwise(prefixes)):
             raise ValueError("they must ascend from above 0 to 1")
         return prefixes
 
@@ -215,16 +217,15 @@ class Recipe(_Table):
     evaluation: EvaluationTable = EvaluationTable()
     tracking: TrackingTable = TrackingTable()
 
-    def changed(self, changes: dict[str, str]) -> Recipe:
-        """With values given as text: ``{"sae.k": "64"}``. Raises ``InputError``."""
+    def changed(self, changes: Mapping[str, Any]) -> Recipe:
+        """With other values: ``{"sae.k": 64}``. Raises ``InputError``."""
         tables: dict[str, Any] = self.model_dump(exclude_unset=True)
-        for key, text in changes.items():
+        for key, value in changes.items():
             table, _, name = key.partition(".")
-            tables.setdefault(table, {})
-            if not name or not isinstance(tables[table], dict):
+            if not name:
                 raise InputError(f"{key!r} names no setting: write TABLE.KEY, such as sae.k")
-            tables[table][name] = _value(text)
-        return make_recipe(tables, "the recipe")
+            tables.setdefault(table, {})[name] = value
+        return make_recipe(tables)
 
 
 def make_recipe(tables: dict[str, Any], where: str = "the recipe") -> Recipe:
@@ -283,7 +284,7 @@ def _nearest(name: str, known: list[str], elsewhere: list[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     """A value as TOML would read it; what is none is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]

@@ -1,7 +1,8 @@
 """Encoding and decoding with few codes per token: what is not among the chosen codes costs nothing, forwards or backwards.
 
-With S the sparse matrix of the chosen codes ``[token, feature]`` and G that of their gradients, x̂ = S W_dec has the gradients Sᵀ ∂x̂ for W_dec and the products of
-∂x̂ with the chosen rows of W_dec for S; x W_encᵀ has Gᵀ x for W_enc. Each is a sparse product of as many multiplications as there are codes, times the width.
+With S the sparse matrix of the chosen codes ``[token, feature]`` and G that of their gradients, x̂ = S W_dec has the gradients Sᵀ ∂x̂ for W_dec and the
+products of ∂x̂ with the chosen rows of W_dec for S; x W_encᵀ has Gᵀ x for W_enc. Each is a sparse product of as many multiplications as there are codes, times
+the width.
 """
 
 from __future__ import annotations

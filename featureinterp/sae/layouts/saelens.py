@@ -37,8 +37,8 @@ def read_saelens(folder: Path) -> Checkpoint:
 
 
 def save_saelens(folder: Path, sae: SparseAutoencoder, *, hook: str, model: str, **notes: Any) -> None:
-    """Writes an SAE as SAELens loads it with ``SAE.load_from_disk``, float32. BatchTopK becomes a JumpReLU with one threshold for all features, as SAELens saves
-    its own; ``notes`` go into the metadata. ``cfg.json`` is written last."""
+    """Writes an SAE as SAELens loads it with ``SAE.load_from_disk``, float32. BatchTopK becomes a JumpReLU with one threshold for all features, as SAELens
+    saves its own; ``notes`` go into the metadata. ``cfg.json`` is written last."""
     from safetensors.torch import save
 
     t = {name: tensor.detach().cpu().float() for name, tensor in sae.tensors.items()}

@@ -8,27 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+from featureinterp.api.local import EXPLAINER, holistic_of, local_parts, near_directions
 from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import InputError, JobStoppedError
 from featureinterp.jobs.plan import Event, Outcome, Plan
 from featureinterp.jobs.spec import Job, load_job, make_job
 
 if TYPE_CHECKING:
-    from featureinterp.codes.holistic import HolisticActivations
     from featureinterp.codes.store import CodesStore
     from featureinterp.domain.record import FeatureRecord
     from featureinterp.falsify.sensitivity import FeatureSensitivity
-    from featureinterp.interfaces import Activator, Simulator, Steerer
-    from featureinterp.jobs.run import DryRun, Local
+    from featureinterp.jobs.run import DryRun
     from featureinterp.jobs.status import JobStatus
     from featureinterp.probing.agreement import Agreement
     from featureinterp.probing.study import Study, StudySettings
-    from featureinterp.records.build import Neighbours
     from featureinterp.records.policy import RecordPolicy
     from featureinterp.sae.load import LoadedSae
     from featureinterp.subject.load import Subject
 
-SUBJECT, SAE, CORPUS, EXPLAINER = "smollm2-135m-instruct", "demo", "sotu", "qwen2.5-coder-1.5b-instruct"
+SUBJECT, SAE, CORPUS = "smollm2-135m-instruct", "demo", "sotu"
 T = TypeVar("T")
 Steps = Callable[[str, int, int], None]
 """Called with (what is going on, done, in all)."""
@@ -217,44 +215,10 @@ def records(
         chosen,
         policy,
         embedder=SentenceEmbedder(embedder) if embedder else None,
-        neighbours=_neighbours(store, sae, policy.n_neighbours, device) if policy.wants("coactive_negative") else None,
+        neighbours=near_directions(store, sae, policy.n_neighbours, device) if policy.wants("coactive_negative") else None,
         progress=lambda done, total: steps("windows embedded", done, total),
     )
-    return built if holistic is None else _holistic(store, model, sae, holistic, device).add(built)
-
-
-def _holistic(store: CodesStore, model: str | None, sae: str | None, method: Literal["exact", "gradient"], device: str | None) -> HolisticActivations:
-    """Holistic activations by the model and the SAE that made a run."""
-    from featureinterp.codes.holistic import HolisticActivations
-
-    return HolisticActivations.of_run(store, *_subject_of(store, model, sae, device), method)
-
-
-def _subject_of(store: CodesStore, model: str | None, sae: str | None, device: str | None) -> tuple[Subject, LoadedSae]:
-    """The model and the SAE that made a run; by the names that it recorded when none are given."""
-    from featureinterp.sae.load import load_sae
-    from featureinterp.subject.load import load_subject, pick_device
-
-    meta = store.meta
-    subject = load_subject(model or meta["model"]["name"], device=device, dtype=meta["model"]["dtype"])
-    return subject, load_sae(sae or meta["sae"]["name"], device=pick_device(device))
-
-
-def _neighbours(store: CodesStore, sae: str | None, n: int, device: str | None) -> Neighbours:
-    """For a feature, those of the nearest decoder directions in the SAE that made a run."""
-    from featureinterp.codes.collect import check_sae
-    from featureinterp.sae.load import load_sae
-    from featureinterp.sae.neighbours import nearest_directions
-    from featureinterp.subject.load import pick_device
-
-    loaded = load_sae(sae or store.meta["sae"]["name"], device=pick_device(device))
-    check_sae(store, loaded)
-
-    def near(feature: int) -> tuple[Sequence[int], Sequence[float]]:
-        indices, cosines = nearest_directions(loaded.sae.W_dec, [feature], n)
-        return indices[0].tolist(), cosines[0].tolist()
-
-    return near
+    return built if holistic is None else holistic_of(store, model, sae, holistic, device).add(built)
 
 
 def run(job: Job | str | Path, *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent) -> Results:
@@ -274,7 +238,7 @@ async def run_async(job: Job | str | Path, *, on_event: Callable[[Event], None] 
     from featureinterp.report.render import write_report, write_results
 
     job = job if isinstance(job, Job) else load_job(Path(job))
-    ran = await run_job(job, open_run(job.run), _local(), on_event=on_event, steps=steps)
+    ran = await run_job(job, open_run(job.run), local_parts(), on_event=on_event, steps=steps)
     if ran.results:
         write_results(job.folder, ran.results, ran.about)
         write_report(job.folder / "report.html", ran.results, ran.about, _labels(job.run, ran.results))
@@ -286,7 +250,7 @@ def dry_run(job: Job | str | Path) -> DryRun:
     from featureinterp.jobs.run import dry_run
 
     job = job if isinstance(job, Job) else load_job(Path(job))
-    return _outside(lambda: dry_run(job, open_run(job.run), _local()))
+    return _outside(lambda: dry_run(job, open_run(job.run), local_parts()))
 
 
 def _outside(work: Callable[[], Awaitable[T]]) -> T:
@@ -336,85 +300,6 @@ async def explain_async(
     """The same, to be awaited."""
     chosen = features if isinstance(features, str) else tuple(features)
     return await run_async(make_job(run=Path(run), features=chosen, **fields), on_event=on_event, steps=steps)
-
-
-def _local() -> Local:
-    """What a job may need of the model library; a model that explains and simulates is loaded once."""
-    from featureinterp.jobs.run import Local
-
-    loaded: dict[tuple[Any, ...], tuple[Any, Any]] = {}
-
-    def load(job: Job, name: str) -> tuple[Any, Any]:
-        from featureinterp.subject.load import load_causal_lm
-
-        key = (name, job.simulator_device, job.simulator_dtype)
-        if key not in loaded:
-            loaded[key] = load_causal_lm(name, device=job.simulator_device, dtype=job.simulator_dtype)
-        return loaded[key]
-
-    def simulator(job: Job) -> Simulator:
-        model = job.simulator_model
-        return _local_simulator(job.simulator, lambda: load(job, model), model, job.simulator_dtype, job.simulator_temperature, job.simulator_chat)
-
-    def tokenizer(name: str) -> Any:
-        from featureinterp.subject.load import load_tokenizer
-
-        return load_tokenizer(name)
-
-    def causes(job: Job, store: CodesStore) -> Callable[[Iterator[FeatureRecord]], Iterator[FeatureRecord]]:
-        assert job.holistic is not None
-        return _holistic(store, job.model, job.sae, job.holistic, job.simulator_device).add
-
-    def neighbours(job: Job, store: CodesStore) -> Neighbours:
-        return _neighbours(store, job.sae, job.records.n_neighbours, job.simulator_device)
-
-    def activator(job: Job, store: CodesStore) -> Activator:
-        from featureinterp.codes.activator import RunActivator
-
-        return RunActivator(store, lambda: _subject_of(store, job.model, job.sae, job.simulator_device))
-
-    def steerer(job: Job, store: CodesStore) -> Steerer:
-        from featureinterp.codes.steerer import RunSteerer
-
-        def parts() -> tuple[Any, Any, LoadedSae]:
-            from featureinterp.sae.load import load_sae
-            from featureinterp.subject.load import load_causal_lm, pick_device
-
-            meta, device = store.meta, job.simulator_device
-            model, tokenizer = load_causal_lm(job.model or meta["model"]["name"], device=device, dtype=meta["model"]["dtype"])
-            return model, tokenizer, load_sae(job.sae or meta["sae"]["name"], device=pick_device(device))
-
-        return RunSteerer(store, parts)
-
-    return Local(simulator, load, tokenizer, causes, neighbours, activator, steerer)
-
-
-def local_simulator(
-    name: str = EXPLAINER,
-    *,
-    kind: str = "token-wise",
-    device: str | None = None,
-    dtype: str | None = None,
-    temperature: float | None = None,
-    chat: bool = False,
-) -> Simulator:
-    """A simulator on a local transformers model, which is loaded when it is first used: ``token-wise`` or ``all-at-once`` (``docs/scores.md``).
-    ``temperature``: the simulator's own when not given. ``chat``: the all-at-once prompt as turns of a chat."""
-    from featureinterp.subject.load import load_causal_lm
-
-    return _local_simulator(kind, lambda: load_causal_lm(name, device=device, dtype=dtype), name, dtype, temperature, chat)
-
-
-def _local_simulator(kind: str, load: Callable[[], tuple[Any, Any]], name: str, dtype: str | None, temperature: float | None, chat: bool) -> Simulator:
-    from featureinterp.simulate.all_at_once import AllAtOnce
-    from featureinterp.simulate.token_wise import TokenWise
-
-    dtype = dtype or "bfloat16"
-    if kind == "token-wise":
-        return TokenWise(load, name=name, dtype=dtype, temperature=temperature)
-    if kind == "all-at-once":
-        return AllAtOnce(load, name=name, dtype=dtype, temperature=temperature, chat=chat)
-    raise InputError(f"there is no local simulator {kind!r}: choose from token-wise, all-at-once")
 
 
 def sensitivity(

