@@ -1,9 +1,9 @@
-"""What the command line and a notebook call: extract, train, evaluate."""
+"""The verbs of training as Python functions: extract, train, evaluate, doctor."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,8 @@ from featureinterp.files import write_json
 from featureinterp.training.settings import Recipe, load_recipe, make_recipe
 
 if TYPE_CHECKING:
+    from featureinterp.training.doctor.bench import Speed
+    from featureinterp.training.doctor.check import Check
     from featureinterp.training.evaluate import Evaluation
     from featureinterp.training.extract import Extracted
     from featureinterp.training.recipe import Trained
@@ -139,3 +141,50 @@ def _about(run: Path) -> dict[str, Any] | None:
     if not (run / "sae").exists():
         raise UnknownNameError(f"the run {run} has no SAE yet: run the same 'featureinterp train' again to finish it")
     return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def doctor(
+    folder: str | Path | None = None,
+    *,
+    model: str | None = None,
+    hook: str | None = None,
+    corpus: str | None = None,
+    text_field: str = "text",
+    window: int | None = None,
+    load_model: bool = True,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    steps: Steps = _silent,
+) -> Iterator[Check]:
+    """Looks for the known mistakes in what it is given, check by check: ``folder``, of a run or of activations; a ``model``, by that of the activations when
+    not given (``load_model`` False: none); a ``corpus``. What is wrong is a finding; raises ``InputError`` only when there is nothing to look at."""
+    from dataclasses import replace
+
+    from featureinterp.training.doctor.examine import Patient, examine, patient_of, recorded
+
+    patient = Patient() if folder is None else patient_of(Path(folder))
+    known = recorded(patient.activations) if patient.activations is not None else None
+    if known is not None and load_model:
+        patient = replace(patient, model=known["model"]["name"], dtype=known["model"]["dtype"], hook=known["hook"])
+    given = {"model": model, "hook": hook, "corpus": corpus, "device": device, "dtype": dtype, "window": window}
+    patient = replace(patient, text_field=text_field, **{name: value for name, value in given.items() if value is not None})
+    if patient == Patient(text_field=text_field):
+        raise InputError("there is nothing to examine: give a folder of a run or of activations, --model or --corpus")
+    return examine(patient, seed=seed, steps=steps)
+
+
+def speeds(model: str | None, folder: str | Path | None, hook: str | None, *, device: str | None = None, dtype: str | None = None) -> list[Speed]:
+    """Tokens per second and peak memory of a model up to a hook, by batch and window length; the model and hook of the activations in ``folder`` when not
+    given."""
+    from featureinterp.subject.load import load_subject
+    from featureinterp.training.doctor.bench import speeds
+    from featureinterp.training.doctor.examine import patient_of, recorded
+
+    activations = patient_of(Path(folder)).activations if folder is not None else None
+    known = recorded(activations) if activations is not None else None
+    if known is not None:
+        model, hook, dtype = model or known["model"]["name"], hook or known["hook"], dtype or known["model"]["dtype"]
+    if model is None or hook is None:
+        raise InputError("a benchmark needs a model and a hook: give --model and --hook")
+    return list(speeds(load_subject(model, device=device, dtype=dtype), hook))

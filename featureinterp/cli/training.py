@@ -1,13 +1,17 @@
-"""featureinterp extract | train | evaluate"""
+"""featureinterp extract | train | evaluate | doctor"""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from featureinterp.cli.screen import Screen, plain
+
+if TYPE_CHECKING:
+    from featureinterp.training.doctor.check import Check
 
 _CONFIG = typer.Option(None, "--config", help="A recipe: a TOML file, or 'demo'. What is given here besides takes precedence.")
 _SET = typer.Option([], "--set", help="A setting of the recipe as TABLE.KEY=VALUE, such as sae.k=64; can be given again.")
@@ -145,6 +149,62 @@ def evaluate(
         screen.result(found.to_json())
     else:
         show(screen, found.to_json())
+
+
+def doctor(
+    folder: Path = typer.Argument(None, help="A run of 'train', or activations of 'extract'."),
+    model: str = typer.Option(None, help="The subject; that of the activations when not given."),
+    hook: str = typer.Option(None, help="blocks.N.hook_resid_post, with --model."),
+    corpus: str = typer.Option(None, help="A corpus, as for 'extract --corpus'."),
+    text_field: str = typer.Option("text", help="Field or column that holds the text."),
+    window: int = typer.Option(None, help="Tokens per window that are planned."),
+    load_model: bool = typer.Option(True, "--load-model/--no-model", help="Run the model of the activations again over some of their windows."),
+    bench: bool = typer.Option(False, "--bench", help="Also measure tokens per second and peak memory by batch and window length; needs a model."),
+    seed: int = typer.Option(0, help="Seed of what is drawn at random."),
+    device: str = _DEVICE,
+    dtype: str = typer.Option(None, help="The model's dtype: bfloat16 (default), float16 or float32."),
+    as_json: bool = _JSON,
+) -> None:
+    """Look for the known mistakes in a model, a corpus, activations or a run. Exit code 1 when something failed.
+
+    Example: featureinterp doctor RUN
+    """
+    from featureinterp.api import training
+
+    screen = Screen(as_json=as_json)
+    options = {"model": model, "hook": hook, "corpus": corpus, "window": window, "device": device, "dtype": dtype}
+    found = []
+    with screen.live():
+        for check in training.doctor(folder, text_field=text_field, load_model=load_model, seed=seed, steps=screen.step, **options):
+            found.append(check)
+            if not as_json:
+                for line in finding(check, first=len(found) == 1 or found[-2].subject != check.subject):
+                    screen.say(line)
+        measured = training.speeds(model, folder, hook, device=device, dtype=dtype) if bench else []
+    counts = {status: sum(c.status == status for c in found) for status in ("pass", "warn", "fail", "skip")}
+    if as_json:
+        screen.result({"counts": counts, "checks": [c.to_json() for c in found], "speeds": [asdict(s) for s in measured]})
+    else:
+        if measured:
+            rows = [(f"{s.batch}", f"{s.length}", _whole(s.tokens_per_s), _whole(s.peak_bytes and s.peak_bytes / 2**20)) for s in measured]
+            screen.table(rows, ("batch", "window", "tokens/s", "peak MiB"))
+        print(f"{counts['pass']} passed, {counts['warn']} warnings, {counts['fail']} failed, {counts['skip']} skipped")
+    if counts["fail"]:
+        raise typer.Exit(1)
+
+
+_MARKS = {"pass": "ok  ", "warn": "warn", "fail": "FAIL", "skip": "skip"}
+
+
+def finding(check: Check, *, first: bool) -> list[str]:
+    """A check for a person: its finding, and under it what to do."""
+    lines = [f"\n{check.subject}"] if first else []
+    lines.append(f"  {_MARKS[check.status]}  {check.name}" + (f": {check.figure}" if check.figure else ""))
+    return [*lines, f"        {check.advice}"] if check.advice else lines
+
+
+def _whole(value: float | None) -> str:
+    return "out of memory" if value is None else f"{value:,.0f}"
 
 
 def log_line(line: dict[str, Any]) -> str:
