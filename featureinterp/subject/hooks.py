@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,7 @@ _NAME = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
 
 class _Reached(Exception):  # noqa: N818 (a signal, not an error)
-    """Carries the residual stream out of the forward pass once the hooked block has run."""
-
-    def __init__(self, residual: torch.Tensor) -> None:
-        self.residual = residual
+    """Ends the forward pass once the last hooked block has run."""
 
 
 def block_of(hook: str, n_blocks: int) -> int:
@@ -46,17 +43,26 @@ def residual_after(model: nn.Module, block: nn.Module, inputs: dict[str, Any]) -
 
     No later block, no final norm and no logits are computed. The hook is removed whatever happens.
     """
+    return residuals_after(model, [block], inputs)[0]
 
-    def stop(_module: nn.Module, _args: Any, output: Any) -> None:
-        raise _Reached(output[0] if isinstance(output, tuple) else output)
 
-    handle = block.register_forward_hook(stop)
+def residuals_after(model: nn.Module, blocks: Sequence[nn.Module], inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """The same for several blocks, in the order in which they run, in one pass up to the last."""
+    found: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+        found.append(output[0] if isinstance(output, tuple) else output)
+        if len(found) == len(blocks):
+            raise _Reached
+
+    handles = [block.register_forward_hook(keep) for block in blocks]
     try:
         model(**inputs)
-    except _Reached as reached:
-        return reached.residual
+    except _Reached:
+        return found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     raise RuntimeError("the forward pass ended without reaching the hooked block")
 
 

@@ -14,7 +14,7 @@ import torch
 from featureinterp.corpus.windows import Encoding
 from featureinterp.errors import IncompatibleError, UnknownNameError
 from featureinterp.quiet import quiet_transformers
-from featureinterp.subject.hooks import block_of, find_blocks, residual_after
+from featureinterp.subject.hooks import block_of, find_blocks, residuals_after
 
 EMBEDDED = "smollm2-135m-instruct"
 _OWNERS = {"pythia-160m-deduped": "EleutherAI", "gemma-2-2b": "google"}
@@ -112,15 +112,19 @@ class Subject:
         """The block of a hook's name; raises ``UnknownNameError`` when there is none."""
         return block_of(hook, self.n_blocks)
 
-    @torch.inference_mode()
     def residual(self, ids: torch.Tensor, hook: str) -> torch.Tensor:
         """The residual stream at ``hook`` for token ids ``[batch, token]``, as ``[batch, token, d_model]`` in the model's dtype.
 
         The sink policy is applied: a BOS is read first and its position is cut off; without one, position 0 is part of the
         result and the caller must not score it.
         """
+        return self.residuals(ids, [hook])[0]
+
+    @torch.inference_mode()
+    def residuals(self, ids: torch.Tensor, hooks: Sequence[str]) -> list[torch.Tensor]:
+        """The same at several hooks, in the order of their blocks, in one pass."""
         blocks = find_blocks(self.model, self.n_blocks)
-        block = blocks[self.check_hook(hook)]
+        wanted = [blocks[number] for number in sorted({self.check_hook(hook) for hook in hooks})]
         ids = ids.to(self.device)
         match self.sink:
             case PrependToken(token_id):
@@ -130,7 +134,7 @@ class Subject:
                 cut = 0
         if self.context_length is not None and ids.shape[1] > self.context_length:
             raise IncompatibleError(f"windows of {ids.shape[1]} tokens are longer than the context of {self.name} ({self.context_length}): use shorter windows")
-        return residual_after(self.model, block, {"input_ids": ids, "use_cache": False})[:, cut:]
+        return [residual[:, cut:] for residual in residuals_after(self.model, wanted, {"input_ids": ids, "use_cache": False})]
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:
