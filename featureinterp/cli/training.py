@@ -252,11 +252,13 @@ def layers(
         )
     screen.table(rows, ("block", "AUROC", "95 %", "PR", "−1 %", "−5 %", "k90", "first channel", "first token"))
     print(
-        f"AUROC: mean of linear probes of {len(found.concepts)} concepts on held-out documents. PR: participation ratio of the covariance, with all tokens and without"
+        f"AUROC: mean of linear probes of {len(found.concepts)} concepts on held-out documents. PR: participation ratio of the covariance, with all tokens and"
     )
-    print("1 % and 5 % of them along the first direction; k90: directions for 90 % of the variance without 5 %; first channel: the largest in the first")
-    print("direction, its squared weight; first token: the largest share of the variance along it that one token has.")
-    print(f"Recommended: {'; '.join(found.reasons)}.")
+    print("without the 1 % and 5 % that reach farthest along the first direction; k90: directions for 90 % of the variance without 5 %. First channel: the")
+    print("largest in the first direction, and its squared weight; first token: the largest share of the variance along it that one token has.")
+    print("Recommended:")
+    for reason in found.reasons:
+        print(f"  {reason}.")
 
 
 _MARKS = {"pass": "ok  ", "warn": "warn", "fail": "FAIL", "skip": "skip"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -47,7 +47,7 @@ def write_training(folder: Path, about: Line, recipe: Mapping[str, Any], log: Se
         last=log[-1] if log else None,
         charts=[c for c in charts if c is not None],
         metrics=metrics,
-        density=bars(metrics["frequency"]) if metrics else [],
+        density=density(metrics) if metrics else [],
         tenths=tenths(metrics) if metrics else [],
         facts=facts(about, recipe),
         size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "bottom": BOTTOM},
@@ -79,27 +79,36 @@ def facts(about: Line, recipe: Mapping[str, Any]) -> dict[str, str]:
 def chart(log: Sequence[Line], name: str, title: str, *, logarithmic: bool = False) -> Chart | None:
     """A figure of the log over the tokens seen; None when it is never there."""
     points = [(line["samples"], line[name]) for line in log if isinstance(line.get(name), int | float) and math.isfinite(line[name])]
-    if len(points) < 2:
+    if len({y for _, y in points}) < 2:  # nothing to see
         return None
     points = points[:: max(1, len(points) // MOST_POINTS)] + ([points[-1]] if len(points) > MOST_POINTS else [])
     logarithmic = logarithmic and min(y for _, y in points) > 0
-    heights = [math.log10(y) if logarithmic else y for _, y in points]
-    low, high = (min(heights), max(heights)) if logarithmic else (0.0, max(heights))
-    high = high if high > low else low + 1
-    right = points[-1][0]
+    scale: Callable[[float], float] = math.log10 if logarithmic else float
+    ys = logarithmic_ticks(min(y for _, y in points), max(y for _, y in points)) if logarithmic else nice_ticks(max(y for _, y in points))
+    low, high, right = scale(ys[0]), scale(ys[-1]), points[-1][0]
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return LEFT + (WIDTH - LEFT - 8) * x / right, HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 12) * (y - low) / (high - low)
+        return LEFT + (WIDTH - LEFT - 8) * x / right, HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 12) * (scale(y) - low) / (high - low)
 
-    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(x, y) for (x, _), y in zip(points, heights, strict=True)))
-    ys = [low + (high - low) * i / 3 for i in range(4)]
-    xs = [right * i / 4 for i in range(5)]
-    return Chart(
-        title,
-        (line,),
-        tuple((place(x, low)[0], compact(x)) for x in xs),
-        tuple((place(0, y)[1], f"{10**y if logarithmic else y:.3g}") for y in ys),
-    )
+    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(x, y) for x, y in points))
+    xs = [x for x in nice_ticks(right) if x <= right]
+    return Chart(title, (line,), tuple((place(x, ys[0])[0], compact(x)) for x in xs), tuple((place(0, y)[1], f"{y:.3g}") for y in ys))
+
+
+def nice_ticks(most: float, n: int = 4) -> list[float]:
+    """Round numbers from 0 to at least ``most``, about ``n`` steps of 1, 2 or 5 times a power of ten."""
+    rough = most / n
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(s * power for s in (1, 2, 5, 10) if s * power >= rough * 0.999)
+    return [step * i for i in range(math.ceil(most / step * 0.999) + 1)]
+
+
+def logarithmic_ticks(least: float, most: float) -> list[float]:
+    """1, 2 and 5 times powers of ten that enclose two positive numbers."""
+    every = [s * 10.0**e for e in range(math.floor(math.log10(least)) - 1, math.ceil(math.log10(most)) + 2) for s in (1, 2, 5)]
+    first = max(i for i, y in enumerate(every) if y <= least)
+    last = min(i for i, y in enumerate(every) if y >= most)
+    return every[first : max(last, first + 1) + 1]
 
 
 def compact(number: float) -> str:
@@ -110,10 +119,13 @@ def compact(number: float) -> str:
     return f"{number:.3g}"
 
 
-def bars(counts: Sequence[int]) -> list[float]:
-    """Heights in percent of the largest."""
-    most = max(counts, default=0)
-    return [round(100 * c / most, 2) if most else 0.0 for c in counts]
+def density(metrics: Line) -> list[tuple[float, float]]:
+    """(lower edge, height in percent of the largest) of the histogram of how often features fire, from its first bin with any."""
+    counts, edges = metrics["frequency"], metrics["frequency_edges"]
+    first = next((i for i, c in enumerate(counts) if c), 0)
+    first -= (first - edges.index(math.floor(edges[first]))) if math.floor(edges[first]) in edges else 0
+    most = max(counts, default=0) or 1
+    return [(edge, round(100 * c / most, 2)) for edge, c in zip(edges[first:-1], counts[first:], strict=True)]
 
 
 def tenths(metrics: Line) -> list[dict[str, Any]]:
@@ -155,6 +167,6 @@ def plot_run(folder: Path, log: Sequence[Line], metrics: Line | None) -> list[Pa
             axes[1].set_xlabel("tenth of the tokens by norm")
             axes[1].set_ylabel("variance explained")
             axes[1].set_ylim(top=1)
-            axes[1].legend(frameon=False, fontsize=8)
+            axes[1].legend(frameon=False, fontsize=8, loc="center right")
         drawn.append("result")
     return [folder / f"{name}.{kind}" for name in drawn for kind in ("png", "svg")]
