@@ -215,11 +215,11 @@ class Dense(Trainable):
 
     def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
-            return linear(x, weight, bias).float()
+            return linear(x, weight, bias).to(x.dtype)
 
     def _decoded(self, codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         with torch.autocast(codes.device.type, torch.bfloat16, enabled=self.half):
-            return (codes @ weight).float()
+            return (codes @ weight).to(codes.dtype)
 
     def _step(self, x: torch.Tensor, codes: torch.Tensor, penalty: torch.Tensor, dead: torch.Tensor, extra: torch.Tensor | None = None) -> Step:
         error = x - self.b_dec - self._decoded(codes, self.W_dec)
@@ -347,7 +347,7 @@ def nth_largest(values: torch.Tensor, n: int) -> torch.Tensor:
     if values.device.type == "cpu":
         import numpy as np
 
-        numbers = values.float().numpy().copy()
+        numbers = (values.float() if values.dtype == torch.bfloat16 else values).numpy().copy()
         numbers.partition(len(numbers) - n)
         return torch.from_numpy(np.asarray(numbers[len(numbers) - n])).to(values.dtype)
     return torch.topk(values, n, sorted=False).values.min()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featureinterp.errors import FeatureInterpError, IncompatibleError
+from featureinterp.errors import FeatureInterpError, IncompatibleError, InputError
 from featureinterp.files import content_key, explained_storage, replaced_atomically
 from featureinterp.training.architectures import TRAINABLE, Normalizer, Trainable, geometric_median
 from featureinterp.training.batches import Batches, as_tensor
@@ -30,8 +30,6 @@ OnLine = Callable[[Line], None]
 
 def planned_steps(table: TrainingTable, n_rows: int | None) -> int:
     """How many steps a run has; ``n_rows``: of the store, None where that is not known. Raises ``InputError``."""
-    from featureinterp.errors import InputError
-
     samples = table.samples
     if samples is None:
         if n_rows is None:

@@ -21,7 +21,7 @@ from featureinterp.training.architectures import as_sae
 from featureinterp.training.batches import Batches, OnlineBatches, Share, StoreBatches
 from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
 from featureinterp.training.extract import Extracted, ExtractSettings, extract, window_splits
-from featureinterp.training.loop import LOG, OnLine, Trainer, prepare, read_log, run
+from featureinterp.training.loop import LOG, OnLine, Trainer, planned_steps, prepare, read_log, run
 from featureinterp.training.ranks import Ranks, joined, own_device
 from featureinterp.training.settings import Recipe, recipe_toml
 from featureinterp.training.store import METADATA, read_metadata
@@ -112,6 +112,8 @@ def train(recipe: Recipe, out: Path, *, device: str | None = None, steps: Steps 
     Raises ``InputError`` for what cannot work, before anything is computed.
     """
     writable(out)
+    if recipe.training.samples is not None or recipe.training.online:
+        planned_steps(recipe.training, None)
     given = recipe.store.folder
     if given is not None and (given / "train" / METADATA).exists():
         recipe = fitted(recipe, read_metadata(given / "train")["source"])
@@ -192,7 +194,7 @@ def _online(recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ran
         share=share,
     )
     key = f"{windows.fingerprint} {parts.subject.fingerprint} {recipe.subject.hook}"
-    return _Data(batches, key, None if table.samples else int(np.asarray(windows.lengths)[rows].sum()), held)
+    return _Data(batches, key, None, held)
 
 
 def fitted(recipe: Recipe, source: dict[str, Any]) -> Recipe:
