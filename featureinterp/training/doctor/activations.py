@@ -160,8 +160,7 @@ def order(sheet: Sheet, store: ActivationStore, rng: np.random.Generator) -> Non
     at, of = np.concatenate(rows), np.concatenate(shard)
     values = store.read(at)
     windows, member = np.unique(np.asarray(store.windows)[at], return_inverse=True)
-    sums = np.zeros((len(windows), values.shape[1]))
-    np.add.at(sums, member, values - values.mean(0))
+    sums = _sums(values - values.mean(0), member, len(windows))
     sizes = np.bincount(member).astype(float)
     home = np.zeros(len(windows), np.int64)
     home[member] = of
@@ -177,10 +176,17 @@ def order(sheet: Sheet, store: ActivationStore, rng: np.random.Generator) -> Non
 
 def _between(sums: np.ndarray, sizes: np.ndarray, home: np.ndarray, n: int) -> float:
     """Σ over shards of size · ‖mean‖², of centred rows given as sums by window."""
-    total = np.zeros((n, sums.shape[1]))
-    np.add.at(total, home, sums)
+    total = _sums(sums, home, n)
     size = np.bincount(home, sizes, n)
     return float(((total**2).sum(1) / np.maximum(size, 1)).sum())
+
+
+def _sums(rows: np.ndarray, group: np.ndarray, n: int) -> np.ndarray:
+    """Sums of rows by group, float64 ``[n, d]``."""
+    from scipy.sparse import csr_matrix
+
+    found: np.ndarray = csr_matrix((np.ones(len(rows)), (group, np.arange(len(rows)))), shape=(n, len(rows))) @ rows.astype(np.float64)
+    return found
 
 
 def recompute(sheet: Sheet, store: ActivationStore, windows: WindowTable, subject: Subject, rng: np.random.Generator) -> None:

@@ -39,7 +39,7 @@ def speeds(subject: Subject, hook: str, *, batches: Sequence[int] = BATCHES, len
                     torch.cuda.reset_peak_memory_stats()
                 subject.residual(ids, hook)
                 n, start = 0, time.perf_counter()
-                while time.perf_counter() - start < least_s:
+                while not n or time.perf_counter() - start < least_s:
                     subject.residual(ids, hook).sum().item()
                     n += ids.numel()
                 rate = n / (time.perf_counter() - start)

@@ -155,7 +155,7 @@ def offsets(sheet: Sheet, encoder: Any, tokenizer: Any, texts: list[str]) -> Non
         for piece, token in zip(pieces, encoding.ids, strict=True):
             if piece.isascii() and piece.strip():
                 n += 1
-                decoded = tokenizer.decode([token])
+                decoded = tokenizer.decode([token]).replace("\ufffd", "")  # a part of a character of several tokens
                 if decoded.strip() != piece.strip():
                     wrong += 1
                     example = example or f"{piece!r} for {decoded!r}"
