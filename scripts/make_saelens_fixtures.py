@@ -25,8 +25,14 @@ FORMS = {
     "jumprelu-centred": {"architecture": "jumprelu", "apply_b_dec_to_input": True},
     "gated": {"architecture": "gated", "apply_b_dec_to_input": True},
     "gated-uncentred": {"architecture": "gated", "apply_b_dec_to_input": False},
-    "topk-normalised": {"architecture": "topk", "k": 3, "apply_b_dec_to_input": True, "rescale_acts_by_decoder_norm": False, "normalize_activations":
-    "layer_norm"}, "jumprelu-normalised": {"architecture": "jumprelu", "apply_b_dec_to_input": True, "normalize_activations": "layer_norm"},
+    "topk-normalised": {
+        "architecture": "topk",
+        "k": 3,
+        "apply_b_dec_to_input": True,
+        "rescale_acts_by_decoder_norm": False,
+        "normalize_activations": "layer_norm",
+    },
+    "jumprelu-normalised": {"architecture": "jumprelu", "apply_b_dec_to_input": True, "normalize_activations": "layer_norm"},
 }
 
 
