@@ -206,7 +206,7 @@ class OnlineBatches:
         parts: list[np.ndarray] = []
         end = first
         for after, _, residual, scored in read_windows(self.subject, self.hook, self.windows, order, first, self.batch_tokens):
-            parts.append(residual[scored])
+            parts.append(residual[scored].float().cpu().numpy())
             end = after if after is not None else end
             if after is not None and sum(map(len, parts)) >= n:
                 break

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -103,20 +105,20 @@ def extract(
     writers = {name: StoreWriter(out / name, subject.d_model, settings.dtype, n_rows=state[name]["n_rows"], shard_rows=settings.shard_rows) for name in names}
     lengths = np.asarray(windows.lengths)[order]
     total, done = int(lengths.sum()), int(lengths[: state["next"]].sum())
-    for end, rows, residual, scored in read_windows(subject, hook, windows, order, state["next"], batch_tokens):
-        for number, name in enumerate(names):
-            mine = splits[rows] == number
-            if mine.any():
-                _append(writers[name], state[name], windows, rows[mine], residual[mine], scored[mine])
-        done += rows.size * residual.shape[1]
-        if end is not None:
-            for name in names:
-                writers[name].flush()
-                state[name]["n_rows"] = writers[name].n_rows
-            state["next"] = end
-            write_json(out / STATE, state)
-        if progress:
-            progress(done, total)
+    with _Commits(out / STATE, list(writers.values())) as commits:
+        for end, rows, residual, scored in read_windows(subject, hook, windows, order, state["next"], batch_tokens):
+            for number, name in enumerate(names):
+                mine = splits[rows] == number
+                if mine.any():
+                    _append(writers[name], state[name], windows, rows, residual, scored, mine)
+            done += rows.size * residual.shape[1]
+            if end is not None:
+                for name in names:
+                    state[name]["n_rows"] = writers[name].n_rows
+                state["next"] = end
+                commits.put(state)
+            if progress:
+                progress(done, total)
     for number, name in enumerate(names):
         counts = {k: v for k, v in state[name].items() if k != "n_rows"}
         meta = {"source": source, "split": {"name": name, "held_out": settings.held_out, "seed": settings.seed}, "order": target.order(settings)}
@@ -165,9 +167,9 @@ def window_order(windows: WindowTable, settings: ExtractSettings) -> np.ndarray:
 
 def read_windows(
     subject: Subject, hook: str, windows: WindowTable, order: np.ndarray, first: int, batch_tokens: int
-) -> Iterator[tuple[int | None, np.ndarray, np.ndarray, np.ndarray]]:
+) -> Iterator[tuple[int | None, np.ndarray, torch.Tensor, torch.Tensor]]:
     """Windows of one length batch by batch, from ``order[first:]``: (when all before a place in ``order`` are through that place, else None; their rows; their
-    activations ``[window, token, d_model]``; which tokens are scored)."""
+    activations ``[window, token, d_model]``; which tokens are scored, bool ``[window, token]``)."""
     at_once = max(1, batch_tokens // windows.length)
     chunk = max(at_once, CHUNK_TOKENS // windows.length // at_once * at_once)
     for start in range(first, len(order), chunk):
@@ -181,21 +183,56 @@ def read_windows(
             with torch.inference_mode():
                 residual = subject.residual(torch.from_numpy(np.array(windows.tokens[batch, :length], np.int64)), hook)
                 scored = scored_tokens(residual, subject)
-            yield (start + len(rows) if number == len(batches) else None), batch, residual.float().cpu().numpy(), scored.cpu().numpy()
+            yield (start + len(rows) if number == len(batches) else None), batch, residual, scored
 
 
-def _append(writer: StoreWriter, counts: dict[str, int], windows: WindowTable, rows: np.ndarray, residual: np.ndarray, scored: np.ndarray) -> None:
-    """Puts the scored tokens of some windows into a store, and counts the others."""
+def _append(
+    writer: StoreWriter, counts: dict[str, int], windows: WindowTable, rows: np.ndarray, residual: torch.Tensor, scored: torch.Tensor, mine: np.ndarray
+) -> None:
+    """Puts the scored tokens of the windows that are ``mine`` into a store, and counts the others."""
     length = residual.shape[1]
-    place = np.broadcast_to(np.arange(length), scored.shape)
-    window = np.broadcast_to(rows[:, None], scored.shape)
+    mask = scored.cpu().numpy() & mine[:, None]
+    place = np.broadcast_to(np.arange(length), mask.shape)
+    window = np.broadcast_to(rows[:, None], mask.shape)
     tokens = np.asarray(windows.tokens[rows, :length])
-    documents = np.broadcast_to(np.asarray(windows.documents)[rows][:, None], scored.shape)
-    writer.append(residual[scored], documents=documents[scored], windows=window[scored], offsets=place[scored], tokens=tokens[scored])
-    first = ~scored[:, 0]
-    counts["n_tokens"] += scored.size
-    counts["n_first"] += int(first.sum())
-    counts["n_sinks"] += int((~scored).sum() - first.sum())
+    documents = np.broadcast_to(np.asarray(windows.documents)[rows][:, None], mask.shape)
+    kept = residual[torch.from_numpy(mask).to(residual.device)]
+    values = (kept.half() if writer.dtype == np.float16 else kept.float()).cpu().numpy()
+    writer.append(values, documents=documents[mask], windows=window[mask], offsets=place[mask], tokens=tokens[mask])
+    left_out = mine[:, None] & ~mask
+    counts["n_tokens"] += int(mine.sum()) * length
+    counts["n_first"] += int(left_out[:, 0].sum())
+    counts["n_sinks"] += int(left_out[:, 1:].sum())
+
+
+class _Commits:
+    """Brings rows to the disk, and then the state that counts them, beside the computation; one at a time."""
+
+    def __init__(self, path: Path, writers: list[StoreWriter]) -> None:
+        self.path, self.writers = path, writers
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> _Commits:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._pool.shutdown(wait=True)
+        if self._last is not None:
+            self._last.result()
+
+    def put(self, state: dict[str, Any]) -> None:
+        """Waits for the state before, and begins with this one."""
+        for writer in self.writers:
+            writer.flush()
+        if self._last is not None:
+            self._last.result()
+        self._last = self._pool.submit(self._commit, copy.deepcopy(state))
+
+    def _commit(self, state: dict[str, Any]) -> None:
+        for writer in self.writers:
+            writer.sync()
+        write_json(self.path, state)
 
 
 class _Target:

@@ -7,6 +7,7 @@ of rows and shards, what the rows depend on (model, hook, corpus, tokenizer, mas
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -143,8 +144,8 @@ def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class StoreWriter:
-    """Appends rows to preallocated shards. What was committed survives a crash: ``state`` is kept by the owner of the writer, who passes ``n_rows`` to go on
-    from there."""
+    """Appends rows to preallocated shards. The owner of the writer keeps how many rows were on disk after a :meth:`sync`, and passes ``n_rows`` to go on from
+    there."""
 
     def __init__(self, folder: Path, d_model: int, dtype: str, *, n_rows: int = 0, shard_rows: int | None = None) -> None:
         if dtype not in DTYPES:
@@ -157,7 +158,7 @@ class StoreWriter:
             self._sides = {name: (folder / f"{name}.bin").open("r+b" if n_rows else "wb") for name in SIDES}
             for file in self._sides.values():
                 file.seek(4 * n_rows)
-        self._shard: np.ndarray | None = None
+        self._shard: IO[bytes] | None = None
 
     def append(self, rows: np.ndarray, **sides: np.ndarray) -> None:
         """``rows`` ``[row, d_model]``, and the arrays of ``SIDES`` ``[row]``. Raises ``FeatureInterpError`` for a value that the dtype cannot hold."""
@@ -170,38 +171,55 @@ class StoreWriter:
             while done < len(kept):
                 number, start = divmod(self.n_rows, self.shard_rows)
                 if self._shard is None or start == 0:
-                    self._shard = self._open(number)
+                    self._shard = self._open(number, start)
                 n = min(self.shard_rows - start, len(kept) - done)
-                self._shard[start : start + n] = kept[done : done + n]
+                self._shard.write(kept[done : done + n].tobytes())
                 done += n
                 self.n_rows += n
             for name, file in self._sides.items():
                 file.write(np.ascontiguousarray(sides[name], np.int32).tobytes())
 
-    def _open(self, number: int) -> np.ndarray:
-        """The shard's file at its full length, its space reserved, so that a full disk shows now."""
-        path, size = shard_path(self.folder, number), self.shard_rows * self.d_model * self.dtype.itemsize
-        with path.open("r+b" if path.exists() else "wb") as file:
-            try:
-                os.posix_fallocate(file.fileno(), 0, size)
-            except (AttributeError, OSError) as error:
-                if getattr(error, "errno", None) in (28, 122):  # no space, quota
-                    raise
-                os.truncate(path, size)
-        return np.memmap(path, self.dtype, "r+", shape=(self.shard_rows, self.d_model))
+    def _open(self, number: int, start: int) -> IO[bytes]:
+        """The shard's file at its full length, its space reserved, so that a full disk shows now; at the row ``start`` of it."""
+        self._close()
+        path, row = shard_path(self.folder, number), self.d_model * self.dtype.itemsize
+        file = path.open("r+b" if path.exists() else "wb")
+        try:
+            os.posix_fallocate(file.fileno(), 0, self.shard_rows * row)
+        except (AttributeError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                file.close()
+                raise
+            file.truncate(self.shard_rows * row)
+        file.seek(start * row)
+        return file
+
+    def _close(self) -> None:
+        if self._shard is not None:
+            self._shard.flush()
+            os.fsync(self._shard.fileno())
+            self._shard.close()
+            self._shard = None
 
     def flush(self) -> None:
-        """All rows so far are on disk."""
+        """All rows so far are with the system."""
         with explained_storage(self.folder):
-            if isinstance(self._shard, np.memmap):
-                self._shard.flush()
-            for file in self._sides.values():
-                file.flush()
+            for file in (self._shard, *self._sides.values()):
+                if file is not None:
+                    file.flush()
+
+    def sync(self) -> None:
+        """All rows that were flushed are on disk. Another thread may append meanwhile."""
+        with explained_storage(self.folder):
+            for file in (self._shard, *self._sides.values()):
+                if file is not None:
+                    with suppress(ValueError):  # it was closed meanwhile, and synced then
+                        os.fsync(file.fileno())
 
     def finish(self, meta: Mapping[str, Any]) -> ActivationStore:
         """Cuts the last shard to its rows and writes the metadata."""
-        self.flush()
-        self._shard = None
+        with explained_storage(self.folder):
+            self._close()
         n_shards = -(-self.n_rows // self.shard_rows)
         sizes = [min(self.shard_rows, self.n_rows - i * self.shard_rows) for i in range(n_shards)]
         with explained_storage(self.folder):

@@ -1,0 +1,92 @@
+"""Extracting activations against its limit: the bare blocks up to the hook over the same windows, and a raw write of the same rows.
+
+    python scripts/bench/extract.py [--quick] [--device cpu|cuda]
+
+Prints tokens per second of both and their ratio; and how much more memory the process takes at most while it extracts eight times as many tokens, over
+what it takes for one time. Random weights of the embedded model's shape.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from common import arguments, compare, report
+from shapes import BLOCKS, Ids, demo_shapes
+
+from featureinterp.corpus.text import Corpus, Document
+from featureinterp.corpus.windows import WindowPolicy, build_windows
+from featureinterp.subject.load import Subject
+from featureinterp.training.extract import ExtractSettings, extract
+
+WINDOW = 64
+
+
+def corpus_of(n_tokens: int) -> Corpus:
+    rng = np.random.default_rng(0)
+    texts = [" ".join(map(str, rng.integers(2, 49_152, WINDOW * 8).tolist())) for _ in range(n_tokens // (WINDOW * 8))]
+    return Corpus(f"bench {n_tokens}", lambda: (Document(str(i), t) for i, t in enumerate(texts)), len(texts))
+
+
+def main() -> None:
+    args = arguments(__doc__ or "")
+    n_tokens = 16_384 if args.quick else 65_536 if args.device == "cpu" else 1_048_576
+    batch_tokens = 2048 if args.device == "cpu" else 32_768
+    subject, loaded = demo_shapes(args.device)
+    model, corpus = subject.model, corpus_of(n_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        windows = build_windows(corpus, Ids(), WindowPolicy(WINDOW), out / "windows")
+
+        def ours() -> None:
+            for name in ("train", "test", "request.json"):
+                shutil.rmtree(out / name, ignore_errors=True) if name != "request.json" else (out / name).unlink(missing_ok=True)
+            extract(subject, loaded.hook, corpus, out, WindowPolicy(WINDOW), ExtractSettings(0.1), batch_tokens=batch_tokens)
+
+        @torch.inference_mode()
+        def limit() -> None:
+            rows = batch_tokens // WINDOW
+            with (out / "raw.bin").open("wb") as raw:
+                for start in range(0, len(windows), rows):
+                    ids = torch.from_numpy(np.array(windows.tokens[start : start + rows], np.int64)).to(args.device)
+                    ids = torch.cat([torch.ones_like(ids[:, :1]), ids], 1)
+                    x = model.embed_tokens(ids)
+                    positions = torch.arange(ids.shape[1], device=args.device)[None]
+                    rotary = model.rotary_emb(x, positions)
+                    for block in model.layers[:BLOCKS]:
+                        x = block(x, position_embeddings=rotary, position_ids=positions)
+                    raw.write(x[:, 1:].half().cpu().numpy().tobytes())
+
+        mine, bare = compare(ours, limit, args.device, args.rounds or (2 if args.quick else 5))
+        report("extract", n_tokens / mine, n_tokens / bare, bare / mine, unit="tokens/s", target=">= 0.9", device=args.device)
+    small = n_tokens // 4
+    once, more = (peak_growth(subject, loaded.hook, small * times, batch_tokens) for times in (1, 8))
+    report("extract: peak memory of 8 times the tokens", more / 2**20, once / 2**20, more / max(once, 1), unit="MiB over the start", device=args.device)
+
+
+def peak_growth(subject: Subject, hook: str, n_tokens: int, batch_tokens: int) -> int:
+    """How many bytes the process grows at most while it extracts, mapped files included that are written back at any time."""
+    corpus, process, stop = corpus_of(n_tokens), psutil.Process(), threading.Event()
+    before = process.memory_full_info().uss
+    most = [before]
+
+    def watch() -> None:
+        while not stop.wait(0.05):
+            most[0] = max(most[0], process.memory_full_info().uss)
+
+    thread = threading.Thread(target=watch)
+    with tempfile.TemporaryDirectory() as folder:
+        thread.start()
+        extract(subject, hook, corpus, Path(folder), WindowPolicy(WINDOW), ExtractSettings(0.1), batch_tokens=batch_tokens)
+        stop.set()
+        thread.join()
+    return most[0] - before
+
+
+if __name__ == "__main__":
+    main()
