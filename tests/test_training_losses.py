@@ -110,7 +110,7 @@ def reference(model: Trainable, x: torch.Tensor, dead: torch.Tensor, strength: f
             penalty = strength * table.penalty_or_default * opened.sum(1).mean() / V**0.5
             extra = (x - p["b_dec"].detach() - opened @ p["W_dec"].detach()).pow(2).sum(1).mean() / V
         case "jumprelu":
-            z = torch.relu(x @ p["W_enc"].T + p["b_enc"])
+            z = x @ p["W_enc"].T + p["b_enc"]
             on = (z > p["threshold"]).double().detach()
             near = ((z - p["threshold"]).abs() < table.bandwidth / 2).double().detach()
             # a function whose derivative by the threshold is the kernel estimate: value exact, slope that of the estimate

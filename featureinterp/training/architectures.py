@@ -225,8 +225,8 @@ class Dense(Trainable):
         error = x - self.b_dec - self._decoded(codes, self.W_dec)
         aux = self._aux(x, error, dead)
         loss = self._fvu(error) + penalty + aux
-        active = codes.detach() > 0
-        return Step(loss if extra is None else loss + extra, error.detach().pow(2).sum(), penalty.detach(), aux.detach(), active.sum(), active.any(0))
+        n_codes, fired = torch.count_nonzero(codes.detach()), codes.detach().amax(0) > 0
+        return Step(loss if extra is None else loss + extra, error.detach().pow(2).sum(), penalty.detach(), aux.detach(), n_codes, fired)
 
 
 class ReLU(Dense):
@@ -247,10 +247,7 @@ class Gated(Dense):
         self.mag_bias = nn.Parameter(torch.zeros(self.d_sae))
 
     def forward(self, x: torch.Tensor, dead: torch.Tensor, strength: float) -> Step:
-        read = self._linear(x - self.b_dec, self.W_enc)
-        gate = read + self.b_enc
-        codes = torch.where(gate > 0, torch.relu(torch.exp(self.r_mag) * read + self.mag_bias), 0)
-        opened = torch.relu(gate)
+        opened, codes = gated(self._linear(x - self.b_dec, self.W_enc), self.b_enc, torch.exp(self.r_mag), self.mag_bias)
         penalty = strength * self.table.penalty_or_default * opened.sum() / (len(x) * self.variance**0.5)
         by_gate = x - self.b_dec.detach() - self._decoded(opened, self.W_dec.detach())
         return self._step(x, codes, penalty, dead, self._fvu(by_gate))
@@ -271,9 +268,8 @@ class JumpReLU(Dense):
             self.b_enc.copy_(-self.W_enc @ bias)  # its input is not centred
 
     def forward(self, x: torch.Tensor, dead: torch.Tensor, strength: float) -> Step:
-        read = torch.relu(self._linear(x, self.W_enc, self.b_enc))
-        codes = jump(read, self.threshold, self.table.bandwidth)
-        local = step(read, self.threshold, self.table.bandwidth).sum() / len(x)
+        codes, count = jump(self._linear(x, self.W_enc, self.b_enc), self.threshold, self.table.bandwidth)
+        local = count / len(x)
         # the square is of the mean over all processes; what is descended is its tangent, which adds up over them
         mean = self.ranks.sum(local) / self.ranks.world
         off = mean / self.table.k - 1
@@ -294,45 +290,51 @@ class JumpReLU(Dense):
 
 
 class _Jump(torch.autograd.Function):
-    """z where z > θ, else 0. The threshold's gradient is −(θ / ε) where |z − θ| < ε / 2."""
+    """(z where z > θ and else 0, how many those are). With K = 1 where |z − θ| < ε / 2, θ has the gradients −(θ / ε) K of the codes and −K / ε of the
+    number."""
 
     @staticmethod
     def forward(ctx: Any, z: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> Any:
-        ctx.save_for_backward(z, threshold)
+        over = z > threshold
+        ctx.save_for_backward(z, threshold, over)
         ctx.bandwidth = bandwidth
-        return torch.where(z > threshold, z, 0)
+        return torch.where(over, z, 0), torch.count_nonzero(over).to(z.dtype)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        z, threshold = ctx.saved_tensors
-        near = ((z - threshold).abs() < ctx.bandwidth / 2) * gradient
-        return (z > threshold) * gradient, -(threshold / ctx.bandwidth) * near.sum(0), None
+    def backward(ctx: Any, of_codes: torch.Tensor, of_number: torch.Tensor) -> Any:
+        z, threshold, over = ctx.saved_tensors
+        rows, features = torch.nonzero((z - threshold).abs_() < ctx.bandwidth / 2, as_tuple=True)
+        near = threshold[features] * of_codes[rows, features] + of_number
+        return torch.where(over, of_codes, 0), torch.zeros_like(threshold).index_add_(0, features, near) / -ctx.bandwidth, None
 
 
-class _Step(torch.autograd.Function):
-    """1 where z > θ, else 0. The threshold's gradient is −1 / ε where |z − θ| < ε / 2; z has none."""
-
-    @staticmethod
-    def forward(ctx: Any, z: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> Any:
-        ctx.save_for_backward(z, threshold)
-        ctx.bandwidth = bandwidth
-        return (z > threshold).to(z.dtype)
+class _Gated(torch.autograd.Function):
+    """(ReLU(u + b), where that is positive ReLU(s u + m) and else 0) of what was read, u."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        z, threshold = ctx.saved_tensors
-        near = ((z - threshold).abs() < ctx.bandwidth / 2) * gradient
-        return None, -near.sum(0) / ctx.bandwidth, None
+    def forward(ctx: Any, read: torch.Tensor, gate_bias: torch.Tensor, scale: torch.Tensor, mag_bias: torch.Tensor) -> Any:
+        opened = (read + gate_bias).relu_()
+        codes = torch.where(opened > 0, torch.addcmul(mag_bias, read, scale).relu_(), 0)
+        ctx.save_for_backward(read, scale, opened, codes)
+        return opened, codes
+
+    @staticmethod
+    def backward(ctx: Any, of_opened: torch.Tensor, of_codes: torch.Tensor) -> Any:
+        read, scale, opened, codes = ctx.saved_tensors
+        gate, size = torch.where(opened > 0, of_opened, 0), torch.where(codes > 0, of_codes, 0)
+        return torch.addcmul(gate, size, scale), gate.sum(0), (size * read).sum(0), size.sum(0)
 
 
-def jump(z: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
-    """z ``[row, feature]`` where it exceeds ``threshold [feature]``, else 0."""
-    return _Jump.apply(z, threshold, bandwidth)
+def jump(z: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """z ``[row, feature]`` where it exceeds ``threshold [feature]``, else 0; and how many do."""
+    codes, number = _Jump.apply(z, threshold, bandwidth)
+    return codes, number
 
 
-def step(z: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
-    """1 where z exceeds its threshold, else 0."""
-    return _Step.apply(z, threshold, bandwidth)
+def gated(read: torch.Tensor, gate_bias: torch.Tensor, scale: torch.Tensor, mag_bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gate, and the codes that it lets through: each ``[row, feature]``."""
+    opened, codes = _Gated.apply(read, gate_bias, scale, mag_bias)
+    return opened, codes
 
 
 def largest(values: torch.Tensor, n: int) -> torch.Tensor:
