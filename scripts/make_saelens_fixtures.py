@@ -1,9 +1,12 @@
 """Small SAEs as SAELens saves them, with what SAELens itself makes of some inputs: the oracle of ``tests/test_checkpoints.py``.
 
-    python -m venv ENV && ENV/bin/pip install sae-lens==6.54 && ENV/bin/python scripts/make_saelens_fixtures.py tests/data/saelens
+    python -m venv ENV && ENV/bin/pip install sae-lens==6.54
+    ENV/bin/python scripts/make_saelens_fixtures.py tests/data/saelens
+    ENV/bin/python scripts/make_saelens_fixtures.py --exported tests/data/saelens-exported
 
 Needs the package sae-lens, in an environment of its own. Writes one folder per form: ``cfg.json``, ``sae_weights.safetensors``, and ``expected.json``
-with inputs, codes and reconstructions.
+with inputs, codes and reconstructions. ``--exported``: the folders are there already, as this project exports them; SAELens loads them and
+``expected.json`` alone is written.
 """
 
 from __future__ import annotations
@@ -46,13 +49,23 @@ def main(out: Path) -> None:
                 values = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(values.abs() * 0.3 if key == "threshold" else values * (0.5 if parameter.ndim == 1 else 1.0))
         x = torch.randn(12, D_IN, generator=generator)
-        with torch.no_grad():
-            codes = sae.encode(x)
-            decoded = sae.decode(codes)
         sae.save_model(out / name)
-        found = {"x": x.tolist(), "codes": codes.tolist(), "decoded": decoded.tolist(), "scaled": bool(form.get("rescale_acts_by_decoder_norm"))}
-        (out / name / "expected.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+        expect(sae, x, out / name, bool(form.get("rescale_acts_by_decoder_norm")))
+
+
+def exported(out: Path) -> None:
+    for folder in sorted(out.iterdir()):
+        expect(SAE.load_from_disk(folder), 2 * torch.randn(12, D_IN, generator=torch.Generator().manual_seed(1)), folder, False)
+
+
+def expect(sae: SAE, x: torch.Tensor, folder: Path, scaled: bool) -> None:
+    """What SAELens makes of some inputs."""
+    with torch.no_grad():
+        codes = sae.encode(x)
+        decoded = sae.decode(codes)
+    found = {"x": x.tolist(), "codes": codes.tolist(), "decoded": decoded.tolist(), "scaled": scaled}
+    (folder / "expected.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    exported(Path(sys.argv[2])) if sys.argv[1] == "--exported" else main(Path(sys.argv[1]))

@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 import torch
 from hub import COMMIT, Hub, serving
+from tiny import make_sae
 
 from featureinterp.errors import ChecksumError, DownloadError, IncompatibleError, InputError, UnknownNameError
 from featureinterp.sae import names as names_module
+from featureinterp.sae.base import SparseAutoencoder
 from featureinterp.sae.hub import cached, measured_l0
-from featureinterp.sae.load import load_sae
+from featureinterp.sae.load import load_sae, save_saelens
 from featureinterp.sae.names import all_names, gemma_scope_names, resolve, saebench_names
 
 SAELENS = Path(__file__).parent / "data" / "saelens"
@@ -383,6 +385,29 @@ def test_saelens_folders_encode_as_saelens_does(form: str):
     np.testing.assert_allclose(found.to_dense().numpy(), np.array(expected["codes"]), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(loaded.sae.decode(found).numpy(), np.array(expected["decoded"]), rtol=1e-5, atol=1e-5)
     assert (loaded.hook, loaded.model) == ("blocks.8.hook_resid_post", "pythia-160m-deduped")
+
+
+EXPORTED = SAELENS.with_name("saelens-exported")
+
+
+def exported_sae(form: str) -> SparseAutoencoder:
+    architecture, _, normalize = form.partition("-")
+    sae = make_sae(architecture, 6, 10)
+    return type(sae)(sae.tensors, normalize="layer_norm" if normalize else "none", **sae.options)
+
+
+@pytest.mark.parametrize("form", sorted(p.name for p in EXPORTED.iterdir()))
+def test_what_is_exported_for_saelens_encodes_there_as_here(form: str, tmp_path: Path):
+    """The folders that SAELens loaded are those that are exported now, to the byte; its codes and reconstructions are ours."""
+    sae = exported_sae(form)
+    save_saelens(tmp_path, sae, hook="blocks.8.hook_resid_post", model="pythia-160m-deduped")
+    for name in ("cfg.json", "sae_weights.safetensors"):
+        assert (tmp_path / name).read_bytes() == (EXPORTED / form / name).read_bytes(), name
+    expected = json.loads((EXPORTED / form / "expected.json").read_text())
+    found = sae.encode(torch.tensor(expected["x"]))
+    assert len(found.values) > 10
+    np.testing.assert_allclose(found.to_dense().numpy(), np.array(expected["codes"]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sae.decode(found).numpy(), np.array(expected["decoded"]), rtol=1e-4, atol=1e-4)
 
 
 def test_saelens_folders_that_mean_something_else_are_refused(tmp_path: Path):

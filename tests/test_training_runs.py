@@ -215,6 +215,44 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path: Path, subjec
     assert logs[0][-1] == logs[1][-1]
 
 
+KILL_EXTRACTION = """
+import os, signal, sys
+from featureinterp.api import training
+from featureinterp.training import extract
+extract.CHUNK_TOKENS = 1024
+def step(what, done, total):
+    if done >= int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+training.extract(sys.argv[2], sys.argv[1], steps=step)
+"""
+
+
+def test_an_extraction_that_was_killed_ends_with_the_same_rows(tmp_path: Path, subject_folder: Path, corpus_file: Path):
+    file = tmp_path / "recipe.toml"
+    file.write_text(recipe_toml(recipe(subject_folder, corpus_file)))
+    for folder, stops in (("whole", []), ("killed", [3000, 7000])):
+        for stop in [*stops, 10**9]:
+            done = subprocess.run(
+                [sys.executable, "-c", KILL_EXTRACTION, str(file), str(tmp_path / folder), str(stop)], capture_output=True, text=True, check=False
+            )
+            assert done.returncode == (-signal.SIGKILL if stop in stops else 0), done.stderr
+    for split in ("train", "test"):
+        names = {p.name for p in (tmp_path / "whole" / split).iterdir()}
+        assert names == {p.name for p in (tmp_path / "killed" / split).iterdir()}
+        for name in names:
+            assert (tmp_path / "whole" / split / name).read_bytes() == (tmp_path / "killed" / split / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_the_embedded_recipe_in_little_leaves_nothing_for_the_doctor_to_say(tmp_path: Path):
+    changes = {"corpus.max_tokens": 60_000, "training.samples": 250_000, "training.lr": 2e-3, "evaluation.ce_windows": 32, "sae.d_sae": 1152}
+    done = verbs.train(tmp_path / "topk-k32-d1152-lr2e-3", "demo", changes=changes)
+    assert done.metrics is not None and done.metrics["sae"]["raw"] > 0.55 and done.metrics["loss"]["recovered"] > 0.9
+    found = list(verbs.doctor(done.folder, corpus="sotu"))
+    assert not [c for c in found if c.status in ("warn", "fail")]
+    assert len(found) > 40
+
+
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "jumprelu", "gated"])
 def test_two_processes_are_one_with_the_joint_batch(tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path, architecture: str):
     changes = {

@@ -4,7 +4,7 @@
     python scripts/experiments/layers.py --config LAYERS.toml [--llm ENDPOINT]
 
 Explains features of SAEs at several layers of one model. A configuration names the model, the corpus and one SAE per layer; the codes are
-collected first. ``--small`` trains a small SAE per layer on the embedded model and corpus (``scripts/train_demo_sae.py``), all in the same way.
+collected first. ``--small`` trains a small SAE per layer on the embedded model and corpus, all in the same way.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from common import Experiment, Row, log, say
 
 import featureinterp as fi
 from featureinterp.domain.result import FeatureResult
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def main() -> None:
@@ -41,12 +39,9 @@ def explained(experiment: Experiment, entry: Row) -> Sequence[FeatureResult]:
 
 def trained(folder: Path, layer: int, own: Row) -> Path:
     """A small SAE at a layer of the embedded model, trained when it is not there yet."""
-    from train_demo_sae import Settings, train
-
-    if not (folder / "config.json").exists():
-        say(f"== training an SAE at layer {layer}")
-        train(Settings(hook=f"blocks.{layer}.hook_resid_post", **own["training"]), folder)
-    return folder
+    say(f"== training an SAE at layer {layer}")
+    fi.train(folder, "demo", changes={"subject.hook": f"blocks.{layer}.hook_resid_post", **own["training"]}, steps=log)
+    return folder / "sae"
 
 
 if __name__ == "__main__":
