@@ -40,16 +40,16 @@ def write_training(folder: Path, about: Line, recipe: Mapping[str, Any], log: Se
     ]
     page = environment().get_template("training.html")
     content = page.render(
-        title=f"{recipe['sae']['architecture']} on {recipe['subject']['hook']}",
-        subtitle=f"{about['d_sae']:,} features of {recipe['subject']['model']}",
-        about=about,
-        recipe=recipe,
-        last=log[-1] if log else None,
+        about={
+            "title": f"{recipe['sae']['architecture']} on {recipe['subject']['hook']}",
+            "subtitle": f"{about['d_sae']:,} features of {recipe['subject']['model']}",
+            "facts": facts(about, recipe),
+        },
+        d_sae=about["d_sae"],
         charts=[c for c in charts if c is not None],
         metrics=metrics,
         density=density(metrics) if metrics else [],
         tenths=tenths(metrics) if metrics else [],
-        facts=facts(about, recipe),
         size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "bottom": BOTTOM},
     )
     write_atomic(folder / "training.html", content)

@@ -253,7 +253,8 @@ def loss_recovered(
                 progress(done, len(rows))
     if not n:
         raise InputError("no token of the windows is scored: the loss of reconstructions cannot be told")
-    return Loss(*(sums / n), n_tokens=n)
+    clean, reconstructed, zero = (sums / n).tolist()
+    return Loss(clean, reconstructed, zero, n)
 
 
 def _losses(model: Any, hook: str, sae: SparseAutoencoder, ids: torch.Tensor, sink_factor: float) -> tuple[list[torch.Tensor], torch.Tensor]:

@@ -121,7 +121,11 @@ def extract(
                 progress(done, total)
     for number, name in enumerate(names):
         counts = {k: v for k, v in state[name].items() if k != "n_rows"}
-        meta = {"source": source, "split": {"name": name, "held_out": settings.held_out, "seed": settings.seed}, "order": target.order(settings)}
+        meta: dict[str, Any] = {
+            "source": source,
+            "split": {"name": name, "held_out": settings.held_out, "seed": settings.seed},
+            "order": target.order(settings),
+        }
         meta |= {"part": {"number": settings.part, "of": settings.parts}, "counts": counts, "dtype": settings.dtype}
         meta |= {"hook": hook, "model": source["model"], "n_windows": int((splits[order] == number).sum())}
         writers[name].finish({**meta, "key": store_key(meta)})
@@ -276,9 +280,6 @@ class _Target:
             "tokenizer": subject.encoder.fingerprint,
             "mask": mask_of(subject),
         }
-
-    def order(self, settings: ExtractSettings) -> str:
-        return "shuffled" if settings.shuffle else "corpus"
 
     def state(self, names: list[str]) -> dict[str, Any]:
         """How far an unfinished extraction got."""

@@ -215,13 +215,15 @@ def _spectrum(x: np.ndarray) -> tuple[Spectrum, np.ndarray]:
         raise InputError("all activations of a layer are equal: there is no spectrum")
     reach = np.abs(x @ first.astype(np.float32) - np.float32(mean @ first))
     shares = np.cumsum(values) / total
-    k = [int(np.searchsorted(shares, share - 1e-12)) + 1 for share in (0.5, 0.9, 0.99)]
+    k50, k90, k99 = (int(np.searchsorted(shares, share - 1e-12)) + 1 for share in (0.5, 0.9, 0.99))
     channel = int(np.argmax(first**2))
     gap = float(values[0] / max(values[1], 1e-30)) if len(values) > 1 else float("inf")
     spectrum = Spectrum(
         total**2 / float((values**2).sum()),
         total / float(values[0]),
-        *k,
+        k50,
+        k90,
+        k99,
         gap,
         channel,
         float(first[channel] ** 2),

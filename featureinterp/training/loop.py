@@ -230,7 +230,7 @@ def read_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(os.fspath(path), "pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(os.fspath(path), "pt") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             step, cursors = int(about["step"]), json.loads(about["cursors"])

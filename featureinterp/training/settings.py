@@ -60,15 +60,15 @@ class CorpusTable(_Table):
     """As for 'collect --corpus'."""
     text_field: str = "text"
     """Field or column that holds the text."""
-    window: int = pydantic.Field(64, ge=2, le=8192)
+    window: int = pydantic.Field(default=64, ge=2, le=8192)
     """Tokens per window."""
-    min_window: int = pydantic.Field(8, ge=1)
+    min_window: int = pydantic.Field(default=8, ge=1)
     """A shorter rest of a document is dropped."""
-    max_tokens: int | None = pydantic.Field(None, ge=2)
+    max_tokens: int | None = pydantic.Field(default=None, ge=2)
     """About how many tokens, spread over the documents; all when not given."""
-    max_per_document: int | None = pydantic.Field(None, ge=1)
+    max_per_document: int | None = pydantic.Field(default=None, ge=1)
     """Windows of one document at most."""
-    held_out: float = pydantic.Field(0.1, ge=0, lt=1)
+    held_out: float = pydantic.Field(default=0.1, ge=0, lt=1)
     """Share of the tokens whose documents are kept for evaluation."""
 
 
@@ -81,7 +81,7 @@ class StoreTable(_Table):
     """How they are stored."""
     shuffle: bool = True
     """Windows are read in random order, so that every shard is a sample of the whole corpus."""
-    shard_rows: int | None = pydantic.Field(None, ge=1)
+    shard_rows: int | None = pydantic.Field(default=None, ge=1)
     """Rows per shard; 64 MiB of them when not given."""
 
 
@@ -89,29 +89,29 @@ class SaeTable(_Table):
     """The dictionary."""
 
     architecture: Architecture = "topk"
-    d_sae: int | None = pydantic.Field(None, ge=2, le=1 << 24)
+    d_sae: int | None = pydantic.Field(default=None, ge=2, le=1 << 24)
     """Number of features; ``expansion`` times the width when not given."""
-    expansion: float = pydantic.Field(8, gt=0)
-    k: int = pydantic.Field(32, ge=1)
+    expansion: float = pydantic.Field(default=8, gt=0)
+    k: int = pydantic.Field(default=32, ge=1)
     """Codes per token: kept (TopK), on average (BatchTopK, Matryoshka), aimed at (JumpReLU)."""
     prefixes: tuple[float, ...] = (0.03125, 0.09375, 0.21875, 0.46875, 1.0)
     """Matryoshka: shares of the dictionary that reconstruct on their own, ascending, the last 1."""
     normalize: Literal["none", "global", "token"] = "global"
     """Of the input: none; one factor that gives the centred activations unit variance per dimension, folded into the weights at export; or each token by its
     own mean and deviation, which the exported SAE does too."""
-    penalty: float | None = pydantic.Field(None, ge=0)
+    penalty: float | None = pydantic.Field(default=None, ge=0)
     """Weight of sparsity: of the L1 norm (ReLU, gated; 0.1 when not given), of (L0 / k − 1)² (JumpReLU; 1 when not given)."""
-    penalty_warmup: float = pydantic.Field(0.1, ge=0, le=1)
+    penalty_warmup: float = pydantic.Field(default=0.1, ge=0, le=1)
     """Share of the steps over which it grows from 0."""
-    bandwidth: float = pydantic.Field(0.1, gt=0)
+    bandwidth: float = pydantic.Field(default=0.1, gt=0)
     """JumpReLU: width of the kernel through which thresholds learn, in units of normalised activations per dimension."""
-    aux_k: int | None = pydantic.Field(None, ge=0)
+    aux_k: int | None = pydantic.Field(default=None, ge=0)
     """Dead features that reconstruct what the others leave over; half the width when not given, 0: none."""
-    aux_coefficient: float = pydantic.Field(0.03125, ge=0)
+    aux_coefficient: float = pydantic.Field(default=0.03125, ge=0)
     """Weight of that."""
-    dead_after: int = pydantic.Field(10_000_000, ge=1)
+    dead_after: int = pydantic.Field(default=10_000_000, ge=1)
     """A feature is dead that was silent for so many tokens."""
-    threshold_decay: float = pydantic.Field(0.98, ge=0, lt=1)
+    threshold_decay: float = pydantic.Field(default=0.98, ge=0, lt=1)
     """BatchTopK: of the running mean of the smallest kept code, which becomes the threshold."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """How the weights are saved; what is evaluated is what is saved."""
@@ -138,40 +138,40 @@ class SaeTable(_Table):
 class TrainingTable(_Table):
     """How it is trained."""
 
-    samples: int | None = pydantic.Field(None, ge=1)
+    samples: int | None = pydantic.Field(default=None, ge=1)
     """Tokens in all; ``epochs`` passes over the store when not given."""
-    epochs: float = pydantic.Field(3, gt=0)
-    batch: int = pydantic.Field(4096, ge=1)
+    epochs: float = pydantic.Field(default=3, gt=0)
+    batch: int = pydantic.Field(default=4096, ge=1)
     """Tokens per step, over all processes."""
-    lr: float = pydantic.Field(3e-4, gt=0)
+    lr: float = pydantic.Field(default=3e-4, gt=0)
     """Learning rate after the warm-up."""
-    lr_end: float = pydantic.Field(0.0, ge=0)
+    lr_end: float = pydantic.Field(default=0.0, ge=0)
     """Learning rate at the last step."""
-    warmup: int = pydantic.Field(100, ge=0)
+    warmup: int = pydantic.Field(default=100, ge=0)
     """Steps of a linear rise of the learning rate."""
     decay: Literal["cosine", "linear", "constant"] = "cosine"
     """How it falls from the end of the warm-up to the last step."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's."""
-    clip: float = pydantic.Field(1.0, ge=0)
+    clip: float = pydantic.Field(default=1.0, ge=0)
     """The gradient's norm is cut to this; 0: never."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the large products; weights and their updates are always float32."""
-    mix: int = pydantic.Field(10, ge=1)
+    mix: int = pydantic.Field(default=10, ge=1)
     """Shards whose rows are shuffled together."""
-    presample: int = pydantic.Field(8, ge=1)
+    presample: int = pydantic.Field(default=8, ge=1)
     """Shards from which the sample for the pre-bias and the normalisation is drawn."""
-    presample_rows: int = pydantic.Field(50_000, ge=2)
+    presample_rows: int = pydantic.Field(default=50_000, ge=2)
     """Rows of that sample."""
     online: bool = False
     """Train straight from the model, without a store."""
-    buffer: int = pydantic.Field(131_072, ge=1)
+    buffer: int = pydantic.Field(default=131_072, ge=1)
     """Online: rows that are shuffled together."""
-    batch_tokens: int = pydantic.Field(2048, ge=1)
+    batch_tokens: int = pydantic.Field(default=2048, ge=1)
     """Tokens per forward pass of the subject."""
-    log_every: int = pydantic.Field(50, ge=1)
+    log_every: int = pydantic.Field(default=50, ge=1)
     """Steps per line of the log."""
-    checkpoint_every: int = pydantic.Field(500, ge=1)
+    checkpoint_every: int = pydantic.Field(default=500, ge=1)
     """Steps between checkpoints."""
     seed: int = 0
 
@@ -185,11 +185,11 @@ class TrainingTable(_Table):
 class EvaluationTable(_Table):
     """How it is judged, on documents that were held out."""
 
-    max_rows: int | None = pydantic.Field(None, ge=2)
+    max_rows: int | None = pydantic.Field(default=None, ge=2)
     """Activations; all that are held out when not given."""
-    pca: int = pydantic.Field(32, ge=1)
+    pca: int = pydantic.Field(default=32, ge=1)
     """Components of the PCA that stands beside the SAE."""
-    ce_windows: int = pydantic.Field(256, ge=0)
+    ce_windows: int = pydantic.Field(default=256, ge=0)
     """Windows on which the model reads the reconstruction; 0: none."""
 
 

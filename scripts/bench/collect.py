@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import arguments, compare, report, seconds
-from shapes import BLOCKS, D_SAE, Ids, K, demo_shapes
+from shapes import D_SAE, Ids, K, bare_blocks, demo_shapes
 
 from featureinterp.codes.collect import BATCH_TOKENS, collect
 from featureinterp.codes.store import CodesStore, RunWriter
@@ -49,13 +49,8 @@ def main() -> None:
             with (run / "raw.bin").open("wb") as out:
                 for start in range(0, len(windows), rows):
                     ids = torch.from_numpy(np.array(windows.tokens[start : start + rows], np.int64)).to(args.device)
-                    ids = torch.cat([torch.ones_like(ids[:, :1]), ids], 1)
-                    x = model.embed_tokens(ids)
-                    positions = torch.arange(ids.shape[1], device=args.device)[None]
-                    rotary = model.rotary_emb(x, positions)
-                    for block in model.layers[:BLOCKS]:
-                        x = block(x, position_embeddings=rotary, position_ids=positions)
-                    values, indices = torch.topk(torch.addmm(bias, x[:, 1:].reshape(-1, sae.d_in).float(), sae.W_enc), K, sorted=False)
+                    x = bare_blocks(model, ids)
+                    values, indices = torch.topk(torch.addmm(bias, x.reshape(-1, sae.d_in).float(), sae.W_enc), K, sorted=False)
                     out.write(values.half().cpu().numpy().tobytes() + indices.int().cpu().numpy().tobytes())
 
         mine, bare = compare(ours, limit, args.device, args.rounds or (2 if args.quick else 5))

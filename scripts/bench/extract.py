@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import torch
 from common import arguments, compare, report
-from shapes import BLOCKS, Ids, demo_shapes
+from shapes import Ids, bare_blocks, demo_shapes
 
 from featureinterp.corpus.text import Corpus, Document
 from featureinterp.corpus.windows import WindowPolicy, build_windows
@@ -54,13 +54,8 @@ def main() -> None:
             with (out / "raw.bin").open("wb") as raw:
                 for start in range(0, len(windows), rows):
                     ids = torch.from_numpy(np.array(windows.tokens[start : start + rows], np.int64)).to(args.device)
-                    ids = torch.cat([torch.ones_like(ids[:, :1]), ids], 1)
-                    x = model.embed_tokens(ids)
-                    positions = torch.arange(ids.shape[1], device=args.device)[None]
-                    rotary = model.rotary_emb(x, positions)
-                    for block in model.layers[:BLOCKS]:
-                        x = block(x, position_embeddings=rotary, position_ids=positions)
-                    raw.write(x[:, 1:].half().cpu().numpy().tobytes())
+                    x = bare_blocks(model, ids)
+                    raw.write(x.half().cpu().numpy().tobytes())
 
         mine, bare = compare(ours, limit, args.device, args.rounds or (2 if args.quick else 5))
         report("extract", n_tokens / mine, n_tokens / bare, bare / mine, unit="tokens/s", target=">= 0.9", device=args.device)

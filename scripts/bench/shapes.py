@@ -41,3 +41,14 @@ def demo_shapes(device: str) -> tuple[Subject, LoadedSae]:
     sae = TopK({k: v.to(device) for k, v in tensors.items()}, k=K)
     loaded = LoadedSae("bench", sae, f"blocks.{BLOCKS - 1}.hook_resid_post", "bench", {}, "bench")
     return subject, loaded
+
+
+def bare_blocks(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """The residual stream after the hooked block for ids ``[window, token]`` behind a BOS, by nothing but the blocks: ``[window, token, d]``."""
+    ids = torch.cat([torch.ones_like(ids[:, :1]), ids], 1)
+    x = model.embed_tokens(ids)
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
+    rotary = model.rotary_emb(x, positions)
+    for block in model.layers[:BLOCKS]:
+        x = block(x, position_embeddings=rotary, position_ids=positions)
+    return x[:, 1:]

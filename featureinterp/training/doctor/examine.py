@@ -15,7 +15,8 @@ from featureinterp.subject.load import Subject
 from featureinterp.training.doctor.activations import look_at_split, look_at_store
 from featureinterp.training.doctor.check import Check, Sheet
 from featureinterp.training.doctor.model import look_at_corpus, look_at_environment, look_at_model
-from featureinterp.training.doctor.run import ABOUT, look_at_result, look_at_run
+from featureinterp.training.doctor.run import look_at_result, look_at_run
+from featureinterp.training.recipe import ABOUT
 from featureinterp.training.settings import Recipe
 from featureinterp.training.store import METADATA, ActivationStore, shard_path
 
