@@ -173,20 +173,29 @@ def plot_sensitivity(folder: Path, summaries: Sequence[Row]) -> list[Path]:
     raises ``InputError`` without it."""
     architectures = list(dict.fromkeys(str(s.get("architecture")) for s in summaries))
     with figure(folder / "sensitivity", width=9, height=3.6, panels=2, share_y=True) as (_, axes):
+        from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
         for axis, key, label in zip(axes, ("d_sae", "l0"), ("features in the dictionary", "codes per token (L0)"), strict=True):
             for number, architecture in enumerate(architectures):
-                _points(axis, [s for s in summaries if str(s.get("architecture")) == architecture], key, f"C{number}", architecture)
+                aside = 1 + 0.06 * (number - (len(architectures) - 1) / 2) if key == "d_sae" else 1.0  # widths are equal: one beside the other
+                _points(axis, [s for s in summaries if str(s.get("architecture")) == architecture], key, f"C{number}", architecture, aside)
             axis.set_xlabel(label)
             axis.set_xscale("log")
             axis.set_ylim(-0.02, 1.02)
+            axis.xaxis.set_minor_formatter(NullFormatter())
+            axis.xaxis.set_major_formatter(ScalarFormatter())
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        widths = sorted({s["d_sae"] for s in summaries if s.get("d_sae")})
+        if len(widths) <= 6:
+            axes[0].set_xticks(widths, [f"{w:,}" for w in widths])
         axes[0].set_ylabel("mean sensitivity")
         axes[0].plot([], [], "o", color="#888888", fillstyle="none", label="unfiltered")
-        axes[0].legend(frameon=False, fontsize=8)
+        axes[0].legend(frameon=False, fontsize=8, loc="lower left")
     return [folder / f"sensitivity.{kind}" for kind in ("png", "svg")]
 
 
-def _points(axis: Any, summaries: Sequence[Row], key: str, colour: str, label: str) -> None:
-    """Filled: features whose examples fire again; hollow: all."""
+def _points(axis: Any, summaries: Sequence[Row], key: str, colour: str, label: str, aside: float) -> None:
+    """Filled: features whose examples fire again; hollow: all. ``aside``: factor of the place."""
     shown: Callable[[Row], bool] = lambda s: s.get(key) is not None  # noqa: E731 (one line)
     for which, full in (("mean_sensitivity", True), ("mean_sensitivity_unfiltered", False)):
         for s in filter(shown, summaries):
@@ -194,6 +203,6 @@ def _points(axis: Any, summaries: Sequence[Row], key: str, colour: str, label: s
             if value["mean"] is None:
                 continue
             if value["low"] is not None and full:
-                axis.plot([s[key]] * 2, [value["low"], value["high"]], color=colour, linewidth=1.5)
-            axis.plot(s[key], value["mean"], "o", color=colour, fillstyle="full" if full else "none", label=label if full else None)
+                axis.plot([s[key] * aside] * 2, [value["low"], value["high"]], color=colour, linewidth=1.5)
+            axis.plot(s[key] * aside, value["mean"], "o", markersize=5, color=colour, fillstyle="full" if full else "none", label=label if full else None)
             label = "" if full else label

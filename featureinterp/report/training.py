@@ -50,6 +50,7 @@ def write_training(folder: Path, about: Line, recipe: Mapping[str, Any], log: Se
         metrics=metrics,
         density=density(metrics) if metrics else [],
         tenths=tenths(metrics) if metrics else [],
+        compact=compact,
         size={"width": WIDTH, "height": HEIGHT, "left": LEFT, "bottom": BOTTOM},
     )
     write_atomic(folder / "training.html", content)

@@ -82,6 +82,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
         raise InputError(f"WORLD_SIZE is {world}, but RANK or MASTER_ADDR is missing: start with 'torchrun --nproc-per-node N -m featureinterp train ...'")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
