@@ -124,7 +124,7 @@ def extract(
         meta: dict[str, Any] = {
             "source": source,
             "split": {"name": name, "held_out": settings.held_out, "seed": settings.seed},
-            "order": target.order(settings),
+            "order": "shuffled" if settings.shuffle else "corpus",
         }
         meta |= {"part": {"number": settings.part, "of": settings.parts}, "counts": counts, "dtype": settings.dtype}
         meta |= {"hook": hook, "model": source["model"], "n_windows": int((splits[order] == number).sum())}
