@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_cli import cli
+from tiny import make_subject_folder
 
 from featureinterp.api import training as verbs
 from featureinterp.errors import IncompatibleError, InputError, StorageError, UnknownNameError
@@ -428,6 +430,16 @@ def test_wandb_gets_the_log_and_the_configured_account(tmp_path: Path, trained: 
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match=r"featureinterp\[wandb\]"):
         verbs.train(tmp_path / "other", recipe(subject_folder, corpus_file, **changes))
+
+
+def test_a_model_that_lies_elsewhere_now(tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path):
+    shutil.copytree(subject_folder, tmp_path / "moved")
+    changes = {"store.folder": trained / "activations", "subject.model": str(tmp_path / "moved"), "training.samples": 1280}
+    done = verbs.train(tmp_path / "run", recipe(subject_folder, corpus_file, **changes))
+    assert done.metrics is not None and done.metrics["loss"] is not None and done.sae.model == str(tmp_path / "moved")
+    other = make_subject_folder(tmp_path / "other", "qwen2")
+    with pytest.raises(IncompatibleError, match="another model than"):
+        verbs.train(tmp_path / "no", recipe(subject_folder, corpus_file, **{**changes, "subject.model": str(other)}))
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path):

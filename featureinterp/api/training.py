@@ -100,7 +100,7 @@ def evaluate(
     from dataclasses import replace
 
     from featureinterp.sae.load import load_sae
-    from featureinterp.subject.load import load_causal_lm, pick_device, weights_fingerprint
+    from featureinterp.subject.load import as_subject, check_same_model, load_causal_lm, pick_device
     from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
     from featureinterp.training.extract import Extracted
 
@@ -122,10 +122,9 @@ def evaluate(
         sample = found.train.sample(max(20_000, 20 * pca), seed=seed)
     judged = evaluate(loaded.sae, found.test, sample, max_rows=max_rows, pca=pca, seed=seed, progress=lambda done, total: steps("evaluating", done, total))
     if ce_windows:
-        name = source["model"]["name"]
-        lm, tokenizer = load_causal_lm(model or name, device=device, dtype=source["model"]["dtype"])
-        if weights_fingerprint(lm.base_model) != source["model"]["fingerprint"]:
-            raise IncompatibleError(f"the activations were made with another model than {model or name!r} is: give the one that they name, {name!r}")
+        name = model or source["model"]["name"]
+        lm, tokenizer = load_causal_lm(name, device=device, dtype=source["model"]["dtype"])
+        check_same_model(as_subject(name, lm, tokenizer), source["model"], "the activations")
         windows = held_out_windows(found.test, ce_windows, seed)
         loss = loss_recovered(lm, tokenizer, loaded.hook, loaded.sae, found.windows, windows, progress=lambda done, total: steps("cross-entropy", done, total))
         judged = replace(judged, loss=loss)

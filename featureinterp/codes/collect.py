@@ -20,7 +20,7 @@ from featureinterp.files import content_key, write_json
 from featureinterp.sae.codes import SparseCodes
 from featureinterp.sae.load import LoadedSae
 from featureinterp.sae.names import is_published, names_of_model
-from featureinterp.subject.load import PrependToken, SkipFirst, Subject
+from featureinterp.subject.load import PrependToken, SkipFirst, Subject, check_same_model
 
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all)."""
@@ -146,9 +146,7 @@ def check_sae(store: CodesStore, sae: LoadedSae) -> None:
 
 def check_subject(store: CodesStore, subject: Subject) -> None:
     """Raises ``IncompatibleError`` when ``subject`` is not the model that made the store's codes."""
-    if store.meta["model"]["fingerprint"] != subject.fingerprint:
-        named = store.meta["model"]["name"]
-        raise IncompatibleError(f"the run's codes were made with another model than {subject.name!r} is: give the one that it names, {named!r}")
+    check_same_model(subject, store.meta["model"], "the run's codes")
 
 
 def _variant_of(model: str, other: str) -> bool:

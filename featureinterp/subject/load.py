@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -135,6 +135,12 @@ class Subject:
         if self.context_length is not None and ids.shape[1] > self.context_length:
             raise IncompatibleError(f"windows of {ids.shape[1]} tokens are longer than the context of {self.name} ({self.context_length}): use shorter windows")
         return [residual[:, cut:] for residual in residuals_after(self.model, wanted, {"input_ids": ids, "use_cache": False})]
+
+
+def check_same_model(subject: Subject, recorded: Mapping[str, Any], what: str) -> None:
+    """Raises ``IncompatibleError`` when ``what`` was made with another model than ``subject``. ``recorded``: its ``name`` and ``fingerprint``."""
+    if recorded["fingerprint"] != subject.fingerprint:
+        raise IncompatibleError(f"{what} were made with another model than {subject.name!r} is: give the one that they name, {recorded['name']!r}")
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

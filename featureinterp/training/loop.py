@@ -130,9 +130,11 @@ class Trainer:
     def restore(self, tensors: dict[str, torch.Tensor], step: int, cursor: dict[str, int]) -> None:
         """Goes on from a checkpoint."""
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
-        for name, p in self.model.named_parameters():
+        optimizer = self.optimizer.state_dict()
+        for number, (name, _) in enumerate(self.model.named_parameters()):
             prefix = f"adam.{name}."
-            self.optimizer.state[p] = {k.removeprefix(prefix): v.to(self.device if v.ndim else v.device) for k, v in tensors.items() if k.startswith(prefix)}
+            optimizer["state"][number] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        self.optimizer.load_state_dict(optimizer)
         self.silent_for = tensors["silent_for"].to(self.device)
         self.step = step
         self.batches.seek(cursor)

@@ -16,7 +16,7 @@ from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_window
 from featureinterp.errors import IncompatibleError, InputError
 from featureinterp.files import explained_storage, write_atomic, write_json
 from featureinterp.sae.load import LoadedSae, load_sae, save_sae, save_saelens
-from featureinterp.subject.load import Subject, as_subject, load_causal_lm, pick_device
+from featureinterp.subject.load import Subject, as_subject, check_same_model, load_causal_lm, pick_device
 from featureinterp.training.architectures import as_sae
 from featureinterp.training.batches import Batches, OnlineBatches, Share, StoreBatches
 from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
@@ -116,7 +116,10 @@ def train(recipe: Recipe, out: Path, *, device: str | None = None, steps: Steps 
         planned_steps(recipe.training, None)
     given = recipe.store.folder
     if given is not None and (given / "train" / METADATA).exists():
-        recipe = fitted(recipe, read_metadata(given / "train")["source"])
+        source = read_metadata(given / "train")["source"]
+        recipe = fitted(recipe, source)
+        if recipe.subject.model != source["model"]["name"]:
+            check_same_model(Parts(recipe, device).subject, source["model"], "the activations")
     parts = Parts(recipe, device)
     with joined(parts.device) as ranks:
         found = _data(recipe, out, parts, steps, ranks)
@@ -198,15 +201,14 @@ def _online(recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ran
 
 
 def fitted(recipe: Recipe, source: dict[str, Any]) -> Recipe:
-    """The recipe with the model and hook of activations that were given, where it names none itself. Raises ``IncompatibleError`` where it names others."""
-    model = source["model"]
-    theirs = {"hook": source["hook"], "model": model["name"], "dtype": model["dtype"]}
-    for name in recipe.subject.model_fields_set:
-        if getattr(recipe.subject, name) != theirs[name]:
-            raise IncompatibleError(
-                f"the activations are of the {name} {theirs[name]!r}, and the recipe says {getattr(recipe.subject, name)!r}: change one of them"
-            )
-    return recipe.model_copy(update={"subject": recipe.subject.model_copy(update=theirs)})
+    """The recipe with the model and hook of activations that were given, where it names none itself. Raises ``IncompatibleError`` where it names another hook
+    or dtype; a model may lie elsewhere now."""
+    theirs = {"hook": source["hook"], "model": source["model"]["name"], "dtype": source["model"]["dtype"]}
+    named = {name: getattr(recipe.subject, name) for name in recipe.subject.model_fields_set}
+    for name in ("hook", "dtype"):
+        if named.get(name, theirs[name]) != theirs[name]:
+            raise IncompatibleError(f"the activations are of the {name} {theirs[name]!r}, and the recipe says {named[name]!r}: change one of them")
+    return recipe.model_copy(update={"subject": recipe.subject.model_copy(update={**theirs, **named})})
 
 
 def _settings_that_matter(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
