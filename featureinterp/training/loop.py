@@ -78,7 +78,7 @@ class Trainer:
         self._module: nn.Module = self.model
         if self.ranks.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self._module = nn.parallel.DistributedDataParallel(self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self._module = nn.parallel.DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
 
     @property
     def dead(self) -> torch.Tensor:
