@@ -280,10 +280,7 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path: Path, trained: Pat
         str(file),
         str(tmp_path / "two"),
     ]
-    for _ in range(3):  # the port that torchrun found free can be taken by another program before it is used
-        done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
-        if done.returncode == 0 or "address already in use" not in done.stderr.lower():
-            break
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     ranks = [load_file(tmp_path / "two" / f"rank{r}.safetensors") for r in (0, 1)]
     for name, tensor in ranks[0].items():
@@ -296,6 +293,16 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path: Path, trained: Pat
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, tensor in one.items():
         torch.testing.assert_close(tensor, two[name], rtol=1e-3, atol=1e-3)
+
+
+def test_several_processes_may_ask_at_once_whether_a_folder_can_be_written(tmp_path: Path):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from featureinterp.training.recipe import writable
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: writable(tmp_path / "out"), range(400)))
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_training_without_a_store(tmp_path: Path, subject_folder: Path, corpus_file: Path):

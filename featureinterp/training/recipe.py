@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -299,9 +300,8 @@ def short_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def writable(out: Path) -> None:
-    """Raises ``StorageError`` when nothing can be written into a folder."""
-    probe = out / ".writable"
+    """Raises ``StorageError`` when nothing can be written into a folder. Several processes may ask at once."""
     with explained_storage(out):
         out.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out):
+            pass
