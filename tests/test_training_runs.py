@@ -320,8 +320,10 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, trained: Path, subject_fo
         verbs.train(tmp_path / "a", good, changes={"training.batch": 1_000_000})
     with pytest.raises(IncompatibleError, match="hook 'blocks.1.hook_resid_post', and the recipe says 'blocks.0"):
         verbs.train(tmp_path / "b", good, changes={"subject.hook": "blocks.0.hook_resid_post"})
+    before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
     with pytest.raises(IncompatibleError, match="other settings or data"):
         verbs.train(trained, recipe(subject_folder, corpus_file, **{"sae.k": 5}))
+    assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before  # nothing of the run was touched
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(StorageError, match="cannot be written"):

@@ -155,12 +155,15 @@ def prepare(batches: Batches, sae: SaeTable, table: TrainingTable, device: torch
     return Trainer(model, normalizer, table, batches, steps, device, ranks)
 
 
+def resume(trainer: Trainer, folder: Path, key: dict[str, Any]) -> None:
+    """Takes a trainer to where the run in ``folder`` stands, when there is one. Raises ``IncompatibleError`` for one of another ``key``."""
+    read_checkpoint(trainer, folder / CHECKPOINT, content_key(key))
+
+
 def run(trainer: Trainer, folder: Path, key: dict[str, Any], *, on_line: OnLine = lambda _: None) -> None:
-    """Takes all steps that are left, with a log and checkpoints in ``folder``; goes on from a checkpoint of the same ``key``. Raises ``IncompatibleError`` for
-    a checkpoint of another run."""
+    """Takes all steps that are left, with a log and checkpoints in ``folder``. ``key``: what the run depends on, for :func:`resume`."""
     table, ranks = trainer.table, trainer.ranks
     same = content_key(key)
-    read_checkpoint(trainer, folder / CHECKPOINT, same)
     log = Log(folder / LOG, trainer.step) if ranks.leads else None
     window: list[Line] = []
     began, first = time.monotonic(), trainer.step

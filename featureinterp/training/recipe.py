@@ -22,7 +22,7 @@ from featureinterp.training.architectures import as_sae
 from featureinterp.training.batches import Batches, OnlineBatches, Share, StoreBatches
 from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
 from featureinterp.training.extract import Extracted, ExtractSettings, extract, window_splits
-from featureinterp.training.loop import LOG, OnLine, Trainer, planned_steps, prepare, read_log, run
+from featureinterp.training.loop import LOG, OnLine, Trainer, planned_steps, prepare, read_log, resume, run
 from featureinterp.training.ranks import Ranks, joined, own_device
 from featureinterp.training.settings import Recipe, recipe_toml
 from featureinterp.training.store import METADATA, read_metadata
@@ -126,6 +126,7 @@ def train(recipe: Recipe, out: Path, *, device: str | None = None, steps: Steps 
         found = _data(recipe, out, parts, steps, ranks)
         trainer = prepare(found.batches, recipe.sae, recipe.training, parts.device, found.n_rows, ranks)
         key = {"data": found.key, **_settings_that_matter(recipe, ranks)}
+        resume(trainer, out, key)
         if ranks.leads:
             write_atomic(out / RECIPE, recipe_toml(recipe))
             write_json(out / ABOUT, _about(recipe, trainer, found, ranks))
