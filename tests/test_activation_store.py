@@ -224,6 +224,8 @@ def test_what_is_damaged_is_refused(tmp_path: Path):
     (store.folder / "metadata.json").write_text(json.dumps(meta))
     with pytest.raises(FeatureInterpError, match="not finite"):
         ActivationStore.open(store.folder).read(np.arange(20))
+    with pytest.raises(FeatureInterpError, match="not finite"):
+        StoreBatches(ActivationStore.open(store.folder), 20).next()
 
 
 def test_values_that_float16_cannot_hold_are_an_error_and_not_infinity(tmp_path: Path):

@@ -77,7 +77,7 @@ def test_the_doctor_is_silent_on_a_healthy_run(healthy: Path, texts: Path):
     found = checks(healthy, corpus=str(texts))
     assert not wrong(found), wrong(found)
     names = {(c.subject, c.name) for c in found if c.status == "pass"}
-    assert {s for s, _ in names} == {"model", "corpus", "activations", "held-out activations", "split", "training", "result", "environment"}
+    assert {s for s, _ in names} == {"model", "corpus", "windows", "activations", "held-out activations", "split", "training", "result", "environment"}
     assert len(names) >= 35
     assert next(c for c in found if c.name == "its name says what it is").figure == "6 settings named"
     assert "mixing is not needed" in next(c for c in found if c.name == "shards are mixed").figure
@@ -244,6 +244,11 @@ def not_finite(run: Path) -> None:
     path.write_bytes(data.tobytes())
 
 
+def damaged_windows(run: Path) -> None:
+    path = run / "activations" / "windows" / "tokens.bin"
+    path.write_bytes(path.read_bytes()[:-4])
+
+
 def layouts_differ(run: Path) -> None:
     cfg = json.loads((run / "saelens" / "cfg.json").read_text())
     (run / "saelens" / "cfg.json").write_text(json.dumps({**cfg, "apply_b_dec_to_input": False}))
@@ -280,6 +285,7 @@ DEFECTS: list[tuple[Callable[[Path], None], str, str]] = [
     (trained_on_other_rows, "it was trained on these activations", "trained on"),
     (leak, "held-out documents are held out", "split by documents"),
     (not_finite, "all rows are finite", "float32"),
+    (damaged_windows, "they are whole", "has not the size"),
     (layouts_differ, "the exported SAE loads", "encode the same input differently"),
     (massive_channel, "no channel dominates", "channel 7"),
 ]

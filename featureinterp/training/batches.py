@@ -15,7 +15,7 @@ from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import InputError
 from featureinterp.subject.load import Subject
 from featureinterp.training.extract import read_windows
-from featureinterp.training.store import ActivationStore
+from featureinterp.training.store import ActivationStore, check_finite
 
 
 class Batches(Protocol):
@@ -101,7 +101,9 @@ class StoreBatches:
             took = held[place - first : place - first + min(n, first + size - place)]
             parts.append(took)
             start, n = start + len(took), n - len(took)
-        return np.concatenate(parts).astype(np.float32)
+        found = np.concatenate(parts).astype(np.float32)
+        check_finite(found, self.store.folder)
+        return found
 
     def _order(self, epoch: int) -> list[np.ndarray]:
         """The shards of an epoch, in the groups that are mixed."""

@@ -82,8 +82,7 @@ class ActivationStore:
         for shard, (a, b) in enumerate(pairwise(cuts)):
             if b > a:
                 out[order[a:b]] = self.shards[shard][rows[order[a:b]] - self.edges[shard]]
-        if not np.isfinite(out).all():
-            raise FeatureInterpError(f"{self.folder} holds activations that are not finite: extract it again, with a model in float32 or bfloat16")
+        check_finite(out, self.folder)
         return out
 
     def blocks(self, rows: int = 8192) -> Iterator[np.ndarray]:
@@ -127,6 +126,12 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     if not good:
         raise IncompleteStoreError(f"{path} contradicts itself or is of another version: extract the store again")
     return dict(meta)
+
+
+def check_finite(rows: np.ndarray, folder: Path) -> None:
+    """Raises ``FeatureInterpError`` when a value of a store's rows is not finite."""
+    if not np.isfinite(rows).all():
+        raise FeatureInterpError(f"{folder} holds activations that are not finite: extract it again, with a model in float32 or bfloat16")
 
 
 def shard_path(folder: Path, number: int) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 
 from featureinterp.corpus.text import load_corpus
 from featureinterp.corpus.windows import WindowTable
-from featureinterp.errors import FeatureInterpError, InputError
+from featureinterp.errors import InputError
 from featureinterp.subject.load import Subject
 from featureinterp.training.doctor.activations import look_at_split, look_at_store
 from featureinterp.training.doctor.check import Check, Sheet
@@ -84,12 +84,13 @@ def examine(patient: Patient, *, seed: int = 0, steps: Steps = lambda *_: None) 
 
 def _stores(folder: Path, subject: Subject | None, seed: int) -> Iterator[tuple[Sheet, ActivationStore | None]]:
     """A sheet per store, with the training store, and one for both."""
-    windows = None
+    windows: WindowTable | None = None
     if (folder / "windows").exists():
-        try:
-            windows = WindowTable.open(folder / "windows")
-        except FeatureInterpError:
-            windows = None
+        sheet, held = Sheet("windows"), []
+        if sheet.attempt("they are whole", lambda: held.append(WindowTable.open(folder / "windows"))):
+            windows = held[0]
+            sheet.passed("they are whole", f"{len(windows):,} windows, {windows.n_tokens:,} tokens")
+        yield sheet, None
     names = [name for name in ("train", "test") if (folder / name).exists()]
     if not names:
         sheet = Sheet("activations")

@@ -12,6 +12,7 @@ import torch
 
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import piece_ends, valid_unicode
+from featureinterp.errors import IncompatibleError
 from featureinterp.quiet import quiet_transformers
 from featureinterp.subject.load import PrependToken, Subject, as_subject, load_causal_lm, model_source
 from featureinterp.training.doctor.check import Sheet
@@ -36,7 +37,9 @@ def look_at_model(sheet: Sheet, name: str, hook: str, *, device: str | None, dty
     if not sheet.attempt("the model loads", load):
         return None
     model, tokenizer = held
-    missing = _missing_weights(name)
+    missing: list[str] = []
+    if not sheet.attempt("its checkpoint is whole", lambda: missing.extend(_missing_weights(name))):
+        return None
     n = sum(p.numel() for p in model.parameters())
     constant = [key for key, p in model.named_parameters() if p.ndim > 1 and float(p.float().std()) == 0]
     sheet.judge(
@@ -74,14 +77,14 @@ def _hook(sheet: Sheet, subject: Subject, hook: str) -> None:
 
 
 def _missing_weights(name: str) -> list[str]:
-    """Parameters that the checkpoint lacks and the library would fill with random numbers."""
+    """Parameters that the checkpoint lacks and the library would fill with random numbers. Raises ``IncompatibleError`` when the library cannot say."""
     from transformers import AutoModelForCausalLM
 
     try:
         with quiet_transformers():
             _, info = AutoModelForCausalLM.from_pretrained(model_source(name), output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError):
-        return []
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise IncompatibleError(f"the checkpoint of {name!r} cannot be compared with its model ({error})") from error
     return sorted(info.get("missing_keys", []))
 
 
