@@ -155,6 +155,11 @@ class _Data:
     n_rows: int | None
     extracted: Extracted | None
 
+    @property
+    def source(self) -> dict[str, Any] | None:
+        """Which model, corpus and tokens the stored rows are of."""
+        return self.extracted.train.meta["source"] if self.extracted and self.extracted.train else None
+
 
 def _data(recipe: Recipe, out: Path, parts: Parts, steps: Steps, ranks: Ranks) -> _Data:
     """Activations or the model itself; the first process extracts, the others wait for it."""
@@ -223,7 +228,6 @@ def _about(recipe: Recipe, trainer: Trainer, found: _Data, ranks: Ranks) -> dict
     """What the run is, beside its settings."""
     from featureinterp import __version__
 
-    source = found.extracted.train.meta["source"] if found.extracted and found.extracted.train else None
     return {
         "featureinterp": __version__,
         "torch": torch.__version__,
@@ -237,7 +241,7 @@ def _about(recipe: Recipe, trainer: Trainer, found: _Data, ranks: Ranks) -> dict
         "variance": trainer.model.variance,
         "n_rows": found.n_rows,
         "data": found.key,
-        "source": source,
+        "source": found.source,
         "activations": str(found.extracted.folder.resolve()) if found.extracted else None,
         "processes": ranks.world,
         "device": str(trainer.device),
@@ -249,7 +253,8 @@ def _finish(recipe: Recipe, out: Path, parts: Parts, trainer: Trainer, found: _D
     sae = as_sae(trainer.model, trainer.normalizer)
     names = {"hook": recipe.subject.hook, "model": recipe.subject.model}
     dtype = DTYPES[recipe.sae.dtype]
-    provenance = {"recipe": json.loads(recipe.model_dump_json(exclude_none=True, exclude={"store": {"folder"}})), "data": found.key}
+    settings = json.loads(recipe.model_dump_json(exclude_none=True, exclude={"store": {"folder"}}))
+    provenance = {"recipe": settings, "data": found.key, "source": found.source}
     save_sae(out / "sae", sae, dtype=dtype, provenance=provenance, **names)
     written = load_sae(str(out / "sae"), device=parts.device)
     metrics = None
