@@ -14,6 +14,7 @@ from tiny import make_sae
 from featureinterp.errors import IncompatibleError, UnknownNameError
 from featureinterp.sae.codes import SparseCodes
 from featureinterp.sae.load import ARCHITECTURES, load_sae, save_sae
+from featureinterp.training.settings import load_recipe, make_recipe
 
 D_IN, D_SAE, K = 6, 11, 4
 
@@ -145,8 +146,9 @@ def test_an_untrained_batch_topk_threshold_and_a_wrong_width_are_refused():
 
 def test_the_demo_sae_is_what_it_says():
     demo = load_sae("demo")
-    metrics = demo.config["metrics"]
+    metrics, provenance = demo.config["metrics"], demo.config["provenance"]
     assert demo.hook == "blocks.14.hook_resid_post" and demo.sae.d_in == 576
-    assert metrics["explained_variance"] >= 0.75 and metrics["dead_share"] <= 0.05
+    assert metrics["explained_variance"] >= 0.8 and metrics["dead_share"] <= 0.02
+    assert make_recipe(provenance["recipe"]) == load_recipe("demo") and provenance["source"]["hook"] == demo.hook
     norms = demo.sae.W_dec.norm(dim=1)
     assert float((norms - 1).abs().max()) < 2e-3  # float16 rows of unit norm
