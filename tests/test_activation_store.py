@@ -184,6 +184,9 @@ def test_parts_of_several_workers_are_merged_and_a_missing_one_is_not_overlooked
     with pytest.raises(IncompatibleError, match="different extractions"):
         extract(subject, "blocks.0.hook_resid_post", corpus, tmp_path / "other", POLICY, ExtractSettings(0.2, part=1, parts=3))
         merge([folders[0], tmp_path / "other", folders[2]], tmp_path / "no")
+    with pytest.raises(IncompatibleError, match="different extractions"):  # another split would put a document on both sides
+        extract(subject, HOOK, corpus, tmp_path / "split", POLICY, ExtractSettings(0.2, part=1, parts=3, seed=1))
+        merge([folders[0], tmp_path / "split", folders[2]], tmp_path / "no")
     found = merge([folders[2], folders[0], folders[1]], tmp_path / "merged")
     for a, b in ((whole.train, found.train), (whole.test, found.test)):
         assert a is not None and b is not None and len(a) == len(b) and a.meta["counts"] == b.meta["counts"]

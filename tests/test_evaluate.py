@@ -125,10 +125,11 @@ def test_the_right_part_of_the_model_reads_the_reconstruction(extracted: Extract
     assert found.sae == pytest.approx(float(torch.nn.functional.cross_entropy(logits, ids[2:])), rel=1e-5)
 
 
-def test_a_subset_of_rows(extracted: Extracted):
-    assert extracted.test is not None
-    found = evaluate(make_sae("topk", 32, 48), extracted.test, max_rows=200)
-    assert found.n_rows == 200
+def test_a_subset_of_rows_and_more_components_than_there_are(extracted: Extracted):
+    assert extracted.test is not None and extracted.train is not None
+    found = evaluate(make_sae("topk", 32, 48), extracted.test, extracted.train.sample(500), max_rows=200, pca=99)
+    assert found.n_rows == 200 and found.pca_k == 32
+    assert found.pca is not None and found.pca.raw == pytest.approx(1)
 
 
 def test_what_does_not_fit(extracted: Extracted, tmp_path: Path):
@@ -142,3 +143,6 @@ def test_what_does_not_fit(extracted: Extracted, tmp_path: Path):
         check_apart(extracted.train, other)
     with pytest.raises(InputError, match="at least 2"):
         evaluate(make_sae("topk", 3, 8), filled(tmp_path / "one", 1))
+    for wrong in ({"max_rows": 1}, {"pca": 0}):
+        with pytest.raises(InputError, match="not possible"):
+            evaluate(make_sae("topk", 32, 48), extracted.test, **wrong)

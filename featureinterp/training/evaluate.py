@@ -96,6 +96,13 @@ class _Sums:
         self.by_document += np.bincount(documents, numbers, len(self.by_document))
         self.by_decile += np.bincount(deciles, numbers, DECILES)
 
+    def explained(self, mean: _Sums, normal_mean: _Sums) -> Explained:
+        """Beside the sums of guessing the mean, and in normalised space its mean."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            tenths = 1 - self.by_decile / mean.by_decile
+        share = 1 - self.by_document.sum() / mean.by_document.sum()
+        return Explained(float(share), 1 - self.normalised / normal_mean.normalised, tuple(float(t) if np.isfinite(t) else None for t in tenths))
+
 
 def _variance(x: torch.Tensor) -> torch.Tensor:
     """Of each row over its own dimensions."""
@@ -115,15 +122,10 @@ def evaluate(
 ) -> Evaluation:
     """``test``: a store of documents that were not trained on. ``sample``: training activations ``[row, d]``, for the PCA. Raises ``IncompatibleError`` for a
     store of another width."""
-    if test.d_model != sae.d_in:
-        raise IncompatibleError(
-            f"the SAE takes activations of width {sae.d_in}, and {test.folder} holds some of width {test.d_model}: give a store of its hook"
-        )
-    if len(test) < 2:
-        raise InputError(f"{test.folder} has {len(test)} rows: at least 2 are needed to evaluate")
-    rows = np.arange(len(test))
-    if max_rows is not None and max_rows < len(rows):
-        rows = np.sort(np.random.default_rng([seed, 3]).choice(len(rows), max_rows, replace=False))
+    rows = _rows(test, sae.d_in, max_rows, seed)
+    if pca < 1:
+        raise InputError(f"a PCA of {pca} components is not possible: choose at least 1")
+    pca = min(pca, sae.d_in)
     parts = [rows[i : i + ROWS] for i in range(0, len(rows), ROWS)]
     mean, normal_mean, norms = _first_pass(test, parts)
     edges = np.quantile(norms, np.linspace(0, 1, DECILES + 1))
@@ -150,24 +152,16 @@ def evaluate(
         done += len(part)
         if progress:
             progress(done, len(rows))
-    total = ways["mean"].by_document
-
-    def explained(name: str) -> Explained:
-        sums = ways[name]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            tenths = 1 - sums.by_decile / ways["mean"].by_decile
-        share = 1 - sums.by_document.sum() / total.sum()
-        return Explained(float(share), 1 - sums.normalised / ways["normal mean"].normalised, tuple(float(t) if np.isfinite(t) else None for t in tenths))
-
+    baselines = ways["mean"], ways["normal mean"]
     rate = fired.cpu().numpy() / len(rows)
     counts, bins = np.histogram(np.log10(rate[rate > 0]), bins=np.arange(np.floor(-np.log10(len(rows))), 0.25, 0.25))
     return Evaluation(
         n_rows=len(rows),
         n_documents=n_documents,
-        sae=explained("sae"),
-        interval=_interval(ways["sae"].by_document, total, seed),
-        zero=explained("zero"),
-        pca=explained("pca") if components is not None else None,
+        sae=ways["sae"].explained(*baselines),
+        interval=_interval(ways["sae"].by_document, ways["mean"].by_document, seed),
+        zero=ways["zero"].explained(*baselines),
+        pca=ways["pca"].explained(*baselines) if components is not None else None,
         pca_k=pca,
         norms=tuple(float(e) for e in edges),
         l0=float(fired.sum()) / len(rows),
@@ -176,6 +170,19 @@ def evaluate(
         frequency=tuple(int(c) for c in counts),
         frequency_edges=tuple(float(b) for b in bins),
     )
+
+
+def _rows(test: ActivationStore, d_in: int, max_rows: int | None, seed: int) -> np.ndarray:
+    """The rows to judge by, in their order."""
+    if test.d_model != d_in:
+        raise IncompatibleError(f"the SAE takes activations of width {d_in}, and {test.folder} holds some of width {test.d_model}: give a store of its hook")
+    if len(test) < 2:
+        raise InputError(f"{test.folder} has {len(test)} rows: at least 2 are needed to evaluate")
+    if max_rows is not None and max_rows < 2:
+        raise InputError(f"an evaluation on {max_rows} rows is not possible: allow at least 2")
+    if max_rows is None or max_rows >= len(test):
+        return np.arange(len(test))
+    return np.sort(np.random.default_rng([seed, 3]).choice(len(test), max_rows, replace=False))
 
 
 def _first_pass(test: ActivationStore, parts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:

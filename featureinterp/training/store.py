@@ -253,7 +253,7 @@ def merge_stores(folders: Sequence[Path], out: Path) -> ActivationStore:
     stores.sort(key=lambda s: s.meta["part"]["number"])
     first = stores[0].meta
     for store in stores:
-        if store.meta["source"] != first["source"] or store.meta["dtype"] != first["dtype"] or store.meta["part"]["of"] != first["part"]["of"]:
+        if any(store.meta[name] != first[name] for name in ("source", "split", "dtype")) or store.meta["part"]["of"] != first["part"]["of"]:
             raise IncompatibleError(f"{store.folder} and {stores[0].folder} come from different extractions: merge the parts of one")
     numbers = [s.meta["part"]["number"] for s in stores]
     of = first["part"]["of"]
@@ -275,7 +275,9 @@ def merge_stores(folders: Sequence[Path], out: Path) -> ActivationStore:
             except OSError:
                 shutil.copyfile(path, target)
         for name in SIDES:
-            (out / f"{name}.bin").write_bytes(b"".join(getattr(s, name).tobytes() for s in stores))
+            with (out / f"{name}.bin").open("wb") as file:
+                for store in stores:
+                    getattr(store, name).tofile(file)
     counts = {name: sum(s.meta["counts"][name] for s in stores) for name in first["counts"]}
     meta = {**first, "part": {"number": 0, "of": 1, "merged": of}, "counts": counts, "n_rows": sum(map(len, stores)), "shards": [rows for _, rows in shards]}
     write_json(out / METADATA, {**meta, "key": store_key(meta)})
