@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_model, make_subject_folder, tokenizer
 
 from featureinterp.errors import IncompatibleError, UnknownNameError
 from featureinterp.subject.hooks import block_of, find_blocks, residual_after
-from featureinterp.subject.load import PrependToken, SkipFirst, Subject, load_subject, weights_fingerprint
+from featureinterp.subject.load import PrependToken, SkipFirst, Subject, load_causal_lm, load_subject, weights_fingerprint
 
 
 def subject_of(family: str, bos: bool = True) -> tuple[Subject, torch.nn.Module]:
@@ -80,6 +82,31 @@ def test_loading_from_a_folder_and_what_is_refused(subject_folder: Path, tmp_pat
         load_subject(str(subject_folder), device="nowhere")
     with pytest.raises(UnknownNameError, match="cannot be loaded"):
         load_subject("no-such-model-anywhere")
+
+
+def test_a_checkpoint_that_lacks_weights_or_is_damaged_is_refused(subject_folder: Path, tmp_path: Path):
+    folder = tmp_path / "m"
+    shutil.copytree(subject_folder, folder)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+
+    def written(tensors: dict[str, torch.Tensor]) -> str:
+        save_file(tensors, file, metadata={"format": "pt"})
+        return str(folder)
+
+    name = next(key for key in weights if "layers.1" in key and weights[key].ndim == 2)
+    with pytest.raises(IncompatibleError, match=rf"1 weights of .* such as {name}, and would be random"):
+        load_subject(written({k: v for k, v in weights.items() if k != name}))
+    without_head = written({k: v for k, v in weights.items() if k != "lm_head.weight"})
+    ids = torch.tensor([[5, 6, 7]])
+    assert "lm_head.weight" in weights and load_subject(without_head, dtype="float32").residual(ids, "blocks.1.hook_resid_post").isfinite().all()
+    with pytest.raises(IncompatibleError, match=r"such as lm_head.weight"):
+        load_causal_lm(without_head)
+    for damage in (lambda: written({**weights, name: weights[name][:3].clone()}), lambda: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])):
+        damage()
+        with pytest.raises(IncompatibleError, match="is damaged or does not fit its configuration") as caught:
+            load_subject(str(folder))
+        assert "\n" not in str(caught.value)
 
 
 def test_windows_longer_than_the_context_are_refused():

@@ -156,13 +156,16 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
 def load_subject(
     name: str = EMBEDDED, *, device: str | None = None, dtype: str | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> Subject:
-    """Loads a causal language model and its tokenizer.
+    """Loads a causal language model, of which only what is below its head must be in the checkpoint, and its tokenizer.
 
     ``name``: an embedded part, a Hugging Face model name, or a folder. ``dtype``: bfloat16 (default), float16 or float32.
 
-    Raises ``UnknownNameError`` when there is no such model or it is no causal language model with a fast tokenizer.
+    Raises ``UnknownNameError`` when there is no such model or it is no causal language model with a fast tokenizer, and ``IncompatibleError`` when its
+    checkpoint is damaged or lacks weights.
     """
-    return as_subject(name, *load_causal_lm(name, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code))
+    model, tokenizer, missing = read_causal_lm(name, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    _check_whole(name, [key for key in missing if key.startswith(f"{model.base_model_prefix}.")])
+    return as_subject(name, model, tokenizer)
 
 
 def as_subject(name: str, model: Any, tokenizer: Any) -> Subject:
@@ -184,24 +187,48 @@ def load_causal_lm(
     name: str, *, device: str | None = None, dtype: str | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Any, Any]:
     """The whole model with its head, in evaluation mode, and its tokenizer. Arguments and errors as :func:`load_subject`."""
+    model, tokenizer, missing = read_causal_lm(name, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
+    _check_whole(name, missing)
+    return model, tokenizer
+
+
+def read_causal_lm(
+    name: str, *, device: str | None = None, dtype: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any, list[str]]:
+    """Model and tokenizer as :func:`load_causal_lm` gives them, and the parameters that the checkpoint lacks: the library filled them with random numbers."""
     target, kind = pick_device(device), pick_dtype(dtype)
     source = model_source(name)
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet_transformers():
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **options)
+            model, info = AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True, **options)
         except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UnknownNameError(
-                f"the model {name!r} cannot be loaded ({reason}): give {EMBEDDED!r}, a Hugging Face name of a causal language model, or a folder"
+                f"the model {name!r} cannot be loaded ({_reason(error)}): give {EMBEDDED!r}, a Hugging Face name of a causal language model, or a folder"
+            ) from error
+        except (RuntimeError, SafetensorError) as error:
+            raise IncompatibleError(
+                f"the checkpoint of {name!r} is damaged or does not fit its configuration ({_reason(error)}): fetch or convert it again"
             ) from error
     if not getattr(tokenizer, "is_fast", False):
         raise UnknownNameError(f"the tokenizer of {name!r} is not a fast one, so that exact token texts are not known: convert it to a tokenizer.json")
     model.requires_grad_(False)
-    return model.to(target).eval(), tokenizer
+    return model.to(target).eval(), tokenizer, sorted(info["missing_keys"])
+
+
+def _check_whole(name: str, missing: Sequence[str]) -> None:
+    if missing:
+        raise IncompatibleError(f"{len(missing)} weights of {name!r} are not in its checkpoint, such as {missing[0]}, and would be random: convert it again")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def load_tokenizer(name: str) -> Any:

@@ -12,9 +12,7 @@ import torch
 
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import piece_ends, valid_unicode
-from featureinterp.errors import IncompatibleError
-from featureinterp.quiet import quiet_transformers
-from featureinterp.subject.load import PrependToken, Subject, as_subject, load_causal_lm, model_source
+from featureinterp.subject.load import PrependToken, Subject, as_subject, read_causal_lm
 from featureinterp.training.doctor.check import Sheet
 from featureinterp.training.settings import TrackingTable
 
@@ -32,14 +30,11 @@ def look_at_model(sheet: Sheet, name: str, hook: str, *, device: str | None, dty
     held: list[Any] = []
 
     def load() -> None:
-        held.extend(load_causal_lm(name, device=device, dtype=dtype))
+        held.extend(read_causal_lm(name, device=device, dtype=dtype))
 
     if not sheet.attempt("the model loads", load):
         return None
-    model, tokenizer = held
-    missing: list[str] = []
-    if not sheet.attempt("its checkpoint is whole", lambda: missing.extend(_missing_weights(name))):
-        return None
+    model, tokenizer, missing = held
     n = sum(p.numel() for p in model.parameters())
     constant = [key for key, p in model.named_parameters() if p.ndim > 1 and float(p.float().std()) == 0]
     sheet.judge(
@@ -74,18 +69,6 @@ def look_at_model(sheet: Sheet, name: str, hook: str, *, device: str | None, dty
 def _hook(sheet: Sheet, subject: Subject, hook: str) -> None:
     block = subject.check_hook(hook)
     sheet.passed("the hook exists", f"block {block} of {subject.n_blocks}")
-
-
-def _missing_weights(name: str) -> list[str]:
-    """Parameters that the checkpoint lacks and the library would fill with random numbers. Raises ``IncompatibleError`` when the library cannot say."""
-    from transformers import AutoModelForCausalLM
-
-    try:
-        with quiet_transformers():
-            _, info = AutoModelForCausalLM.from_pretrained(model_source(name), output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise IncompatibleError(f"the checkpoint of {name!r} cannot be compared with its model ({error})") from error
-    return sorted(info.get("missing_keys", []))
 
 
 def _index(sheet: Sheet, subject: Subject, hook: str, ids: torch.Tensor) -> None:
