@@ -14,6 +14,8 @@ Form = TypeVar("Form", bound=pydantic.BaseModel)
 _MAX_REPLY = 20_000
 _EVEN = r"(?<!\\)((?:\\\\)*)"
 _PAIR = re.compile(_EVEN + r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")
+_UNKNOWN = re.compile(_EVEN + r"\\([f/])")
+"""Escapes of JSON that the library leaves as they stand."""
 _CUT_ESCAPE = re.compile(_EVEN + r"(?:\\u[dD][89abAB][0-9a-fA-F]{2})?(?:\\(?:u[0-9a-fA-F]{0,3})?)?\Z")
 """What is left of an escape, or of a pair of them, where the reply ends within it. ``_EVEN`` holds the escaped backslashes before it."""
 
@@ -50,4 +52,5 @@ def _loads(text: str) -> Any:
     import json_repair
 
     paired = _PAIR.sub(lambda m: m[1] + bytes.fromhex(m[2] + m[3]).decode("utf-16-be"), text.rstrip())
-    return json_repair.loads(_CUT_ESCAPE.sub(r"\1", paired))
+    known = _UNKNOWN.sub(lambda m: m[1] + {"f": "\\u000c", "/": "/"}[m[2]], paired)
+    return json_repair.loads(_CUT_ESCAPE.sub(r"\1", known))

@@ -213,6 +213,7 @@ def test_no_rule_comes_from_nowhere_at_length(case: tuple[str, str]):
         ('{"explanation": "a face \\ud83d', "a face"),
         ('{"explanation": "a face \\ud83d\\ude', "a face"),
         ('{"explanation": "a \\\\ is\\\\\\' + "\n", "a \\ is\\"),
+        ('{"explanation": "a\\f\\fb \\/ \\\\f \\t\\u00e9", "strengt', "a\f\fb / \\f \té"),
     ],
 )
 def test_a_cut_escape_is_no_part_of_the_text(reply: str, read: str):
