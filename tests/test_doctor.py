@@ -179,6 +179,10 @@ def dead_stuck(run: Path) -> None:
     log_with(run, lambda i, n, line: {"dead": min(0.8, 0.2 * i)})
 
 
+def too_many_codes(run: Path) -> None:
+    log_with(run, lambda i, n, line: {"l0": 300 - 280 * i / n})
+
+
 def loss_rises(run: Path) -> None:
     log_with(run, lambda i, n, line: {"loss": 0.3 + i / n, "fvu": 1.2})
 
@@ -286,6 +290,7 @@ DEFECTS: list[tuple[Callable[[Path], None], str, str]] = [
     (leak, "held-out documents are held out", "split by documents"),
     (not_finite, "all rows are finite", "float32"),
     (damaged_windows, "they are whole", "has not the size"),
+    (too_many_codes, "its codes are as few as asked for", "sae.penalty"),
     (layouts_differ, "the exported SAE loads", "encode the same input differently"),
     (massive_channel, "no channel dominates", "channel 7"),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -119,6 +120,12 @@ class Trainer:
             "lr": rate,
         }
 
+    def part(self) -> None:
+        """Lets go of what the processes share; no step can follow. torch may abort a process that leaves while gradients are still tied to its group."""
+        if self.ranks.world > 1:
+            del self._module
+            gc.collect()
+
     def state(self) -> dict[str, torch.Tensor]:
         """Everything that changes, as tensors."""
         found = {f"model.{name}": t for name, t in self.model.state_dict().items()}
@@ -184,6 +191,7 @@ def run(trainer: Trainer, folder: Path, key: dict[str, Any], *, on_line: OnLine 
         if step % table.checkpoint_every == 0 or step == trainer.steps:
             write_checkpoint(trainer, folder / CHECKPOINT, same)
     ranks.barrier()
+    trainer.part()
 
 
 class Log:

@@ -115,13 +115,13 @@ def train(recipe: Recipe, out: Path, *, device: str | None = None, steps: Steps 
     writable(out)
     if recipe.training.samples is not None or recipe.training.online:
         planned_steps(recipe.training, None)
-    given = recipe.store.folder
+    given, source = recipe.store.folder, None
     if given is not None and (given / "train" / METADATA).exists():
         source = read_metadata(given / "train")["source"]
         recipe = fitted(recipe, source)
-        if recipe.subject.model != source["model"]["name"]:
-            check_same_model(Parts(recipe, device).subject, source["model"], "the activations")
     parts = Parts(recipe, device)
+    if source is not None and recipe.subject.model != source["model"]["name"]:
+        check_same_model(parts.subject, source["model"], "the activations")
     with joined(parts.device) as ranks:
         found = _data(recipe, out, parts, steps, ranks)
         trainer = prepare(found.batches, recipe.sae, recipe.training, parts.device, found.n_rows, ranks)

@@ -14,11 +14,13 @@ from featureinterp.errors import FeatureInterpError
 from featureinterp.training.doctor.check import Sheet
 from featureinterp.training.loop import LOG, read_log
 from featureinterp.training.recipe import ABOUT, METRICS, RECIPE
-from featureinterp.training.settings import Recipe, load_recipe
+from featureinterp.training.settings import BY_COUNT, Recipe, load_recipe
 from featureinterp.training.store import ActivationStore
 
 TOO_GOOD = 0.95
 STUCK = 0.5
+MANY = 1.5
+"""So many times the wanted number of codes are too many."""
 Line = dict[str, Any]
 
 
@@ -45,7 +47,7 @@ def look_at_run(sheet: Sheet, folder: Path, train: ActivationStore | None) -> Re
             "it was trained on these activations", good, "hashes match" if good else "the run names other data", "name the activations that it was trained on"
         )
     schedule(sheet, recipe, about, log)
-    curves(sheet, log)
+    curves(sheet, recipe, log)
     return recipe
 
 
@@ -122,8 +124,8 @@ def schedule(sheet: Sheet, recipe: Recipe, about: Line, log: list[Line]) -> None
     )
 
 
-def curves(sheet: Sheet, log: list[Line]) -> None:
-    """Loss falls, FVU is below one, dead features come back."""
+def curves(sheet: Sheet, recipe: Recipe, log: list[Line]) -> None:
+    """Loss falls, FVU is below one, dead features come back, and a number of codes that was asked for is reached."""
     values = {key: np.array([line.get(key, np.nan) for line in log], float) for key in ("loss", "fvu", "dead", "l0")}
     if not np.isfinite(values["loss"]).all():
         sheet.fail("the loss is finite", "it is not", "training diverged: lower training.lr, raise training.warmup, and look for NaN in the activations")
@@ -144,6 +146,9 @@ def curves(sheet: Sheet, log: list[Line]) -> None:
     stuck = float(half.min()) > STUCK and dead[-1] > 0.9 * float(half.max())
     advice = "they do not come back: raise sae.aux_k or its coefficient, lower the learning rate, or make the dictionary smaller"
     sheet.judge("dead features come back", not stuck, f"{dead[-1]:.1%} dead at the end, {float(dead.max()):.1%} at most", advice)
+    if recipe.sae.architecture in (*BY_COUNT, "jumprelu"):
+        l0, k = float(values["l0"][-1]), recipe.sae.k
+        sheet.judge("its codes are as few as asked for", l0 <= MANY * k, f"L0 {l0:.1f}, k {k}", "train longer, or raise sae.penalty", otherwise="warn")
 
 
 def look_at_result(sheet: Sheet, folder: Path) -> None:
