@@ -7,7 +7,8 @@
     │   ├── IncompatibleError      two parts that do not belong together (SAE width, store of another SAE)
     │   └── FeatureRangeError      a feature index outside the dictionary
     ├── StorageError               the disk is full, or a file cannot be written or read
-    │   └── IncompleteStoreError   a store whose writing never finished
+    │   └── IncompleteStoreError   a store whose writing never finished, or that is not whole any more
+    │       └── DamagedStoreError  what a store holds is not what was written
     ├── DownloadError              no source delivered the file
     │   └── ChecksumError          a file arrived whole and is not the one that was declared
     ├── JobStoppedError            a job ended before it was through; what is finished is kept
@@ -57,7 +58,11 @@ class StorageError(FeatureInterpError):
 
 
 class IncompleteStoreError(StorageError):
-    """A store whose writing never finished."""
+    """A store whose writing never finished, or that is not whole any more."""
+
+
+class DamagedStoreError(IncompleteStoreError):
+    """What a store holds is not what was written."""
 
 
 class DownloadError(FeatureInterpError):

@@ -10,12 +10,13 @@ from pathlib import Path
 import featureinterp
 
 ROOT = Path(featureinterp.__file__).parent
-FOUNDATION = {"errors", "intervals", "files", "resources", "quiet", "domain", "tasks", "validation"}
+FOUNDATION = {"errors", "intervals", "files", "stored", "resources", "quiet", "domain", "tasks", "validation"}
 LANGUAGE = FOUNDATION | {"prompts", "replies", "interfaces", "llm"}
 ALLOWED = {
     "errors": set(),
     "domain": {"domain", "errors"},
     "files": {"errors"},
+    "stored": {"stored", "errors", "files"},
     "intervals": {"domain"},
     "resources": set(),
     "quiet": set(),
@@ -24,18 +25,18 @@ ALLOWED = {
     "tasks": set(),
     "validation": set(),
     "interfaces": {"domain", "llm"},
-    "assets": {"assets", "errors", "files", "quiet"},
-    "corpus": {"corpus", "errors", "files", "assets"},
+    "assets": {"assets", "errors", "files", "stored", "quiet"},
+    "corpus": {"corpus", "errors", "files", "stored", "assets"},
     "subject": {"subject", "corpus", "errors", "files", "assets", "quiet"},
     "sae": {"sae", "errors", "files", "resources"},
-    "codes": {"codes", "sae", "subject", "corpus", "domain", "errors", "files"},
-    "records": {"records", "codes", "corpus", "domain", "errors", "files", "assets", "quiet"},
+    "codes": {"codes", "sae", "subject", "corpus", "domain", "errors", "files", "stored"},
+    "records": {"records", "codes", "corpus", "domain", "errors", "files", "stored", "assets", "quiet"},
     "llm": {"llm", "domain", "errors", "files", "interfaces", "assets", "replies", "tasks", "validation"},
     "explain": LANGUAGE | {"explain"},
     "simulate": LANGUAGE | {"simulate"},
     "score": LANGUAGE | {"score"},
     "falsify": LANGUAGE | {"falsify"},
-    "probing": {"probing", "codes", "corpus", "domain", "errors", "files", "intervals"},
+    "probing": {"probing", "codes", "corpus", "domain", "errors", "files", "stored", "intervals"},
     "training": {
         "training",
         "probing",
@@ -46,13 +47,14 @@ ALLOWED = {
         "domain",
         "errors",
         "files",
+        "stored",
         "intervals",
         "quiet",
         "resources",
         "validation",
         "__version__",
     },
-    "report": {"report", "falsify", "probing", "domain", "errors", "files", "prompts"},
+    "report": {"report", "falsify", "probing", "domain", "errors", "files", "stored", "prompts"},
     "jobs": LANGUAGE | {"jobs", "explain", "simulate", "score", "falsify", "records", "codes", "sae", "subject", "corpus", "__version__"},
     "__main__": {"cli"},
     "server": {"server", "api", "domain", "errors", "files", "jobs", "__version__"},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,14 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from featureinterp.codes.store import FORMAT, CodesStore, RunWriter
+from featureinterp.codes.store import FORMAT, MARKER, CodesStore, RunWriter, remedy_for
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows, copy_windows
 from featureinterp.errors import FeatureInterpError, IncompatibleError, InputError
-from featureinterp.files import content_key, write_json
+from featureinterp.files import content_key
 from featureinterp.sae.codes import SparseCodes
 from featureinterp.sae.load import LoadedSae
 from featureinterp.sae.names import is_published, names_of_model
+from featureinterp.stored.sums import described, read_marker, write_marker
 from featureinterp.subject.load import PrependToken, SkipFirst, Subject, check_same_model
 
 Progress = Callable[[int, int], None]
@@ -126,14 +126,14 @@ def _target(subject: Subject, sae: LoadedSae, run: Path, corpus: Corpus, windows
     }
     key = content_key({**provenance, "value_dtype": value_dtype, "format": FORMAT})
     folder = run / "codes"
-    if (folder / "codes.json").exists():
-        if json.loads((folder / "codes.json").read_text())["key"] == key:
+    if (folder / MARKER).exists():
+        if read_marker(folder / MARKER, remedy_for(folder)).value.get("key") == key:
             return None
         shutil.rmtree(folder)
     claim = folder / _CLAIM
-    if folder.exists() and (not claim.exists() or json.loads(claim.read_text()) != {"key": key}):
+    if folder.exists() and (not claim.exists() or read_marker(claim, remedy_for(folder)).value != {"key": key}):
         shutil.rmtree(folder)
-    write_json(claim, {"key": key})
+    write_marker(claim, {"key": key})
     writer = RunWriter(folder, n_features=sae.n_features, n_positions=len(windows) * windows.length, value_dtype=value_dtype)
     return _Target(sae, writer, {"key": key, **provenance, "window_length": windows.length})
 
@@ -156,13 +156,18 @@ def _variant_of(model: str, other: str) -> bool:
 
 def _check_owner(run: Path, subject: Subject, sae: LoadedSae) -> None:
     """Refuses to replace finished codes of another model or SAE."""
-    done = run / "codes" / "codes.json"
+    done, remedy = run / "codes" / MARKER, remedy_for(run / "codes")
     if not done.exists():
         return
-    meta = json.loads(done.read_text())
-    for what, ours, theirs in (("SAE", sae.fingerprint, meta["sae"]), ("model", subject.fingerprint, meta["model"])):
-        if ours != theirs["fingerprint"]:
-            raise IncompatibleError(f"{run} holds codes made with another {what} ({theirs['name']}): collect into another folder, or delete this one")
+    meta = read_marker(done, remedy).value
+    with described(done, remedy):
+        made_with = [
+            (what, ours, meta[part]["name"], meta[part]["fingerprint"])
+            for what, part, ours in (("SAE", "sae", sae.fingerprint), ("model", "model", subject.fingerprint))
+        ]
+    for what, ours, name, theirs in made_with:
+        if ours != theirs:
+            raise IncompatibleError(f"{run} holds codes made with another {what} ({name}): collect into another folder, or delete this one")
 
 
 def mask_of(subject: Subject) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 Files: ``offsets.bin`` int64 ``[F + 1]``; ``positions.bin`` uint32 (uint64 for very large corpora) ``[nonzero]``, where position =
 row of the window · window length + offset in it; ``values.bin`` float16 (float32 on request) ``[nonzero]``, raw SAE units, > 0;
 ``scales.bin`` float32 ``[F]``, each feature's largest value (0 when it never fires); ``unscored.bin``, the positions of tokens that have no codes
-because they were not scored (attention sinks), ascending. ``codes.json`` is written last and marks
-the store complete. Writing goes through runs: see :class:`RunWriter`.
+because they were not scored (attention sinks), ascending. ``codes.json`` is written last, marks
+the store complete, names the windows and holds the checksums of the other files. Writing goes through runs: see :class:`RunWriter`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,14 @@ from typing import Any
 import numpy as np
 
 from featureinterp.corpus.windows import WindowTable
-from featureinterp.errors import FeatureRangeError, IncompleteStoreError, StorageError
-from featureinterp.files import content_key, explained_storage, write_json
+from featureinterp.errors import FeatureRangeError, IncompatibleError, IncompleteStoreError, StorageError
+from featureinterp.files import content_key, explained_storage
+from featureinterp.stored.arrays import mapped, read_whole, rising, within
+from featureinterp.stored.sums import Marker, SummedFile, Sums, block_for, described, read_marker, sealed, write_marker
 
 FORMAT = 2
+MARKER = "codes.json"
+VALUE_DTYPES = ("float16", "float32")
 FLUSH_NONZEROS = 1_000_000
 _FLOAT16_MAX = 65504.0
 _FLOAT16_TINY = np.float16(6e-8)
@@ -58,30 +62,29 @@ class CodesStore:
 
     @classmethod
     def open(cls, run: Path) -> CodesStore:
-        """Opens the store of a run folder. Raises ``IncompleteStoreError`` when collecting never finished there."""
+        """Opens the store of a run folder. Raises ``IncompleteStoreError`` when collecting never finished there,
+        ``DamagedStoreError`` when a part is not what was written (positions and values are checked where they are read),
+        and ``IncompatibleError`` when the windows are not those of the codes."""
         folder = run / "codes"
-        if not (folder / "codes.json").exists():
-            unfinished, none = "an unfinished collection: run the same 'featureinterp collect' again to go on", "no codes: run 'featureinterp collect' first"
-            state = unfinished if folder.exists() else none
-            raise IncompleteStoreError(f"{run} holds {state}")
-        with explained_storage(folder):
-            meta = json.loads((folder / "codes.json").read_text())
+        if not (folder / MARKER).exists():
+            unfinished = "an unfinished collection: run the same 'featureinterp collect' again to go on"
+            none = "no codes: run 'featureinterp collect' first"
+            raise IncompleteStoreError(f"{run} holds {unfinished if folder.exists() else none}")
+        remedy = remedy_for(folder)
+        marker = read_marker(folder / MARKER, remedy)
+        meta = marker.value
+        with described(folder / MARKER, remedy):
             if meta["format"] != FORMAT:
-                raise IncompleteStoreError(f"{folder} was made by another version of featureinterp: delete {folder} and collect again")
-            n, f = meta["n_nonzeros"], meta["n_features"]
-            arrays = {}
-            for name, dtype, size in (
-                ("offsets", "int64", f + 1),
-                ("positions", meta["position_dtype"], n),
-                ("values", meta["value_dtype"], n),
-                ("scales", "float32", f),
-                ("unscored", meta["position_dtype"], meta["n_unscored"]),
-            ):
-                path = folder / f"{name}.bin"
-                if path.stat().st_size != size * np.dtype(dtype).itemsize:
-                    raise IncompleteStoreError(f"{path} has not the size that codes.json declares: delete {folder} and collect again")
-                arrays[name] = np.asarray(np.memmap(path, dtype, "r", shape=(size,))) if size else np.zeros(0, dtype)
-        return cls(folder, meta, WindowTable.open(run / "windows"), **arrays)
+                another = "was made by another version of featureinterp"
+                raise IncompleteStoreError(f"{folder} {another}: delete {folder} and collect again")
+            windows = WindowTable.open(run / "windows")
+            _check_windows(run, meta, windows)
+            n_positions = len(windows) * windows.length
+            arrays = _arrays(folder, marker, n_positions, remedy)
+        rising(arrays["offsets"], folder / "offsets.bin", remedy, first=0, last=meta["n_nonzeros"])
+        rising(arrays["unscored"], folder / "unscored.bin", remedy)
+        within(arrays["unscored"], 0, n_positions, folder / "unscored.bin", remedy)
+        return cls(folder, meta, windows, **arrays)
 
     @property
     def n_features(self) -> int:
@@ -134,6 +137,48 @@ class CodesStore:
         return out
 
 
+def remedy_for(folder: Path) -> str:
+    """What brings damaged codes back."""
+    return f"delete {folder} and run the same 'featureinterp collect' again, which computes the codes anew and keeps the rest"
+
+
+def _arrays(folder: Path, marker: Marker, n_positions: int, remedy: str) -> dict[str, np.ndarray]:
+    """The arrays of a store. What is read by feature is checked where it is read, the others now."""
+    meta, found = marker.value, {}
+    n, f = meta["n_nonzeros"], meta["n_features"]
+    if any(type(x) is not int or x < 0 for x in (n, f, meta["n_unscored"], meta["n_scored"])):
+        raise ValueError("a count is no whole number of at least 0")
+    at = np.dtype(meta["position_dtype"])
+    if at not in (np.uint32, np.uint64) or meta["value_dtype"] not in VALUE_DTYPES:
+        raise ValueError(f"there are no positions in {at} or values in {meta['value_dtype']}")
+    for name, dtype, size in (("offsets", np.int64, f + 1), ("scales", np.float32, f), ("unscored", at, meta["n_unscored"])):
+        path = folder / f"{name}.bin"
+        found[name] = read_whole(path, dtype, (size,), marker.files, marker=MARKER, remedy=remedy)
+
+    def inside(positions: np.ndarray) -> bool:
+        return int(positions.max()) < n_positions
+
+    for name, dtype, valid in (("positions", at, inside), ("values", np.dtype(meta["value_dtype"]), _positive)):
+        path = folder / f"{name}.bin"
+        found[name] = mapped(path, dtype, (n,), marker.files, marker=MARKER, remedy=remedy, valid=valid)
+    return found
+
+
+def _positive(values: np.ndarray) -> bool:
+    """Whether all values are finite and above 0, as codes are."""
+    return bool(values.min() > 0 and np.isfinite(values.max()))
+
+
+def _check_windows(run: Path, meta: Mapping[str, Any], windows: WindowTable) -> None:
+    """Raises ``IncompatibleError`` when the codes were made from other windows than those beside them."""
+    named = meta["corpus"]["windows"] if "corpus" in meta else windows.fingerprint  # codes of a caller's own name none
+    if named != windows.fingerprint or meta.get("window_length", windows.length) != windows.length:
+        raise IncompatibleError(
+            f"{run / 'codes'} and {run / 'windows'} do not belong together (the codes were made from the windows {named[:12]}, "
+            f"not from {windows.fingerprint[:12]}): put back the folder that was there, or delete both and collect again"
+        )
+
+
 def narrow_values(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
     """Values in the store's dtype. A value too large for float16 is an error; a positive one too small stays positive."""
     if dtype == np.float32:
@@ -170,10 +215,14 @@ class RunWriter:
                 shutil.rmtree(half)
             window = scored = number = 0
             while (path := runs / f"{number:05d}" / "run.json").exists():
-                meta = json.loads(path.read_text())
-                if meta["first_window"] != window:
-                    raise IncompleteStoreError(f"{path} does not follow the run before it: delete {self.folder} and collect again")
-                window, scored, number = meta["end_window"], scored + meta["n_scored"], number + 1
+                meta = read_marker(path, _again(path.parent)).value
+                with described(path, _again(path.parent)):
+                    if meta["first_window"] != window:
+                        raise IncompleteStoreError(f"{path} does not follow the run before it: {remedy_for(self.folder)}")
+                    window, scored, number = meta["end_window"], scored + meta["n_scored"], number + 1
+            for after in runs.iterdir():  # of a run that was deleted
+                if after.name.isdecimal() and int(after.name) >= number:
+                    shutil.rmtree(after)
         return window, scored, number
 
     def add(
@@ -206,10 +255,9 @@ class RunWriter:
             try:
                 half.mkdir()
                 arrays = {"offsets": offsets, "positions": positions[order], "values": values[order], "unscored": unscored}
-                for name, array in arrays.items():
-                    (half / f"{name}.bin").write_bytes(memoryview(array).cast("B") if len(array) else b"")
+                files = {f"{name}.bin": _written(half / f"{name}.bin", [array]) for name, array in arrays.items()}
                 meta = {"first_window": self._first_window, "end_window": self.next_window, "n_scored": self._scored_pending}
-                (half / "run.json").write_text(json.dumps(meta))
+                (half / "run.json").write_text(json.dumps(sealed(meta, files)))
                 os.replace(half, final)
             except BaseException:
                 shutil.rmtree(half, ignore_errors=True)
@@ -222,57 +270,98 @@ class RunWriter:
     def finish(self, meta: Mapping[str, Any]) -> None:
         """Merges all runs into the feature-major files, writes ``codes.json`` last, and removes the runs."""
         self.flush()
-        runs = [self.folder / "runs" / f"{i:05d}" for i in range(self.n_runs)]
+        runs = [_Run.open(self.folder / "runs" / f"{i:05d}", self) for i in range(self.n_runs)]
+        offsets = np.zeros(self.n_features + 1, np.int64)
+        for run in runs:
+            offsets += run.offsets
+        scales = np.zeros(self.n_features, np.float32)
+        block = block_for(int(offsets[-1]) * self.position_dtype.itemsize)
         with explained_storage(self.folder):
-            run_offsets = [np.memmap(run / "offsets.bin", np.int64, "r") for run in runs]
-            offsets = np.zeros(self.n_features + 1, np.int64)
-            for own in run_offsets:
-                offsets += own
-            scales = np.zeros(self.n_features, np.float32)
-            with (self.folder / "positions.bin").open("wb") as positions_out, (self.folder / "values.bin").open("wb") as values_out:
+            with (self.folder / "positions.bin").open("wb") as positions_to, (self.folder / "values.bin").open("wb") as values_to:
+                positions_out, values_out = SummedFile(positions_to, Sums(block)), SummedFile(values_to, Sums(block))
                 for a, b in feature_blocks(offsets, self.flush_nonzeros):
-                    positions, values = self._merge_block(runs, run_offsets, offsets, a, b)
+                    positions, values = self._merge_block(runs, offsets, a, b)
                     scales[a:b] = block_maxima(values, offsets[a : b + 1] - offsets[a])
                     positions_out.write(memoryview(positions).cast("B"))
                     values_out.write(memoryview(values).cast("B"))
-                for out in (positions_out, values_out):
+                for out in (positions_to, values_to):
                     out.flush()
                     os.fsync(out.fileno())
-            (self.folder / "offsets.bin").write_bytes(memoryview(offsets).cast("B"))
-            (self.folder / "scales.bin").write_bytes(memoryview(scales).cast("B"))
-            unscored = b"".join((run / "unscored.bin").read_bytes() for run in runs)  # runs follow each other in position
-            (self.folder / "unscored.bin").write_bytes(unscored)
-        write_json(
-            self.folder / "codes.json",
+            files = {"positions.bin": positions_out.sums, "values.bin": values_out.sums}
+            unscored = [run.unscored for run in runs]  # runs follow each other in position
+            for name, arrays in (("offsets", [offsets]), ("scales", [scales]), ("unscored", unscored)):
+                files[f"{name}.bin"] = _written(self.folder / f"{name}.bin", arrays)
+        write_marker(
+            self.folder / MARKER,
             {
                 "format": FORMAT,
                 **meta,
                 "n_features": self.n_features,
                 "n_nonzeros": int(offsets[-1]),
                 "n_scored": self.n_scored,
-                "n_unscored": len(unscored) // self.position_dtype.itemsize,
+                "n_unscored": sum(map(len, unscored)),
                 "position_dtype": self.position_dtype.name,
                 "value_dtype": self.value_dtype.name,
             },
+            files,
         )
         shutil.rmtree(self.folder / "runs", ignore_errors=True)
 
-    def _merge_block(self, runs: Sequence[Path], run_offsets: Sequence[np.ndarray], offsets: np.ndarray, a: int, b: int) -> tuple[np.ndarray, np.ndarray]:
+    def _merge_block(self, runs: Sequence[_Run], offsets: np.ndarray, a: int, b: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions and values of the features a … b − 1 from all runs; runs follow each other in position, so that each
         feature's slices only have to be laid end to end."""
         n = int(offsets[b] - offsets[a])
         positions, values = np.empty(n, self.position_dtype), np.empty(n, self.value_dtype)
         free = offsets[a:b] - offsets[a]
-        for run, own in zip(runs, run_offsets, strict=True):
-            start, end = int(own[a]), int(own[b])
-            counts = np.diff(own[a : b + 1])
-            target = np.repeat(free - (own[a:b] - start), counts) + np.arange(end - start)
-            for name, out in (("positions", positions), ("values", values)):
-                with (run / f"{name}.bin").open("rb") as file:
-                    file.seek(start * out.itemsize)
-                    out[target] = np.frombuffer(file.read((end - start) * out.itemsize), out.dtype)
+        for run in runs:
+            start, end = int(run.offsets[a]), int(run.offsets[b])
+            counts = np.diff(run.offsets[a : b + 1])
+            target = np.repeat(free - (run.offsets[a:b] - start), counts) + np.arange(end - start)
+            positions[target] = run.positions[start:end]
+            values[target] = run.values[start:end]
             free = free + counts
         return positions, values
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run on disk."""
+
+    offsets: np.ndarray
+    positions: np.ndarray
+    values: np.ndarray
+    unscored: np.ndarray
+
+    @classmethod
+    def open(cls, folder: Path, of: RunWriter) -> _Run:
+        """Raises ``DamagedStoreError`` for one that is not what was written."""
+        remedy = _again(folder)
+        files = read_marker(folder / "run.json", remedy).files
+        whole = {"marker": "run.json", "remedy": remedy}
+        offsets = read_whole(folder / "offsets.bin", np.int64, (of.n_features + 1,), files, **whole)
+        rising(offsets, folder / "offsets.bin", remedy, first=0)
+        n, path = int(offsets[-1]), folder / "unscored.bin"
+        with explained_storage(path):
+            n_unscored = path.stat().st_size // of.position_dtype.itemsize
+        unscored = read_whole(path, of.position_dtype, (n_unscored,), files, **whole)
+        positions = mapped(folder / "positions.bin", of.position_dtype, (n,), files, **whole)
+        values = mapped(folder / "values.bin", of.value_dtype, (n,), files, **whole, valid=_positive)
+        return cls(offsets, positions, values, unscored)
+
+
+def _again(run: Path) -> str:
+    """What to do about a damaged run of an unfinished collection."""
+    return f"delete {run} and run the same 'featureinterp collect' again, which goes on from the run before it"
+
+
+def _written(path: Path, arrays: Sequence[np.ndarray]) -> Sums:
+    """Writes arrays one after the other; the sums of the file."""
+    with path.open("wb") as file:
+        out = SummedFile(file, Sums(block_for(sum(a.nbytes for a in arrays))))
+        for array in arrays:
+            if len(array):
+                out.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+    return out.sums
 
 
 def feature_blocks(offsets: np.ndarray, budget: int) -> list[tuple[int, int]]:

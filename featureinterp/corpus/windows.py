@@ -12,7 +12,7 @@ Files of a table: ``tokens.bin`` int32 ``[n, length]`` (−1 after the end of a 
 ``[n, length]`` (end of each token in characters of the window's text), ``lengths.bin`` int32 ``[n]``, ``documents.bin``
 int32 ``[n]``, ``starts.bin`` int64 ``[n]`` (first token's index in its document), ``chars.bin`` int64 ``[n]`` (first
 character's place in it), ``text.bin`` UTF-8, ``spans.bin`` int64 ``[n + 1]`` (byte offsets into ``text.bin``),
-``documents.jsonl``; ``windows.json`` is written last and marks it complete.
+``documents.jsonl``; ``windows.json`` is written last, marks it complete and holds the checksums of the others.
 """
 
 from __future__ import annotations
@@ -22,20 +22,22 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from featureinterp.corpus.text import Corpus
-from featureinterp.errors import CorpusError, IncompleteStoreError, InputError
-from featureinterp.files import content_key, explained_storage, write_json
+from featureinterp.errors import CorpusError, DamagedStoreError, IncompleteStoreError, InputError
+from featureinterp.files import content_key, explained_storage
+from featureinterp.stored.arrays import mapped, read_whole, rising, within
+from featureinterp.stored.sums import SummedFile, Sums, checked_bytes, described, read_marker, write_marker
 
 FORMAT = 2
+MARKER = "windows.json"
 SEGMENT_CHARS = 100_000
 STREAMED_WINDOWS_PER_DOCUMENT = 8
 _ARRAYS = {"tokens": np.int32, "ends": np.uint32, "lengths": np.int32, "documents": np.int32, "starts": np.int64, "chars": np.int64, "spans": np.int64}
@@ -100,27 +102,48 @@ class WindowTable:
     starts: np.ndarray
     chars: np.ndarray
     spans: np.ndarray
+    _bytes: np.ndarray
+    _files: Mapping[str, Sums] | None = None
 
     @classmethod
     def open(cls, folder: Path) -> WindowTable:
-        """Opens a complete table. Raises ``IncompleteStoreError`` when there is none or its writing never finished."""
-        marker = folder / "windows.json"
-        if not marker.exists():
+        """Opens a complete table. Raises ``IncompleteStoreError`` when there is none or its writing never finished, and
+        ``DamagedStoreError`` when it is not what was written; ids, ends and texts are checked where they are read."""
+        path = folder / MARKER
+        if not path.exists():
             raise IncompleteStoreError(f"{folder} holds no complete table of windows: run 'featureinterp collect' again")
-        with explained_storage(folder):
-            meta = json.loads(marker.read_text())
+        remedy = _remedy(folder)
+        marker = read_marker(path, remedy)
+        meta, arrays = marker.value, {}
+        with described(path, remedy):
             if meta["format"] != FORMAT:
-                raise IncompleteStoreError(f"{folder} was made by another version of featureinterp: delete {folder.parent} and collect again")
+                another = "was made by another version of featureinterp"
+                raise IncompleteStoreError(f"{folder} {another}: delete {folder.parent} and collect again")
             n, length = meta["n_windows"], meta["policy"]["length"]
+            _check_numbers(meta)
             shapes = {"tokens": (n, length), "ends": (n, length), "spans": (n + 1,)}
-            arrays: dict[str, np.ndarray] = {}
             for name, dtype in _ARRAYS.items():
-                shape = shapes.get(name, (n,))
-                path = folder / f"{name}.bin"
-                if path.stat().st_size != math.prod(shape) * np.dtype(dtype).itemsize:
-                    raise IncompleteStoreError(f"{path} has not the size that windows.json declares: delete {folder} and collect again")
-                arrays[name] = np.asarray(np.memmap(path, dtype, "r", shape=shape))
-        return cls(folder, meta, **arrays)
+                shape, array = shapes.get(name, (n,)), folder / f"{name}.bin"
+                if name in ("tokens", "ends"):
+                    arrays[name] = mapped(array, dtype, shape, marker.files, marker=MARKER, remedy=remedy, valid=_no_less)
+                else:
+                    arrays[name] = read_whole(array, dtype, shape, marker.files, marker=MARKER, remedy=remedy)
+            bytes_ = mapped(folder / "text.bin", np.uint8, (int(arrays["spans"][-1]),), marker.files, marker="spans.bin", remedy=remedy)
+        table = cls(folder, meta, **arrays, _bytes=bytes_, _files=marker.files)
+        table._check_ranges(remedy)
+        return table
+
+    def _check_ranges(self, remedy: str) -> None:
+        """What must hold of the arrays whoever wrote them."""
+        folder, n = self.folder, len(self)
+        within(self.lengths, 1, self.length + 1, folder / "lengths.bin", remedy)
+        within(self.documents, 0, int(self.meta["n_documents"]), folder / "documents.bin", remedy)
+        rising(self.documents, folder / "documents.bin", remedy)
+        rising(self.spans, folder / "spans.bin", remedy, first=0)
+        for name in ("starts", "chars"):
+            within(getattr(self, name), 0, 2**62, folder / f"{name}.bin", remedy)
+        if int(self.lengths.sum()) != self.n_tokens or n != len(self.lengths):
+            raise DamagedStoreError(f"{folder / 'lengths.bin'} has not the {self.n_tokens:,} tokens that {MARKER} declares: {remedy}")
 
     def __len__(self) -> int:
         return int(self.meta["n_windows"])
@@ -140,24 +163,23 @@ class WindowTable:
         """Hash of the ids, texts and documents of all windows."""
         return str(self.meta["fingerprint"])
 
-    @cached_property
-    def _bytes(self) -> np.ndarray:
-        return np.asarray(np.memmap(self.folder / "text.bin", np.uint8, "r")) if self.spans[-1] else np.zeros(0, np.uint8)
-
     def text(self, row: int) -> str:
         """The text of a window."""
-        return self._bytes[self.spans[row] : self.spans[row + 1]].tobytes().decode()
+        data: bytes = self._bytes[self.spans[row] : self.spans[row + 1]].tobytes()
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:  # of a table without checksums
+            raise DamagedStoreError(f"{self.folder / 'text.bin'} is damaged: {error}; {_remedy(self.folder)}") from error
 
     def texts(self) -> Iterator[str]:
         """The texts of all windows, in order."""
-        sizes = np.diff(self.spans)
-        with (self.folder / "text.bin").open("rb") as file:
-            for size in sizes:
-                yield file.read(int(size)).decode()
+        return map(self.text, range(len(self)))
 
     def pieces(self, row: int) -> tuple[str, ...]:
         """The exact text of each token; joined they are ``text(row)``."""
         text, ends = self.text(row), self.ends[row, : self.lengths[row]].tolist()
+        if ends[-1] != len(text) or (self._files is None and ends != sorted(ends)):
+            raise DamagedStoreError(f"{self.folder / 'ends.bin'} is damaged: the pieces of window {row} are not its text; {_remedy(self.folder)}")
         return tuple(text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True))
 
     def ids(self, row: int) -> np.ndarray:
@@ -166,7 +188,30 @@ class WindowTable:
 
     def document_ids(self) -> list[str]:
         """The corpus's id of every document, by its number."""
-        return [json.loads(line) for line in (self.folder / "documents.jsonl").read_text().splitlines()]
+        path, remedy = self.folder / "documents.jsonl", _remedy(self.folder)
+        content = checked_bytes(path, None if self._files is None else self._files.get(path.name), remedy)
+        with described(path, remedy):
+            names = [json.loads(line) for line in content.decode().splitlines()]
+        if len(names) != self.meta["n_documents"]:
+            raise DamagedStoreError(f"{path} names {len(names):,} documents instead of {self.meta['n_documents']:,}: {remedy}")
+        return names
+
+
+def _no_less(values: np.ndarray) -> bool:
+    """Whether ids or ends are at least −1, which stands after a short window's end."""
+    return int(values.min()) >= -1
+
+
+def _remedy(folder: Path) -> str:
+    """What brings a damaged table back."""
+    return f"delete {folder} and run the same 'featureinterp collect' (or extract) again, which makes the windows anew and keeps the rest"
+
+
+def _check_numbers(meta: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` for numbers that no table has."""
+    for value in (meta["n_windows"], meta["n_tokens"], meta["n_documents"], meta["policy"]["length"]):
+        if type(value) is not int or value < 0:
+            raise ValueError(f"{value!r} is no count")
 
 
 def piece_ends(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -189,7 +234,7 @@ def build_windows(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, fo
     """
     request = {"format": FORMAT, "corpus": corpus.name, "policy": asdict(policy), "tokenizer": encoder.fingerprint}
     key = content_key(request)
-    if (folder / "windows.json").exists():
+    if (folder / MARKER).exists():
         with suppress(IncompleteStoreError):  # a table of another version is made anew
             table = WindowTable.open(folder)
             if table.meta["key"] == key:
@@ -198,11 +243,11 @@ def build_windows(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, fo
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
-            meta = _write(corpus, encoder, policy, folder)
+            meta, files = _write(corpus, encoder, policy, folder)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
-    write_json(folder / "windows.json", {"key": key, **request, **meta})
+    write_marker(folder / MARKER, {"key": key, **request, **meta}, files)
     return WindowTable.open(folder)
 
 
@@ -210,12 +255,12 @@ def copy_windows(table: WindowTable, folder: Path) -> None:
     """Puts a table into another folder as well: by links where the file system has them, else as copies. One that is there already stays."""
     if folder == table.folder:
         return
-    if (folder / "windows.json").exists() and WindowTable.open(folder).meta["key"] == table.meta["key"]:
+    if (folder / MARKER).exists() and WindowTable.open(folder).meta["key"] == table.meta["key"]:
         return
     with explained_storage(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        for path in sorted(table.folder.iterdir(), key=lambda p: p.name == "windows.json"):
+        for path in sorted(table.folder.iterdir(), key=lambda p: p.name == MARKER):
             try:
                 os.link(path, folder / path.name)
             except OSError:
@@ -231,16 +276,15 @@ class _Cut:
     ends: np.ndarray
 
 
-def _write(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: Path) -> dict[str, Any]:
+def _write(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: Path) -> tuple[dict[str, Any], dict[str, Sums]]:
     digest = hashlib.sha256()
     n_windows = n_tokens = n_documents = span = 0
     with ExitStack() as stack:
-        files = {name: stack.enter_context((folder / f"{name}.bin").open("wb")) for name in _ARRAYS}
-        text_file = stack.enter_context((folder / "text.bin").open("wb"))
-        names = stack.enter_context((folder / "documents.jsonl").open("w"))
+        paths = [*(f"{name}.bin" for name in _ARRAYS), "text.bin", "documents.jsonl"]
+        files = {name: SummedFile(stack.enter_context((folder / name).open("wb"))) for name in paths}
 
         def put(name: str, value: Any) -> None:
-            files[name].write(np.asarray(value, _ARRAYS[name]).tobytes())
+            files[f"{name}.bin"].write(np.asarray(value, _ARRAYS[name]).tobytes())
 
         put("spans", 0)
         for document in corpus:
@@ -259,15 +303,16 @@ def _write(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: P
                 put("starts", cut.start)
                 put("chars", cut.char)
                 put("spans", span)
-                text_file.write(data)
+                files["text.bin"].write(data)
                 digest.update(ids.tobytes() + data + n_documents.to_bytes(8, "little"))
                 n_windows += 1
                 n_tokens += len(cut.ids)
-            names.write(json.dumps(document.id) + "\n")
+            files["documents.jsonl"].write((json.dumps(document.id) + "\n").encode())
             n_documents += 1
     if not n_windows:
         raise CorpusError(f"the corpus {corpus.name} gives no window of at least {policy.min_length} tokens: is it empty?")
-    return {"n_windows": n_windows, "n_tokens": n_tokens, "n_documents": n_documents, "fingerprint": digest.hexdigest()}
+    meta = {"n_windows": n_windows, "n_tokens": n_tokens, "n_documents": n_documents, "fingerprint": digest.hexdigest()}
+    return meta, {name: file.sums for name, file in files.items()}
 
 
 def _quota(policy: WindowPolicy, n_documents: int | None, done: int, taken: int) -> int | None:
