@@ -15,7 +15,8 @@ from markers import change_marker
 from tiny import NASTY, TINY_TEXTS, tokenizer
 
 from featureinterp.corpus import windows as windows_module
-from featureinterp.corpus.text import Corpus, Document, load_corpus, passages
+from featureinterp.corpus.passages import passages
+from featureinterp.corpus.text import Corpus, Document, load_corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows, piece_ends
 from featureinterp.errors import CorpusError, IncompleteStoreError, InputError, UnknownNameError
 from featureinterp.subject.load import HubTokenizer
@@ -165,12 +166,11 @@ def test_readers(tmp_path: Path):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.text(alphabet="ab \n\t", max_size=200), st.integers(1, 40))
+@given(st.text(alphabet="ab \n\r\t", max_size=200), st.integers(1, 40))
 def test_passages_join_to_the_text(text: str, size: int):
-    parts = list(passages("t", text, size))
-    assert "".join(p.text for p in parts) == text
-    assert len({p.id for p in parts}) == len(parts)
-    assert all(len(p.text) >= size for p in parts[:-1])
+    parts = list(passages(text, size))
+    assert "".join(parts) == text
+    assert all(len(p) >= size for p in parts[:-1])
 
 
 @pytest.mark.parametrize(
@@ -202,6 +202,27 @@ def test_wrong_columns_and_missing_corpora(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CorpusError, match="no text file"):
         load_corpus(str(tmp_path / "empty"))
+
+
+def test_a_corpus_is_known_by_its_content_and_by_how_it_is_read(tmp_path: Path):
+    def print_of(name: str, **options: str) -> str:
+        return load_corpus(str(tmp_path / name), **options).fingerprint
+
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text('{"text": "x", "body": "x"}\n')
+    assert print_of("a.jsonl") == print_of("b.jsonl") != print_of("a.jsonl", text_field="body")
+    (tmp_path / "b.jsonl").write_text('{"text": "y", "body": "x"}\n')
+    assert print_of("a.jsonl") != print_of("b.jsonl")
+    (tmp_path / "t.txt").write_text("one\ntwo\n")
+    assert print_of("t.txt") == print_of("t.txt", text_field="body") != print_of("t.txt", separator="lines")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "1.txt").write_text("one")
+    (folder / "2.txt").write_text("two")
+    before = print_of("folder")
+    (folder / "2.txt").rename(folder / "0.txt")
+    assert print_of("folder") != before
+    assert corpus_of("a", "b").fingerprint == corpus_of("a", "b").fingerprint != corpus_of("b", "a").fingerprint
 
 
 def test_lone_surrogates_of_json_do_not_break_a_table(tmp_path: Path):

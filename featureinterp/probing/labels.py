@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from featureinterp.corpus.text import decode_utf8
+from featureinterp.corpus.rows import decode_utf8
 from featureinterp.errors import InputError, UnknownNameError
 from featureinterp.files import explained_storage
 
