@@ -18,12 +18,15 @@ from typing import Any
 
 from featureinterp.errors import InputError, UnknownNameError
 from featureinterp.resources import prompts_folder
+from featureinterp.visible import UNSEEN
 
 _ESCAPES = {"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"}
-_BACK = {v[1]: k for k, v in _ESCAPES.items()} | {"<": "<", ">": ">"}
-_UNSAFE = re.compile(r"[\\\t\n\r\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]|<(?=<)|(?<=<)<|>(?=>)|(?<=>)>")
-_UNSAFE_BY_A_MARK = re.compile(_UNSAFE.pattern + r"|\A[<>]|[<>]\Z")
-_ESCAPED = re.compile(r"\\(u[0-9a-f]{4}|.)")
+_BACK = {v[1]: k for k, v in _ESCAPES.items()} | {"<": "<", ">": ">", "|": "|"}
+_UNSAFE = re.compile(UNSEEN.pattern + r"|(\\|<(?=<)|(?<=<)<|>(?=>)|(?<=>)>)")
+_UNSAFE_BY_A_MARK = re.compile(_UNSAFE.pattern + r"|(\A[<>]|[<>]\Z)")
+_ESCAPED = re.compile(r"\\(u[0-9a-f]{4}|U[0-9a-f]{8}|.)")
+SEPARATOR = " | "
+"""Between the tokens of a list in a prompt; :func:`listed` keeps it out of the tokens."""
 
 
 @dataclass(frozen=True)
@@ -83,19 +86,27 @@ def load_prompt(task: str, version: str) -> Prompt:
 
 
 def escape(text: str) -> str:
-    r"""A text on one line: backslashes, tabs, line breaks, control and direction characters, and angle brackets that stand
-    beside another of their kind get a backslash form. :func:`unescape` gives the text back."""
+    r"""A text on one line: backslashes, tabs, line breaks, characters that cannot be seen (:mod:`featureinterp.visible`), and angle
+    brackets that stand beside another of their kind get a backslash form. :func:`unescape` gives the text back."""
     return _UNSAFE.sub(_backslashed, text)
+
+
+def listed(token: str) -> str:
+    """A token as one of a list with :data:`SEPARATOR` between them: :func:`escape`, and a bar in it gets a backslash, too."""
+    return escape(token).replace("|", "\\|")
 
 
 def _backslashed(match: re.Match[str]) -> str:
     found = match[0]
-    return _ESCAPES.get(found) or (f"\\{found}" if found in "<>" else f"\\u{ord(found):04x}")
+    if match.lastindex is None:  # a joiner in its place
+        return found
+    code = ord(found)
+    return _ESCAPES.get(found) or (f"\\{found}" if found in "<>" else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}")
 
 
 def unescape(text: str) -> str:
-    """Undoes :func:`escape`."""
-    return _ESCAPED.sub(lambda m: chr(int(m[1][1:], 16)) if len(m[1]) == 5 else _BACK.get(m[1], m[0]), text)
+    """Undoes :func:`escape` and :func:`listed`."""
+    return _ESCAPED.sub(lambda m: chr(int(m[1][1:], 16)) if len(m[1]) > 1 else _BACK.get(m[1], m[0]), text)
 
 
 def marked(pieces: Sequence[str], marks: Sequence[bool]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 import featureinterp
 
 ROOT = Path(featureinterp.__file__).parent
-FOUNDATION = {"errors", "intervals", "files", "stored", "resources", "quiet", "domain", "tasks", "validation"}
+FOUNDATION = {"errors", "intervals", "files", "stored", "resources", "quiet", "domain", "tasks", "validation", "visible"}
 LANGUAGE = FOUNDATION | {"prompts", "replies", "interfaces", "llm"}
 ALLOWED = {
     "errors": set(),
@@ -20,7 +20,8 @@ ALLOWED = {
     "intervals": {"domain"},
     "resources": set(),
     "quiet": set(),
-    "prompts": {"errors", "resources"},
+    "visible": set(),
+    "prompts": {"errors", "resources", "visible"},
     "replies": {"errors"},
     "tasks": set(),
     "validation": set(),
@@ -54,11 +55,11 @@ ALLOWED = {
         "validation",
         "__version__",
     },
-    "report": {"report", "falsify", "probing", "domain", "errors", "files", "stored", "prompts"},
+    "report": {"report", "falsify", "probing", "domain", "errors", "files", "stored", "prompts", "visible"},
     "jobs": LANGUAGE | {"jobs", "explain", "simulate", "score", "falsify", "records", "codes", "sae", "subject", "corpus", "__version__"},
     "__main__": {"cli"},
-    "server": {"server", "api", "domain", "errors", "files", "jobs", "__version__"},
-    "cli": {"cli", "server", "api", "probing", "training", "errors", "assets", "domain", "jobs", "records", "llm", "__version__"},
+    "server": {"server", "api", "domain", "errors", "files", "jobs", "visible", "__version__"},
+    "cli": {"cli", "server", "api", "probing", "training", "errors", "assets", "domain", "jobs", "records", "llm", "visible", "__version__"},
 }
 TORCH_ROOMS = {"subject", "sae", "codes", "training"}
 TORCH_FILES = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from featureinterp.cli.screen import Screen
+from featureinterp.cli.screen import Screen, put
 
 
 def collect(
@@ -62,8 +62,8 @@ def collect(
     if as_json:
         screen.result(summary)
     else:
-        print(
+        put(
             f"{summary['n_tokens']:,} tokens in {summary['n_windows']:,} windows, {summary['codes_per_token']:.1f} codes per token; "
             f"{summary['n_alive']:,} of {summary['n_features']:,} features fire on more than 15 tokens"
         )
-        print(f"Run: {out}")
+        put(f"Run: {out}")

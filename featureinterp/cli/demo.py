@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from featureinterp.cli.screen import Screen, one_line, plain
+from featureinterp.cli.screen import Screen, one_line, plain, put
 
 MOST_ROWS = 50
 
@@ -60,8 +60,8 @@ def finish(screen: Screen, results: object) -> None:
             )
         screen.table(rows, ("feature", "explanation", "r", "95 % interval", "null", "top tokens"))
         if len(results) > MOST_ROWS:
-            print(f"… and {len(results) - MOST_ROWS:,} more: 'featureinterp export {results.folder}' writes all of them as a table")
-        print(f"Report: {(results.folder / 'report.html').resolve()}")
+            put(f"… and {len(results) - MOST_ROWS:,} more: 'featureinterp export {results.folder}' writes all of them as a table")
+        put(f"Report: {(results.folder / 'report.html').resolve()}")
     if results.stopped is not None and results.outcome is not None:
         rest = results.outcome.price_of_the_rest
         price = "" if rest is None else f", about ${rest:.2f} more"

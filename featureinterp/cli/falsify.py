@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from featureinterp.cli.explain import endpoint_of
-from featureinterp.cli.screen import Screen, end, one_line, plain
+from featureinterp.cli.screen import Screen, end, one_line, plain, put
 
 
 def falsify(
@@ -60,5 +60,5 @@ def finish(screen: Screen, results: Any) -> None:
             said = one_line(r.explanation.text, 60) if r.explanation else "none"
             rows.append((str(r.feature), said, *figures, broken, one_line(r.revised.text, 40) if r.revised else ""))
         screen.table(rows, ("feature", "explanation", "precision", "recall", "broken by", "revised"))
-        print(f"Report: {(results.folder / 'report.html').resolve()}")
+        put(f"Report: {(results.folder / 'report.html').resolve()}")
     end(screen, results.stopped, bool(results.n_failures))

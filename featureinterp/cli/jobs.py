@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from featureinterp.cli.demo import finish
-from featureinterp.cli.screen import Screen, one_line
+from featureinterp.cli.screen import Screen, one_line, put
 
 _JSON = typer.Option(False, "--json", help="Print as JSON.")
 
@@ -42,8 +42,8 @@ def run(
             screen.result(found.to_json())
             return
         cost = "at a price that is not known" if found.cost_usd is None else f"for about ${found.cost_usd:.2f}"
-        print(f"{found.features:,} features: {found.done:,} done, {found.left:,} left")
-        print(f"about {found.requests:,} requests with {found.prompt_tokens:,} + {found.completion_tokens:,} tokens, {cost}")
+        put(f"{found.features:,} features: {found.done:,} done, {found.left:,} left")
+        put(f"about {found.requests:,} requests with {found.prompt_tokens:,} + {found.completion_tokens:,} tokens, {cost}")
         return
     with screen.live():
         results = api.run(wanted, on_event=screen.event, steps=screen.step)
@@ -62,9 +62,9 @@ def status(folder: Path = typer.Argument(..., metavar="RUN", help="A job's folde
     if as_json:
         screen.result(found.to_json())
         return
-    print(f"{found.folder}: {found.done:,} of {found.wanted:,} features done, {found.partial:,} with gaps, {found.failed:,} failed, {found.left:,} left")
+    put(f"{found.folder}: {found.done:,} of {found.wanted:,} features done, {found.partial:,} with gaps, {found.failed:,} failed, {found.left:,} left")
     if found.last_run:
-        print(f"last run: {found.last_run}")
+        put(f"last run: {found.last_run}")
     rows = []
     for s in found.stages:
         cost = "–" if s["cost_usd"] is None else f"${s['cost_usd']:.4f}"
@@ -72,7 +72,7 @@ def status(folder: Path = typer.Argument(..., metavar="RUN", help="A job's folde
     if rows:
         screen.table(rows, ("stage", "status", "features", "requests", "prompt tokens", "reply tokens", "cost"))
     for cause in found.causes:
-        print(f"{cause['n']:,} × {cause['stage']}: {cause['error']}: {one_line(str(cause['message']), 160)} (feature {cause['example']})")
+        put(f"{cause['n']:,} × {cause['stage']}: {cause['error']}: {one_line(str(cause['message']), 160)} (feature {cause['example']})")
 
 
 def export(
@@ -91,4 +91,4 @@ def export(
     if as_json:
         Screen(as_json=True).result({"file": str(path), "rows": n})
     else:
-        print(f"{n:,} features: {path}")
+        put(f"{n:,} features: {path}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from featureinterp.cli.screen import Screen
+from featureinterp.cli.screen import Screen, put
 
 app = typer.Typer(help="Endpoints of language models, by the names that the configuration file gives them.", no_args_is_help=True)
 _JSON = typer.Option(False, "--json", help="Print as JSON.")
@@ -33,8 +33,8 @@ def list_endpoints(as_json: bool = _JSON) -> None:
         table = [(n, e.model, e.base_url or "embedded", f.summary if (f := found[n]) else "not tested") for n, e in config.endpoints.items()]
         screen.table(table, ("name", "model", "address", "can"))
     else:
-        print("no endpoints yet: docs/jobs.md says how to add one")
-    print(f"Configuration: {config.path}")
+        put("no endpoints yet: docs/jobs.md says how to add one")
+    put(f"Configuration: {config.path}")
 
 
 @app.command()
@@ -56,4 +56,4 @@ def test(name: str, as_json: bool = _JSON) -> None:
         screen.result(found.to_json())
         return
     for what, value in found.lines():
-        print(f"{what:<20}{value}")
+        put(f"{what:<20}{value}")

@@ -12,6 +12,7 @@ import typer
 
 from featureinterp import __version__
 from featureinterp.cli import collect, demo, explain, falsify, jobs, llm, models, probe, records, report, saes, sensitivity, serve, steer, training
+from featureinterp.visible import visible
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or a request to end."""
@@ -90,7 +91,7 @@ def main() -> None:
     except FeatureInterpError as error:
         if debug:
             raise
-        print(f"featureinterp: {error}", file=sys.stderr)
+        print(f"featureinterp: {visible(str(error))}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
         if end.code != INTERRUPTED:

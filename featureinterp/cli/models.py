@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from featureinterp.cli.screen import Screen
+from featureinterp.cli.screen import Screen, put
 
 app = typer.Typer(help="The embedded parts: models and a corpus, fetched once into the user's cache.", no_args_is_help=True)
 _JSON = typer.Option(False, "--json", help="Print as JSON.")
@@ -40,7 +40,7 @@ def list_parts(as_json: bool = _JSON) -> None:
         return
     rows = [(p.name, f"{p.size / 1e6:,.0f} MB", "cached" if is_cached(p.name) else "not here", p.licence, f"{p.kind}: {p.summary}") for p in PARTS]
     screen.table(rows, ("name", "size", "state", "licence", "what"))
-    print(f"Cache: {cache_folder()}")
+    put(f"Cache: {cache_folder()}")
 
 
 @app.command()

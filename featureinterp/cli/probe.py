@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from featureinterp.cli.screen import Screen, plain
+from featureinterp.cli.screen import Screen, plain, put
 
 if TYPE_CHECKING:
     from featureinterp.api import Probe
@@ -72,8 +72,8 @@ def show(screen: Screen, found: Probe) -> None:
         values = (area, plain(c.auroc_null), plain(c.by_f1.f1), plain(c.codes_auroc), plain(c.dense_auroc))
         rows.append((c.name, f"{c.n_tokens:,}", str(first.feature), *values, str(annotated)))
     screen.table(rows, ("concept", "tokens", "feature", "AUROC, 95 %", "null", "F1", "all", "dense", "named"))
-    print("AUROC: of the best feature, on held-out documents; null: what it reaches at most in 95 % of shifts of the labels; F1: of the best feature")
-    print("by F1; all, dense: AUROC of decoders of all features, and of the activations that the SAE read; named: features with this concept.")
+    put("AUROC: of the best feature, on held-out documents; null: what it reaches at most in 95 % of shifts of the labels; F1: of the best feature")
+    put("by F1; all, dense: AUROC of decoders of all features, and of the activations that the SAE read; named: features with this concept.")
     if found.n_outside:
-        print(f"{found.n_outside:,} of {found.n_spans:,} spans lie outside the run's windows.")
-    print(f"Page: {found.page.resolve()}")
+        put(f"{found.n_outside:,} of {found.n_spans:,} spans lie outside the run's windows.")
+    put(f"Page: {found.page.resolve()}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from featureinterp.cli.screen import Screen
+from featureinterp.cli.screen import Screen, put
 
 
 def records(
@@ -50,8 +50,8 @@ def records(
     if as_json:
         screen.result({"records": str(target), "n": n, "n_with_shortfalls": short})
     else:
-        print(f"{n} records, {short} of them with fewer windows of some kind than asked for")
-        print(f"Records: {target}")
+        put(f"{n} records, {short} of them with fewer windows of some kind than asked for")
+        put(f"Records: {target}")
 
 
 def counts_of(texts: list[str]) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from featureinterp.cli.screen import Screen
+from featureinterp.cli.screen import Screen, put
 
 
 def report(
@@ -24,4 +24,4 @@ def report(
     if as_json:
         Screen(as_json=True).result({"report": str(path)})
     else:
-        print(f"Report: {path}")
+        put(f"Report: {path}")

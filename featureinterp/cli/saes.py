@@ -6,7 +6,7 @@ from typing import Any
 
 import typer
 
-from featureinterp.cli.screen import Screen
+from featureinterp.cli.screen import Screen, put
 
 app = typer.Typer(help="Published SAEs by name: what they are, where they lie, and fetching them.", no_args_is_help=True)
 _JSON = typer.Option(False, "--json", help="Print as JSON.")
@@ -29,7 +29,7 @@ def list_saes(
         screen.result({"saes": rows})
         return
     screen.table([_row(r) for r in rows], ("name", "width", "architecture", "L0", "model", ""))
-    print("Also: gscope_layerN_WIDTH_l0_N on other layers, saelens:RELEASE/ID, and folders. NAME@REVISION pins a revision.")
+    put("Also: gscope_layerN_WIDTH_l0_N on other layers, saelens:RELEASE/ID, and folders. NAME@REVISION pins a revision.")
 
 
 @app.command()
@@ -46,7 +46,7 @@ def show(name: str = typer.Argument(help="A name of 'saes list', or a folder."),
         return
     for key, value in about.items():
         if value is not None:
-            print(f"{key:14} " + ("yes" if value is True else "no" if value is False else str(value)))
+            put(f"{key:14} " + ("yes" if value is True else "no" if value is False else str(value)))
 
 
 @app.command()

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from featureinterp.visible import visible, visible_json
+
 if TYPE_CHECKING:
     from featureinterp.domain.score import Score
     from featureinterp.jobs.plan import Event, Progress
@@ -73,7 +75,7 @@ class Screen:
         from rich.markup import escape
 
         if not self.as_json or not self.console.is_terminal:
-            self.console.print(escape(line), soft_wrap=True)
+            self.console.print(escape(visible(line)), soft_wrap=True)
 
     def event(self, event: Event) -> None:
         """A feature that got through a stage."""
@@ -112,6 +114,7 @@ class Screen:
         from rich.table import Table
         from rich.text import Text
 
+        header, *rows = (tuple(map(visible, row)) for row in (header, *rows))
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title, *cells in zip(header, *rows, strict=True):
             longest = max(map(len, [title, *cells]))
@@ -123,8 +126,12 @@ class Screen:
 
     def result(self, value: Any) -> None:
         """The verb's result for a program: one JSON document on standard output."""
-        json.dump(value, sys.stdout, ensure_ascii=False)
-        sys.stdout.write("\n")
+        sys.stdout.write(visible_json(json.dumps(value, ensure_ascii=False)) + "\n")
+
+
+def put(line: str) -> None:
+    """One line on standard output, for a person."""
+    print(visible(line))
 
 
 def end(screen: Screen, stopped: Exception | None, failed: bool) -> None:
@@ -166,6 +173,6 @@ def plain(value: float | None) -> str:
 
 
 def one_line(text: str, most: int = 100) -> str:
-    """A text from a model, without control characters, cut to fit a line."""
-    clean = "".join(c if c.isprintable() else " " for c in text)
+    """A text from a model on one line, with what cannot be seen as escapes, cut to fit."""
+    clean = visible(" ".join(text.split()))
     return clean if len(clean) <= most else clean[: most - 1] + "…"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from featureinterp.cli.explain import endpoint_of
-from featureinterp.cli.screen import Screen, end, one_line, plain
+from featureinterp.cli.screen import Screen, end, one_line, plain, put
 
 if TYPE_CHECKING:
     from featureinterp.api import Sensitivity
@@ -94,10 +94,10 @@ def finish(screen: Screen, results: list[Sensitivity]) -> None:
         screen.result({"saes": [{**r.summary, "folder": str(r.folder)} for r in results]})
     else:
         screen.table([_row(r) for r in results], ("SAE", "features", "sensitivity", "95 %", "all", "own", "control", "base"))
-        print("sensitivity: mean over features whose own examples fire again as text; all: over all features; own: those examples; control: texts")
-        print("written for another feature; base: random text of the corpus.")
+        put("sensitivity: mean over features whose own examples fire again as text; all: over all features; own: those examples; control: texts")
+        put("written for another feature; base: random text of the corpus.")
         for r in results:
-            print(f"{r.sae}: {r.folder.resolve()}")
+            put(f"{r.sae}: {r.folder.resolve()}")
     stopped = next((r.stopped for r in results if r.stopped), None)
     end(screen, stopped, any(r.summary["n_failed"] for r in results))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from featureinterp.cli.explain import endpoint_of
-from featureinterp.cli.screen import Screen, end, one_line, plain
+from featureinterp.cli.screen import Screen, end, one_line, plain, put
 
 if TYPE_CHECKING:
     from featureinterp.domain.intervention import Intervention
@@ -64,8 +64,8 @@ def finish(screen: Screen, results: Any) -> None:
             said = one_line(r.explanation.text, 44) if r.explanation else "none"
             rows.append((str(r.feature), said, *(_match(r.intervention, dose) for dose in doses)))
         screen.table(rows, ("feature", "explanation", *(f"dose {d:g}" for d in doses)))
-        print("match with the explanation: the feature's direction / random directions")
-        print(f"Report: {(results.folder / 'report.html').resolve()}")
+        put("match with the explanation: the feature's direction / random directions")
+        put(f"Report: {(results.folder / 'report.html').resolve()}")
     end(screen, results.stopped, bool(results.n_failures))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from featureinterp.cli.screen import Screen, plain
+from featureinterp.cli.screen import Screen, plain, put
 
 if TYPE_CHECKING:
     from featureinterp.training.doctor.check import Check
@@ -71,8 +71,8 @@ def extract(
     for name, store in stores.items():
         counts = store.meta["counts"]
         left_out = counts["n_first"] + counts["n_sinks"]
-        print(f"{name}: {len(store):,} activations of width {store.d_model} in {len(store.shards)} shards; {left_out:,} tokens left out as attention sinks")
-    print(f"Activations: {out}")
+        put(f"{name}: {len(store):,} activations of width {store.d_model} in {len(store.shards)} shards; {left_out:,} tokens left out as attention sinks")
+    put(f"Activations: {out}")
 
 
 def train(
@@ -106,11 +106,11 @@ def train(
         screen.result({"run": str(out), "metrics": done.metrics})
         return
     if done.metrics is None:
-        print("not evaluated: no document was held out")
+        put("not evaluated: no document was held out")
     else:
         show(screen, done.metrics)
-    print(f"SAE: {out / 'sae'} (SAELens: {out / 'saelens'})")
-    print(f"Page: {(out / 'training.html').resolve()}")
+    put(f"SAE: {out / 'sae'} (SAELens: {out / 'saelens'})")
+    put(f"Page: {(out / 'training.html').resolve()}")
 
 
 def evaluate(
@@ -188,7 +188,7 @@ def doctor(
         if measured:
             rows = [(f"{s.batch}", f"{s.length}", _whole(s.tokens_per_s), _whole(s.peak_bytes and s.peak_bytes / 2**20)) for s in measured]
             screen.table(rows, ("batch", "window", "tokens/s", "peak MiB"))
-        print(f"{counts['pass']} passed, {counts['warn']} warnings, {counts['fail']} failed, {counts['skip']} skipped")
+        put(f"{counts['pass']} passed, {counts['warn']} warnings, {counts['fail']} failed, {counts['skip']} skipped")
     if counts["fail"]:
         raise typer.Exit(1)
 
@@ -251,14 +251,12 @@ def layers(
             )
         )
     screen.table(rows, ("block", "AUROC", "95 %", "PR", "−1 %", "−5 %", "k90", "first channel", "first token"))
-    print(
-        f"AUROC: mean of linear probes of {len(found.concepts)} concepts on held-out documents. PR: participation ratio of the covariance, with all tokens and"
-    )
-    print("without the 1 % and 5 % that reach farthest along the first direction; k90: directions for 90 % of the variance without 5 %. First channel: the")
-    print("largest in the first direction, and its squared weight; first token: the largest share of the variance along it that one token has.")
-    print("Recommended:")
+    put(f"AUROC: mean of linear probes of {len(found.concepts)} concepts on held-out documents. PR: participation ratio of the covariance, with all tokens and")
+    put("without the 1 % and 5 % that reach farthest along the first direction; k90: directions for 90 % of the variance without 5 %. First channel: the")
+    put("largest in the first direction, and its squared weight; first token: the largest share of the variance along it that one token has.")
+    put("Recommended:")
     for reason in found.reasons:
-        print(f"  {reason}.")
+        put(f"  {reason}.")
 
 
 _MARKS = {"pass": "ok  ", "warn": "warn", "fail": "FAIL", "skip": "skip"}
@@ -302,10 +300,10 @@ def show(screen: Screen, metrics: dict[str, Any]) -> None:
     loss = metrics["loss"]
     if loss:
         parts.append(f"cross-entropy {loss['clean']:.3f}, {loss['sae']:.3f} with the SAE, {loss['zero']:.3f} with zeros: {plain(loss['recovered'])} recovered")
-    print(f"{'; '.join(parts)}; on {metrics['n_rows']:,} activations of {metrics['n_documents']} held-out documents")
+    put(f"{'; '.join(parts)}; on {metrics['n_rows']:,} activations of {metrics['n_documents']} held-out documents")
     short = {"explained_variance": metrics["sae"]["raw"], "zero": metrics["zero"]["raw"], "pca": metrics["pca"] and metrics["pca"]["raw"]}
     short |= {"l0": metrics["l0"], "dead": metrics["dead"], "loss_recovered": loss and loss["recovered"]}
-    print(f"metrics {json.dumps(short)}")
+    put(f"metrics {json.dumps(short)}")
 
 
 def _digits(value: float) -> str:

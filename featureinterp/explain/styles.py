@@ -13,7 +13,7 @@ from featureinterp.errors import InputError, MalformedReplyError
 from featureinterp.explain.parse import RulesReply, SentenceReply, clean, rules_of
 from featureinterp.explain.windows import causes, excerpt, top_causes, top_tokens
 from featureinterp.llm.types import Message
-from featureinterp.prompts import Prompt, escape, load_prompt
+from featureinterp.prompts import Prompt, escape, listed, load_prompt
 from featureinterp.replies import object_schema, parse_reply
 
 REPEAT_BELOW = 0.2
@@ -63,9 +63,9 @@ class SentenceStyle:
         for shot in self.prompt.json(FEW_SHOT):
             turns.append(Message("user", self._user(shot["tokens"], shot.get("causes", ()), shot["excerpts"])))
             turns.append(Message("assistant", _json({"explanation": shot["explanation"]})))
-        caused = [escape(t) for t in top_causes(windows, self.n_tokens)] if self.causes else []
+        caused = [listed(t) for t in top_causes(windows, self.n_tokens)] if self.causes else []
         excerpts = [excerpt(w, self.context) for w in windows]
-        return (*turns, Message("user", self._user([escape(t) for t in top_tokens(windows, self.n_tokens)], caused, excerpts)))
+        return (*turns, Message("user", self._user([listed(t) for t in top_tokens(windows, self.n_tokens)], caused, excerpts)))
 
     def _user(self, tokens: Sequence[str], caused: Sequence[str], excerpts: Sequence[str]) -> str:
         return self.prompt.render("user.j2", tokens=tokens, causes=caused, excerpts=excerpts)
@@ -113,7 +113,7 @@ class RulesStyle:
             high = [line for line in lines if line[1] > 0]
             causes = [(escape(token), level) for token, level in caused[number]] if caused is not None else []
             shown.append({"lines": lines, "repeated": high if len(high) < REPEAT_BELOW * len(lines) else [], "causes": causes})
-        return self.prompt.render("user.j2", windows=shown, tokens=[escape(token) for token in _peaks(windows)[: self.n_tokens]])
+        return self.prompt.render("user.j2", windows=shown, tokens=[listed(token) for token in _peaks(windows)[: self.n_tokens]])
 
     def read(self, reply: str, provenance: Provenance) -> Explanation:
         return Explanation(rules_of(parse_reply(reply, RulesReply), self.rule_cap), provenance)

@@ -287,7 +287,7 @@ def worst(train: Agreement | None, windows: Sequence[Window], simulations: Seque
 def _mistaken(windows: Sequence[Mapping[str, Any]], sign: int) -> list[str]:
     """Tokens whose error has this sign and is at least 1, the largest first; at most eight."""
     found = sorted(((sign * line["error"], line["token"]) for w in windows for line in w["lines"] if sign * line["error"] >= 1), key=lambda pair: -pair[0])
-    return list(dict.fromkeys(token for _, token in found))[:8]
+    return [token.replace("|", "\\|") for token in dict.fromkeys(token for _, token in found)][:8]  # they are escaped already
 
 
 def _rescaling(windows: Sequence[Window], simulations: Sequence[Simulation], scale: float) -> Callable[[np.ndarray], np.ndarray]:

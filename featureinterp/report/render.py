@@ -18,6 +18,7 @@ from featureinterp.domain.trial import TrialText
 from featureinterp.errors import InputError
 from featureinterp.files import explained_storage, write_atomic
 from featureinterp.probing.agreement import Agreement
+from featureinterp.visible import visible as seen
 
 SOURCE_NAMES = {
     "top": "Top-activating",
@@ -93,11 +94,16 @@ def render_report(results: Sequence[FeatureResult], about: Mapping[str, Any], la
 def environment() -> jinja2.Environment:
     """What pages are drawn with: everything is escaped, and a name that is missing is an error."""
     made = jinja2.Environment(
-        loader=jinja2.PackageLoader("featureinterp.report"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("featureinterp.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=shown,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     made.filters |= {"number": number, "score_name": lambda n: SCORE_NAMES.get(n, n.replace("_", " ")), "source_name": lambda s: SOURCE_NAMES.get(s, s)}
-    shown = (tokens, trial_tokens, visible, whisker, groups, largest_cause, search_rows)
-    made.globals |= {function.__name__: function for function in shown}
+    used = (tokens, trial_tokens, visible, whisker, groups, largest_cause, search_rows)
+    made.globals |= {function.__name__: function for function in used}
     return made
 
 
@@ -216,19 +222,13 @@ def trial_tokens(text: TrialText, scale: float) -> list[Token]:
 
 
 def visible(piece: str) -> str:
-    """A token's text with line breaks, tabs, control and direction characters made visible."""
-    out = []
-    for character in piece:
-        code = ord(character)
-        if character in _VISIBLE:
-            out.append(_VISIBLE[character])
-        elif code < 32 or 0x7F <= code < 0xA0:
-            out.append(f"\\x{code:02x}")
-        elif 0x202A <= code <= 0x202E or 0x2066 <= code <= 0x2069 or code in (0x2028, 0x2029, 0x200E, 0x200F, 0xFEFF):
-            out.append(f"\\u{code:04x}")
-        else:
-            out.append(character)
-    return "".join(out)
+    """A token's text with line breaks and tabs as symbols, and whatever else cannot be seen as escapes."""
+    return seen("".join(_VISIBLE.get(c, c) for c in piece))
+
+
+def shown(value: object) -> object:
+    """A value as a page may show it: of texts that are no markup of the page's own, what cannot be seen is escaped."""
+    return seen(value, "\n\t") if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def groups(result: FeatureResult) -> list[tuple[str, str, list[ShownWindow]]]:

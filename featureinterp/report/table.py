@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jinja2
-
 from featureinterp.domain.result import FeatureResult
-from featureinterp.report.render import number
+from featureinterp.report.render import environment
 
 _TABLE = """<table><thead><tr><th>feature</th><th>explanation</th><th>correlation</th><th>95 % interval</th><th>null</th><th>top tokens</th></tr></thead><tbody>
 {% for r in results %}{% set s = r.score("correlation") %}{% set b = r.baseline_score("correlation") %}
@@ -20,6 +18,4 @@ _TABLE = """<table><thead><tr><th>feature</th><th>explanation</th><th>correlatio
 
 def results_table(results: Sequence[FeatureResult]) -> str:
     """HTML of one row per feature; everything is escaped."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["number"] = number
-    return environment.from_string(_TABLE).render(results=results)
+    return environment().from_string(_TABLE).render(results=results)
