@@ -47,6 +47,7 @@ class Entry:
     status: int = 200
     whole: bool = False
     tokens: int = 0
+    headers: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
@@ -176,6 +177,7 @@ class _Connection(asyncio.Protocol):
         fault = state.draw() if state.faults else None
         body = json.loads(raw) if raw else {}
         entry = Entry(len(state.ledger), path, headers.get("authorization"), body if state.keep_bodies else {}, digest_of(body), time.time(), fault)
+        entry.headers = headers
         state.ledger.append(entry)
         try:
             wait = state.stall_s if fault == "stall" else state.latency_s
@@ -189,7 +191,7 @@ class _Connection(asyncio.Protocol):
             state.in_flight -= 1
         await self.send(entry, status, extra, payload)
         if state.file is not None:
-            line = {k: v for k, v in vars(entry).items() if k != "body"}
+            line = {k: v for k, v in vars(entry).items() if k not in ("body", "headers")}
             state.file.write(json.dumps(line) + "\n")
             state.file.flush()
 

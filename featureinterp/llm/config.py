@@ -30,6 +30,7 @@ import pydantic
 
 from featureinterp.errors import InputError, UnknownNameError
 from featureinterp.llm.prices import FREE, PRICES, Price, price_of
+from featureinterp.llm.secrets import check_address, check_fields, check_variable
 from featureinterp.validation import first_problem
 
 CONFIG_VARIABLE = "FEATUREINTERP_CONFIG"
@@ -71,6 +72,10 @@ class Endpoint:
         return f"{self.model} in this process" if self.base_url == LOCAL else self.model
 
     def __post_init__(self) -> None:
+        if self.base_url is not None:
+            check_address(self.base_url)
+        check_variable(self.api_key_env)
+        check_fields(self.extra_body, "extra_body")
         for name in ("concurrency", "rpm", "tpm", "max_attempts", "timeout_s", "max_wait_s"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import email.utils
-import json
 import os
 import re
 import time
@@ -23,6 +22,7 @@ from featureinterp.errors import (
     MalformedReplyError,
     RequestRefusedError,
 )
+from featureinterp.llm.secrets import Secrets, check_address, check_variable
 from featureinterp.llm.types import Reply, Request
 from featureinterp.tasks import Turns
 
@@ -69,8 +69,8 @@ class OpenAIModel:
     ) -> None:
         if not base_url.startswith(("http://", "https://")):
             raise InputError(f"{base_url!r} is not the address of an endpoint: give one like https://host/v1")
-        if "@" in base_url.split("//", 1)[1].split("/", 1)[0] or re.search(r"[?&](api_?)?key=", base_url, re.IGNORECASE):
-            raise InputError("the endpoint's address holds a user name or key: name the variable that holds the key with --api-key-env instead")
+        check_address(base_url)
+        check_variable(api_key_env)
         if api_key_env is None and api_key is None and urlsplit(base_url).hostname == "api.openai.com":
             api_key_env = "OPENAI_API_KEY"
         key = api_key or (os.environ.get(api_key_env, "") if api_key_env else "none")
@@ -85,10 +85,12 @@ class OpenAIModel:
         self._key_env = api_key_env
         self._sdk = openai
         self._extra = dict(extra_body or {})
-        limits = _limits(MAX_CONNECTIONS)
-        self._client = openai.AsyncOpenAI(
-            base_url=base_url, api_key=key, max_retries=0, timeout=timeout_s, http_client=openai.DefaultAioHttpClient(limits=limits, timeout=timeout_s)
-        )
+        from featureinterp.llm.transport import EndpointClient, read_json
+
+        self._read_json = read_json
+        self._secrets = Secrets(key)
+        client = EndpointClient(base_url, self._secrets, limits=_limits(MAX_CONNECTIONS), timeout=timeout_s)
+        self._client = openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=timeout_s, http_client=client)
         self._turns = Turns()
         base = self._client.base_url  # whole addresses, which the SDK would put together and take apart again with every request
         self._addresses = {path: str(base.copy_with(raw_path=base.raw_path + path.encode())) for path in (_CHAT, _COMPLETIONS)}
@@ -151,7 +153,7 @@ class OpenAIModel:
     async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The JSON that an endpoint answers. The SDK's typed methods build a tree of models out of each request and reply, which costs more than
         everything else together."""
-        return json.loads(await self._client.post(self._addresses[path], cast_to=bytes, body=body))
+        return self._read_json(await self._client.post(self._addresses[path], cast_to=bytes, body=body), self.base_url)
 
     def _give_way(self, error: Exception, request: Request) -> bool:
         """Whether a refusal was about a parameter that can be left out or put otherwise; it then is, from now on."""
@@ -244,7 +246,7 @@ class OpenAIModel:
 
     def _safe(self, text: str) -> str:
         """A text of the endpoint's on one line, bounded, without the key should it be quoted."""
-        return " ".join(text.replace(str(self._client.api_key), "***").split())[:300]
+        return " ".join(self._secrets.clean(text).split())[:300]
 
 
 def _limits(connections: int) -> Any:
