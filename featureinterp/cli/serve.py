@@ -18,6 +18,7 @@ def serve(
     simulator_model: list[str] = typer.Option(["qwen2.5-coder-1.5b-instruct"], help="A local simulator that requests may name."),
     queue: int = typer.Option(100, help="How many jobs may wait."),
     parallel: int = typer.Option(1, help="How many jobs run at once."),
+    min_free_mb: int = typer.Option(100, help="With less room on the disk, in MB, no job is taken on or started."),
 ) -> None:
     """Serve jobs over HTTP. Jobs go on when the service ends; starting it again finds them.
 
@@ -29,6 +30,7 @@ def serve(
         import uvicorn
 
         from featureinterp.server.app import Rules, make_app
+        from featureinterp.server.connections import allowed_connections, bounded
         from featureinterp.server.gate import check_binding
     except ImportError as error:
         raise InputError(f"the service needs the package {error.name}: pip install 'featureinterp[server]'") from error
@@ -45,6 +47,18 @@ def serve(
         config.endpoint(name)
     if queue < 1 or parallel < 1:
         raise InputError("at least one job must be able to wait, and to run")
-    app = make_app(Rules(jobs, runs, tuple(endpoint), tuple(simulator_model), token, queue, parallel))
+    if min_free_mb < 0:
+        raise InputError(f"{min_free_mb} MB are no room: give 0 or more")
+    rules = Rules(jobs, runs, tuple(endpoint), tuple(simulator_model), token, queue, parallel, min_free_mb * 1_000_000)
+    app = make_app(rules)
     typer.echo(f"featureinterp: http://{host}:{port}")
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=2,
+        http=bounded(allowed_connections()),
+        ws="none",
+        backlog=128,
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,11 +19,17 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
 from featureinterp import __version__
 from featureinterp.errors import FeatureInterpError, UnknownNameError
-from featureinterp.server.folder import ENDED, JobsFolder, JobView
+from featureinterp.server.disk import room, says_full
+from featureinterp.server.folder import ENDED, JobsFolder, JobView, QueueFullError, WrongStateError
 from featureinterp.server.gate import Gate
-from featureinterp.server.runner import Runner
+from featureinterp.server.health import health_of
+from featureinterp.server.runner import MIN_FREE, Runner
+from featureinterp.server.views import PASSING, DamagedJobError
 
 PAGE = 100
+_SHOWN = 300
+"""So much of a mistake is repeated in the answer to it, in characters."""
+_log = logging.getLogger("featureinterp.server")
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
@@ -36,7 +44,8 @@ _HEADERS = {
 class Rules:
     """What requests may name. ``runs``: the folder whose run folders can be explained. ``endpoints``: names of the configuration file; the
     embedded model is always allowed. ``simulator_models``: names of local simulators. ``token``: what every request must carry; None: none
-    is needed. ``queue``: how many jobs may wait. ``parallel``: how many run at once."""
+    is needed. ``queue``: how many jobs may wait. ``parallel``: how many run at once. ``min_free``: with less room on the disk, in bytes, no job
+    is taken on or started."""
 
     jobs: Path
     runs: Path
@@ -45,6 +54,7 @@ class Rules:
     token: str | None = field(default=None, repr=False)
     queue: int = 100
     parallel: int = 1
+    min_free: int = MIN_FREE
 
 
 class Submission(pydantic.BaseModel):
@@ -52,6 +62,8 @@ class Submission(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(
         extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
         protected_namespaces=(),
         json_schema_extra={"examples": [{"run": "demo", "features": "random:10", "llm": None, "n_test": 8, "budget_usd": 1.5}]},
     )
@@ -86,15 +98,61 @@ class Feature(pydantic.BaseModel):
     feature: int
 
 
+class AsciiJson(JSONResponse):
+    """JSON in ASCII: whatever a text holds, nothing in it is a control character to a terminal that shows the answer."""
+
+    def render(self, content: Any) -> bytes:
+        """The body of an answer."""
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
 class _RefusedError(Exception):
     def __init__(self, status: int, detail: str, headers: dict[str, str] | None = None) -> None:
         super().__init__(detail)
         self.status, self.detail, self.headers = status, detail, headers
 
 
+_NO_ROOM = "the disk of the service is full: try again when there is room"
+_HEALTH_PROBLEM: dict[int | str, dict[str, Any]] = {503: {"description": "The service does not start jobs any more."}}
+
+
+def _add_refusals(app: fastapi.FastAPI) -> None:
+    """How errors are answered: by one sentence each."""
+
+    @app.exception_handler(_RefusedError)
+    async def refused(_: fastapi.Request, error: _RefusedError) -> AsciiJson:
+        return AsciiJson({"detail": error.detail}, error.status, error.headers)
+
+    @app.exception_handler(FeatureInterpError)
+    async def failed(_: fastapi.Request, error: FeatureInterpError) -> AsciiJson:
+        if says_full(error):
+            return AsciiJson({"detail": _NO_ROOM}, 503, {"Retry-After": "60"})
+        states: dict[type[FeatureInterpError], int] = {
+            UnknownNameError: 404,
+            WrongStateError: 409,
+            DamagedJobError: 409,
+            QueueFullError: 429,
+        }
+        status = next((code for kind, code in states.items() if isinstance(error, kind)), 422)
+        return AsciiJson({"detail": str(error)}, status, {"Retry-After": "60"} if status == 429 else None)
+
+    @app.exception_handler(OSError)
+    async def unable(_: fastapi.Request, error: OSError) -> AsciiJson:
+        _log.error("a request could not be answered", exc_info=error)
+        why = "has too much to do" if error.errno in PASSING else f"cannot use its folder ({error.strerror})"
+        return AsciiJson({"detail": f"the service {why}: try again later"}, 503, {"Retry-After": "5"})
+
+    @app.exception_handler(fastapi.exceptions.RequestValidationError)
+    async def mistaken(_: fastapi.Request, error: fastapi.exceptions.RequestValidationError) -> AsciiJson:
+        first = error.errors()[0]
+        place = ".".join(str(p) for p in first["loc"][1:])[:_SHOWN] or "the body"
+        return AsciiJson({"detail": f"{place}: {first['msg'].removeprefix('Value error, ')}"}, 422)
+
+
 def _problems(*codes: int, json_only: bool = True) -> dict[int | str, dict[str, Any]]:
     """What may go wrong, for the interface's description. ``json_only`` False: the answer itself is no JSON, but these are."""
     words = {
+        400: "The request is no request.",
         401: "The token is missing or wrong.",
         403: "The request comes from a page of another site.",
         404: "There is nothing of that name.",
@@ -103,25 +161,36 @@ def _problems(*codes: int, json_only: bool = True) -> dict[int | str, dict[str, 
         413: "The body is too large.",
         422: "The request has a mistake; the detail names it.",
         429: "The queue is full.",
+        503: "The disk is full, or the service has too much to do.",
     }
     form: dict[str, Any] = {"model": Problem}
     if not json_only:
         form = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
-    return {code: {**form, "description": words[code]} for code in (401, 403, *codes)}
+    return {code: {**form, "description": words[code]} for code in (400, 401, 403, *codes, 503)}
+
+
+def _whole(text: Any) -> Any:
+    """A number in a path or a query is written as in JSON: without spaces, signs, separators or digits of other scripts."""
+    if isinstance(text, str) and not re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text, re.ASCII):
+        raise ValueError("write an integer, such as 10")
+    return text
 
 
 JobId = Annotated[str, fastapi.Path(description="The job's id.", max_length=80, examples=["20260101-120000-0123abcd"])]
-Limit = Annotated[int, fastapi.Query(ge=1, le=1000, description="At most so many.")]
-Offset = Annotated[int, fastapi.Query(ge=0, le=10**9, description="Leave out so many first.")]
+Whole = pydantic.BeforeValidator(_whole)
+Limit = Annotated[int, Whole, fastapi.Query(ge=1, le=1000, description="At most so many.")]
+Offset = Annotated[int, Whole, fastapi.Query(ge=0, le=10**9, description="Leave out so many first.")]
+FeatureIndex = Annotated[int, Whole, fastapi.Path(ge=0, le=2**40)]
 
 
 def make_app(rules: Rules) -> fastapi.FastAPI:
     """The service for an operator's rules. Its workers go on when it ends."""
     jobs = JobsFolder(rules.jobs)
-    runner = Runner(jobs, parallel=rules.parallel)
+    runner = Runner(jobs, parallel=rules.parallel, min_free=rules.min_free)
 
     @asynccontextmanager
     async def lifespan(_: fastapi.FastAPI) -> AsyncIterator[None]:
+        await runner.once()
         async with anyio.create_task_group() as group:
             group.start_soon(runner.serve)
             yield
@@ -135,29 +204,20 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url="/api/openapi.json",
+        default_response_class=AsciiJson,
     )
     app.add_middleware(Gate, token=rules.token)
 
-    @app.exception_handler(_RefusedError)
-    async def refused(_: fastapi.Request, error: _RefusedError) -> JSONResponse:
-        return JSONResponse({"detail": error.detail}, error.status, error.headers)
+    _add_refusals(app)
 
-    @app.exception_handler(FeatureInterpError)
-    async def failed(_: fastapi.Request, error: FeatureInterpError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, 404 if isinstance(error, UnknownNameError) else 422)
-
-    @app.exception_handler(fastapi.exceptions.RequestValidationError)
-    async def mistaken(_: fastapi.Request, error: fastapi.exceptions.RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        return JSONResponse({"detail": f"{'.'.join(str(p) for p in first['loc'][1:]) or 'the body'}: {first['msg']}"}, 422)
-
-    @app.get("/health", tags=["service"], summary="Is the service up? Needs no token.")
-    async def health() -> dict[str, str]:
-        return {"status": "ok", "version": __version__}
+    @app.get("/health", tags=["service"], summary="Does the service do its work? Needs no token.", responses=_HEALTH_PROBLEM)
+    async def health() -> AsciiJson:
+        found = health_of(runner, rules.queue)
+        return AsciiJson({"status": found.status, "version": __version__, **found.facts}, 200 if found.alive else 503)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def front() -> HTMLResponse:
-        views = await anyio.to_thread.run_sync(lambda: list(jobs.views(PAGE)))
+        views = await anyio.to_thread.run_sync(jobs.views, PAGE)
         page = _template("index.html").render(jobs=[v.to_json() for v in views], ended=ENDED, page=PAGE, version=__version__)
         return HTMLResponse(page, headers=_HEADERS)
 
@@ -171,11 +231,13 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
 
     @app.post("/api/jobs", status_code=201, tags=["jobs"], summary="Submit a job", responses=_problems(404, 413, 422, 429))
     async def submit(submission: Submission) -> JobView:
-        return await anyio.to_thread.run_sync(_submit, submission, rules, jobs)
+        view = await anyio.to_thread.run_sync(_submit, submission, rules, jobs)
+        await runner.tell()
+        return view
 
     @app.get("/api/jobs", tags=["jobs"], summary="All jobs, the newest first", responses=_problems(422))
     async def listed(limit: Limit = PAGE, offset: Offset = 0) -> list[JobView]:
-        return await anyio.to_thread.run_sync(lambda: list(jobs.views(limit + offset))[offset:])
+        return await anyio.to_thread.run_sync(lambda: jobs.views(limit, skip=offset))
 
     @app.get("/api/jobs/{job_id}", tags=["jobs"], summary="One job", responses=_problems(404, 422))
     async def one(job_id: JobId) -> JobView:
@@ -196,26 +258,18 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
 
         async def stream() -> AsyncIterator[str]:
             async for view in runner.watch(job_id):
-                yield f"event: job\ndata: {json.dumps(view.to_json())}\n\n"
+                yield ": no news\n\n" if view is None else f"event: job\ndata: {json.dumps(view.to_json())}\n\n"
 
         return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
     @app.post("/api/jobs/{job_id}/cancel", tags=["jobs"], summary="Ask a job to end; what is finished is kept", responses=_problems(404, 409, 422))
     async def cancel(job_id: JobId) -> JobView:
-        view = await anyio.to_thread.run_sync(jobs.view, job_id)
-        if view.state in ENDED:
-            raise _RefusedError(409, f"the job has ended already: it is {view.state}")
-        await runner.cancel(job_id)
-        return await anyio.to_thread.run_sync(jobs.view, job_id)
+        return await runner.cancel(job_id)
 
     @app.post("/api/jobs/{job_id}/resume", tags=["jobs"], summary="Let a job that ended before it was through go on", responses=_problems(404, 409, 422, 429))
     async def resume(job_id: JobId) -> JobView:
-        view = await anyio.to_thread.run_sync(jobs.view, job_id)
-        if view.state not in ENDED:
-            raise _RefusedError(409, f"the job has not ended: it is {view.state}")
-        _check_queue(rules, jobs)
-        await runner.resume(job_id)
-        return await anyio.to_thread.run_sync(jobs.view, job_id)
+        await anyio.to_thread.run_sync(_check_room, rules)
+        return await runner.resume(job_id, queue=rules.queue)
 
     @app.get("/api/jobs/{job_id}/results", tags=["results"], summary="Features of a job, without their windows", responses=_problems(404, 422))
     async def results(job_id: JobId, limit: Limit = PAGE, offset: Offset = 0) -> list[Feature]:
@@ -223,7 +277,7 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
         return [Feature(**{k: v for k, v in row.items() if k != "windows"}) for row in found]
 
     @app.get("/api/jobs/{job_id}/features/{feature}", tags=["results"], summary="One feature, with its windows", responses=_problems(404, 422))
-    async def feature(job_id: JobId, feature: Annotated[int, fastapi.Path(ge=0, le=2**40)]) -> Feature:
+    async def feature(job_id: JobId, feature: FeatureIndex) -> Feature:
         found = await anyio.to_thread.run_sync(_feature, jobs, job_id, feature)
         return Feature(**found)
 
@@ -238,7 +292,7 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
         path = await anyio.to_thread.run_sync(jobs.path, job_id) / "out" / "report.html"
         if not path.is_file():
             raise _RefusedError(404, f"the job {job_id} has no report yet")
-        return HTMLResponse(await anyio.Path(path).read_text(encoding="utf-8"), headers=_HEADERS)
+        return HTMLResponse(await anyio.Path(path).read_bytes(), headers=_HEADERS)
 
     return app
 
@@ -249,9 +303,9 @@ def _runs(rules: Rules) -> list[str]:
     return sorted(p.name for p in rules.runs.iterdir() if (p / "codes" / "codes.json").is_file())
 
 
-def _check_queue(rules: Rules, jobs: JobsFolder) -> None:
-    if len(jobs.waiting()) >= rules.queue:
-        raise _RefusedError(429, f"{rules.queue} jobs are waiting already: try again when some have begun", {"Retry-After": "60"})
+def _check_room(rules: Rules) -> None:
+    if not room(rules.jobs, rules.min_free).enough:
+        raise _RefusedError(503, _NO_ROOM, {"Retry-After": "60"})
 
 
 def _submit(submission: Submission, rules: Rules, jobs: JobsFolder) -> JobView:
@@ -266,7 +320,7 @@ def _submit(submission: Submission, rules: Rules, jobs: JobsFolder) -> JobView:
     model = submission.simulator_model or rules.simulator_models[0]
     if model not in rules.simulator_models:
         raise UnknownNameError(f"the simulator {model[:60]!r} is not allowed: choose from {', '.join(rules.simulator_models)}")
-    _check_queue(rules, jobs)
+    _check_room(rules)
     folder = rules.runs / submission.run
     parse_features(submission.features, api.open_run(folder))
     job = make_job(
@@ -284,15 +338,36 @@ def _submit(submission: Submission, rules: Rules, jobs: JobsFolder) -> JobView:
         records={"seed": submission.seed},
         budget={"usd": submission.budget_usd, "minutes": submission.max_minutes},
     )
-    return jobs.view(jobs.submit(job, submission.model_dump(mode="json")))
+    return jobs.view(jobs.submit(job, submission.model_dump(mode="json"), queue=rules.queue))
 
 
 def _results(jobs: JobsFolder, number: str, start: int, end: int) -> list[dict[str, Any]]:
     path = jobs.path(number) / "out" / "results.jsonl"
     if not path.is_file():
         return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for i, line in enumerate(file) if start <= i < end]
+    found = []
+    with path.open("rb") as file:
+        for i, line in enumerate(file):
+            if start <= i < end:
+                found.append(_row(number, i, line))
+            elif i >= end:
+                break
+    return found
+
+
+def _row(number: str, i: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line, parse_constant=_no_number)
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or type(row.get("feature")) is not int:
+        again = "resume the job to write it anew from the journal"
+        raise DamagedJobError(f"results.jsonl of the job {number} is damaged in line {i + 1}: {again}")
+    return row
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number")
 
 
 def _feature(jobs: JobsFolder, number: str, index: int) -> dict[str, Any]:

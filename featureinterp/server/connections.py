@@ -1,0 +1,124 @@
+"""Connections with an end: a request must arrive within seconds, an answer must be read, and there are never more than descriptors
+allow."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+REQUEST_S = 5.0
+"""A request has arrived whole within so long, head and body, or its connection is closed."""
+ANSWER_S = 60.0
+"""Whoever reads nothing of an answer for so long is cut off."""
+MOST = 1000
+OWN = 192
+"""Descriptors that connections leave to the service for its files, workers, and the connections that it turns away."""
+
+
+def allowed_connections(*, hard_limit_wanted: int = 8192) -> int:
+    """How many connections there may be at once. Asks the system for more descriptors where that is allowed."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return MOST
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard_limit_wanted if hard == resource.RLIM_INFINITY else min(hard, hard_limit_wanted)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        soft = wanted
+    most = math.inf if soft == resource.RLIM_INFINITY else soft
+    return int(max(16, min(MOST, most - OWN)))
+
+
+class Bounded(H11Protocol):
+    """uvicorn's protocol with bounds. ``most``: connections at once."""
+
+    most = MOST
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Takes a connection, or turns it away at once when there are too many."""
+        self._until: asyncio.TimerHandle | None = None
+        self._reading_until: asyncio.TimerHandle | None = None
+        super().connection_made(transport)
+        if len(self.connections) > self.most:
+            self._refuse(503, "there are too many connections: try again in some seconds")
+        else:
+            self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        """Takes what arrives; the clock of a request runs from its first byte to its last."""
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self._is_whole():
+            self._forget()
+        else:
+            self._expect()
+
+    def on_response_complete(self) -> None:
+        """Goes on with what has arrived meanwhile."""
+        super().on_response_complete()
+        if self.conn.trailing_data[0] and not self._is_whole():
+            self._expect()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stops the clocks."""
+        self._forget()
+        self.resume_writing()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The other side does not read: it has to, in time."""
+        super().pause_writing()
+        self._reading_until = self.loop.call_later(ANSWER_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The other side has read."""
+        super().resume_writing()
+        if self._reading_until is not None:
+            self._reading_until.cancel()
+            self._reading_until = None
+
+    def _is_whole(self) -> bool:
+        """Whether the request that is being dealt with has arrived to its end."""
+        return self.conn.their_state not in (h11.IDLE, h11.SEND_BODY)
+
+    def _expect(self) -> None:
+        if self._until is None:
+            self._until = self.loop.call_later(REQUEST_S, self._cut)
+
+    def _forget(self) -> None:
+        if self._until is not None:
+            self._until.cancel()
+            self._until = None
+
+    def _cut(self) -> None:
+        self._until = None
+        if self.conn.our_state is h11.IDLE or (self.cycle is not None and not self.cycle.response_started):
+            self._refuse(408, f"the request did not arrive within {REQUEST_S:.0f} s")
+        else:
+            self.transport.abort()
+
+    def _refuse(self, status: int, why: str) -> None:
+        """Answers and closes, whatever else was under way."""
+        body = json.dumps({"detail": why}).encode()
+        reason = {408: "Request Timeout", 503: "Service Unavailable"}[status]
+        lines = (
+            f"HTTP/1.1 {status} {reason}",
+            "Content-Type: application/json",
+            f"Content-Length: {len(body)}",
+            "Retry-After: 5",
+            "Connection: close",
+        )
+        self.transport.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        self.transport.close()
+
+
+def bounded(most: int) -> type[Any]:
+    """The protocol for at most ``most`` connections."""
+    return type("BoundedTo", (Bounded,), {"most": most})
