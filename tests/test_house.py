@@ -58,7 +58,7 @@ ALLOWED = {
     "report": {"report", "falsify", "probing", "domain", "errors", "files", "stored", "prompts", "visible"},
     "jobs": LANGUAGE | {"jobs", "explain", "simulate", "score", "falsify", "records", "codes", "sae", "subject", "corpus", "__version__"},
     "__main__": {"cli"},
-    "server": {"server", "api", "domain", "errors", "files", "jobs", "visible", "__version__"},
+    "server": {"server", "api", "domain", "errors", "files", "jobs", "validation", "visible", "__version__"},
     "cli": {"cli", "server", "api", "probing", "training", "errors", "assets", "domain", "jobs", "records", "llm", "visible", "__version__"},
 }
 TORCH_ROOMS = {"subject", "sae", "codes", "training"}
