@@ -19,6 +19,7 @@ import torch
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import InputError, RequestRefusedError
 from featureinterp.llm.prefix_cache import PrefixCache, PrefixModel, lock_of, shared_tokens
+from featureinterp.llm.roles import chat_ids
 from featureinterp.llm.types import Reply, Request
 
 BATCH_TOKENS = 1024
@@ -146,9 +147,7 @@ class LocalModel:
     def _chat(self, tokenizer: Any, request: Request) -> list[int]:
         if not getattr(tokenizer, "chat_template", None):
             raise InputError(f"the tokenizer of {self.name} has no chat template: give an instruct model")
-        messages = [{"role": m.role, "content": m.content} for m in request.messages]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        return chat_ids(tokenizer, request.messages)
 
     def _generate(self, model: Any, tokenizer: Any, ids: torch.Tensor, request: Request, start: float) -> Reply:
         torch.manual_seed(request.seed or 0)

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from featureinterp.errors import IncompatibleError
+from featureinterp.llm.roles import text_ids
 from featureinterp.prompts import Prompt, escape
 
 LEVELS = "012345"
@@ -25,14 +26,9 @@ class Built:
     positions: tuple[int, ...]
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text; what looks like a special token in it is text."""
-    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)  # type: ignore[no-any-return]
-
-
 def single(tokenizer: Any, text: str) -> int:
     """The id of a text of one token. Raises ``IncompatibleError`` when it has several."""
-    ids = encode(tokenizer, text)
+    ids = text_ids(tokenizer, text)
     if len(ids) != 1:
         raise IncompatibleError(
             f"the simulator's tokenizer writes {text!r} as {len(ids)} tokens, and a simulator that reads levels needs one: use --simulator rated"
@@ -83,7 +79,7 @@ class PromptBuilder:
         return before, after
 
     def _encode(self, text: str) -> list[int]:
-        return encode(self._tokenizer, text)
+        return text_ids(self._tokenizer, text)
 
     def explanation(self, text: str) -> list[int]:
         """Ids of the explanation's line, or of what is left of its turn."""

@@ -24,9 +24,10 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
 from featureinterp.llm.prefix_cache import Branches, Prefix
+from featureinterp.llm.roles import text_ids
 from featureinterp.prompts import escape
 from featureinterp.simulate.local import LocalSimulator, batches, padded
-from featureinterp.simulate.parts import LEVELS, encode, single
+from featureinterp.simulate.parts import LEVELS, single
 
 KEPT = 200_000
 """Tokens whose neutral distribution is kept."""
@@ -52,15 +53,15 @@ class TokenWise(LocalSimulator):
         bos = self.tokenizer.bos_token_id
         start = [bos] if bos is not None and getattr(self.tokenizer, "add_bos_token", False) else []
         shots = "".join(f"{self._about(what)}{escape(token)}\t{level}\n\n" for what, token, level in self._asked["few_shot"])
-        return start + encode(self.tokenizer, f"{self._asked['intro']}\n\n{shots}")
+        return start + text_ids(self.tokenizer, f"{self._asked['intro']}\n\n{shots}")
 
     def explanation(self, text: str) -> list[int]:
         """Ids of the explanation's line."""
-        return encode(self.tokenizer, self._about(text))
+        return text_ids(self.tokenizer, self._about(text))
 
     def token(self, piece: str) -> list[int]:
         """Ids of a token's line up to its level."""
-        return [*encode(self.tokenizer, escape(piece)), self._tab]
+        return [*text_ids(self.tokenizer, escape(piece)), self._tab]
 
     @cached_property
     def _tab(self) -> int:
