@@ -22,6 +22,7 @@ from featureinterp.errors import (
     MalformedReplyError,
     RequestRefusedError,
 )
+from featureinterp.llm.roles import as_text
 from featureinterp.llm.secrets import Secrets, check_address, check_variable
 from featureinterp.llm.types import Reply, Request
 from featureinterp.tasks import Turns
@@ -131,7 +132,7 @@ class OpenAIModel:
         accepts = self.accepts
         arguments: dict[str, Any] = {
             "model": self.name,
-            "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+            "messages": [{"role": m.role, "content": as_text(m.content)} for m in request.messages],
             accepts.length_field: request.max_tokens,
         }
         if accepts.temperature:
