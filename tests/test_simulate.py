@@ -149,7 +149,7 @@ def test_a_model_is_loaded_only_when_it_is_needed():
         loads.append(1)
         return model, tokenizer()
 
-    sim = AllAtOnce(load, name="tiny")
+    sim = AllAtOnce(load, name="tiny", dtype="float32")
     assert sim.settings["prompt"] == "simulate-all-at-once/v2" and not loads
     anyio.run(sim.simulate, RULES, WINDOWS[:1])
     sim.predict(RULES, WINDOWS[:1])

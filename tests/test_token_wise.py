@@ -114,7 +114,7 @@ def test_nothing_is_loaded_before_a_window_is_simulated():
         loads.append(1)
         return make_model("llama"), tokenizer()
 
-    sim = TokenWise(load, name="tiny")
+    sim = TokenWise(load, name="tiny", dtype="float32")
     assert sim.settings["simulator"] == "token-wise" and sim.settings["prompt"] == "simulate-token-wise/v1" and not loads
     anyio.run(sim.simulate, RULES, WINDOWS[:1])
     sim.predict(RULES, WINDOWS[:1])

@@ -101,9 +101,9 @@ def make_model(family: str, scale: float = 0.15) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def make_subject_folder(folder: Path, family: str, bos: bool = True) -> Path:
-    """A model and its tokenizer as a Hugging Face folder."""
-    make_model(family).save_pretrained(folder)
+def make_subject_folder(folder: Path, family: str, bos: bool = True, *, dtype: torch.dtype = torch.float32, scale: float = 0.15) -> Path:
+    """A model and its tokenizer as a Hugging Face folder; its weights are stored in ``dtype``."""
+    make_model(family, scale).to(dtype).save_pretrained(folder)
     tokenizer(bos).save_pretrained(folder)
     return folder
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from featureinterp.api.local import EXPLAINER, holistic_of, local_parts, near_directions
+from featureinterp.api.local import EXPLAINER, holistic_of, live_dtype, local_parts, near_directions
 from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import InputError, JobStoppedError
 from featureinterp.jobs.plan import Event, Outcome, Plan
@@ -133,8 +133,9 @@ def collect(
     from featureinterp.codes.collect import collect as run_collect
     from featureinterp.corpus.text import load_corpus
     from featureinterp.corpus.windows import WindowPolicy
+    from featureinterp.machine import pick_device
     from featureinterp.sae.load import load_sae
-    from featureinterp.subject.load import load_subject, pick_device
+    from featureinterp.subject.load import load_subject
 
     policy = WindowPolicy(window, min(8, window), max_tokens, max_per_document)
     loaded_sae = load_sae(sae, device=pick_device(device), steps=steps)
@@ -378,7 +379,8 @@ def probe(
     found = tokens.labelled(wanted, texts)
 
     def subject() -> Subject:
-        return load_subject(model or store.meta["model"]["name"], device=device, dtype=store.meta["model"]["dtype"])
+        name = model or store.meta["model"]["name"]
+        return load_subject(name, device=device, dtype=live_dtype(store, device))
 
     twin = dense_twin(store, Path(run), subject, progress=lambda done, total: steps("tokens read again", done, total)) if dense else None
     buffer = ActivationBuffer(tokens.codes, found.labels, found.names, twin, found.instances, tokens.documents)

@@ -30,20 +30,28 @@ def holistic_of(store: CodesStore, model: str | None, sae: str | None, method: L
 
 def subject_of(store: CodesStore, model: str | None, sae: str | None, device: str | None) -> tuple[Subject, LoadedSae]:
     """The model and the SAE that made a run; by the names that it recorded when none are given."""
+    from featureinterp.machine import pick_device
     from featureinterp.sae.load import load_sae
-    from featureinterp.subject.load import load_subject, pick_device
+    from featureinterp.subject.load import load_subject
 
     meta = store.meta
-    subject = load_subject(model or meta["model"]["name"], device=device, dtype=meta["model"]["dtype"])
+    subject = load_subject(model or meta["model"]["name"], device=device, dtype=live_dtype(store, device))
     return subject, load_sae(sae or meta["sae"]["name"], device=pick_device(device))
+
+
+def live_dtype(store: CodesStore, device: str | None) -> str:
+    """What a run's model runs in now: what the run was made in, where the device has it, else float32."""
+    from featureinterp.machine import this_machine
+
+    return this_machine().dtype(None, device, made_in=store.meta["model"]["dtype"])
 
 
 def near_directions(store: CodesStore, sae: str | None, n: int, device: str | None) -> Neighbours:
     """For a feature, those of the nearest decoder directions in the SAE that made a run."""
     from featureinterp.codes.collect import check_sae
+    from featureinterp.machine import pick_device
     from featureinterp.sae.load import load_sae
     from featureinterp.sae.neighbours import nearest_directions
-    from featureinterp.subject.load import pick_device
 
     loaded = load_sae(sae or store.meta["sae"]["name"], device=pick_device(device))
     check_sae(store, loaded)
@@ -71,7 +79,9 @@ def local_parts() -> Local:
 
     def simulator(job: Job) -> Simulator:
         model = job.simulator_model
-        return simulator_of(job.simulator, lambda: load(job, model), model, job.simulator_dtype, job.simulator_temperature, job.simulator_chat)
+        return simulator_of(
+            job.simulator, lambda: load(job, model), model, job.simulator_dtype, job.simulator_temperature, job.simulator_chat, job.simulator_device
+        )
 
     def tokenizer(name: str) -> Any:
         from featureinterp.subject.load import load_tokenizer
@@ -88,20 +98,22 @@ def local_parts() -> Local:
     def activator(job: Job, store: CodesStore) -> Activator:
         from featureinterp.codes.activator import RunActivator
 
-        return RunActivator(store, lambda: subject_of(store, job.model, job.sae, job.simulator_device))
+        dtype = live_dtype(store, job.simulator_device)
+        return RunActivator(store, lambda: subject_of(store, job.model, job.sae, job.simulator_device), dtype=dtype)
 
     def steerer(job: Job, store: CodesStore) -> Steerer:
         from featureinterp.codes.steerer import RunSteerer
 
         def parts() -> tuple[Any, Any, LoadedSae]:
+            from featureinterp.machine import pick_device
             from featureinterp.sae.load import load_sae
-            from featureinterp.subject.load import load_causal_lm, pick_device
+            from featureinterp.subject.load import load_causal_lm
 
             meta, device = store.meta, job.simulator_device
-            model, tokenizer = load_causal_lm(job.model or meta["model"]["name"], device=device, dtype=meta["model"]["dtype"])
+            model, tokenizer = load_causal_lm(job.model or meta["model"]["name"], device=device, dtype=live_dtype(store, device))
             return model, tokenizer, load_sae(job.sae or meta["sae"]["name"], device=pick_device(device))
 
-        return RunSteerer(store, parts)
+        return RunSteerer(store, parts, dtype=live_dtype(store, job.simulator_device))
 
     return Local(simulator, load, tokenizer, causes, neighbours, activator, steerer)
 
@@ -119,14 +131,23 @@ def local_simulator(
     ``temperature``: the simulator's own when not given. ``chat``: the all-at-once prompt as turns of a chat."""
     from featureinterp.subject.load import load_causal_lm
 
-    return simulator_of(kind, lambda: load_causal_lm(name, device=device, dtype=dtype), name, dtype, temperature, chat)
+    return simulator_of(kind, lambda: load_causal_lm(name, device=device, dtype=dtype), name, dtype, temperature, chat, device)
 
 
-def simulator_of(kind: str, load: Callable[[], tuple[Any, Any]], name: str, dtype: str | None, temperature: float | None, chat: bool) -> Simulator:
+def simulator_of(
+    kind: str,
+    load: Callable[[], tuple[Any, Any]],
+    name: str,
+    dtype: str | None,
+    temperature: float | None,
+    chat: bool,
+    device: str | None,
+) -> Simulator:
+    from featureinterp.machine import this_machine
     from featureinterp.simulate.all_at_once import AllAtOnce
     from featureinterp.simulate.token_wise import TokenWise
 
-    dtype = dtype or "bfloat16"
+    dtype = this_machine().dtype(dtype, device)
     if kind == "token-wise":
         return TokenWise(load, name=name, dtype=dtype, temperature=temperature)
     if kind == "all-at-once":

@@ -46,12 +46,12 @@ def extract(
     ``parts``: the share of one worker among several, whose folders :func:`merge` puts together."""
     from dataclasses import replace
 
-    from featureinterp.training.recipe import Parts, writable
+    from featureinterp.training.recipe import Parts, resolved, writable
 
     out = Path(out)
     writable(out)
     wanted = recipe_of(recipe, changes)
-    loaded = Parts(wanted, device)
+    loaded = Parts(resolved(wanted, device), device)
     return loaded.extract(out, steps, settings=replace(loaded.extract_settings(), part=part, parts=parts))
 
 
@@ -99,8 +99,9 @@ def evaluate(
     where the subject is now, by the name that the activations recorded when not given. ``out``: a folder for ``metrics.json``."""
     from dataclasses import replace
 
+    from featureinterp.machine import pick_device, this_machine
     from featureinterp.sae.load import load_sae
-    from featureinterp.subject.load import as_subject, check_same_model, load_causal_lm, pick_device
+    from featureinterp.subject.load import as_subject, check_same_model, load_causal_lm
     from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
     from featureinterp.training.extract import Extracted
 
@@ -123,7 +124,8 @@ def evaluate(
     judged = evaluate(loaded.sae, found.test, sample, max_rows=max_rows, pca=pca, seed=seed, progress=lambda done, total: steps("evaluating", done, total))
     if ce_windows:
         name = model or source["model"]["name"]
-        lm, tokenizer = load_causal_lm(name, device=device, dtype=source["model"]["dtype"])
+        made_in = source["model"]["dtype"]
+        lm, tokenizer = load_causal_lm(name, device=device, dtype=this_machine().dtype(None, device, made_in=made_in))
         check_same_model(as_subject(name, lm, tokenizer), source["model"], "the activations")
         windows = held_out_windows(found.test, ce_windows, seed)
         loss = loss_recovered(lm, tokenizer, loaded.hook, loaded.sae, found.windows, windows, progress=lambda done, total: steps("cross-entropy", done, total))
@@ -161,12 +163,14 @@ def doctor(
     not given (``load_model`` False: none); a ``corpus``. What is wrong is a finding; raises ``InputError`` only when there is nothing to look at."""
     from dataclasses import replace
 
+    from featureinterp.machine import this_machine
     from featureinterp.training.doctor.examine import Patient, examine, patient_of, recorded
 
     patient = Patient() if folder is None else patient_of(Path(folder))
     known = recorded(patient.activations) if patient.activations is not None else None
     if known is not None and load_model:
-        patient = replace(patient, model=known["model"]["name"], dtype=known["model"]["dtype"], hook=known["hook"])
+        live = this_machine().dtype(None, device, made_in=known["model"]["dtype"])
+        patient = replace(patient, model=known["model"]["name"], dtype=live, hook=known["hook"])
     given = {"model": model, "hook": hook, "corpus": corpus, "device": device, "dtype": dtype, "window": window}
     patient = replace(patient, text_field=text_field, **{name: value for name, value in given.items() if value is not None})
     if patient == Patient(text_field=text_field):
@@ -177,6 +181,7 @@ def doctor(
 def speeds(model: str | None, folder: str | Path | None, hook: str | None, *, device: str | None = None, dtype: str | None = None) -> list[Speed]:
     """Tokens per second and peak memory of a model up to a hook, by batch and window length; the model and hook of the activations in ``folder`` when not
     given."""
+    from featureinterp.machine import this_machine
     from featureinterp.subject.load import load_subject
     from featureinterp.training.doctor.bench import speeds
     from featureinterp.training.doctor.examine import patient_of, recorded
@@ -184,7 +189,8 @@ def speeds(model: str | None, folder: str | Path | None, hook: str | None, *, de
     activations = patient_of(Path(folder)).activations if folder is not None else None
     known = recorded(activations) if activations is not None else None
     if known is not None:
-        model, hook, dtype = model or known["model"]["name"], hook or known["hook"], dtype or known["model"]["dtype"]
+        dtype = this_machine().dtype(dtype, device, made_in=known["model"]["dtype"])
+        model, hook = model or known["model"]["name"], hook or known["hook"]
     if model is None or hook is None:
         raise InputError("a benchmark needs a model and a hook: give --model and --hook")
     return list(speeds(load_subject(model, device=device, dtype=dtype), hook))

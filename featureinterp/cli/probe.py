@@ -27,7 +27,7 @@ def probe(
     corpus: str = typer.Option(None, help="Where the run's corpus is now; by the name that the run recorded when not given."),
     text_field: str = typer.Option("text", help="Field or column that holds the text."),
     model: str = typer.Option(None, help="Where the subject model is now; by the name that the run recorded when not given."),
-    device: str = typer.Option(None, help="Device of the subject model: cpu or cuda."),
+    device: str = typer.Option(None, help="Device of the subject model: auto (the GPU when there is one), cpu, cuda or mps."),
     seed: int = typer.Option(0, help="Seed of the split and of the shifts."),
     as_json: bool = typer.Option(False, "--json", help="Print the concepts and annotations as JSON."),
 ) -> None:

@@ -19,7 +19,7 @@ def records(
     holistic: str = typer.Option(None, help="Add which tokens cause the activations: exact or gradient."),
     model: str = typer.Option(None, help="Where the subject model is now; by the name that the run recorded when not given."),
     sae: str = typer.Option(None, help="Where the SAE is now; by the name that the run recorded when not given."),
-    device: str = typer.Option(None, help="Device of the subject model and the SAE: cpu or cuda."),
+    device: str = typer.Option(None, help="Device of the subject model and the SAE: auto (the GPU when there is one), cpu, cuda or mps."),
     seed: int = typer.Option(0, help="Seed of what is drawn at random."),
     as_json: bool = typer.Option(False, "--json", help="Print a summary as JSON."),
 ) -> None:

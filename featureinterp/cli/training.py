@@ -162,7 +162,7 @@ def doctor(
     bench: bool = typer.Option(False, "--bench", help="Also measure tokens per second and peak memory by batch and window length; needs a model."),
     seed: int = typer.Option(0, help="Seed of what is drawn at random."),
     device: str = _DEVICE,
-    dtype: str = typer.Option(None, help="The model's dtype: bfloat16 (default), float16 or float32."),
+    dtype: str = typer.Option(None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."),
     as_json: bool = _JSON,
 ) -> None:
     """Look for the known mistakes in a model, a corpus, activations or a run. Exit code 1 when something failed.
@@ -204,7 +204,7 @@ def layers(
     out: Path = typer.Option(None, help="Folder for the table and the plot."),
     seed: int = typer.Option(0, help="Seed of the split and the resamples."),
     device: str = _DEVICE,
-    dtype: str = typer.Option(None, help="The model's dtype: bfloat16 (default), float16 or float32."),
+    dtype: str = typer.Option(None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."),
     as_json: bool = _JSON,
 ) -> None:
     """Compare layers by linear probes and spectra, and recommend one to train on.

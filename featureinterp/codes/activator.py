@@ -71,11 +71,18 @@ class TextActivator:
         return out
 
 
+def live_settings(store: CodesStore, dtype: str | None = None) -> dict[str, str]:
+    """What new texts through a run's model and SAE depend on: both, and the ``dtype`` that the model runs in now where the
+    run was made in another."""
+    settings = {name: str(store.meta[name]["fingerprint"]) for name in ("model", "sae")}
+    return settings | ({"dtype": dtype} if dtype not in (None, store.meta["model"]["dtype"]) else {})  # type: ignore[dict-item]
+
+
 class RunActivator:
     """New texts through the model and the SAE that made a run; both are loaded when the first text comes. ``settings``: what the activations depend on."""
 
-    def __init__(self, store: CodesStore, load: Callable[[], tuple[Subject, LoadedSae]]) -> None:
-        self.settings = {name: store.meta[name]["fingerprint"] for name in ("model", "sae")}
+    def __init__(self, store: CodesStore, load: Callable[[], tuple[Subject, LoadedSae]], *, dtype: str | None = None) -> None:
+        self.settings = live_settings(store, dtype)
         self._store, self._load = store, load
         self._loading = threading.Lock()
         self._loaded: TextActivator | None = None

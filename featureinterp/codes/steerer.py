@@ -9,19 +9,19 @@ from typing import Any
 import anyio.to_thread
 import torch
 
+from featureinterp.codes.activator import live_settings
 from featureinterp.codes.collect import check_sae
 from featureinterp.codes.store import CodesStore
-from featureinterp.errors import IncompatibleError
 from featureinterp.sae.load import LoadedSae
-from featureinterp.subject.load import weights_fingerprint
+from featureinterp.subject.load import check_same_weights
 from featureinterp.subject.steering import random_directions, write
 
 
 class RunSteerer:
     """A :class:`Steerer`. ``load`` gives the causal language model, its tokenizer and the SAE, when the first text is asked for."""
 
-    def __init__(self, store: CodesStore, load: Callable[[], tuple[Any, Any, LoadedSae]]) -> None:
-        self.settings = {name: store.meta[name]["fingerprint"] for name in ("model", "sae")}
+    def __init__(self, store: CodesStore, load: Callable[[], tuple[Any, Any, LoadedSae]], *, dtype: str | None = None) -> None:
+        self.settings = live_settings(store, dtype)
         self._store, self._load = store, load
         self._busy = threading.Lock()
         self._loaded: tuple[Any, Any, LoadedSae] | None = None
@@ -47,7 +47,6 @@ class RunSteerer:
     def _checked(self) -> tuple[Any, Any, LoadedSae]:
         model, tokenizer, sae = self._load()
         check_sae(self._store, sae)
-        if self._store.meta["model"]["fingerprint"] != weights_fingerprint(model.base_model):
-            named = self._store.meta["model"]["name"]
-            raise IncompatibleError(f"the run's codes were made with another model: give the one that it names, {named!r}")
+        recorded = self._store.meta["model"]
+        check_same_weights(model.base_model, recorded["name"], recorded, "the run's codes")
         return model, tokenizer, sae

@@ -91,8 +91,9 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
     from featureinterp.codes.collect import check_fit, collect_shared
     from featureinterp.corpus.text import load_corpus
     from featureinterp.corpus.windows import WindowPolicy
+    from featureinterp.machine import pick_device
     from featureinterp.sae.load import load_sae
-    from featureinterp.subject.load import load_causal_lm, load_subject, pick_device
+    from featureinterp.subject.load import load_causal_lm, load_subject
 
     endpoint = spec.endpoint
     price = load_config().price(endpoint)

@@ -35,7 +35,7 @@ class LocalSimulator(ABC):
         load: Callable[[], tuple[Any, Any]],
         *,
         name: str,
-        dtype: str = "bfloat16",
+        dtype: str,
         version: str | None = None,
         temperature: float | None = None,
         batch_tokens: int = BATCH_TOKENS,

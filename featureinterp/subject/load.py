@@ -13,32 +13,13 @@ import torch
 
 from featureinterp.corpus.windows import Encoding
 from featureinterp.errors import IncompatibleError, UnknownNameError
+from featureinterp.machine import DTYPES, pick_device, pick_dtype
 from featureinterp.quiet import quiet_transformers
 from featureinterp.subject.hooks import block_of, find_blocks, residuals_after
 
 EMBEDDED = "smollm2-135m-instruct"
 _OWNERS = {"pythia-160m-deduped": "EleutherAI", "gemma-2-2b": "google"}
 """Models that people name without their owner, because the SAEs of SAEBench and Gemma Scope do."""
-
-
-def pick_device(name: str | None = None) -> torch.device:
-    """The device of that name; None: the first GPU when there is one, else the CPU."""
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UnknownNameError(f"the device {name!r} cannot be used ({str(error).splitlines()[0]}): give 'cpu' or 'cuda'") from error
-    return device
-
-
-def pick_dtype(name: str | None = None) -> torch.dtype:
-    """The dtype of that name; None: bfloat16, which the embedded and most current models are stored in."""
-    dtype = {None: torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.get(name)
-    if dtype is None:
-        raise UnknownNameError(f"there is no dtype {name!r} for a model: choose bfloat16, float16 or float32")
-    return dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +120,33 @@ class Subject:
 
 def check_same_model(subject: Subject, recorded: Mapping[str, Any], what: str) -> None:
     """Raises ``IncompatibleError`` when ``what`` was made with another model than ``subject``. ``recorded``: its ``name`` and ``fingerprint``."""
-    if recorded["fingerprint"] != subject.fingerprint:
-        raise IncompatibleError(f"{what} were made with another model than {subject.name!r} is: give the one that they name, {recorded['name']!r}")
+    check_same_weights(subject.model, subject.name, recorded, what)
 
 
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """SHA-256 over every parameter's name, shape, dtype and 32 evenly spaced values."""
+def check_same_weights(model: torch.nn.Module, name: str, recorded: Mapping[str, Any], what: str) -> None:
+    """The same for a model by itself. It may run in another dtype than ``recorded``: its weights must be the recorded ones when they are cast to that."""
+    if same_weights(model, recorded):
+        return
+    made_in = recorded.get("dtype")
+    runs_in = str(next(iter(model.parameters())).dtype).removeprefix("torch.")
+    other = f", or run it in {made_in} as they were, not in {runs_in}" if made_in and made_in != runs_in else ""
+    raise IncompatibleError(f"{what} were made with another model than {name!r} is: give the one that they name, {recorded['name']!r}{other}")
+
+
+def same_weights(model: torch.nn.Module, recorded: Mapping[str, Any]) -> bool:
+    """Whether a model has the recorded weights, in their dtype or when they are cast to it."""
+    made_in = DTYPES.get(str(recorded.get("dtype")))
+    return recorded["fingerprint"] in (weights_fingerprint(model), weights_fingerprint(model, made_in))
+
+
+def weights_fingerprint(model: torch.nn.Module, dtype: torch.dtype | None = None) -> str:
+    """SHA-256 over every parameter's name, shape, dtype and 32 evenly spaced values; of the weights cast to ``dtype`` when it is given."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         flat = weight.detach().reshape(-1)
         sample = flat[torch.linspace(0, max(flat.numel() - 1, 0), min(32, flat.numel()), dtype=torch.float64).long()]
-        digest.update(f"{name}{tuple(weight.shape)}{weight.dtype}".encode() + sample.float().cpu().numpy().tobytes())
+        sample = sample.to(dtype) if dtype is not None and sample.is_floating_point() else sample
+        digest.update(f"{name}{tuple(weight.shape)}{sample.dtype}".encode() + sample.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -158,7 +155,8 @@ def load_subject(
 ) -> Subject:
     """Loads a causal language model, of which only what is below its head must be in the checkpoint, and its tokenizer.
 
-    ``name``: an embedded part, a Hugging Face model name, or a folder. ``dtype``: bfloat16 (default), float16 or float32.
+    ``name``: an embedded part, a Hugging Face model name, or a folder. ``dtype``: auto (bfloat16 where the device has
+    it, else float32), bfloat16, float16 or float32.
 
     Raises ``UnknownNameError`` when there is no such model or it is no causal language model with a fast tokenizer, and ``IncompatibleError`` when its
     checkpoint is damaged or lacks weights.
@@ -196,7 +194,8 @@ def read_causal_lm(
     name: str, *, device: str | None = None, dtype: str | None = None, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[Any, Any, list[str]]:
     """Model and tokenizer as :func:`load_causal_lm` gives them, and the parameters that the checkpoint lacks: the library filled them with random numbers."""
-    target, kind = pick_device(device), pick_dtype(dtype)
+    target = pick_device(device)
+    kind = pick_dtype(dtype, target)
     source = model_source(name)
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -16,8 +16,9 @@ from featureinterp.corpus.text import Corpus, load_corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
 from featureinterp.errors import IncompatibleError, InputError
 from featureinterp.files import explained_storage, write_atomic, write_json
+from featureinterp.machine import AUTO, pick_device, this_machine
 from featureinterp.sae.load import LoadedSae, load_sae, save_sae, save_saelens
-from featureinterp.subject.load import Subject, as_subject, check_same_model, load_causal_lm, pick_device
+from featureinterp.subject.load import Subject, as_subject, check_same_model, load_causal_lm
 from featureinterp.training.architectures import as_sae
 from featureinterp.training.batches import Batches, OnlineBatches, Share, StoreBatches
 from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
@@ -119,6 +120,7 @@ def train(recipe: Recipe, out: Path, *, device: str | None = None, steps: Steps 
     if given is not None and (given / "train" / METADATA).exists():
         source = read_metadata(given / "train")["source"]
         recipe = fitted(recipe, source)
+    recipe = resolved(recipe, device, made_in=source["model"]["dtype"] if source else None)
     parts = Parts(recipe, device)
     if source is not None and recipe.subject.model != source["model"]["name"]:
         check_same_model(parts.subject, source["model"], "the activations")
@@ -209,13 +211,23 @@ def _online(recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ran
 
 def fitted(recipe: Recipe, source: dict[str, Any]) -> Recipe:
     """The recipe with the model and hook of activations that were given, where it names none itself. Raises ``IncompatibleError`` where it names another hook
-    or dtype; a model may lie elsewhere now."""
+    or dtype; a model may lie elsewhere now, and run in another dtype where this machine lacks theirs."""
     theirs = {"hook": source["hook"], "model": source["model"]["name"], "dtype": source["model"]["dtype"]}
     named = {name: getattr(recipe.subject, name) for name in recipe.subject.model_fields_set}
+    if named.get("dtype") == AUTO:
+        del named["dtype"]
     for name in ("hook", "dtype"):
         if named.get(name, theirs[name]) != theirs[name]:
             raise IncompatibleError(f"the activations are of the {name} {theirs[name]!r}, and the recipe says {named[name]!r}: change one of them")
-    return recipe.model_copy(update={"subject": recipe.subject.model_copy(update={**theirs, **named})})
+    return recipe.model_copy(update={"subject": recipe.subject.model_copy(update={**theirs, "dtype": AUTO, **named})})
+
+
+def resolved(recipe: Recipe, device: str | None, made_in: str | None = None) -> Recipe:
+    """The recipe with what ``auto`` stands for on this machine; where activations are given that were ``made_in`` a dtype, in that if the device has it."""
+    machine, training = this_machine(), recipe.training
+    subject = recipe.subject.model_copy(update={"dtype": machine.dtype(recipe.subject.dtype, device, made_in=made_in)})
+    precision = machine.dtype(training.precision, device)
+    return recipe.model_copy(update={"subject": subject, "training": training.model_copy(update={"precision": precision})})
 
 
 def _settings_that_matter(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:

@@ -49,8 +49,8 @@ class SubjectTable(_Table):
     """An embedded name, a Hugging Face name, or a folder."""
     hook: str = "blocks.14.hook_resid_post"
     """The residual stream after a block, counted from 0."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """What the model runs in."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What the model runs in; auto: bfloat16 where the device has it, else float32. A run records what was chosen."""
 
 
 class CorpusTable(_Table):
@@ -155,7 +155,7 @@ class TrainingTable(_Table):
     """Adam's."""
     clip: float = pydantic.Field(default=1.0, ge=0)
     """The gradient's norm is cut to this; 0: never."""
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
     """Of the large products; weights and their updates are always float32."""
     mix: int = pydantic.Field(default=10, ge=1)
     """Shards whose rows are shuffled together."""

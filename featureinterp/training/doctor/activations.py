@@ -11,7 +11,7 @@ import torch
 from featureinterp.codes.collect import SINK_FACTOR
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import FeatureInterpError
-from featureinterp.subject.load import Subject
+from featureinterp.subject.load import Subject, same_weights
 from featureinterp.training.doctor.check import Sheet
 from featureinterp.training.doctor.model import FAR, hidden_states, relative
 from featureinterp.training.store import ActivationStore
@@ -73,7 +73,7 @@ def provenance(sheet: Sheet, store: ActivationStore, windows: WindowTable | None
     source = store.meta["source"]
     wrong = []
     if subject is not None:
-        if source["model"]["fingerprint"] != subject.fingerprint:
+        if not same_weights(subject.model, source["model"]):
             wrong.append(f"the model is not {source['model']['name']} in {source['model']['dtype']}, whose rows these are")
         if source["tokenizer"] != subject.encoder.fingerprint:
             wrong.append("the tokenizer is another one")
