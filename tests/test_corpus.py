@@ -11,14 +11,16 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from markers import change_marker
 from tiny import NASTY, TINY_TEXTS, tokenizer
 
+from featureinterp.corpus import cut
 from featureinterp.corpus import windows as windows_module
+from featureinterp.corpus.cut import piece_ends
 from featureinterp.corpus.passages import passages
+from featureinterp.corpus.quota import even_quotas
 from featureinterp.corpus.text import Corpus, Document, load_corpus
-from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows, piece_ends
-from featureinterp.errors import CorpusError, IncompleteStoreError, InputError, UnknownNameError
+from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
+from featureinterp.errors import CorpusError, IncompatibleError, IncompleteStoreError, InputError, UnknownNameError
 from featureinterp.subject.load import HubTokenizer
 
 ENCODER = HubTokenizer(tokenizer())
@@ -73,7 +75,7 @@ def test_strings_that_look_like_special_tokens_are_text():
 
 
 def test_a_long_document_is_cut_into_segments_without_losing_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(windows_module, "SEGMENT_CHARS", 50)
+    monkeypatch.setattr(cut, "SEGMENT_CHARS", 50)
     text = " ".join(TINY_TEXTS) + " " + "y" * 300
     table = table_of(tmp_path / "w", text)
     assert "".join(table.text(row) for row in range(len(table))) == text
@@ -100,8 +102,77 @@ def test_what_short_documents_lack_is_taken_from_later_ones(tmp_path: Path):
 
 
 def test_streamed_corpora_give_few_windows_per_document(tmp_path: Path):
-    table = table_of(tmp_path / "w", *([" ".join(TINY_TEXTS)] * 5), known=False, max_tokens=10_000)
+    text = " ".join(TINY_TEXTS)
+    table = table_of(tmp_path / "w", *([text] * 50), known=False, max_tokens=600)
+    assert 600 <= table.n_tokens < 604
     assert np.bincount(table.documents).max() <= windows_module.STREAMED_WINDOWS_PER_DOCUMENT
+    few = table_of(tmp_path / "f", *([text] * 5), known=False, max_tokens=600)
+    assert 600 <= few.n_tokens < 604 and np.ptp(np.bincount(few.documents)) <= 1
+
+
+SHORT, LONG = "In 1849", " ".join(TINY_TEXTS * 8)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("order", [[0, 1], [1, 0], [0, 1, 0, 1], [1, 1, 0, 0, 2, 2, 2, 2]])
+def test_what_empty_and_short_documents_leave_is_filled_whatever_their_order(tmp_path: Path, order: list[int], known: bool):
+    texts = [("", SHORT, LONG)[kind if len(order) == 8 else 2 * kind] for kind in order] * 3
+    there = sum(len(ENCODER.encode([t])[0].ids) for t in texts)
+    asked = there * 2 // 3
+    table = table_of(tmp_path / "w", *texts, known=known, max_tokens=asked)
+    assert asked - 4 < table.n_tokens < asked + 4 and table.notes == []
+    assert np.all(np.diff(table.documents) >= 0) and table.document_ids() == [str(i) for i in range(len(texts))]
+    everything = table_of(tmp_path / "all", *texts, known=known, max_tokens=10 * there)
+    assert everything.n_tokens == there
+    assert everything.notes == [f"the corpus gives {there:,} of the {10 * there:,} tokens asked for (windows of 1 to 4 tokens)"]
+
+
+def test_the_quota_of_one_document_stays_when_the_rest_is_filled(tmp_path: Path):
+    table = table_of(tmp_path / "w", *([LONG] * 3), *([""] * 3), max_tokens=1000, max_per_document=5)
+    assert np.bincount(table.documents).tolist() == [5, 5, 5] and "at most 5 of one document" in table.notes[0]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    documents=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=12),
+    aim=st.integers(4, 200),
+    most=st.none() | st.integers(1, 5),
+)
+def test_even_quotas_reach_the_aim_and_nobody_gives_more_while_others_have_some(documents: list[tuple[int, int]], aim: int, most: int | None):
+    length = 4
+    windows = np.array([w for w, _ in documents])
+    tokens = np.array([max(0, w * length - short) for w, short in documents])
+    room = windows if most is None else np.minimum(windows, most)
+    quotas = even_quotas(windows, tokens, room, aim, length)
+    assert (quotas <= room).all() and (quotas >= 0).all()
+    below = quotas < room
+    if below.any():
+        assert quotas.max() <= quotas[below].min() + 1
+
+    def given_by(quotas: np.ndarray) -> int:
+        total = 0
+        for q, w, t in zip(quotas.tolist(), windows.tolist(), tokens.tolist(), strict=True):
+            chosen = [(2 * j + 1) * w // (2 * q) for j in range(q)]
+            total += sum(length if k < w - 1 else t - (w - 1) * length for k in chosen)
+        return total
+
+    assert (quotas == room).all() or aim <= given_by(quotas) < aim + length + 3 * len(documents)
+
+
+def test_a_large_corpus_is_not_read_whole_for_the_few_tokens_that_its_end_lacks(tmp_path: Path):
+    read: list[str] = []
+
+    class Counting:
+        fingerprint = "counting"
+
+        def encode(self, texts: list[str]) -> object:
+            read.extend(texts)
+            return ENCODER.encode(texts)
+
+    texts = [LONG] * 300 + [""] * 300
+    table = build_windows(corpus_of(*texts), Counting(), WindowPolicy(4, 1, 200), tmp_path / "w")
+    assert 196 < table.n_tokens < 204
+    assert len(read) < 300
 
 
 def test_short_rests_are_kept_or_dropped_by_the_policy(tmp_path: Path):
@@ -117,12 +188,23 @@ def test_a_finished_table_is_reused_and_a_changed_request_is_not(tmp_path: Path)
     stamp = (tmp_path / "w" / "tokens.bin").stat().st_mtime_ns
     assert table_of(tmp_path / "w", *TINY_TEXTS).fingerprint == table.fingerprint
     assert (tmp_path / "w" / "tokens.bin").stat().st_mtime_ns == stamp
-    assert table_of(tmp_path / "w", *TINY_TEXTS, length=5).length == 5
+    for changed in ({"length": 5}, {"max_tokens": 20}):
+        with pytest.raises(IncompatibleError, match="other text, or of another policy"):
+            table_of(tmp_path / "w", *TINY_TEXTS, **changed)
+    with pytest.raises(IncompatibleError, match="give another folder"):
+        table_of(tmp_path / "w", *TINY_TEXTS[:-1], "The same name, another text.")
+    assert (tmp_path / "w" / "tokens.bin").stat().st_mtime_ns == stamp
+    assert not (tmp_path / "w.new").exists()
     marker = tmp_path / "w" / "windows.json"
-    change_marker(marker, format=1)
+    meta = json.loads(marker.read_text())
+    meta.pop("checksum"), meta.pop("files")
+    marker.write_text(json.dumps({**{k: v for k, v in meta.items() if k != "content"}, "key": "of an earlier version"}))
+    assert table_of(tmp_path / "w", *TINY_TEXTS).fingerprint == table.fingerprint
+    with pytest.raises(IncompatibleError):
+        table_of(tmp_path / "w", *TINY_TEXTS[:-1])
+    marker.write_text(json.dumps({**meta, "format": 1}))
     with pytest.raises(IncompleteStoreError, match="another version"):
         WindowTable.open(tmp_path / "w")
-    assert table_of(tmp_path / "w", *TINY_TEXTS).length == 4
 
 
 def test_an_unfinished_table_says_so_and_a_failed_one_leaves_nothing(tmp_path: Path):

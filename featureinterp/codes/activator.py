@@ -11,7 +11,7 @@ import torch
 
 from featureinterp.codes.collect import check_fit, check_sae, check_subject, scored_tokens
 from featureinterp.codes.store import CodesStore
-from featureinterp.corpus.windows import piece_ends
+from featureinterp.corpus.cut import piece_ends
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import Window
 from featureinterp.errors import IncompatibleError

@@ -18,49 +18,33 @@ character's place in it), ``text.bin`` UTF-8, ``spans.bin`` int64 ``[n + 1]`` (b
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from featureinterp.corpus.contents import hashes_of
+from featureinterp.corpus.cut import Available, TextEncoder, cuts
+from featureinterp.corpus.quota import UNKNOWN, Plan, Seen, lacks_much, next_plan
 from featureinterp.corpus.text import Corpus
-from featureinterp.errors import CorpusError, DamagedStoreError, IncompleteStoreError, InputError
+from featureinterp.errors import CorpusError, DamagedStoreError, IncompatibleError, IncompleteStoreError, InputError
 from featureinterp.files import content_key, explained_storage
 from featureinterp.stored.arrays import mapped, read_whole, rising, within
 from featureinterp.stored.sums import SummedFile, Sums, checked_bytes, described, read_marker, write_marker
 
 FORMAT = 2
 MARKER = "windows.json"
-SEGMENT_CHARS = 100_000
 STREAMED_WINDOWS_PER_DOCUMENT = 8
 _ARRAYS = {"tokens": np.int32, "ends": np.uint32, "lengths": np.int32, "documents": np.int32, "starts": np.int64, "chars": np.int64, "spans": np.int64}
-
-
-class Encoding(Protocol):
-    """What is needed of a tokenizer's result for one text."""
-
-    ids: list[int]
-    offsets: list[tuple[int, int]]
-
-
-class TextEncoder(Protocol):
-    """Text → token ids with the character span of each; never yields special tokens."""
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash that changes when the same text would be encoded otherwise."""
-        ...
-
-    def encode(self, texts: Sequence[str]) -> Sequence[Encoding]:
-        """One encoding per text."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +170,16 @@ class WindowTable:
         """Token ids, int32 ``[n]`` with n the window's own length."""
         return np.asarray(self.tokens[row, : self.lengths[row]])
 
+    @cached_property
+    def contents(self) -> np.ndarray:
+        """A hash of every window's tokens, uint64 ``[n]``: equal for windows of the same text."""
+        return hashes_of(self.tokens)
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of how the text was read: tokens that are missing, rows without text, files that were not read."""
+        return list(self.meta.get("notes", []))
+
     def document_ids(self) -> list[str]:
         """The corpus's id of every document, by its number."""
         path, remedy = self.folder / "documents.jsonl", _remedy(self.folder)
@@ -214,48 +208,50 @@ def _check_numbers(meta: Mapping[str, Any]) -> None:
             raise ValueError(f"{value!r} is no count")
 
 
-def piece_ends(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The end of every token's piece, in characters: int64 ``[n]``, never falling, the last one at the end of the text.
-
-    What lies between two tokens' spans (white space that a tokenizer trims) goes to the later one; of tokens that share a
-    character, the last gets it.
-    """
-    if not offsets:
-        return np.zeros(0, np.int64)
-    spans = np.asarray(offsets, np.int64)
-    edges = np.append(np.minimum(spans[:-1, 1], spans[1:, 0]), len(text))
-    return np.minimum.accumulate(edges[::-1])[::-1]
-
-
 def build_windows(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: Path) -> WindowTable:
-    """Cuts a corpus into windows and writes the table into ``folder``; a complete one for the same request is reused.
+    """Cuts a corpus into windows and writes the table into ``folder``; a complete one of the same text and policy is reused.
 
-    Memory is bounded by one segment of a document. Raises ``CorpusError`` when no window comes out.
+    Memory is bounded by one segment of a document. Raises ``CorpusError`` when no window comes out, and ``IncompatibleError`` when a
+    complete table of other windows is there: it is never replaced.
     """
-    request = {"format": FORMAT, "corpus": corpus.name, "policy": asdict(policy), "tokenizer": encoder.fingerprint}
-    key = content_key(request)
-    if (folder / MARKER).exists():
-        with suppress(IncompleteStoreError):  # a table of another version is made anew
-            table = WindowTable.open(folder)
-            if table.meta["key"] == key:
-                return table
-    with explained_storage(folder):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    asked = {"format": FORMAT, "policy": asdict(policy), "tokenizer": encoder.fingerprint, "content": corpus.fingerprint}
+    key = content_key(asked)
+    there = WindowTable.open(folder) if (folder / MARKER).exists() else None
+    if there is not None:
+        if there.meta["key"] == key:
+            return there
+        _check_same(there, there.meta, asked)
+    target = folder if there is None else folder.with_name(f"{folder.name}.new")
+    with explained_storage(target):
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
         try:
-            meta, files = _write(corpus, encoder, policy, folder)
+            meta, files = _write(corpus, encoder, policy, target)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(target, ignore_errors=True)
             raise
-    write_marker(folder / MARKER, {"key": key, **request, **meta}, files)
+    if there is not None:
+        shutil.rmtree(target, ignore_errors=True)
+        _check_same(there, meta, asked)
+        return there
+    write_marker(folder / MARKER, {"key": key, "corpus": corpus.name, "reading": dict(corpus.settings), **asked, **meta}, files)
     return WindowTable.open(folder)
 
 
+def _check_same(there: WindowTable, meta: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Raises ``IncompatibleError`` for a table of other windows. One of an earlier version, which did not record its content, may be the same."""
+    if there.fingerprint == meta["fingerprint"] and all(there.meta[name] == asked[name] for name in ("policy", "tokenizer")):
+        return
+    raise IncompatibleError(f"{there.folder} holds windows of other text, or of another policy or tokenizer: give another folder, or start anew with --replace")
+
+
 def copy_windows(table: WindowTable, folder: Path) -> None:
-    """Puts a table into another folder as well: by links where the file system has them, else as copies. One that is there already stays."""
+    """Puts a table into another folder as well: by links where the file system has them, else as copies. The same one stays when it is there
+    already; another complete one is refused with ``IncompatibleError``."""
     if folder == table.folder:
         return
-    if (folder / MARKER).exists() and WindowTable.open(folder).meta["key"] == table.meta["key"]:
+    if (folder / MARKER).exists():
+        _check_same(WindowTable.open(folder), table.meta, table.meta)
         return
     with explained_storage(folder):
         shutil.rmtree(folder, ignore_errors=True)
@@ -267,18 +263,40 @@ def copy_windows(table: WindowTable, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-@dataclass(frozen=True, slots=True)
-class _Cut:
-    start: int
-    char: int
-    ids: list[int]
-    text: str
-    ends: np.ndarray
-
-
 def _write(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: Path) -> tuple[dict[str, Any], dict[str, Sums]]:
+    """Writes the table in as many passes as the number of tokens that was asked for needs."""
+    plan: Plan | None = None
+    known = Seen()
+    for number in itertools.count(1):
+        meta, files, seen = _write_once(corpus, encoder, policy, folder, plan)
+        seen.learn(known)
+        known, plan = seen, None
+        if policy.max_tokens is not None:
+            plan = next_plan(seen, meta["n_tokens"], policy.max_tokens, policy.length, policy.max_per_document, number)
+        if plan is None:
+            break
+    if not meta["n_windows"]:
+        raise CorpusError(f"the corpus {corpus.name} gives no window of at least {policy.min_length} tokens: is it empty?")
+    return {**meta, "notes": list(_notes(corpus, policy, meta["n_tokens"]))}, files
+
+
+def _notes(corpus: Corpus, policy: WindowPolicy, n_tokens: int) -> Iterator[str]:
+    """What a user should know of the reading."""
+    if policy.max_tokens is not None and lacks_much(n_tokens, policy.max_tokens, policy.length):
+        limit = f", at most {policy.max_per_document} of one document" if policy.max_per_document else ""
+        windows = f"windows of {policy.min_length} to {policy.length} tokens{limit}"
+        yield f"the corpus gives {n_tokens:,} of the {policy.max_tokens:,} tokens asked for ({windows})"
+    if corpus.tally.n_null:
+        yield f"{corpus.tally.n_null:,} of the rows that were read have no text (null) and are left out"
+    if corpus.unread:
+        more = f" and {len(corpus.unread) - 5} more" if len(corpus.unread) > 5 else ""
+        yield f"not read as documents: {', '.join(corpus.unread[:5])}{more} in {corpus.name}"
+
+
+def _write_once(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: Path, plan: Plan | None) -> tuple[dict[str, Any], dict[str, Sums], Seen]:
     digest = hashlib.sha256()
-    n_windows = n_tokens = n_documents = span = 0
+    seen = Seen()
+    n_windows = n_tokens = span = 0
     with ExitStack() as stack:
         paths = [*(f"{name}.bin" for name in _ARRAYS), "text.bin", "documents.jsonl"]
         files = {name: SummedFile(stack.enter_context((folder / name).open("wb"))) for name in paths}
@@ -287,11 +305,12 @@ def _write(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: P
             files[f"{name}.bin"].write(np.asarray(value, _ARRAYS[name]).tobytes())
 
         put("spans", 0)
-        for document in corpus:
-            if policy.max_tokens is not None and n_tokens >= policy.max_tokens:
+        for number, document in enumerate(corpus):
+            if plan.ends(number) if plan else policy.max_tokens is not None and n_tokens >= policy.max_tokens:
                 break
-            quota = _quota(policy, corpus.n_documents, n_documents, n_tokens)
-            for cut in _cuts(document.text, encoder, policy, quota):
+            quota = plan.quota(number) if plan else _quota(policy, corpus.n_documents, number, n_tokens)
+            has, before = Available(), n_windows
+            for cut in cuts(document.text, encoder, policy.length, policy.min_length, quota, has):
                 pad = policy.length - len(cut.ids)
                 data = cut.text.encode()
                 span += len(data)
@@ -299,20 +318,20 @@ def _write(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: P
                 put("tokens", ids)
                 put("ends", np.pad(cut.ends, (0, pad), mode="edge"))
                 put("lengths", len(cut.ids))
-                put("documents", n_documents)
+                put("documents", number)
                 put("starts", cut.start)
                 put("chars", cut.char)
                 put("spans", span)
                 files["text.bin"].write(data)
-                digest.update(ids.tobytes() + data + n_documents.to_bytes(8, "little"))
+                digest.update(ids.tobytes() + data + number.to_bytes(8, "little"))
                 n_windows += 1
                 n_tokens += len(cut.ids)
+            if plan:
+                plan.took(number, n_windows - before)
+            seen.add(UNKNOWN if quota == 0 else has.windows, has.tokens, n_windows - before)
             files["documents.jsonl"].write((json.dumps(document.id) + "\n").encode())
-            n_documents += 1
-    if not n_windows:
-        raise CorpusError(f"the corpus {corpus.name} gives no window of at least {policy.min_length} tokens: is it empty?")
-    meta = {"n_windows": n_windows, "n_tokens": n_tokens, "n_documents": n_documents, "fingerprint": digest.hexdigest()}
-    return meta, {name: file.sums for name, file in files.items()}
+    meta = {"n_windows": n_windows, "n_tokens": n_tokens, "n_documents": len(seen.taken), "fingerprint": digest.hexdigest()}
+    return meta, {name: file.sums for name, file in files.items()}, seen
 
 
 def _quota(policy: WindowPolicy, n_documents: int | None, done: int, taken: int) -> int | None:
@@ -325,61 +344,3 @@ def _quota(policy: WindowPolicy, n_documents: int | None, done: int, taken: int)
     due = policy.max_tokens * (done + 1) / n_documents - taken
     quota = max(0, round(due / policy.length))
     return quota if policy.max_per_document is None else min(quota, policy.max_per_document)
-
-
-def _cuts(text: str, encoder: TextEncoder, policy: WindowPolicy, quota: int | None) -> Iterator[_Cut]:
-    """The chosen windows of a document: all of them, or ``quota`` of them spread evenly over it."""
-    if quota == 0:
-        return
-    segments = list(_segments(valid_unicode(text)))
-    first = taken = char = 0
-    for number, segment in enumerate(segments, 1):
-        encoding = encoder.encode([segment])[0]
-        available = _n_windows(len(encoding.ids), policy)
-        take = available if quota is None else min(available, round(quota * number / len(segments)) - taken)
-        yield from _windows_of(segment, encoding, first, char, _spread(available, take), policy)
-        first += len(encoding.ids)
-        char += len(segment)
-        taken += take
-
-
-def _spread(available: int, take: int) -> list[int]:
-    """``take`` of ``range(available)``, evenly spaced."""
-    return [(2 * j + 1) * available // (2 * take) for j in range(take)]
-
-
-def _n_windows(n_tokens: int, policy: WindowPolicy) -> int:
-    full, rest = divmod(n_tokens, policy.length)
-    return full + (rest >= policy.min_length)
-
-
-def _windows_of(text: str, encoding: Encoding, start: int, char: int, chosen: Sequence[int], policy: WindowPolicy) -> Iterator[_Cut]:
-    if not chosen:
-        return
-    ends = piece_ends(text, encoding.offsets)
-    for k in chosen:
-        a, b = k * policy.length, min((k + 1) * policy.length, len(encoding.ids))
-        left = int(ends[a - 1]) if a else 0
-        yield _Cut(start + a, char + left, encoding.ids[a:b], text[left : int(ends[b - 1])], ends[a:b] - left)
-
-
-def _segments(text: str) -> Iterator[str]:
-    """A text in parts of about ``SEGMENT_CHARS``, cut before white space where there is any, so that memory stays bounded."""
-    start = 0
-    while len(text) - start > SEGMENT_CHARS:
-        cut = start + SEGMENT_CHARS
-        space = max(text.rfind(" ", start + 1, cut), text.rfind("\n", start + 1, cut))
-        cut = space if space > start + SEGMENT_CHARS // 2 else cut
-        yield text[start:cut]
-        start = cut
-    if start < len(text):
-        yield text[start:]
-
-
-def valid_unicode(text: str) -> str:
-    """The text with lone surrogates (which JSON can carry and UTF-8 cannot) replaced by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

@@ -14,8 +14,9 @@ from itertools import islice
 import numpy as np
 
 from featureinterp.codes.store import CodesStore
+from featureinterp.corpus.cut import valid_unicode
 from featureinterp.corpus.text import Corpus
-from featureinterp.corpus.windows import WindowTable, valid_unicode
+from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
 from featureinterp.probing.columns import Columns
 from featureinterp.probing.labels import Labels, Span

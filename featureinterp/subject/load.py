@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from featureinterp.corpus.windows import Encoding
+from featureinterp.corpus.cut import Encoding
 from featureinterp.errors import IncompatibleError, UnknownNameError
 from featureinterp.machine import DTYPES, pick_device, pick_dtype
 from featureinterp.quiet import quiet_transformers

@@ -14,7 +14,7 @@ from planted import FEATURES, Planted, activations
 from truth_explainers import hard_correlation, share
 from truth_scores import Row, explanations, paired, print_rows
 
-from featureinterp.corpus.windows import piece_ends
+from featureinterp.corpus.cut import piece_ends
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.rate import Rate
 from featureinterp.domain.record import FeatureRecord, Window

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from featureinterp.corpus.cut import piece_ends, valid_unicode
 from featureinterp.corpus.text import Corpus
-from featureinterp.corpus.windows import piece_ends, valid_unicode
 from featureinterp.subject.load import PrependToken, Subject, as_subject, read_causal_lm
 from featureinterp.training.doctor.check import Sheet
 from featureinterp.training.settings import TrackingTable
