@@ -98,7 +98,7 @@ def even_quotas(windows: np.ndarray, tokens: np.ndarray, room: np.ndarray, aim: 
     while low + 1 < high:
         middle = (low + high) // 2
         low, high = (low, middle) if _tokens_of(np.minimum(room, middle), windows, tokens, length).sum() >= aim else (middle, high)
-    quotas = np.minimum(room, low)
+    quotas: np.ndarray = np.minimum(room, low)
     before = _tokens_of(quotas, windows, tokens, length)
     more = np.flatnonzero(room > low)
     gains = (_tokens_of(np.minimum(room, high), windows, tokens, length) - before)[more]
@@ -122,5 +122,5 @@ def _tokens_of(quotas: np.ndarray, windows: np.ndarray, tokens: np.ndarray, leng
     """About how many tokens the documents give in so many windows: the last window of a document may be short, and is among them or not."""
     lacking = windows * length - tokens
     last = (quotas > 0) & ((2 * quotas - 1) * windows // np.maximum(2 * quotas, 1) == windows - 1)
-    given: np.ndarray = quotas * length - np.where(last, lacking, 0)
-    return given
+    tokens_given: np.ndarray = quotas * length - np.where(last, lacking, 0)
+    return tokens_given
