@@ -5,7 +5,8 @@
     │   ├── UnknownNameError       a model, SAE, corpus, hook, explainer … that does not exist
     │   ├── CorpusError            text that is empty, binary, not UTF-8, or without the named field
     │   ├── IncompatibleError      two parts that do not belong together (SAE width, store of another SAE)
-    │   └── FeatureRangeError      a feature index outside the dictionary
+    │   ├── FeatureRangeError      a feature index outside the dictionary
+    │   └── FolderInUseError       another process works in the folder
     ├── StorageError               the disk is full, or a file cannot be written or read
     │   └── IncompleteStoreError   a store whose writing never finished, or that is not whole any more
     │       └── DamagedStoreError  what a store holds is not what was written
@@ -51,6 +52,10 @@ class IncompatibleError(InputError):
 
 class FeatureRangeError(InputError):
     """A feature index outside the dictionary."""
+
+
+class FolderInUseError(InputError):
+    """Another process works in the folder."""
 
 
 class StorageError(FeatureInterpError):

@@ -165,9 +165,9 @@ def test_an_extraction_that_was_cut_off_goes_on(tmp_path: Path, subject: Subject
 def test_another_request_for_the_same_folder_is_refused(tmp_path: Path, subject: Subject, corpus_file: Path):
     corpus = load_corpus(str(corpus_file))
     extract(subject, HOOK, corpus, tmp_path, POLICY)
-    with pytest.raises(IncompatibleError, match="another hook .'blocks.1"):
+    with pytest.raises(IncompatibleError, match='hook "blocks.1.hook_resid_post" there, "blocks.0.hook_resid_post" asked for'):
         extract(subject, "blocks.0.hook_resid_post", corpus, tmp_path, POLICY)
-    with pytest.raises(IncompatibleError, match="another settings"):
+    with pytest.raises(IncompatibleError, match="settings seed 0 there, 1 asked for"):
         extract(subject, HOOK, corpus, tmp_path, POLICY, ExtractSettings(seed=1))
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import featureinterp
 
 ROOT = Path(featureinterp.__file__).parent
-FOUNDATION = {"errors", "intervals", "files", "stored", "resources", "quiet", "domain", "tasks", "validation", "visible"}
+FOUNDATION = {"errors", "intervals", "files", "claims", "stored", "resources", "quiet", "domain", "tasks", "validation", "visible"}
 LANGUAGE = FOUNDATION | {"prompts", "replies", "interfaces", "llm"}
 ALLOWED = {
     "errors": set(),
     "domain": {"domain", "errors"},
     "files": {"errors"},
+    "claims": {"errors", "files", "visible"},
     "stored": {"stored", "errors", "files"},
     "intervals": {"domain"},
     "resources": set(),
@@ -31,8 +32,8 @@ ALLOWED = {
     "corpus": {"corpus", "errors", "files", "stored", "assets"},
     "subject": {"subject", "corpus", "errors", "files", "assets", "quiet", "machine"},
     "sae": {"sae", "errors", "files", "resources"},
-    "codes": {"codes", "sae", "subject", "corpus", "domain", "errors", "files", "stored"},
-    "records": {"records", "codes", "corpus", "domain", "errors", "files", "stored", "assets", "quiet"},
+    "codes": {"codes", "claims", "sae", "subject", "corpus", "domain", "errors", "files", "stored"},
+    "records": {"records", "claims", "codes", "corpus", "domain", "errors", "files", "stored", "assets", "quiet"},
     "llm": {"llm", "domain", "errors", "files", "interfaces", "assets", "replies", "tasks", "validation"},
     "explain": LANGUAGE | {"explain"},
     "simulate": LANGUAGE | {"simulate"},
@@ -41,6 +42,7 @@ ALLOWED = {
     "probing": {"probing", "codes", "corpus", "domain", "errors", "files", "stored", "intervals"},
     "training": {
         "training",
+        "claims",
         "probing",
         "codes",
         "sae",
@@ -60,7 +62,7 @@ ALLOWED = {
     "report": {"report", "falsify", "probing", "domain", "errors", "files", "stored", "prompts", "visible"},
     "jobs": LANGUAGE | {"machine", "jobs", "explain", "simulate", "score", "falsify", "records", "codes", "sae", "subject", "corpus", "__version__"},
     "__main__": {"cli"},
-    "server": {"server", "api", "domain", "errors", "files", "jobs", "validation", "visible", "__version__"},
+    "server": {"server", "claims", "api", "domain", "errors", "files", "jobs", "validation", "visible", "__version__"},
     "cli": {"cli", "server", "api", "probing", "training", "errors", "assets", "domain", "jobs", "records", "llm", "visible", "__version__"},
 }
 TORCH_ROOMS = {"subject", "sae", "codes", "training"}

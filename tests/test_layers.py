@@ -83,7 +83,7 @@ def test_the_command(tmp_path: Path, subject_folder: Path, corpus_file: Path):
     found = json.loads(done.stdout)
     assert [x["block"] for x in found["layers"]] == [0, 1, 2] and found["best"] in (0, 1, 2) and found["reasons"]
     assert all(0.4 < v <= 1 for x in found["layers"] for v in x["aurocs"].values()) and len(found["concepts"]) >= 3
-    assert {p.name for p in tmp_path.iterdir()} == {"layers.csv", "layers.json", "layers.png", "layers.svg"}
+    assert {p.name for p in tmp_path.glob("[!.]*")} == {"layers.csv", "layers.json", "layers.png", "layers.svg", "request.json"}
     shown = cli(*args, "--blocks", "1")
     assert "Recommended" in shown.stdout and " 1 *" in shown.stdout.replace("1 *", " 1 *")
     for change, message in ((["--blocks", "7"], "no hook 'blocks.7"), (["--max-tokens", "64"], "take more tokens"), (["--corpus", "/nowhere"], "no corpus")):

@@ -124,8 +124,20 @@ def trained(tmp_path_factory: pytest.TempPathFactory, subject_folder: Path, corp
 
 
 def test_a_run_leaves_everything_behind(trained: Path, subject_folder: Path):
-    names = {"activations", "recipe.toml", "run.json", "log.jsonl", "checkpoint.safetensors", "sae", "saelens", "metrics.json", "training.html", "figures"}
-    assert {p.name for p in trained.iterdir()} == names
+    names = {
+        "activations",
+        "recipe.toml",
+        "run.json",
+        "log.jsonl",
+        "checkpoint.safetensors",
+        "sae",
+        "saelens",
+        "metrics.json",
+        "training.html",
+        "figures",
+        "request.json",
+    }
+    assert {p.name for p in trained.glob("[!.]*")} == names
     assert {p.name for p in (trained / "figures").iterdir()} == {f"{n}.{k}" for n in ("curves", "result") for k in ("png", "svg")}
     again = load_recipe(trained / "recipe.toml")
     assert again.sae.k == 4 and again.subject.model == str(subject_folder)
@@ -321,7 +333,7 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, trained: Path, subject_fo
     with pytest.raises(IncompatibleError, match="hook 'blocks.1.hook_resid_post', and the recipe says 'blocks.0"):
         verbs.train(tmp_path / "b", good, changes={"subject.hook": "blocks.0.hook_resid_post"})
     before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
-    with pytest.raises(IncompatibleError, match="other settings or data"):
+    with pytest.raises(IncompatibleError, match="another request .sae k 4 there, 5 asked for"):
         verbs.train(trained, recipe(subject_folder, corpus_file, **{"sae.k": 5}))
     assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before  # nothing of the run was touched
     file = tmp_path / "file"
@@ -455,7 +467,7 @@ def test_a_model_that_lies_elsewhere_now(tmp_path: Path, trained: Path, subject_
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path):
-    wanted = recipe(subject_folder, corpus_file, **{"store.folder": trained / "activations"})
-    (tmp_path / CHECKPOINT).write_bytes((trained / CHECKPOINT).read_bytes()[:1000])
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / CHECKPOINT).write_bytes((trained / CHECKPOINT).read_bytes()[:1000])
     with pytest.raises(IncompatibleError, match="cannot be read"):
-        verbs.train(tmp_path, wanted)
+        verbs.train(run, recipe(subject_folder, corpus_file))

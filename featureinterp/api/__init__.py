@@ -122,13 +122,16 @@ def collect(
     dtype: str | None = None,
     value_dtype: str = "float16",
     batch_tokens: int | None = None,
+    replace: bool = False,
     steps: Steps = _silent,
 ) -> CodesStore:
     """Runs a subject model and an SAE over a corpus and stores every positive code under ``out``.
 
-    Reuses what is complete there and goes on with what is not. Raises an ``InputError`` before anything is written when the parts do
-    not exist or do not fit together.
+    Reuses what is complete there and goes on with what is not. What another request left there is refused with ``IncompatibleError``, or with
+    ``replace`` deleted. Raises an ``InputError`` before anything is written when the parts do not exist or do not fit together, and
+    ``FolderInUseError`` when another process works in ``out``.
     """
+    from featureinterp.claims import check_free
     from featureinterp.codes.collect import BATCH_TOKENS, check_fit
     from featureinterp.codes.collect import collect as run_collect
     from featureinterp.corpus.text import load_corpus
@@ -138,6 +141,7 @@ def collect(
     from featureinterp.subject.load import load_subject
 
     policy = WindowPolicy(window, min(8, window), max_tokens, max_per_document)
+    check_free(Path(out))
     loaded_sae = load_sae(sae, device=pick_device(device), steps=steps)
     texts = load_corpus(corpus, text_field=text_field)
     subject = load_subject(model, device=device, dtype=dtype)
@@ -151,6 +155,7 @@ def collect(
         value_dtype=value_dtype,
         batch_tokens=batch_tokens or BATCH_TOKENS,
         progress=lambda done, total: steps("tokens", done, total),
+        replace=replace,
     )
 
 

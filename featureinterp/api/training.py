@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
-from featureinterp.files import write_json
+from featureinterp.files import sha256_of, write_json
 from featureinterp.training.settings import Recipe, load_recipe, make_recipe
 
 if TYPE_CHECKING:
+    from featureinterp.probing.labels import Labels
     from featureinterp.training.doctor.bench import Speed
     from featureinterp.training.doctor.check import Check
     from featureinterp.training.evaluate import Evaluation
@@ -40,19 +41,24 @@ def extract(
     part: int = 0,
     parts: int = 1,
     device: str | None = None,
+    replace: bool = False,
     steps: Steps = _silent,
 ) -> Extracted:
     """Writes the activations of a recipe's corpus at its hook into ``out/train`` and, for the documents that are held out, ``out/test``. ``part`` of
-    ``parts``: the share of one worker among several, whose folders :func:`merge` puts together."""
-    from dataclasses import replace
+    ``parts``: the share of one worker among several, whose folders :func:`merge` puts together. ``replace``: what another request left in ``out`` is
+    deleted; else it is refused."""
+    from dataclasses import replace as replaced
 
+    from featureinterp.claims import check_free
     from featureinterp.training.recipe import Parts, resolved, writable
 
     out = Path(out)
+    check_free(out)
     writable(out)
     wanted = recipe_of(recipe, changes)
     loaded = Parts(resolved(wanted, device), device)
-    return loaded.extract(out, steps, settings=replace(loaded.extract_settings(), part=part, parts=parts))
+    settings = replaced(loaded.extract_settings(), part=part, parts=parts)
+    return loaded.extract(out, steps, settings, replace=replace)
 
 
 def merge(folders: Sequence[str | Path], out: str | Path) -> Extracted:
@@ -68,15 +74,16 @@ def train(
     *,
     changes: Mapping[str, Any] | None = None,
     device: str | None = None,
+    replace: bool = False,
     steps: Steps = _silent,
     on_line: Callable[[dict[str, Any]], None] = _silent,
 ) -> Trained:
     """Runs a recipe in the folder ``out``: activations, training, ``sae/`` and ``saelens/``, ``metrics.json``, plots and a page. The same call goes on with
-    what was interrupted. ``on_line`` is given every line of the log."""
+    what was interrupted; a run of another recipe is refused, or deleted with ``replace``. ``on_line`` is given every line of the log."""
     from featureinterp.report.training import write_training
     from featureinterp.training.recipe import train
 
-    done = train(recipe_of(recipe, changes), Path(out), device=device, steps=steps, on_line=on_line)
+    done = train(recipe_of(recipe, changes), Path(out), device=device, steps=steps, on_line=on_line, replace=replace)
     if done.leads:
         write_training(done.folder, done.about, done.recipe.model_dump(mode="json"), done.log, done.metrics)
     return done
@@ -133,6 +140,12 @@ def evaluate(
     if out is not None:
         write_json(Path(out) / "metrics.json", judged.to_json())
     return judged
+
+
+def labels_key(source: str | Path | None, labels: Labels) -> str:
+    """What a study depends on of its labels: the content of their file, or their names."""
+    named = Path(source) if source is not None else None
+    return sha256_of(named) if named is not None and named.is_file() else labels.source
 
 
 def _about(run: Path) -> dict[str, Any] | None:
@@ -209,13 +222,20 @@ def layers(
     device: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
+    replace: bool = False,
     steps: Steps = _silent,
 ) -> LayerStudy:
     """Compares layers on one sample of a corpus: linear probes of labelled concepts (``labels`` as for ``probe``; the ready ones when None) and the spectrum
-    of the activations. ``blocks``: all when None. ``out``: a folder for the table and the plot."""
+    of the activations. ``blocks``: all when None. ``out``: a folder for the table and the plot; one that holds another
+    comparison is refused, or with ``replace`` written anew."""
+    from contextlib import ExitStack
+
+    from featureinterp.claims import claim, owned
+    from featureinterp.codes.collect import windows_request
     from featureinterp.corpus.text import load_corpus
+    from featureinterp.corpus.windows import WindowPolicy
     from featureinterp.probing.labels import load_labels
-    from featureinterp.report.layers import write_layers
+    from featureinterp.report.layers import LAYER_FILES, write_layers
     from featureinterp.subject.load import load_subject
     from featureinterp.training.layers import choose_layer
     from featureinterp.training.recipe import writable
@@ -223,9 +243,15 @@ def layers(
     if out is not None:
         writable(Path(out))
     text, wanted = load_corpus(corpus, text_field=text_field), load_labels(labels)
-    found = choose_layer(
-        load_subject(model, device=device, dtype=dtype), text, wanted, blocks=blocks, n_tokens=max_tokens, window=window, seed=seed, steps=steps
-    )
-    if out is not None:
-        write_layers(Path(out), found.to_json())
+    policy = WindowPolicy(window, min(8, window), max_tokens)
+    subject = load_subject(model, device=device, dtype=dtype)
+    with ExitStack() as held:
+        if out is not None:
+            held.enter_context(owned(Path(out), "layers"))
+            asked = {"model": subject.fingerprint, "dtype": str(subject.dtype).removeprefix("torch."), "blocks": blocks}
+            asked |= {**windows_request(text, subject, policy), "labels": labels_key(labels, wanted), "seed": seed}
+            claim(Path(out), "a comparison of layers", asked, parts=LAYER_FILES, about={"model": model}, replace=replace)
+        found = choose_layer(subject, text, wanted, policy, blocks=blocks, seed=seed, steps=steps)
+        if out is not None:
+            write_layers(Path(out), found.to_json())
     return found

@@ -22,6 +22,7 @@ def collect(
     dtype: str = typer.Option(None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."),
     value_dtype: str = typer.Option("float16", help="How codes are stored: float16 or float32."),
     batch_tokens: int = typer.Option(None, help="Tokens per forward pass."),
+    replace: bool = typer.Option(False, "--replace", help="Delete what another request left in --out: windows, codes, records."),
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
 ) -> None:
     """Run a model and an SAE over a corpus and store every positive code, by feature.
@@ -45,6 +46,7 @@ def collect(
             dtype=dtype,
             value_dtype=value_dtype,
             batch_tokens=batch_tokens,
+            replace=replace,
             steps=screen.step,
         )
     counts = store.counts()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _CONFIG = typer.Option(None, "--config", help="A recipe: a TOML file, or 'demo'. What is given here besides takes precedence.")
 _SET = typer.Option([], "--set", help="A setting of the recipe as TABLE.KEY=VALUE, such as sae.k=64; can be given again.")
 _DEVICE = typer.Option(None, help="cpu or cuda; the GPU when there is one.")
+_REPLACE = typer.Option(False, "--replace", help="Delete what another request left in --out.")
 _JSON = typer.Option(False, "--json", help="Print the result as JSON.")
 
 
@@ -48,6 +49,7 @@ def extract(
     merge: list[Path] = typer.Option([], help="Folders of all workers, to be merged into --out; nothing is extracted."),
     settings: list[str] = _SET,
     device: str = _DEVICE,
+    replace: bool = _REPLACE,
     as_json: bool = _JSON,
 ) -> None:
     """Write a model's activations at a hook into stores, one for training and one of held-out documents.
@@ -63,7 +65,7 @@ def extract(
         if merge:
             found = training.merge(merge, out)
         else:
-            found = training.extract(out, config, changes=changes, part=part, parts=parts, device=device, steps=screen.step)
+            found = training.extract(out, config, changes=changes, part=part, parts=parts, device=device, replace=replace, steps=screen.step)
     stores = {name: store for name, store in (("train", found.train), ("test", found.test)) if store is not None}
     if as_json:
         screen.result({name: {"folder": str(store.folder), **store.meta} for name, store in stores.items()})
@@ -87,6 +89,7 @@ def train(
     online: bool = typer.Option(None, "--online", help="Train straight from the model, without a store."),
     settings: list[str] = _SET,
     device: str = _DEVICE,
+    replace: bool = _REPLACE,
     as_json: bool = _JSON,
 ) -> None:
     """Train an SAE: extract what is missing, train, export, evaluate on held-out documents. With torchrun, several processes train together.
@@ -99,7 +102,15 @@ def train(
     options = {"sae__architecture": architecture, "sae__d_sae": d_sae, "sae__k": k, "training__samples": samples, "training__lr": lr}
     changes = _changes(settings, **options, store__folder=activations and activations.resolve(), training__online=online)
     with screen.live():
-        done = training.train(out, config, changes=changes, device=device, steps=screen.step, on_line=lambda line: screen.say(log_line(line)))
+        done = training.train(
+            out,
+            config,
+            changes=changes,
+            device=device,
+            replace=replace,
+            steps=screen.step,
+            on_line=lambda line: screen.say(log_line(line)),
+        )
     if not done.leads:
         return
     if as_json:
@@ -205,6 +216,7 @@ def layers(
     seed: int = typer.Option(0, help="Seed of the split and the resamples."),
     device: str = _DEVICE,
     dtype: str = typer.Option(None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."),
+    replace: bool = _REPLACE,
     as_json: bool = _JSON,
 ) -> None:
     """Compare layers by linear probes and spectra, and recommend one to train on.
@@ -228,6 +240,7 @@ def layers(
             device=device,
             dtype=dtype,
             seed=seed,
+            replace=replace,
             steps=screen.step,
         )
     if as_json:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from featureinterp.codes.store import FORMAT, MARKER, CodesStore, RunWriter, remedy_for
+from featureinterp.claims import check_free, claim, owned
+from featureinterp.codes.store import MARKER, CodesStore, RunWriter
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows, copy_windows
 from featureinterp.errors import FeatureInterpError, IncompatibleError, InputError
@@ -19,7 +20,6 @@ from featureinterp.files import content_key
 from featureinterp.sae.codes import SparseCodes
 from featureinterp.sae.load import LoadedSae
 from featureinterp.sae.names import is_published, names_of_model
-from featureinterp.stored.sums import described, read_marker, write_marker
 from featureinterp.subject.load import PrependToken, SkipFirst, Subject, check_same_model
 
 Progress = Callable[[int, int], None]
@@ -28,7 +28,8 @@ Progress = Callable[[int, int], None]
 BATCH_TOKENS = 2048
 CHUNK_TOKENS = 16_384
 SINK_FACTOR = 10.0
-_CLAIM = "collecting.json"
+PARTS = ("codes", "windows", "embeddings", "dense", "records.jsonl")
+"""What a run folder holds that is of its windows."""
 
 
 def check_fit(subject: Subject, sae: LoadedSae) -> None:
@@ -55,13 +56,15 @@ def collect(
     value_dtype: str = "float16",
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
+    replace: bool = False,
 ) -> CodesStore:
     """Runs the model up to the SAE's hook over the corpus's windows and stores every positive code in ``run``.
 
     A complete store for the same request is reused; an unfinished one is gone on with; one for another request is refused
-    with ``IncompatibleError``. Memory does not grow with the corpus. Position 0 (the attention sink) is never scored.
+    with ``IncompatibleError``, or with ``replace`` deleted. Memory does not grow with the corpus. Position 0 (the attention sink)
+    is never scored. Raises ``FolderInUseError`` when another process works in ``run``.
     """
-    return collect_shared(subject, [(sae, run)], corpus, policy, value_dtype=value_dtype, batch_tokens=batch_tokens, progress=progress)[0]
+    return collect_shared(subject, [(sae, run)], corpus, policy, value_dtype=value_dtype, batch_tokens=batch_tokens, progress=progress, replace=replace)[0]
 
 
 def collect_shared(
@@ -73,6 +76,7 @@ def collect_shared(
     value_dtype: str = "float16",
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
+    replace: bool = False,
 ) -> list[CodesStore]:
     """The same for several SAEs, each into a run folder of its own: the model runs once for all SAEs at one hook, and the text is cut once. What is known
     already is not computed again; SAEs that were interrupted at different places are gone on with one after the other."""
@@ -80,12 +84,29 @@ def collect_shared(
         raise InputError(f"codes cannot be stored as {value_dtype!r}: choose float16 or float32")
     for sae, run in targets:
         check_fit(subject, sae)
-        _check_owner(run, subject, sae)
-    first = targets[0][1] / "windows"
-    windows = build_windows(corpus, subject.encoder, policy, first)
-    for _, run in targets[1:]:
-        copy_windows(windows, run / "windows")
-    open_targets = [target for sae, run in targets if (target := _target(subject, sae, run, corpus, windows, value_dtype)) is not None]
+        check_free(run)
+    with ExitStack() as held:
+        requests = [request_of(subject, sae, corpus, policy, value_dtype) for sae, _ in targets]
+        for (_, run), asked in zip(targets, requests, strict=True):
+            held.enter_context(owned(run, "collect"))
+            claim(run, "codes", asked, parts=PARTS, about=_names(subject, corpus), replace=replace)
+        windows = build_windows(corpus, subject.encoder, policy, targets[0][1] / "windows")
+        for _, run in targets[1:]:
+            copy_windows(windows, run / "windows")
+        pairs = zip(targets, requests, strict=True)
+        found = [_target(subject, sae, run, corpus, windows, value_dtype, asked) for (sae, run), asked in pairs]
+        _encode_targets(subject, [target for target in found if target is not None], windows, batch_tokens, progress)
+        return [CodesStore.open(run) for _, run in targets]
+
+
+def _encode_targets(
+    subject: Subject,
+    open_targets: Sequence[_Target],
+    windows: WindowTable,
+    batch_tokens: int,
+    progress: Progress | None,
+) -> None:
+    """Runs the model over the windows that targets lack, and finishes them."""
     groups: dict[tuple[str, int], list[_Target]] = {}
     for target in open_targets:
         groups.setdefault((target.sae.hook, target.writer.next_window), []).append(target)
@@ -101,10 +122,8 @@ def collect_shared(
                 progress(min(done, total), total)
         for target in group:
             target.writer.finish(target.meta)
-            (target.writer.folder / _CLAIM).unlink()
     if progress:
         progress(total, total)
-    return [CodesStore.open(run) for _, run in targets]
 
 
 @dataclass(frozen=True)
@@ -116,26 +135,52 @@ class _Target:
     meta: dict[str, Any]
 
 
-def _target(subject: Subject, sae: LoadedSae, run: Path, corpus: Corpus, windows: WindowTable, value_dtype: str) -> _Target | None:
-    """Where the codes of an SAE go on; None when they are complete."""
+def windows_request(corpus: Corpus, subject: Subject, policy: WindowPolicy) -> dict[str, Any]:
+    """All that windows depend on."""
+    return {"corpus": corpus.fingerprint, "window": asdict(policy), "tokenizer": subject.encoder.fingerprint}
+
+
+def request_of(subject: Subject, sae: LoadedSae, corpus: Corpus, policy: WindowPolicy, value_dtype: str) -> dict[str, Any]:
+    """All that codes depend on, for :func:`featureinterp.claims.claim`."""
+    return {
+        **windows_request(corpus, subject, policy),
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "model": subject.fingerprint,
+        "SAE": sae.fingerprint,
+        "hook": sae.hook,
+        "mask": mask_of(subject),
+        "value dtype": value_dtype,
+    }
+
+
+def _names(subject: Subject, corpus: Corpus) -> dict[str, str]:
+    """Names that may change while the codes stay."""
+    return {"model": subject.name, "corpus": corpus.name}
+
+
+def _target(
+    subject: Subject,
+    sae: LoadedSae,
+    run: Path,
+    corpus: Corpus,
+    windows: WindowTable,
+    value_dtype: str,
+    asked: dict[str, Any],
+) -> _Target | None:
+    """Where the codes of an SAE go on; None when they are complete. The folder is claimed for the request already."""
+    folder = run / "codes"
+    if (folder / MARKER).exists():
+        return None
+    model = {"name": subject.name, "fingerprint": subject.fingerprint, "dtype": asked["dtype"]}
     provenance = {
-        "model": {"name": subject.name, "fingerprint": subject.fingerprint, "dtype": str(subject.dtype).removeprefix("torch.")},
+        "model": model,
         "sae": {"name": sae.name, "fingerprint": sae.fingerprint, "hook": sae.hook, "architecture": sae.sae.architecture},
         "corpus": {"name": corpus.name, "windows": windows.fingerprint},
         "mask": mask_of(subject),
     }
-    key = content_key({**provenance, "value_dtype": value_dtype, "format": FORMAT})
-    folder = run / "codes"
-    if (folder / MARKER).exists():
-        if read_marker(folder / MARKER, remedy_for(folder)).value.get("key") == key:
-            return None
-        shutil.rmtree(folder)
-    claim = folder / _CLAIM
-    if folder.exists() and (not claim.exists() or read_marker(claim, remedy_for(folder)).value != {"key": key}):
-        shutil.rmtree(folder)
-    write_marker(claim, {"key": key})
-    writer = RunWriter(folder, n_features=sae.n_features, n_positions=len(windows) * windows.length, value_dtype=value_dtype)
-    return _Target(sae, writer, {"key": key, **provenance, "window_length": windows.length})
+    n_positions = len(windows) * windows.length
+    writer = RunWriter(folder, n_features=sae.n_features, n_positions=n_positions, value_dtype=value_dtype)
+    return _Target(sae, writer, {"key": content_key(asked), **provenance, "window_length": windows.length})
 
 
 def check_sae(store: CodesStore, sae: LoadedSae) -> None:
@@ -152,22 +197,6 @@ def check_subject(store: CodesStore, subject: Subject) -> None:
 def _variant_of(model: str, other: str) -> bool:
     """Whether another name on a hub, with or without its owner, is that of the model or of a variant of it."""
     return other.rsplit("/", 1)[-1].lower().startswith(model.rsplit("/", 1)[-1].lower())
-
-
-def _check_owner(run: Path, subject: Subject, sae: LoadedSae) -> None:
-    """Refuses to replace finished codes of another model or SAE."""
-    done, remedy = run / "codes" / MARKER, remedy_for(run / "codes")
-    if not done.exists():
-        return
-    meta = read_marker(done, remedy).value
-    with described(done, remedy):
-        made_with = [
-            (what, ours, meta[part]["name"], meta[part]["fingerprint"])
-            for what, part, ours in (("SAE", "sae", sae.fingerprint), ("model", "model", subject.fingerprint))
-        ]
-    for what, ours, name, theirs in made_with:
-        if ours != theirs:
-            raise IncompatibleError(f"{run} holds codes made with another {what} ({name}): collect into another folder, or delete this one")
 
 
 def mask_of(subject: Subject) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from featureinterp.files import write_json
 from featureinterp.report.export import write_table
 from featureinterp.report.figures import figure
 
+LAYER_FILES = ("layers.csv", "layers.json", "layers.png", "layers.svg")
+
 
 def write_layers(folder: Path, study: Mapping[str, Any]) -> None:
     """Writes ``layers.csv``, ``layers.json`` and, where matplotlib is there, ``layers.png`` and ``.svg``. ``study``: what ``LayerStudy.to_json`` gives."""

@@ -14,18 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from featureinterp.codes.collect import BATCH_TOKENS, mask_of, scored_tokens
+from featureinterp.claims import claim, owned
+from featureinterp.codes.collect import BATCH_TOKENS, mask_of, scored_tokens, windows_request
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
-from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
-from featureinterp.files import content_key, explained_storage, write_json
+from featureinterp.errors import InputError, UnknownNameError
+from featureinterp.files import explained_storage, write_json
 from featureinterp.probing.splits import split_indices
 from featureinterp.subject.load import Subject
-from featureinterp.training.store import FORMAT, METADATA, ActivationStore, StoreWriter, merge_stores, store_key
+from featureinterp.training.store import METADATA, ActivationStore, StoreWriter, merge_stores, store_key
 
 CHUNK_TOKENS = 16_384
 STATE = "extracting.json"
 TRAIN, TEST = "train", "test"
+PARTS = (TRAIN, TEST, "windows", STATE)
+"""What an extraction's folder holds."""
 Progress = Callable[[int, int], None]
 
 
@@ -83,15 +86,34 @@ def extract(
     *,
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
+    replace: bool = False,
 ) -> Extracted:
     """Writes the activations at ``hook`` of every scored token into ``out/train`` and ``out/test``; the text windows are in ``out/windows``.
 
-    A complete extraction for the same request is reused, an unfinished one is gone on with, and one for another request is refused with ``IncompatibleError``.
-    Position 0 and further attention sinks are left out, and counted.
+    A complete extraction for the same request is reused, an unfinished one is gone on with, and one for another request is refused with ``IncompatibleError``,
+    or with ``replace`` deleted. Position 0 and further attention sinks are left out, and counted. Raises ``FolderInUseError`` when another process
+    works in ``out``.
     """
     subject.check_hook(hook)
+    with owned(out, "extract"):
+        asked = request_of(subject, hook, corpus, policy, settings)
+        names = {"model": subject.name, "corpus": corpus.name}
+        claim(out, "an extraction", asked, parts=PARTS, about=names, replace=replace)
+        return _extract(subject, hook, corpus, out, policy, settings, batch_tokens, progress)
+
+
+def _extract(
+    subject: Subject,
+    hook: str,
+    corpus: Corpus,
+    out: Path,
+    policy: WindowPolicy,
+    settings: ExtractSettings,
+    batch_tokens: int,
+    progress: Progress | None,
+) -> Extracted:
+    """The same in a folder that is claimed for it."""
     target = _Target(out, subject, hook, corpus.name)
-    target.claim(policy, settings)
     windows = build_windows(corpus, subject.encoder, policy, out / "windows")
     splits = window_splits(windows, settings)
     source = target.source(windows)
@@ -139,12 +161,12 @@ def merge(folders: list[Path], out: Path) -> Extracted:
         raise InputError("there is nothing to merge: name the folders that the workers wrote")
     for folder in folders:
         Extracted.open(folder)
-    for name in (TRAIN, TEST):
-        if (folders[0] / name).exists():
-            merge_stores([f / name for f in folders], out / name)
-    with explained_storage(out):
+    with owned(out, "extract"), explained_storage(out):
+        for name in (TRAIN, TEST):
+            if (folders[0] / name).exists():
+                merge_stores([f / name for f in folders], out / name)
         shutil.copytree(folders[0] / "windows", out / "windows", dirs_exist_ok=True)
-    return Extracted.open(out)
+        return Extracted.open(out)
 
 
 def window_splits(windows: WindowTable, settings: ExtractSettings) -> np.ndarray:
@@ -239,36 +261,23 @@ class _Commits:
         write_json(self.path, state)
 
 
+def request_of(subject: Subject, hook: str, corpus: Corpus, policy: WindowPolicy, settings: ExtractSettings) -> dict[str, Any]:
+    """All that an extraction depends on, for :func:`featureinterp.claims.claim`."""
+    return {
+        **windows_request(corpus, subject, policy),
+        "hook": hook,
+        "settings": asdict(settings),
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "model": subject.fingerprint,
+        "mask": mask_of(subject),
+    }
+
+
 class _Target:
     """The folder of an extraction, and what it was asked for."""
 
     def __init__(self, out: Path, subject: Subject, hook: str, corpus: str) -> None:
         self.out, self.subject, self.hook, self.corpus = out, subject, hook, corpus
-
-    def claim(self, policy: WindowPolicy, settings: ExtractSettings) -> None:
-        """Writes down the request, or finds it there. Raises ``IncompatibleError`` for another one."""
-        subject = self.subject
-        asked = {
-            "format": FORMAT,
-            "model": subject.fingerprint,
-            "tokenizer": subject.encoder.fingerprint,
-            "hook": self.hook,
-            "corpus": self.corpus,
-            "policy": asdict(policy),
-            "settings": asdict(settings),
-        }
-        path, key = self.out / "request.json", content_key(asked)
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["key"] != key:
-                different = next((name for name in asked if found.get(name) != asked[name]), "key")
-                raise IncompatibleError(
-                    f"{self.out} holds an extraction with another {different} ({found.get(different)!r}): extract into another folder, or delete this one"
-                )
-            return
-        if any((self.out / name).exists() for name in (TRAIN, TEST)):
-            raise IncompatibleError(f"{self.out} holds stores that do not say what they were made of: extract into another folder")
-        write_json(path, {"key": key, **asked})
 
     def source(self, windows: WindowTable) -> dict[str, Any]:
         """What rows depend on."""

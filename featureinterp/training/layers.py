@@ -88,10 +88,9 @@ def choose_layer(
     subject: Subject,
     corpus: Corpus,
     labels: Labels,
+    policy: WindowPolicy = WindowPolicy(64, 8, 50_000),
     *,
     blocks: Sequence[int] | None = None,
-    n_tokens: int = 50_000,
-    window: int = 64,
     test_fraction: float = 0.4,
     batch_tokens: int = 2048,
     seed: int = 0,
@@ -105,7 +104,7 @@ def choose_layer(
     for hook in hooks:
         subject.check_hook(hook)
     with tempfile.TemporaryDirectory(prefix="featureinterp-layers-") as folder:
-        windows = build_windows(corpus, subject.encoder, WindowPolicy(window, min(8, window), n_tokens), Path(folder) / "windows")
+        windows = build_windows(corpus, subject.encoder, policy, Path(folder) / "windows")
         positions = np.flatnonzero(np.arange(windows.length) < np.asarray(windows.lengths)[:, None])
         tokens = TableTokens(windows, positions)
         arrays, scored = _activations(subject, hooks, windows, tokens, Path(folder), batch_tokens, steps)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from dataclasses import replace as replaced
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from featureinterp.claims import claim, owned
+from featureinterp.codes.collect import windows_request
 from featureinterp.corpus.text import Corpus, load_corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
 from featureinterp.errors import IncompatibleError, InputError
@@ -23,14 +28,18 @@ from featureinterp.training.architectures import as_sae
 from featureinterp.training.batches import Batches, OnlineBatches, Share, StoreBatches
 from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
 from featureinterp.training.extract import Extracted, ExtractSettings, extract, window_splits
-from featureinterp.training.loop import LOG, OnLine, Trainer, planned_steps, prepare, read_log, resume, run
+from featureinterp.training.loop import CHECKPOINT, LOG, OnLine, Trainer, planned_steps, prepare, read_log, resume, run
 from featureinterp.training.ranks import Ranks, joined, own_device
-from featureinterp.training.settings import Recipe, recipe_toml
+from featureinterp.training.settings import Recipe, load_recipe, recipe_toml
 from featureinterp.training.store import METADATA, read_metadata
 from featureinterp.training.trackers import open_tracker
 
 Steps = Callable[[str, int, int], None]
 RECIPE, ABOUT, METRICS = "recipe.toml", "run.json", "metrics.json"
+RUN_PARTS = (RECIPE, ABOUT, METRICS, CHECKPOINT, LOG, "sae", "saelens", "training.html", "figures")
+"""What a run's folder holds beside its activations, which are claimed on their own."""
+SILENT = ("log_every", "checkpoint_every", "batch_tokens")
+"""Settings of training that nothing depends on."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -92,8 +101,8 @@ class Parts:
         """The text."""
         return load_corpus(self.recipe.corpus.name, text_field=self.recipe.corpus.text_field)
 
-    def extract(self, folder: Path, steps: Steps, settings: ExtractSettings | None = None) -> Extracted:
-        """The extraction in ``folder``, made, gone on with or reused."""
+    def extract(self, folder: Path, steps: Steps, settings: ExtractSettings | None = None, *, replace: bool = False) -> Extracted:
+        """The extraction in ``folder``, made, gone on with or reused; ``replace``: one of another request is deleted."""
         corpus = self.corpus
         return extract(
             self.subject,
@@ -104,14 +113,24 @@ class Parts:
             settings or self.extract_settings(),
             batch_tokens=self.recipe.training.batch_tokens,
             progress=lambda done, total: steps("tokens", done, total),
+            replace=replace,
         )
 
 
-def train(recipe: Recipe, out: Path, *, device: str | None = None, steps: Steps = lambda *_: None, on_line: OnLine = lambda _: None) -> Trained:
+def train(
+    recipe: Recipe,
+    out: Path,
+    *,
+    device: str | None = None,
+    steps: Steps = lambda *_: None,
+    on_line: OnLine = lambda _: None,
+    replace: bool = False,
+) -> Trained:
     """Runs a recipe in the folder ``out``: activations (unless ``store.folder`` has them, or ``training.online``), training, ``sae/`` and ``saelens/``,
-    ``metrics.json``. The same call goes on with what was interrupted. Started by ``torchrun``, all processes train together.
+    ``metrics.json``. The same call goes on with what was interrupted; a run of another recipe is refused, or with ``replace`` deleted.
+    Started by ``torchrun``, all processes train together.
 
-    Raises ``InputError`` for what cannot work, before anything is computed.
+    Raises ``InputError`` for what cannot work, before anything is computed, and ``FolderInUseError`` when another process works in ``out``.
     """
     writable(out)
     if recipe.training.samples is not None or recipe.training.online:
@@ -124,13 +143,19 @@ def train(recipe: Recipe, out: Path, *, device: str | None = None, steps: Steps 
     parts = Parts(recipe, device)
     if source is not None and recipe.subject.model != source["model"]["name"]:
         check_same_model(parts.subject, source["model"], "the activations")
-    with joined(parts.device) as ranks:
-        found = _data(recipe, out, parts, steps, ranks)
+    with joined(parts.device) as ranks, ExitStack() as held:
+        if ranks.leads:
+            held.enter_context(owned(out, "train"))
+            earlier = partial(_earlier, out, ranks)
+            claim(out, "a training run", request_of(recipe, ranks), parts=RUN_PARTS, replace=replace, earlier=earlier)
+        ranks.barrier()
+        found = _data(recipe, out, parts, steps, ranks, replace)
         trainer = prepare(found.batches, recipe.sae, recipe.training, parts.device, found.n_rows, ranks)
         key = {"data": found.key, **_settings_that_matter(recipe, ranks)}
         resume(trainer, out, key)
         if ranks.leads:
-            write_atomic(out / RECIPE, recipe_toml(recipe))
+            if not (out / RECIPE).exists():
+                write_atomic(out / RECIPE, recipe_toml(recipe))
             write_json(out / ABOUT, _about(recipe, trainer, found, ranks))
         with open_tracker(recipe.tracking, out, recipe, ranks.leads) as track:
 
@@ -163,16 +188,16 @@ class _Data:
         return self.extracted.train.meta["source"] if self.extracted and self.extracted.train else None
 
 
-def _data(recipe: Recipe, out: Path, parts: Parts, steps: Steps, ranks: Ranks) -> _Data:
+def _data(recipe: Recipe, out: Path, parts: Parts, steps: Steps, ranks: Ranks, replace: bool) -> _Data:
     """Activations or the model itself; the first process extracts, the others wait for it."""
     table = recipe.training
     folder = recipe.store.folder or out / "activations"
     share = Share(ranks.rank, ranks.world)
     share.of(table.batch)
     if table.online:
-        return _online(recipe, folder, parts, steps, ranks, share)
+        return _online(recipe, folder, parts, steps, ranks, share, replace)
     if ranks.leads and not (recipe.store.folder and (folder / "train" / METADATA).exists()):
-        parts.extract(folder, steps)
+        parts.extract(folder, steps, replace=replace)
     ranks.barrier()
     found = Extracted.open(folder)
     if found.train is None:
@@ -183,14 +208,17 @@ def _data(recipe: Recipe, out: Path, parts: Parts, steps: Steps, ranks: Ranks) -
     return _Data(batches, found.train.key, len(found.train), found)
 
 
-def _online(recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ranks, share: Share) -> _Data:
+def _online(recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ranks, share: Share, replace: bool) -> _Data:
     table = recipe.training
     held = None
     if ranks.leads:
         if recipe.corpus.held_out:
-            held = parts.extract(folder, steps, parts.extract_settings(only_held_out=True))
+            held = parts.extract(folder, steps, parts.extract_settings(only_held_out=True), replace=replace)
         else:
-            build_windows(parts.corpus, parts.subject.encoder, parts.policy, folder / "windows")
+            with owned(folder, "train"):
+                asked = windows_request(parts.corpus, parts.subject, parts.policy)
+                claim(folder, "windows", asked, parts=("windows",), about={"corpus": recipe.corpus.name}, replace=replace)
+                build_windows(parts.corpus, parts.subject.encoder, parts.policy, folder / "windows")
     ranks.barrier()
     windows = held.windows if held else WindowTable.open(folder / "windows")
     rows = np.flatnonzero(window_splits(windows, parts.extract_settings()) == 0)
@@ -230,9 +258,25 @@ def resolved(recipe: Recipe, device: str | None, made_in: str | None = None) -> 
     return recipe.model_copy(update={"subject": subject, "training": training.model_copy(update={"precision": precision})})
 
 
+def request_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
+    """All settings that a run's files depend on, for :func:`featureinterp.claims.claim`. Where model, corpus and activations lie may change:
+    what is in them is part of the extraction's request and of the checkpoint's key."""
+    tables = recipe.model_dump(mode="json", exclude={"tracking"})
+    for table, name in (("store", "folder"), ("subject", "model"), ("corpus", "name")):
+        tables[table].pop(name)
+    for name in SILENT:
+        tables["training"].pop(name)
+    return {**tables, **({"processes": ranks.world} if recipe.training.online else {})}
+
+
+def _earlier(out: Path, ranks: Ranks) -> dict[str, Any] | None:
+    """The request of a run whose recipe is all that it wrote down."""
+    return request_of(load_recipe(out / RECIPE), ranks) if (out / RECIPE).exists() else None
+
+
 def _settings_that_matter(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     """What the weights depend on."""
-    training = recipe.training.model_dump(mode="json", exclude={"log_every", "checkpoint_every", "batch_tokens"})
+    training = recipe.training.model_dump(mode="json", exclude=set(SILENT))
     return {"sae": recipe.sae.model_dump(mode="json", exclude={"dtype"}), "training": training, **({"world": ranks.world} if recipe.training.online else {})}
 
 
@@ -291,7 +335,7 @@ def _finish(recipe: Recipe, out: Path, parts: Parts, trainer: Trainer, found: _D
             loss = loss_recovered(
                 model, tokenizer, recipe.subject.hook, written.sae, extracted.windows, rows, progress=lambda done, total: steps("cross-entropy", done, total)
             )
-            judged = replace(judged, loss=loss)
+            judged = replaced(judged, loss=loss)
         metrics = judged.to_json()
         write_json(out / METRICS, metrics)
         save_sae(out / "sae", written.sae, dtype=dtype, provenance=provenance, metrics=short_metrics(metrics), **names)

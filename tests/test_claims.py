@@ -1,0 +1,158 @@
+"""Folders that work is kept in: one process at a time, one request, and nothing deleted that nobody asked to delete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import HOOK
+from tiny import TINY_TEXTS
+
+from featureinterp.claims import LOCK, OWNER, REQUEST, check_free, claim, owned
+from featureinterp.codes.collect import collect
+from featureinterp.codes.store import CodesStore
+from featureinterp.corpus.text import load_corpus
+from featureinterp.corpus.windows import WindowPolicy
+from featureinterp.errors import FolderInUseError, IncompatibleError
+from featureinterp.sae.load import load_sae
+from featureinterp.subject.load import Subject
+from featureinterp.training.extract import ExtractSettings, extract
+
+POLICY = WindowPolicy(16, 8)
+HOLD = """
+import sys
+from pathlib import Path
+from featureinterp.claims import owned
+with owned(Path(sys.argv[1]), "test"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds a folder."""
+    child = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdin is not None
+    try:
+        assert child.stdout.readline() == "held\n"
+        yield child
+    finally:
+        child.stdin.close()
+        child.wait()
+
+
+def test_a_folder_has_one_owner_who_is_named_and_whose_death_frees_it(tmp_path: Path):
+    with holder(tmp_path / "run") as child:
+        for ask in (check_free, lambda folder: owned(folder, "second").__enter__()):
+            with pytest.raises(FolderInUseError, match=rf"process {child.pid} on {os.uname().nodename} \(test\) .* since 20"):
+                ask(tmp_path / "run")
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        check_free(tmp_path / "run")
+        with owned(tmp_path / "run", "third"):
+            assert json.loads((tmp_path / "run" / OWNER).read_text())["pid"] == os.getpid()
+            with pytest.raises(FolderInUseError, match=f"process {os.getpid()} "), owned(tmp_path / "run", "fourth"):
+                pass
+    check_free(tmp_path / "run")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {LOCK}
+    check_free(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_who_waits_gets_the_folder_when_it_is_free(tmp_path: Path):
+    with holder(tmp_path) as child:
+        told = []
+
+        def waiting(line: str) -> None:
+            told.append(line)
+            child.send_signal(signal.SIGKILL)
+
+        with owned(tmp_path, "second", waiting=waiting):
+            assert len(told) == 1 and f"process {child.pid} " in told[0]
+
+
+def test_a_claim_says_what_differs_and_deletes_its_own_parts_alone(tmp_path: Path):
+    asked = {"corpus": "0" * 32, "window": {"length": 16, "min": 8}}
+    claim(tmp_path, "codes", asked, parts=("codes",), about={"corpus": "a.txt"})
+    claim(tmp_path, "codes", {**asked, "corpus": "1" * 32}, parts=("codes",))  # nothing is there yet
+    (tmp_path / "codes").mkdir()
+    (tmp_path / "notes").write_text("mine")
+    claim(tmp_path, "codes", {**asked, "corpus": "1" * 32}, parts=("codes",), about={"corpus": "moved.txt"})
+    other = {"corpus": "2" * 32, "window": {"length": 32, "min": 8}}
+    with pytest.raises(IncompatibleError, match=r"another corpus; window length 16 there, 32 asked for\).*--replace"):
+        claim(tmp_path, "codes", other, parts=("codes",))
+    assert (tmp_path / "codes").is_dir()
+    with owned(tmp_path / "codes", "at work"), pytest.raises(FolderInUseError):
+        claim(tmp_path, "codes", other, parts=("codes",), replace=True)
+    claim(tmp_path, "codes", other, parts=("codes",), replace=True)
+    assert {p.name for p in tmp_path.iterdir()} == {REQUEST, "notes"}
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"key": "0", "hook": "x"}'])
+def test_what_does_not_say_what_it_is_of_is_not_taken_for_it(tmp_path: Path, text: str | None):
+    (tmp_path / "codes").mkdir()
+    if text is not None:
+        (tmp_path / REQUEST).write_text(text)
+    with pytest.raises(IncompatibleError, match="does not say of which request"):
+        claim(tmp_path, "codes", {"hook": "x"}, parts=("codes",))
+    claim(tmp_path, "codes", {"hook": "x"}, parts=("codes",), earlier=lambda: {"hook": "x"})
+    claim(tmp_path, "codes", {"hook": "x"}, parts=("codes",))  # it is written down now
+
+
+def texts(path: Path, seed: int) -> Path:
+    rng = np.random.default_rng(seed)
+    rows = [[" ".join(TINY_TEXTS[i] for i in rng.integers(len(TINY_TEXTS), size=8)) for _ in range(2)] for _ in range(30)]
+    path.write_text("".join(json.dumps({"text": a, "other": b}) + "\n" for a, b in rows), encoding="utf-8")
+    return path
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_codes_are_of_one_request_and_what_is_finished_is_never_lost(tmp_path: Path, subject: Subject, sae_folder: Path):
+    file, run, sae = texts(tmp_path / "c.jsonl", 0), tmp_path / "run", load_sae(str(sae_folder))
+    collect(subject, sae, load_corpus(str(file)), run, POLICY)
+    (run / "records.jsonl").write_text("rows of these windows")
+    moved = shutil.copyfile(file, tmp_path / "moved.jsonl")
+    before = files_of(run)
+    for corpus, policy, dtype, words in (
+        (load_corpus(str(file), text_field="other"), POLICY, "float16", "another corpus"),
+        (load_corpus(str(file)), WindowPolicy(8, 8), "float16", "window length 16 there, 8 asked for"),
+        (load_corpus(str(file)), WindowPolicy(16, 8, 400), "float16", "max_tokens null there, 400 asked for"),
+        (load_corpus(str(file)), POLICY, "float32", 'value dtype "float16" there, "float32" asked for'),
+    ):
+        with pytest.raises(IncompatibleError, match=words):
+            collect(subject, sae, corpus, run, policy, value_dtype=dtype)
+    texts(file, 1)
+    with pytest.raises(IncompatibleError, match="another corpus"):
+        collect(subject, sae, load_corpus(str(file)), run, POLICY)
+    assert files_of(run) == before
+    assert len(collect(subject, sae, load_corpus(str(moved)), run, POLICY).positions)  # the same text elsewhere
+    old = CodesStore.open(run).windows.fingerprint
+    found = collect(subject, sae, load_corpus(str(file)), run, POLICY, replace=True)
+    assert found.windows.fingerprint != old and not (run / "records.jsonl").exists()
+
+
+def test_an_extraction_is_of_one_request(tmp_path: Path, subject: Subject):
+    file, out = texts(tmp_path / "c.jsonl", 0), tmp_path / "acts"
+    extract(subject, HOOK, load_corpus(str(file)), out, POLICY)
+    before = files_of(out)
+    texts(file, 1)
+    with pytest.raises(IncompatibleError, match="another corpus"):
+        extract(subject, HOOK, load_corpus(str(file)), out, POLICY)
+    with pytest.raises(IncompatibleError, match="settings held_out 0.1 there, 0.2 asked for"):
+        extract(subject, HOOK, load_corpus(str(file)), out, POLICY, ExtractSettings(0.2))
+    assert files_of(out) == before
+    again = extract(subject, HOOK, load_corpus(str(file)), out, POLICY, replace=True)
+    assert again.train is not None and files_of(out) != before
