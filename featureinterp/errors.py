@@ -27,6 +27,8 @@ The message of each is one sentence that says what was wrong, which value, and w
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class FeatureInterpError(Exception):
     """Root of the tree. ``retryable`` says whether the same call can succeed later."""
@@ -91,7 +93,13 @@ class TooManyFailuresError(JobStoppedError):
 
 
 class LanguageModelError(FeatureInterpError):
-    """An endpoint or a local model did not give a usable reply."""
+    """An endpoint or a local model did not give a usable reply.
+
+    ``billed``: whether it did work that it is likely to bill all the same. ``usage``: the ``Usage`` of that, where it is known.
+    """
+
+    billed = False
+    usage: Any = None
 
 
 class EndpointUnavailableError(LanguageModelError):
@@ -118,6 +126,10 @@ class RequestRefusedError(LanguageModelError):
 class TruncatedReplyError(LanguageModelError):
     """The reply was cut by the token limit."""
 
+    billed = True
+
 
 class MalformedReplyError(LanguageModelError):
     """The reply does not have the form that was asked for."""
+
+    billed = True

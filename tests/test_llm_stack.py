@@ -368,7 +368,7 @@ def test_metering_prices_and_stops_what_was_refused():
 
 
 def test_prices():
-    assert price_of("openai/gpt-4o-mini") == price_of("gpt-4o-mini") == Price(0.15, 0.6) and price_of("mine") is None
+    assert price_of("openai/gpt-4o-mini") == price_of("gpt-4o-mini") == Price(0.15, 0.6, 0.075) and price_of("mine") is None
 
 
 def test_a_backoff_holds_no_slot():

@@ -7,13 +7,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens, wall seconds and money. ``cost_usd`` is None when the price is not known; unknown plus anything is unknown."""
+    """Tokens, wall seconds and money. ``cost_usd`` is None when the price is not known; unknown plus anything is unknown.
+
+    ``completion_tokens``: with those of thoughts, which are billed, too. ``cached_tokens``: how many of ``prompt_tokens`` the provider
+    took from its own cache, at their own price. ``estimated``: how many of the requests came without a usable count of tokens, so that
+    theirs is an estimate by the length of the texts.
+    """
 
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
     cost_usd: float | None = 0.0
+    cached_tokens: int = 0
+    estimated: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of prompts and replies."""
+        return self.prompt_tokens + self.completion_tokens
 
     def __add__(self, other: Usage) -> Usage:
         cost = None if self.cost_usd is None or other.cost_usd is None else self.cost_usd + other.cost_usd
@@ -23,4 +35,6 @@ class Usage:
             self.completion_tokens + other.completion_tokens,
             self.seconds + other.seconds,
             cost,
+            self.cached_tokens + other.cached_tokens,
+            self.estimated + other.estimated,
         )

@@ -47,13 +47,21 @@ class Guard:
     def before(self) -> None:
         """Raises ``BudgetReachedError`` when nothing may be spent any more."""
         budget, used = self.budget, self._usage()
+        if budget.usd is not None and used.cost_usd is None:
+            raise BudgetReachedError(f"the budget of ${budget.usd:g} cannot be kept: what a reply cost is not known, as its model has no price")
         if budget.usd is not None and (used.cost_usd or 0.0) >= budget.usd:
-            raise BudgetReachedError(f"the budget of ${budget.usd:g} is spent (${used.cost_usd:.4f})")
-        tokens = used.prompt_tokens + used.completion_tokens
-        if budget.tokens is not None and tokens >= budget.tokens:
-            raise BudgetReachedError(f"the budget of {budget.tokens:,} tokens is spent ({tokens:,})")
+            raise BudgetReachedError(f"the budget of ${budget.usd:g} is spent (${used.cost_usd:.4f}{estimate(used)})")
+        if budget.tokens is not None and used.tokens >= budget.tokens:
+            raise BudgetReachedError(f"the budget of {budget.tokens:,} tokens is spent ({used.tokens:,}{estimate(used)})")
         if budget.minutes is not None and self._clock() - self._start >= budget.minutes * 60:
             raise BudgetReachedError(f"the time of {budget.minutes:g} minutes is over")
+
+    def fits(self, reserved: Usage) -> bool:
+        """Whether ``reserved`` can be spent beside what is spent already."""
+        budget, used = self.budget, self._usage()
+        if budget.usd is not None and (used.cost_usd or 0.0) + (reserved.cost_usd or 0.0) > budget.usd:
+            return False
+        return budget.tokens is None or used.tokens + reserved.tokens <= budget.tokens
 
     def outcome(self, failure: Failure | None) -> None:
         """Counts a stage."""
@@ -65,3 +73,10 @@ class Guard:
         if n >= FAILURES_COUNT_FROM and failed > self.max_failure_rate * n:
             causes = "; ".join(f"{count} times {cause}" for cause, count in self._causes.most_common(3))
             raise TooManyFailuresError(f"{failed} of {n} stages failed, more than {self.max_failure_rate:.0%}, so the job stopped: {causes}")
+
+
+def estimate(used: Usage) -> str:
+    """What is to be said beside a sum of which a part is an estimate; nothing beside one that is not."""
+    if not used.estimated:
+        return ""
+    return f", an estimate: {used.estimated:,} of {used.requests:,} requests came without a usable count of tokens"

@@ -84,7 +84,7 @@ class ExplainJob:
         self.meter = meter or Meter()
         self.document_name, self.on_event = document_name, on_event
         self.guard = Guard(budget or Budget(), lambda: self.meter.usage, max_failure_rate=max_failure_rate)
-        self.meter.before = self.guard.before
+        self.meter.before, self.meter.fits = self.guard.before, self.guard.fits
         self.key = content_key({"format": FORMAT, "source": source, **self._settings()})
 
     def _settings(self) -> dict[str, Any]:

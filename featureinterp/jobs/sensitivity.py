@@ -77,7 +77,7 @@ class SensitivityJob:
         self.sae, self.source, self.base_rate, self.on_feature = sae, source, base_rate, on_feature
         self.meter = meter or Meter()
         self.guard = guard or Guard(Budget(), lambda: self.meter.usage)
-        self.meter.before = self.guard.before
+        self.meter.before, self.meter.fits = self.guard.before, self.guard.fits
         self.stopped: JobStoppedError | None = None
 
     async def run(self, features: Sequence[FeatureSensitivity]) -> list[FeatureSensitivity]:

@@ -25,6 +25,7 @@ from featureinterp.errors import (
 from featureinterp.llm.roles import as_text
 from featureinterp.llm.secrets import Secrets, check_address, check_variable
 from featureinterp.llm.types import Reply, Request
+from featureinterp.llm.usage import reported_usage
 from featureinterp.tasks import Turns
 
 DEFAULT_TIMEOUT_S = 120.0
@@ -218,9 +219,7 @@ class OpenAIModel:
 
     @staticmethod
     def _usage(completion: Any, seconds: float) -> Usage:
-        usage = completion.get("usage")
-        prompt, reply = (usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens"))
-        return Usage(1, prompt if isinstance(prompt, int) else 0, reply if isinstance(reply, int) else 0, seconds, None)
+        return reported_usage(completion, seconds)
 
     def _late(self) -> str:
         return f"the endpoint {self.base_url} did not answer within {self.timeout_s:g} s: check that it is up, or raise --timeout-s"

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from featureinterp.domain.usage import Usage
+from featureinterp.errors import LanguageModelError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Reply, Request
 
@@ -50,6 +51,11 @@ class Tallied:
         self._model = model
 
     async def complete(self, request: Request) -> Reply:
-        reply = await self._model.complete(request)
+        try:
+            reply = await self._model.complete(request)
+        except LanguageModelError as error:
+            if isinstance(error.usage, Usage):
+                count(error.usage)
+            raise
         count(reply.usage)
         return reply
