@@ -377,12 +377,20 @@ def test_a_hub_that_is_not_there_is_one_sentence(hub: Hub, monkeypatch: pytest.M
         load_sae("py_4k_topk_s0")
 
 
+def norms_of(folder: Path) -> np.ndarray:
+    """The lengths of the decoder's rows: SAELens gives codes in units of them, this project in units of the residual stream."""
+    from safetensors.numpy import load_file
+
+    return np.linalg.norm(load_file(folder / "sae_weights.safetensors")["W_dec"], axis=1)
+
+
 @pytest.mark.parametrize("form", sorted(p.name for p in SAELENS.iterdir()))
 def test_saelens_folders_encode_as_saelens_does(form: str):
     expected = json.loads((SAELENS / form / "expected.json").read_text())
     loaded = load_sae(str(SAELENS / form))
     found = loaded.sae.encode(torch.tensor(expected["x"]))
-    np.testing.assert_allclose(found.to_dense().numpy(), np.array(expected["codes"]), rtol=1e-5, atol=1e-5)
+    codes = np.array(expected["codes"]) * (1 if form.startswith("topk") else norms_of(SAELENS / form))
+    np.testing.assert_allclose(found.to_dense().numpy(), codes, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(loaded.sae.decode(found).numpy(), np.array(expected["decoded"]), rtol=1e-5, atol=1e-5)
     assert (loaded.hook, loaded.model) == ("blocks.8.hook_resid_post", "pythia-160m-deduped")
 
@@ -466,7 +474,8 @@ def test_a_release_of_saelens_is_what_its_package_loads(monkeypatch: pytest.Monk
 
     monkeypatch.setitem(sys.modules, "sae_lens", SimpleNamespace(SAE=SAE))
     loaded = load_sae("saelens:my-release/layer_8/canonical")
-    np.testing.assert_allclose(loaded.sae.encode(torch.tensor(expected["x"])).to_dense().numpy(), np.array(expected["codes"]), rtol=1e-5, atol=1e-5)
+    codes = np.array(expected["codes"]) * norms_of(form)
+    np.testing.assert_allclose(loaded.sae.encode(torch.tensor(expected["x"])).to_dense().numpy(), codes, rtol=1e-5, atol=1e-5)
     assert load_sae("saelens:my-release/layer_8/canonical").fingerprint == loaded.fingerprint
     with pytest.raises(UnknownNameError, match="not found in release"):
         load_sae("saelens:my-release/other")
@@ -477,10 +486,10 @@ def test_a_release_of_saelens_is_what_its_package_loads(monkeypatch: pytest.Monk
 def test_local_folders_of_the_neighbours(tmp_path: Path):
     arrays = checkpoint("gated", 768, 64)
     (tmp_path / "ae.pt").write_bytes(saved(arrays))
-    (tmp_path / "config.json").write_bytes(configuration("gated", dict_size=64))
+    (tmp_path / "config.json").write_bytes(configuration("gated", dict_size=64, submodule_name="resid_post_layer_8"))
     loaded = load_sae(str(tmp_path))
     assert loaded.sae.architecture == "gated" and loaded.n_features == 64
-    scope = tmp_path / "layer_7" / "width_16k" / "average_l0_9"
+    scope = tmp_path / "gemma-scope-2b-pt-res" / "layer_7" / "width_16k" / "average_l0_9"
     scope.mkdir(parents=True)
     np.savez(scope / "params.npz", **checkpoint("jumprelu", 2304, 8))
     assert (load_sae(str(scope)).hook, load_sae(str(scope)).model) == ("blocks.7.hook_resid_post", GEMMA)
@@ -523,15 +532,53 @@ def test_the_command_lists_shows_and_fetches(tmp_path: Path):
 def test_an_sae_of_another_model_is_refused_with_those_that_fit(subject: object):
     from dataclasses import replace
 
-    from tiny import make_sae
-
-    from featureinterp.codes.collect import check_fit
+    from featureinterp.codes.fit import check_fit
     from featureinterp.sae.load import LoadedSae
 
     mine = LoadedSae("py_4k_topk_s0", make_sae("topk", subject.d_model, 8), "blocks.0.hook_resid_post", PYTHIA, {}, "x")
     check_fit(replace(subject, name="pythia-160m-deduped"), mine)
-    check_fit(replace(subject, name=str(SAELENS)), mine)
     check_fit(replace(subject, name="someone/pythia-160m-deduped-chat"), mine)
-    check_fit(replace(subject, name="gpt2"), replace(mine, name="saelens:gpt2-small-res-jb/x", model="gpt2-small"))
+    check_fit(replace(subject, name="openai-community/gpt2"), replace(mine, name="saelens:gpt2-small-res-jb/x", model="gpt2-small"))
+    check_fit(replace(subject, name="unsloth/Llama-3.1-8B"), replace(mine, model="meta-llama/Meta-Llama-3.1-8B"))
     with pytest.raises(InputError, match=r"made for EleutherAI/pythia-160m-deduped.*gem_4k_btopk_s0"):
         check_fit(replace(subject, name="google/gemma-2-2b"), mine)
+    folder = replace(mine, name="/saes/one")
+    for model, other in (("gpt2-small", "Qwen/Qwen2.5-0.5B"), ("pythia-160m", PYTHIA), ("tiny", "tiny-2/other"), ("gpt2", "gpt-neo-125m")):
+        with pytest.raises(InputError, match=f"was made for {model}, and not for {other}"):
+            check_fit(replace(subject, name=other), replace(folder, model=model))
+
+
+def test_the_family_of_a_model_in_a_folder_is_compared(subject: object, subject_folder: Path):
+    """A folder may have any name; the model in it is a Llama, and so are those of the names that it may be."""
+    from dataclasses import replace
+
+    from featureinterp.codes.fit import check_fit
+    from featureinterp.sae.load import LoadedSae
+
+    mine = LoadedSae("/saes/one", make_sae("topk", subject.d_model, 8), "blocks.0.hook_resid_post", "tiny", {}, "x")
+    assert subject.name == str(subject_folder) and subject.model.config.model_type == "llama"
+    for model in ("tiny", "", "/somewhere/else", "meta-llama/Llama-3.1-8B", "smollm2-135m-instruct"):
+        check_fit(subject, replace(mine, model=model))
+    for model in (PYTHIA, "gpt2-small", GEMMA, "Qwen/Qwen2.5-0.5B"):
+        with pytest.raises(InputError, match="was made for"):
+            check_fit(subject, replace(mine, model=model))
+
+
+def test_an_sae_that_saw_no_bos_is_refused_where_one_is_read(subject: object, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    from dataclasses import replace
+
+    from tiny import make_subject_folder
+
+    from featureinterp.codes.fit import check_fit
+    from featureinterp.sae.load import LoadedSae
+    from featureinterp.subject.load import load_subject
+
+    mine = LoadedSae("/saes/one", make_sae("topk", subject.d_model, 8), "blocks.0.hook_resid_post", "tiny", {}, "x")
+    check_fit(subject, replace(mine, prepend_bos=True))
+    with pytest.raises(InputError, match="without a BOS in front"):
+        check_fit(subject, replace(mine, prepend_bos=False))
+    plain = load_subject(str(make_subject_folder(tmp_path, "llama", bos=False)), device="cpu", dtype="float32")
+    check_fit(plain, replace(mine, prepend_bos=False))
+    assert not caplog.records
+    check_fit(plain, replace(mine, prepend_bos=True))
+    assert "was trained with a BOS" in caplog.text

@@ -132,8 +132,9 @@ def collect(
     ``FolderInUseError`` when another process works in ``out``.
     """
     from featureinterp.claims import check_free
-    from featureinterp.codes.collect import BATCH_TOKENS, check_fit
+    from featureinterp.codes.collect import BATCH_TOKENS
     from featureinterp.codes.collect import collect as run_collect
+    from featureinterp.codes.fit import check_fit
     from featureinterp.corpus.text import load_corpus
     from featureinterp.corpus.windows import WindowPolicy
     from featureinterp.machine import pick_device

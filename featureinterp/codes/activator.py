@@ -9,7 +9,8 @@ import anyio.to_thread
 import numpy as np
 import torch
 
-from featureinterp.codes.collect import check_fit, check_sae, check_subject, scored_tokens
+from featureinterp.codes.collect import check_sae, check_subject, scored_tokens
+from featureinterp.codes.fit import check_fit
 from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.cut import piece_ends
 from featureinterp.domain.feature import FeatureId

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from featureinterp.claims import check_free, claim, owned
+from featureinterp.codes.fit import check_fit
 from featureinterp.codes.store import MARKER, CodesStore, RunWriter
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows, copy_windows
@@ -19,7 +20,6 @@ from featureinterp.errors import FeatureInterpError, IncompatibleError, InputErr
 from featureinterp.files import content_key
 from featureinterp.sae.codes import SparseCodes
 from featureinterp.sae.load import LoadedSae
-from featureinterp.sae.names import is_published, names_of_model
 from featureinterp.subject.load import PrependToken, SkipFirst, Subject, check_same_model
 
 Progress = Callable[[int, int], None]
@@ -30,20 +30,6 @@ CHUNK_TOKENS = 16_384
 SINK_FACTOR = 10.0
 PARTS = ("codes", "windows", "embeddings", "dense", "records.jsonl")
 """What a run folder holds that is of its windows."""
-
-
-def check_fit(subject: Subject, sae: LoadedSae) -> None:
-    """Raises ``UnknownNameError`` when the model lacks the SAE's hook and ``IncompatibleError`` when the widths differ, or when the SAE is a published one of
-    another model. A model from a folder may have any name, and a variant of the model (``gemma-2-2b-it``) fits."""
-    fitting = names_of_model(subject.name)
-    choose = f"choose an SAE of this model, such as {fitting[0]}" if fitting else "choose an SAE of this model"
-    if sae.sae.d_in != subject.d_model:
-        raise IncompatibleError(
-            f"the SAE {sae.name} takes activations of width {sae.sae.d_in} (made for {sae.model}), but {subject.name} has width {subject.d_model}: {choose}"
-        )
-    if is_published(sae.name) and not Path(subject.name).is_dir() and not _variant_of(sae.model, subject.name):
-        raise IncompatibleError(f"the SAE {sae.name} was made for {sae.model}, and not for {subject.name}: {choose}")
-    subject.check_hook(sae.hook)
 
 
 def collect(

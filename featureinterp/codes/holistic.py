@@ -9,7 +9,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from featureinterp.codes.collect import check_fit, check_sae, check_subject, scored_by_norm
+from featureinterp.codes.collect import check_sae, check_subject, scored_by_norm
+from featureinterp.codes.fit import check_fit
 from featureinterp.codes.store import CodesStore
 from featureinterp.domain.record import SPLITS, FeatureRecord, Window
 from featureinterp.errors import InputError

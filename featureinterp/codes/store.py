@@ -180,7 +180,9 @@ def _check_windows(run: Path, meta: Mapping[str, Any], windows: WindowTable) -> 
 
 
 def narrow_values(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """Values in the store's dtype. A value too large for float16 is an error; a positive one too small stays positive."""
+    """Values in the store's dtype. A value too large for float16, or not finite, is an error; a positive one too small stays positive."""
+    if not np.isfinite(values).all():
+        raise StorageError("an activation is not finite, so nothing was stored of it: the SAE's weights or the model's dtype cannot hold it")
     if dtype == np.float32:
         return values.astype(np.float32, copy=False)
     if len(values) and not float(values.max()) <= _FLOAT16_MAX:

@@ -88,7 +88,8 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
     """Measures one SAE after the other. Model and SAEs are checked against each other before anything is computed or paid for; activations of the corpus are
     computed once for all SAEs at one hook. Raises ``InputError`` for what cannot work, and a ``LanguageModelError`` when the endpoint cannot be used."""
     from featureinterp.codes.activator import TextActivator
-    from featureinterp.codes.collect import check_fit, collect_shared
+    from featureinterp.codes.collect import collect_shared
+    from featureinterp.codes.fit import check_fit
     from featureinterp.corpus.text import load_corpus
     from featureinterp.corpus.windows import WindowPolicy
     from featureinterp.machine import pick_device

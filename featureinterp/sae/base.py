@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal, get_args
+from functools import cached_property
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
 from featureinterp.errors import IncompatibleError
 from featureinterp.sae.codes import SparseCodes
 
-Normalize = Literal["none", "layer_norm"]
+Normalize = Literal["none", "layer_norm", "center"]
 LAYER_NORM_EPSILON = 1e-5
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether every value is finite, without a copy of the tensor."""
+    return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
 def layer_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -25,26 +31,33 @@ def layer_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 class SparseAutoencoder:
     """Base of the architectures. ``decode(encode(x))`` reconstructs activations ``x`` ``[token, d_in]``.
 
-    ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``, and what ``extra`` names. ``normalize``: what is done to every
-    token before it is encoded: nothing, or :func:`layer_norm`; codes are then in units of the token's deviation, and decoding undoes it.
+    ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``, and what ``extra`` names.
+    ``normalize``: what is done to every token before it is encoded, and undone by decoding: nothing; :func:`layer_norm`, codes
+    are then in units of the token's deviation; or ``center``, the token less its own mean.
+
+    Raises ``IncompatibleError`` for settings and tensors with which nothing could be encoded.
     """
 
     architecture: ClassVar[str]
     extra: ClassVar[tuple[str, ...]] = ()
     """Further tensors, each ``[d_sae]`` unless ``shapes`` says otherwise."""
     settings: ClassVar[tuple[str, ...]] = ()
-    """Keys of the configuration that the encoder needs, each a positive integer."""
+    """Keys of the configuration that the encoder needs, each an integer from 1 to ``d_sae``."""
     required_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], *, normalize: Normalize = "none", **settings: int) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor], *, normalize: Normalize = "none", **settings: Any) -> None:
         if normalize not in get_args(Normalize):
             raise IncompatibleError(f"there is no input normalisation {normalize!r}: known are {', '.join(get_args(Normalize))}")
         self.tensors, self.normalize = dict(tensors), normalize
         self.W_enc, self.W_dec, self.b_dec = tensors["W_enc"], tensors["W_dec"], tensors["b_dec"]
         self.b_enc = tensors.get("b_enc")
         for name in self.settings:
-            if not isinstance(settings.get(name), int) or settings[name] < 1:
-                raise IncompatibleError(f"a {self.architecture} SAE needs a positive integer {name!r} in its configuration, not {settings.get(name)!r}")
+            value = settings.get(name)
+            if type(value) is not int or not 1 <= value <= self.d_sae:
+                raise IncompatibleError(
+                    f"a {self.architecture} SAE of {self.d_sae:,} features needs a positive integer {name!r} up to that number in its "
+                    f"configuration, not {repr(value)[:60]}",
+                )
         self.options = {name: settings[name] for name in self.settings}
 
     @classmethod
@@ -78,9 +91,48 @@ class SparseAutoencoder:
             raise IncompatibleError(f"the SAE takes activations [token, {self.d_in}], not {list(x.shape)}: it belongs to a model of another width")
         x = x.to(self.W_enc.device, self.W_enc.dtype)
         if self.normalize == "none":
-            return self._encode(x)
+            return self._checked(x)
+        if self.normalize == "center":
+            mean = x.mean(-1)
+            return replace(self._checked(x - mean[:, None]), shift=mean, scale=torch.ones_like(mean))
         normal, mean, deviation = layer_norm(x)
-        return replace(self._encode(normal), shift=mean, scale=deviation)
+        return replace(self._checked(normal), shift=mean, scale=deviation)
+
+    def check(self, where: object) -> None:
+        """Raises ``IncompatibleError`` when a tensor, or what the encoder makes of one, is not finite in this dtype, or when the
+        decoder is zero. ``where``: what is named in the message."""
+        for name, tensor in {**self.tensors, **self._derived()}.items():
+            if not all_finite(tensor):
+                raise IncompatibleError(
+                    f"{where} is not finite in {str(tensor.dtype).removeprefix('torch.')} ({name}): it is damaged, its training "
+                    "diverged, or it needs a wider dtype",
+                )
+        if not bool(self.W_dec.any()):
+            raise IncompatibleError(f"the decoder of {where} is zero: no code of it could be reconstructed or steered")
+
+    def _derived(self) -> dict[str, torch.Tensor]:
+        """What is computed from the tensors alone, before any input."""
+        return {"the shift of its input": self.b_dec @ self.W_enc}
+
+    @cached_property
+    def _gain(self) -> float:
+        """How much longer than an input a code can be at most: the largest norm of an encoder's column."""
+        return max((float(part.double().norm(dim=0).max()) for part in self.W_enc.split(4096, dim=1)), default=0.0)
+
+    def _checked(self, x: torch.Tensor) -> SparseCodes:
+        """The codes of normalised activations. Raises ``IncompatibleError`` when one is beyond what the dtype can hold.
+
+        By Cauchy and Schwarz no product exceeds the input's norm times ``_gain``; below the limit none needs to be looked at.
+        """
+        codes = self._encode(x)
+        reach = float(x.float().norm(dim=1).max()) * self._gain if len(x) else 0.0
+        fits = reach < torch.finfo(x.dtype).max / 4 or all_finite(x @ self.W_enc)
+        if not fits or not all_finite(codes.values):
+            raise IncompatibleError(
+                f"the SAE's codes are not finite in {str(x.dtype).removeprefix('torch.')}: its weights or the activations are too "
+                "large or damaged; use a wider dtype or another SAE",
+            )
+        return codes
 
     def decode(self, codes: SparseCodes) -> torch.Tensor:
         """``codes @ W_dec + b_dec``, with the input's normalisation undone: ``[token, d_in]``."""

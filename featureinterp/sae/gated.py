@@ -15,6 +15,9 @@ class Gated(SparseAutoencoder):
     extra = ("r_mag", "gate_bias", "mag_bias")
     required_biases = ()
 
+    def _derived(self) -> dict[str, torch.Tensor]:
+        return super()._derived() | {"exp(r_mag)": torch.exp(self.tensors["r_mag"])}
+
     def _encode(self, x: torch.Tensor) -> SparseCodes:
         u = self._centred(x)
         size = torch.relu(torch.exp(self.tensors["r_mag"]) * u + self.tensors["mag_bias"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+from featureinterp.errors import IncompatibleError
 from featureinterp.sae.hub import cached, measured_l0
 from featureinterp.sae.names import is_published, resolve
 
@@ -13,7 +15,8 @@ _NONE = dict.fromkeys(("repository", "file", "config_file", "revision", "l0", "m
 
 def sae_info(name: str) -> dict[str, Any]:
     """``name``, ``layout``, ``repository``, ``file``, ``config_file``, ``revision``, ``model``, ``layer``, ``hook``, ``d_in``, ``d_sae``, ``architecture``,
-    ``l0`` (that it was trained for, or has on average), ``measured_l0`` (of its evaluation file, once that is fetched) and ``cached``.
+    ``l0`` (that it was trained for, or has on average), ``measured_l0`` (of its evaluation file, once that is fetched) and ``cached``;
+    of an SAE in a folder ``notes``, what its files say besides.
 
     A local SAE, or one of SAELens, is loaded for it. Raises ``UnknownNameError`` for a name that stands for nothing.
     """
@@ -22,21 +25,33 @@ def sae_info(name: str) -> dict[str, Any]:
         about = spec.to_json()
         about.pop("trainer")
         return {**about, "measured_l0": measured_l0(spec), "cached": cached(spec) is not None}
-    from featureinterp.sae.load import load_sae
+    from featureinterp.sae.load import build, read_checkpoint
 
-    loaded = load_sae(name)
-    layer = loaded.hook.split(".")[1]
+    loaded = build(name, read_checkpoint(name))
+    layer = re.match(r"blocks\.(\d+)\.", loaded.hook)
     metrics = loaded.config.get("metrics")
     own = {
         "name": name,
         "layout": "saelens" if name.startswith("saelens:") else "folder",
         **_NONE,
-        "model": loaded.model,
-        "layer": int(layer) if layer.isdecimal() else None,
+        "model": loaded.model or None,
+        "layer": int(layer[1]) if layer else None,
         "hook": loaded.hook,
         "d_in": loaded.sae.d_in,
         "d_sae": loaded.n_features,
         "architecture": loaded.sae.architecture,
         "l0": loaded.sae.options.get("k"),
     }
-    return {**own, "measured_l0": metrics.get("l0") if isinstance(metrics, dict) else None, "cached": True}
+    measured = {"measured_l0": metrics.get("l0") if isinstance(metrics, dict) else None, "cached": True}
+    return {**own, **measured, "notes": "; ".join([*loaded.notes, *_unusable(loaded.hook, name)]) or None}
+
+
+def _unusable(hook: str, name: str) -> list[str]:
+    """Why the site cannot be used, if it cannot."""
+    from featureinterp.sae.layouts.checkpoint import hook_after_block
+
+    try:
+        hook_after_block(hook, f"the SAE {name}")
+    except IncompatibleError as error:
+        return [str(error)]
+    return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,25 +10,26 @@ from typing import Any
 
 import torch
 
-from featureinterp.errors import IncompatibleError, UnknownNameError
+from featureinterp.errors import UnknownNameError
 from featureinterp.resources import data_folder
 from featureinterp.sae.base import SparseAutoencoder
 from featureinterp.sae.hub import fetch
 from featureinterp.sae.layouts import dictionary_learning, gemma_scope, own, saelens
-from featureinterp.sae.layouts.checkpoint import ARCHITECTURES, Checkpoint
+from featureinterp.sae.layouts.checkpoint import ARCHITECTURES, Checkpoint, hook_after_block
 from featureinterp.sae.layouts.own import save_sae
 from featureinterp.sae.layouts.saelens import save_saelens
 from featureinterp.sae.names import SaeSpec, is_published, nearest, resolve
 
 __all__ = ["ARCHITECTURES", "LoadedSae", "load_sae", "save_sae", "save_saelens"]
 
-_SCOPE_PLACE = re.compile(r"layer_(\d+)/width_[0-9a-z]+/average_l0_\d+$")
-_SCOPE_MODELS = {2304: "google/gemma-2-2b", 3584: "google/gemma-2-9b"}
+_log = logging.getLogger("featureinterp")
 
 
 @dataclass(frozen=True)
 class LoadedSae:
-    """An SAE with what is known about it. ``fingerprint``: SHA-256 of its configuration and weights."""
+    """An SAE with what is known about it. ``model``: what it was trained on, "" when nothing says it. ``fingerprint``: SHA-256 of
+    its configuration and weights. ``prepend_bos``: whether a BOS stood in front of the text in training, None where nothing says
+    so. ``notes``: what else its files say that a reader of results should know."""
 
     name: str
     sae: SparseAutoencoder
@@ -36,6 +37,8 @@ class LoadedSae:
     model: str
     config: Mapping[str, Any]
     fingerprint: str
+    prepend_bos: bool | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def n_features(self) -> int:
@@ -55,14 +58,33 @@ def load_sae(
 
     Raises ``UnknownNameError`` when there is none, ``IncompatibleError`` when its files contradict each other or the name, and ``DownloadError``.
     """
-    checkpoint = _checkpoint(name, steps)
+    checkpoint = read_checkpoint(name, steps)
+    hook_after_block(checkpoint.hook, f"the SAE {name}")
+    loaded = build(name, checkpoint, device=device, dtype=dtype)
+    for note in loaded.notes:
+        _log.warning("the SAE %s: %s", name, note)
+    return loaded
+
+
+def build(
+    name: str,
+    checkpoint: Checkpoint,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> LoadedSae:
+    """The SAE of a checkpoint. Raises ``IncompatibleError`` when it cannot encode, or holds values that ``dtype`` cannot."""
     kind = ARCHITECTURES[checkpoint.architecture]
     tensors = {k: v.to(device, dtype).contiguous() for k, v in checkpoint.tensors.items()}
-    sae = kind(tensors, normalize=checkpoint.settings.get("normalize", "none"), **{s: checkpoint.settings.get(s) for s in kind.settings})
-    return LoadedSae(name, sae, checkpoint.hook, checkpoint.model, checkpoint.config, checkpoint.fingerprint)
+    settings = {s: checkpoint.settings.get(s) for s in kind.settings}
+    sae = kind(tensors, normalize=checkpoint.settings.get("normalize", "none"), **settings)
+    sae.check(f"the SAE {name}")
+    about = checkpoint.config, checkpoint.fingerprint, checkpoint.prepend_bos, checkpoint.notes
+    return LoadedSae(name, sae, checkpoint.hook, checkpoint.model, *about)
 
 
-def _checkpoint(name: str, steps: Callable[[str, int, int], None]) -> Checkpoint:
+def read_checkpoint(name: str, steps: Callable[[str, int, int], None] = lambda *_: None) -> Checkpoint:
+    """What :func:`load_sae` reads, before anything is made of it: its site may be one that cannot be used."""
     if name.startswith(saelens.PREFIX):
         return saelens.load_release(name)
     folder = data_folder() / "demo-sae" if name == "demo" else Path(name).expanduser()
@@ -83,22 +105,10 @@ def _folder(folder: Path) -> Checkpoint:
     if (folder / dictionary_learning.WEIGHTS).exists():
         return dictionary_learning.read_dictionary_learning(folder / dictionary_learning.WEIGHTS, folder / "config.json")
     if (folder / gemma_scope.WEIGHTS).exists():
-        return _scope_folder(folder)
+        return gemma_scope.read_folder(folder)
     if not (folder / "config.json").exists():
         raise UnknownNameError(f"the folder {folder} holds no SAE: config.json and weights.safetensors, cfg.json, ae.pt or params.npz are missing")
     return own.read_own(folder)
-
-
-def _scope_folder(folder: Path) -> Checkpoint:
-    """A folder of Gemma Scope, which says in its place alone what it belongs to."""
-    weights = folder / gemma_scope.WEIGHTS
-    place = _SCOPE_PLACE.search(folder.resolve().as_posix())
-    d_in, d_sae = gemma_scope.width(weights)
-    if place is None or d_in not in _SCOPE_MODELS:
-        raise IncompatibleError(
-            f"{weights} does not say which layer of which model it belongs to: keep it in layer_N/width_W/average_l0_K as published (Gemma 2 2B or 9B)"
-        )
-    return gemma_scope.read_gemma_scope(weights, model=_SCOPE_MODELS[d_in], layer=int(place[1]), d_in=d_in, d_sae=d_sae)
 
 
 def _published(spec: SaeSpec, steps: Callable[[str, int, int], None]) -> Checkpoint:

@@ -15,5 +15,5 @@ class TopK(SparseAutoencoder):
     settings = ("k",)
 
     def _encode(self, x: torch.Tensor) -> SparseCodes:
-        values, indices = torch.topk(self._centred(x), min(self.options["k"], self.d_sae), dim=-1, sorted=False)
+        values, indices = torch.topk(self._centred(x), self.options["k"], dim=-1, sorted=False)
         return SparseCodes.from_top(indices, values, self.d_sae)

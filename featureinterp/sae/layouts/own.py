@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from featureinterp.errors import IncompatibleError, UnknownNameError
-from featureinterp.files import explained_storage, write_atomic, write_json
-from featureinterp.sae.base import SparseAutoencoder
-from featureinterp.sae.layouts.checkpoint import ARCHITECTURES, Checkpoint, check_finite, fingerprint, read_json, size_of
-from featureinterp.sae.layouts.tensors import check_header
+from featureinterp.files import write_atomic, write_json
+from featureinterp.sae.base import SparseAutoencoder, all_finite
+from featureinterp.sae.layouts.checkpoint import ARCHITECTURES, Checkpoint, check_finite, fingerprint, size_of
+from featureinterp.sae.layouts.tensors import check_header, load_tensors
+from featureinterp.sae.layouts.untrusted import read_json, shown
 
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
@@ -24,10 +25,7 @@ def read_own(folder: Path) -> Checkpoint:
     if not weights.exists():
         raise UnknownNameError(f"the SAE folder {folder} has no {WEIGHTS}")
     check_header(weights, ARCHITECTURES[config["architecture"]].shapes(config["d_in"], config["d_sae"]))
-    from safetensors.torch import load_file
-
-    with explained_storage(weights):
-        tensors = load_file(weights)
+    tensors = load_tensors(weights)
     check_finite(tensors, weights)
     return Checkpoint(config["architecture"], tensors, config, config["hook"], config["model"], config, fingerprint(path, weights))
 
@@ -38,7 +36,7 @@ def save_sae(folder: Path, sae: SparseAutoencoder, *, hook: str, model: str, dty
 
     tensors = {k: v.detach().cpu().to(dtype).contiguous() for k, v in sae.tensors.items()}
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise IncompatibleError(f"the tensor {key!r} does not fit {dtype}: save with a wider dtype")
     config = {"format": FORMAT, "architecture": sae.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "hook": hook, "model": model}
     write_atomic(folder / WEIGHTS, save(tensors))
@@ -48,13 +46,16 @@ def save_sae(folder: Path, sae: SparseAutoencoder, *, hook: str, model: str, dty
 
 
 def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    if config.get("format") != FORMAT:
+    if type(config.get("format")) is not int or config["format"] != FORMAT:
         raise IncompatibleError(f"{path} is not an SAE configuration of format {FORMAT}")
-    if config.get("architecture") not in ARCHITECTURES:
-        raise IncompatibleError(f"{path} names the architecture {config.get('architecture')!r}: known are {', '.join(ARCHITECTURES)}")
+    kind = config.get("architecture")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise IncompatibleError(f"{path} names the architecture {shown(kind)}: known are {', '.join(ARCHITECTURES)}")
     for key in ("d_in", "d_sae"):
         size_of(config, key, path)
     for key in ("hook", "model"):
         if not isinstance(config.get(key), str):
             raise IncompatibleError(f"{path} has no text under {key!r}")
+    if not isinstance(config.get("normalize", "none"), str):
+        raise IncompatibleError(f"{path} gives normalize = {shown(config['normalize'])}: it must be the name of a normalisation")
     return config

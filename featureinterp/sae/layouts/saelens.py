@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,26 @@ from typing import Any
 import torch
 
 from featureinterp.errors import DownloadError, FeatureInterpError, IncompatibleError, UnknownNameError
-from featureinterp.files import content_key, explained_storage, write_atomic, write_json
+from featureinterp.files import content_key, write_atomic, write_json
 from featureinterp.sae.base import SparseAutoencoder
-from featureinterp.sae.layouts.checkpoint import Checkpoint, check_finite, check_shapes, fingerprint, read_json, size_of
-from featureinterp.sae.layouts.tensors import read_header
+from featureinterp.sae.layouts.checkpoint import (
+    ROUNDED,
+    Checkpoint,
+    check_finite,
+    check_shapes,
+    fingerprint,
+    row_norms,
+    scaled_codes,
+    unit_rows,
+)
+from featureinterp.sae.layouts.saelens_config import KINDS, SaeLensConfig, read_config
+from featureinterp.sae.layouts.tensors import load_tensors, read_header
+from featureinterp.sae.layouts.untrusted import listed, read_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 PREFIX = "saelens:"
-_KINDS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
+OLDEST = (6, 18)
+FINE_TUNED = ("scaling_factor", "finetuning_scaling_factor")
 _VECTORS = {"relu": ("b_enc",), "topk": ("b_enc",), "jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}
 
 
@@ -26,14 +39,9 @@ def read_saelens(folder: Path) -> Checkpoint:
     config = read_json(path)
     if not weights.exists():
         raise UnknownNameError(f"the SAELens folder {folder} has no {WEIGHTS}")
-    header, _ = read_header(weights)
-    kind, d_in, d_sae = _kind(config, path), size_of(config, "d_in", path), size_of(config, "d_sae", path)
-    check_shapes({name: tuple(entry["shape"]) for name, entry in header.items()}, _shapes(kind, d_in, d_sae), weights)
-    from safetensors.torch import load_file
-
-    with explained_storage(weights):
-        tensors = load_file(weights)
-    return _checkpoint(config, tensors, path, weights, fingerprint(path, weights))
+    said = read_config(config, path)
+    check_tensors({name: entry.shape for name, entry in read_header(weights).items()}, said, weights)
+    return _checkpoint(said, load_tensors(weights), weights, fingerprint(path, weights))
 
 
 def save_saelens(folder: Path, sae: SparseAutoencoder, *, hook: str, model: str, **notes: Any) -> None:
@@ -43,6 +51,7 @@ def save_saelens(folder: Path, sae: SparseAutoencoder, *, hook: str, model: str,
 
     t = {name: tensor.detach().cpu().float() for name, tensor in sae.tensors.items()}
     kind, centred, extra = sae.architecture, True, {}
+    centred_model = {"model_from_pretrained_kwargs": {"center_writing_weights": True}} if sae.normalize == "center" else {}
     if kind == "batch_topk":
         kind, t["threshold"] = "jumprelu", t["threshold"].expand(sae.d_sae)
     elif kind == "jumprelu":
@@ -52,16 +61,16 @@ def save_saelens(folder: Path, sae: SparseAutoencoder, *, hook: str, model: str,
     elif kind == "topk":
         extra = {"k": sae.options["k"], "rescale_acts_by_decoder_norm": False}
     config = {
-        "architecture": {ours: theirs for theirs, ours in _KINDS.items()}[kind],
+        "architecture": {ours: theirs for theirs, ours in KINDS.items()}[kind],
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": "float32",
         "device": "cpu",
         "apply_b_dec_to_input": centred,
-        "normalize_activations": sae.normalize,
+        "normalize_activations": "none" if sae.normalize == "center" else sae.normalize,
         "reshape_activations": "none",
         **extra,
-        "metadata": {"model_name": model, "hook_name": hook, **notes},
+        "metadata": {"model_name": model, "hook_name": hook, **centred_model, **notes},
     }
     write_atomic(folder / WEIGHTS, save({name: t[name].contiguous() for name in _shapes(kind, sae.d_in, sae.d_sae)}))
     write_json(folder / CONFIG, config)
@@ -74,11 +83,12 @@ def load_release(name: str) -> Checkpoint:
     if not release or not sae_id:
         raise UnknownNameError(f"{name!r} names no SAE of SAELens: write saelens:RELEASE/ID")
     try:
-        from sae_lens import SAE
+        import sae_lens
     except ImportError as error:
         raise UnknownNameError(f"{name!r} needs the package sae-lens: install featureinterp[saelens]") from error
+    _check_version(getattr(sae_lens, "__version__", None), name)
     try:
-        sae = SAE.from_pretrained(release, sae_id, device="cpu")
+        sae = sae_lens.SAE.from_pretrained(release, sae_id, device="cpu")
     except (ValueError, KeyError) as error:
         raise UnknownNameError(f"SAELens knows no {name!r}: {str(error).splitlines()[0]}") from error
     except FeatureInterpError:
@@ -87,46 +97,74 @@ def load_release(name: str) -> Checkpoint:
         raise DownloadError(
             f"SAELens could not load {name!r} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})"
         ) from error
-    tensors, config = {k: v.detach() for k, v in sae.state_dict().items()}, sae.cfg.to_dict()
-    place = Path(name)
-    return _checkpoint(config, tensors, place, place, content_key([name, {k: float(v.double().abs().sum()) for k, v in tensors.items()}]))
+    tensors, place = {k: v.detach() for k, v in sae.state_dict().items()}, Path(name)
+    said = read_config(sae.cfg.to_dict(), place)
+    check_tensors({k: tuple(v.shape) for k, v in tensors.items()}, said, place)
+    return _checkpoint(said, tensors, place, content_key([name, {k: float(v.double().abs().sum()) for k, v in tensors.items()}]))
 
 
-def _kind(config: Mapping[str, Any], path: Path) -> str:
-    """How it encodes here. Raises ``IncompatibleError`` for what is not the same here."""
-    architecture = str(config.get("architecture", "standard"))
-    if architecture == "standard" and config.get("activation_fn_str", config.get("activation_fn", "relu")) == "topk":
-        architecture = "topk"
-    if architecture not in _KINDS:
-        raise IncompatibleError(f"{path} names the architecture {architecture!r}: known are {', '.join(_KINDS)}")
-    for key, plain in (("normalize_activations", ("none", "layer_norm")), ("reshape_activations", ("none",)), ("activation_fn_str", ("relu", "topk"))):
-        if config.get(key, plain[0]) not in plain:
-            raise IncompatibleError(f"{path} says {key} = {config[key]!r}, which is not supported: fold it into the weights, or save an SAE without it")
-    return _KINDS[architecture]
+def _check_version(version: object, name: str) -> None:
+    """Older versions of the package read TopK SAEs as ReLU ones."""
+    numbers = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    if numbers and tuple(map(int, numbers.groups())) < OLDEST:
+        raise UnknownNameError(
+            f"{name!r} needs sae-lens {OLDEST[0]}.{OLDEST[1]} or later, and {version} is installed: older ones read TopK SAEs as "
+            "ReLU ones; run pip install -U sae-lens",
+        )
+
+
+def check_tensors(found: Mapping[str, tuple[int, ...]], said: SaeLensConfig, weights: Path) -> None:
+    """Raises ``IncompatibleError`` when a tensor is missing, of another shape, or not known: it would be read by SAELens."""
+    wanted = _shapes(said.kind, said.d_in, said.d_sae)
+    check_shapes(found, wanted, weights)
+    if unknown := set(found) - set(wanted) - set(FINE_TUNED):
+        raise IncompatibleError(
+            f"{weights} holds the tensor {listed(unknown)}, which an SAE of the kind {said.kind!r} does not have: it does not encode as its configuration says",
+        )
+    for name in FINE_TUNED:
+        if name in found and found[name] != (said.d_sae,):
+            raise IncompatibleError(f"the tensor {name!r} of {weights} is {list(found[name])} instead of [{said.d_sae}]")
 
 
 def _shapes(kind: str, d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
     return {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,), **dict.fromkeys(_VECTORS[kind], (d_sae,))}
 
 
-def _checkpoint(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], path: Path, weights: Path, digest: str) -> Checkpoint:
-    kind = _kind(config, path)
-    d_in, d_sae = size_of(config, "d_in", path), size_of(config, "d_sae", path)
-    wanted = _shapes(kind, d_in, d_sae)
-    check_shapes({name: tuple(t.shape) for name, t in tensors.items()}, wanted, weights)
-    kept = {name: tensors[name].float() for name in wanted}
+def _checkpoint(said: SaeLensConfig, tensors: Mapping[str, torch.Tensor], weights: Path, digest: str) -> Checkpoint:
+    kept = {name: tensors[name].float() for name in _shapes(said.kind, said.d_in, said.d_sae)}
     check_finite(kept, weights)
-    metadata = config.get("metadata") if isinstance(config.get("metadata"), dict) else {}
-    hook, model = (metadata.get(key) or config.get(key) for key in ("hook_name", "model_name"))
-    if not isinstance(hook, str) or not isinstance(model, str):
-        raise IncompatibleError(f"{path} does not say which hook of which model the SAE reads (hook_name {hook!r}, model_name {model!r})")
-    settings: dict[str, Any] = {"normalize": config.get("normalize_activations", "none")}
-    if kind == "topk":
-        settings["k"] = config.get("k", (config.get("activation_fn_kwargs") or {}).get("k"))
-        if config.get("rescale_acts_by_decoder_norm"):
-            norms = kept["W_dec"].norm(dim=1)
-            kept |= {"W_dec": kept["W_dec"] / norms[:, None], "W_enc": kept["W_enc"] * norms, "b_enc": kept["b_enc"] * norms}
-    return Checkpoint(kind, _centred(kind, kept, bool(config.get("apply_b_dec_to_input", True))), settings, _usual(hook), model, config, digest)
+    kept["W_dec"] = _fine_tuned(said, tensors, kept["W_dec"], weights)
+    settings: dict[str, Any] = {"normalize": said.normalize, **({} if said.k is None else {"k": said.k})}
+    notes = said.notes
+    norms = row_norms(kept["W_dec"])
+    if said.kind == "topk" and said.rescaled:
+        if float(norms.min()) == 0:
+            raise IncompatibleError(f"the decoder row {int(norms.argmin())} of {weights} is zero: its codes cannot be rescaled")
+        kept = scaled_codes(kept, norms, said.kind)
+    ours = _centred(said.kind, kept, said.centred)
+    if said.kind != "topk":
+        ours = unit_rows(ours, weights, said.kind)
+    elif not said.rescaled and float((norms - 1).abs().max()) > ROUNDED:
+        span = f"{float(norms.min()):.3g} to {float(norms.max()):.3g}"
+        notes += (f"its decoder rows have norms of {span}, so that codes of different features are in different units",)
+    return Checkpoint(said.kind, ours, settings, said.hook, said.model, said.config, digest, said.prepend_bos, notes)
+
+
+def _fine_tuned(said: SaeLensConfig, tensors: Mapping[str, torch.Tensor], decoder: torch.Tensor, weights: Path) -> torch.Tensor:
+    """The decoder with the factor of each feature that fine-tuning left beside it. All ones is what older versions wrote."""
+    factors = [tensors[name].float() for name in FINE_TUNED if name in tensors]
+    if said.fine_tuned and not factors:
+        raise IncompatibleError(f"{weights} has none of the factors of fine-tuning that its configuration announces")
+    for factor in factors:
+        if bool((factor == 1).all()):
+            continue
+        if not said.fine_tuned:
+            raise IncompatibleError(
+                f"{weights} holds factors of fine-tuning, and its configuration says finetuning_scaling_factor = false: one of them is of another SAE",
+            )
+        check_finite({"scaling_factor": factor}, weights)
+        decoder = decoder * factor[:, None]
+    return decoder
 
 
 def _centred(kind: str, t: dict[str, torch.Tensor], centred: bool) -> dict[str, torch.Tensor]:
@@ -139,11 +177,3 @@ def _centred(kind: str, t: dict[str, torch.Tensor], centred: bool) -> dict[str, 
         extra = torch.zeros_like(shift) if centred else shift
         return {**base, "r_mag": t["r_mag"], "gate_bias": t["b_gate"] + extra, "mag_bias": t["b_mag"] + t["r_mag"].exp() * extra}
     return {**base, "b_enc": t["b_enc"] if centred else t["b_enc"] + shift}
-
-
-def _usual(hook: str) -> str:
-    """``blocks.{i+1}.hook_resid_pre`` is the residual stream after block i."""
-    parts = hook.split(".")
-    if len(parts) == 3 and parts[2] == "hook_resid_pre" and parts[1].isdecimal() and int(parts[1]) > 0:
-        return f"blocks.{int(parts[1]) - 1}.hook_resid_post"
-    return hook
