@@ -16,7 +16,7 @@ from featureinterp.corpus.windows import WindowPolicy
 from featureinterp.errors import IncompatibleError, InputError
 from featureinterp.sae.relu import ReLU
 from featureinterp.subject.load import Subject, load_causal_lm
-from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
+from featureinterp.training.evaluate import Loss, check_apart, evaluate, held_out_windows, loss_recovered
 from featureinterp.training.extract import Extracted, ExtractSettings, extract
 
 HOOK = "blocks.1.hook_resid_post"
@@ -89,11 +89,12 @@ def test_loss_recovered_of_the_perfect_and_of_the_empty_sae(extracted: Extracted
     model, tokenizer = load_causal_lm(str(subject_folder), dtype="float32")
     windows = held_out_windows(extracted.test, 20)
     best = loss_recovered(model, tokenizer, HOOK, perfect(32), extracted.windows, windows)
-    assert best.sae == pytest.approx(best.clean, abs=1e-5) and best.recovered == pytest.approx(1, abs=1e-4)
+    assert best.sae == pytest.approx(best.clean, abs=1e-5)
+    assert best.zero < best.clean and best.recovered is None, "a model of random weights predicts better from zeros"
     empty = perfect(32)
     empty = ReLU({**empty.tensors, "b_enc": torch.full((64,), -1e9)})
     worst = loss_recovered(model, tokenizer, HOOK, empty, extracted.windows, windows)
-    assert worst.sae == pytest.approx(worst.zero) and worst.recovered == pytest.approx(0, abs=1e-6)
+    assert worst.sae == pytest.approx(worst.zero)
     assert worst.clean == pytest.approx(best.clean)
     # the clean loss against the library's own, window by window
     total = n = 0.0
@@ -103,6 +104,15 @@ def test_loss_recovered_of_the_perfect_and_of_the_empty_sae(extracted: Extracted
         total += float(torch.nn.functional.cross_entropy(logits, ids[2:], reduction="sum"))
         n += len(ids) - 2
     assert best.clean == pytest.approx(total / n, rel=1e-5) and best.n_tokens == n
+
+
+def test_loss_recovered_is_undefined_where_zeros_cost_nothing():
+    assert Loss(3.0, 3.5, 8.0, 10).recovered == pytest.approx(0.9) and Loss(3.0, 3.5, 8.0, 10).undefined is None
+    assert Loss(3.0, 9.0, 8.0, 10).recovered == pytest.approx(-0.2), "worse than zeros is said as it is"
+    for loss in (Loss(3.0, 3.5, 2.9, 10), Loss(3.0, 2.0, 2.5, 10), Loss(3.0, 3.5, 3.0, 10)):
+        assert loss.recovered is None and "no worse when it reads zeros" in (loss.undefined or "")
+    broken = Loss(3.0, float("nan"), 8.0, 10)
+    assert broken.recovered is None and broken.undefined == "a cross-entropy is not finite"
 
 
 def test_the_right_part_of_the_model_reads_the_reconstruction(extracted: Extracted, subject_folder: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -13,7 +14,7 @@ import pytest
 import torch
 from endpoint import endpoint, play
 from test_cli import cli
-from tiny import make_subject_folder
+from tiny import make_sae, make_subject_folder
 
 from featureinterp.domain.explanation import Explanation, Provenance, Rule
 from featureinterp.domain.feature import FeatureId
@@ -21,7 +22,7 @@ from featureinterp.domain.intervention import Intervention, SteeredText
 from featureinterp.domain.record import Window
 from featureinterp.errors import IncompatibleError, InputError
 from featureinterp.falsify.intervention import Interventions, SteeringSettings
-from featureinterp.subject.hooks import find_blocks
+from featureinterp.subject.hooks import find_blocks, residual_after
 from featureinterp.subject.load import load_causal_lm
 from featureinterp.subject.steering import added, random_directions, write
 
@@ -67,6 +68,39 @@ def test_the_direction_is_added_to_every_token_but_the_first(causal: tuple):
     difference = (seen[1] - seen[0])[0]
     torch.testing.assert_close(difference[0], torch.zeros(32))
     torch.testing.assert_close(difference[1:], vector.expand(4, 32), atol=1e-5, rtol=1e-5)
+
+
+def test_dose_1_adds_what_the_feature_itself_contributes(causal: tuple):
+    """Of an SAE that normalises tokens a code is in units of the token's deviation: 3 times the row, times that deviation."""
+    model, _ = causal
+    sae = make_sae("topk", 32, 8)
+    sae = type(sae)(sae.tensors, normalize="layer_norm", **sae.options)
+    states = residual_after(model, find_blocks(model, 3)[1], {"input_ids": IDS})[0]
+    codes = sae.encode(states)
+    feature = int(codes.features[-1])
+    moved = steered_states(model, 3 * sae.W_dec[feature], sae.units) - states
+    deviations = [float(np.sqrt(((row - row.mean()) ** 2).sum() / 31)) for row in states.double().numpy()]
+    by_hand = torch.stack([3 * deviation * sae.W_dec[feature] for deviation in deviations])
+    torch.testing.assert_close(moved[1:], by_hand[1:], rtol=1e-4, atol=1e-4)
+    assert not moved[0].any()
+    more = replace(codes, values=torch.where(codes.features == feature, codes.values + 3, codes.values))
+    touched = torch.unique(codes.rows[codes.features == feature])
+    own = sae.decode(more)[touched] - sae.decode(codes)[touched]
+    torch.testing.assert_close(own, by_hand[touched], rtol=1e-3, atol=1e-3)
+
+
+def test_units_are_the_deviation_only_where_tokens_are_normalised():
+    x = torch.tensor([[1.0, 3.0, 5.0, 7.0], [0.0, 0.0, 0.0, 10.0]])
+    sae = make_sae("topk", 4, 8)
+    for normalize, expected in (("none", [1.0, 1.0]), ("center", [1.0, 1.0]), ("layer_norm", [2.5819889, 5.0])):
+        found = type(sae)(sae.tensors, normalize=normalize, **sae.options).units(x)
+        torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def steered_states(model: torch.nn.Module, vector: torch.Tensor, units: object) -> torch.Tensor:
+    """The residual stream of the one text after the direction was added, ``[token, d_model]``."""
+    with added(model, HOOK, vector, units):
+        return residual_after(model, find_blocks(model, 3)[1], {"input_ids": IDS})[0]
 
 
 def test_a_wrong_width_is_an_error_and_leaves_no_hook(causal: tuple):
@@ -160,7 +194,18 @@ def test_doses_controls_and_effect():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"doses": ()}, {"doses": (0.0,)}, {"doses": (-1.0,)}, {"openings": ()}, {"openings": (" ",)}, {"n_random": 0}, {"max_tokens": 0}]
+    "wrong",
+    [
+        {"doses": ()},
+        {"doses": (0.0,)},
+        {"doses": (-1.0,)},
+        {"doses": (float("inf"),)},
+        {"doses": (1.0, float("nan"))},
+        {"openings": ()},
+        {"openings": (" ",)},
+        {"n_random": 0},
+        {"max_tokens": 0},
+    ],
 )
 def test_settings_that_steer_nothing_are_refused(wrong: dict):
     with pytest.raises(InputError, match="steering needs"):

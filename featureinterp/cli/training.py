@@ -312,7 +312,10 @@ def show(screen: Screen, metrics: dict[str, Any]) -> None:
     parts = [f"L0 {metrics['l0']:.1f}", f"dead {metrics['dead']:.1%}"]
     loss = metrics["loss"]
     if loss:
-        parts.append(f"cross-entropy {loss['clean']:.3f}, {loss['sae']:.3f} with the SAE, {loss['zero']:.3f} with zeros: {plain(loss['recovered'])} recovered")
+        known = loss["recovered"] is not None
+        share = f"{plain(loss['recovered'])} recovered" if known else f"what is recovered is undefined, {loss['undefined']}"
+        said = f"{loss['clean']:.3f}, {loss['sae']:.3f} with the SAE, {loss['zero']:.3f} with zeros"
+        parts.append(f"cross-entropy {said}: {share}")
     put(f"{'; '.join(parts)}; on {metrics['n_rows']:,} activations of {metrics['n_documents']} held-out documents")
     short = {"explained_variance": metrics["sae"]["raw"], "zero": metrics["zero"]["raw"], "pca": metrics["pca"] and metrics["pca"]["raw"]}
     short |= {"l0": metrics["l0"], "dead": metrics["dead"], "loss_recovered": loss and loss["recovered"]}

@@ -180,11 +180,6 @@ def check_subject(store: CodesStore, subject: Subject) -> None:
     check_same_model(subject, store.meta["model"], "the run's codes")
 
 
-def _variant_of(model: str, other: str) -> bool:
-    """Whether another name on a hub, with or without its owner, is that of the model or of a variant of it."""
-    return other.rsplit("/", 1)[-1].lower().startswith(model.rsplit("/", 1)[-1].lower())
-
-
 def mask_of(subject: Subject) -> dict[str, Any]:
     """Which tokens are not scored, as a store records it."""
     match subject.sink:

@@ -16,12 +16,15 @@ from featureinterp.sae.load import LoadedSae
 from featureinterp.subject.load import check_same_weights
 from featureinterp.subject.steering import random_directions, write
 
+PUSH = 2
+"""How a direction is added; part of every result's key. 2: in the units of each token, for SAEs that normalise tokens."""
+
 
 class RunSteerer:
     """A :class:`Steerer`. ``load`` gives the causal language model, its tokenizer and the SAE, when the first text is asked for."""
 
     def __init__(self, store: CodesStore, load: Callable[[], tuple[Any, Any, LoadedSae]], *, dtype: str | None = None) -> None:
-        self.settings = live_settings(store, dtype)
+        self.settings = live_settings(store, dtype) | {"push": PUSH}
         self._store, self._load = store, load
         self._busy = threading.Lock()
         self._loaded: tuple[Any, Any, LoadedSae] | None = None
@@ -29,8 +32,9 @@ class RunSteerer:
     async def write(
         self, feature: int, amount: float, openings: Sequence[str], *, random: int | None = None, max_tokens: int, temperature: float, seed: int
     ) -> list[str]:
-        """One text per opening, in a worker thread, while ``amount`` times the feature's decoder row is added; with ``random``, a random direction of that
-        number and of the same length instead."""
+        """One text per opening, in a worker thread, while what a code of ``amount`` contributes to each token is added: so many
+        times the feature's decoder row, and the token's deviation where the SAE normalises by it. With ``random``, a random
+        direction of that number and of the same length instead."""
         return await anyio.to_thread.run_sync(lambda: self._write(feature, amount, openings, random, max_tokens, temperature, seed))
 
     def _write(self, feature: int, amount: float, openings: Sequence[str], random: int | None, max_tokens: int, temperature: float, seed: int) -> list[str]:
@@ -42,7 +46,17 @@ class RunSteerer:
             if random is not None:
                 row = random_directions(len(row), random + 1, seed=seed)[random].to(row.device) * row.norm()
             vector: torch.Tensor | None = None if amount == 0 else amount * row
-            return write(model, tokenizer, sae.hook, vector, openings, max_tokens=max_tokens, temperature=temperature, seed=seed)
+            return write(
+                model,
+                tokenizer,
+                sae.hook,
+                vector,
+                openings,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                seed=seed,
+                units=sae.sae.units,
+            )
 
     def _checked(self) -> tuple[Any, Any, LoadedSae]:
         model, tokenizer, sae = self._load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,8 @@ OPENINGS = ("I think that", "The most important", "It was a", "There is a")
 
 @dataclass(frozen=True)
 class SteeringSettings:
-    """``doses``: in units of the feature's largest activation in the corpus; 0 is always among them. ``openings``: what texts begin with, one text each.
+    """``doses``: in units of the feature's largest activation in the corpus, so that 1 adds what the feature itself contributes
+    there; 0 is always among them. ``openings``: what texts begin with, one text each.
     ``n_random``: random directions of the same length, as a control. ``max_tokens`` of a text."""
 
     doses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)
@@ -30,11 +32,11 @@ class SteeringSettings:
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
-        if not self.doses or not any(self.doses) or min(self.doses) < 0:
+        if not self.doses or not any(self.doses) or min(self.doses) < 0 or not all(map(math.isfinite, self.doses)):
             raise InputError("steering needs doses above 0, in units of the feature's largest activation, such as 0.5, 1 and 2")
         if not self.openings or not all(o.strip() for o in self.openings):
             raise InputError("steering needs openings, such as 'I think that', for texts to begin with")
-        if self.n_random < 1 or self.max_tokens < 1 or self.temperature < 0:
+        if self.n_random < 1 or self.max_tokens < 1 or not 0 <= self.temperature < math.inf:
             raise InputError("steering needs at least one random direction and one token, and a temperature of 0 or more")
 
 

@@ -141,6 +141,11 @@ class SparseAutoencoder:
             return found
         return found * codes.scale[:, None] + codes.shift[:, None]
 
+    def units(self, x: torch.Tensor) -> torch.Tensor:
+        """By how much a code of 1 moves each token of ``x [..., d_in]`` along its decoder row, ``[...]``: the token's deviation
+        where tokens are normalised by it, else 1."""
+        return layer_norm(x)[2] if self.normalize == "layer_norm" else torch.ones_like(x[..., 0])
+
     def _encode(self, x: torch.Tensor) -> SparseCodes:
         raise TypeError(f"{type(self).__name__} has no encoder")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,11 +11,15 @@ import torch
 from featureinterp.errors import IncompatibleError
 from featureinterp.subject.hooks import replaced
 
+Units = Callable[[torch.Tensor], torch.Tensor]
+"""What a direction is multiplied by at each token: from the residual stream ``[batch, token, d_model]`` to ``[batch, token]``."""
+
 
 @contextmanager
-def added(model: torch.nn.Module, hook: str, vector: torch.Tensor | None) -> Iterator[None]:
-    """Within the block, ``vector [d_model]`` is added to the residual stream at ``hook``, at every token but a text's first, the attention sink; a pass of one
-    token is taken to go on behind others. None, or zeros: nothing is hooked, and the model is exactly what it was. The hook is removed whatever happens."""
+def added(model: torch.nn.Module, hook: str, vector: torch.Tensor | None, units: Units | None = None) -> Iterator[None]:
+    """Within the block, ``vector [d_model]``, times each token's own ``units`` where they are given, is added to the residual
+    stream at ``hook``, at every token but a text's first, the attention sink; a pass of one token is taken to go on behind others.
+    None, or zeros: nothing is hooked, and the model is exactly what it was. The hook is removed whatever happens."""
     if vector is None or not bool(vector.any()):
         yield
         return
@@ -23,10 +27,13 @@ def added(model: torch.nn.Module, hook: str, vector: torch.Tensor | None) -> Ite
     def add(residual: torch.Tensor) -> torch.Tensor:
         if vector.shape != residual.shape[-1:]:
             raise IncompatibleError(f"a direction of {list(vector.shape)} cannot be added to a residual stream of width {residual.shape[-1]}")
-        shift = vector.to(residual.device, residual.dtype)
+        shift = vector.to(residual.device).float()
+        if units is not None:
+            shift = units(residual.float())[..., None] * shift
+        moved = residual + shift.to(residual.dtype)
         if residual.shape[1] > 1:
-            return torch.cat([residual[:, :1], residual[:, 1:] + shift], 1)
-        return residual + shift
+            return torch.cat([residual[:, :1], moved[:, 1:]], 1)
+        return moved
 
     with replaced(model, hook, add):
         yield
@@ -34,14 +41,23 @@ def added(model: torch.nn.Module, hook: str, vector: torch.Tensor | None) -> Ite
 
 @torch.inference_mode()
 def write(
-    model: Any, tokenizer: Any, hook: str, vector: torch.Tensor | None, openings: Sequence[str], *, max_tokens: int, temperature: float, seed: int
+    model: Any,
+    tokenizer: Any,
+    hook: str,
+    vector: torch.Tensor | None,
+    openings: Sequence[str],
+    *,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    units: Units | None = None,
 ) -> list[str]:
     """One continuation of each opening, without the opening, at most ``max_tokens`` tokens. ``temperature`` 0: the likeliest token every time. The same
     arguments give the same texts. Openings of one length in tokens are written together."""
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     ids = [bos + tokenizer.encode(opening, add_special_tokens=False) for opening in openings]
     texts = [""] * len(openings)
-    with added(model, hook, vector):
+    with added(model, hook, vector, units):
         for length in sorted({len(row) for row in ids}):
             group = [i for i, row in enumerate(ids) if len(row) == length]
             generators = [torch.Generator().manual_seed(seed + i) for i in group]

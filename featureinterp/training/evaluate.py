@@ -3,6 +3,7 @@ loses when it reads the reconstruction."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -37,8 +38,8 @@ class Explained:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Cross-entropy of the subject's predictions in nats per token: as it is, reading reconstructions, reading zeros. ``recovered`` = 1 − (sae − clean) /
-    (zero − clean), not clipped; None when zeros cost nothing."""
+    """Cross-entropy of the subject's predictions in nats per token: as it is, reading reconstructions, reading zeros.
+    ``recovered`` = 1 − (sae − clean) / (zero − clean), not clipped; None when zeros cost nothing, ``undefined`` says why."""
 
     clean: float
     sae: float
@@ -48,7 +49,16 @@ class Loss:
     @property
     def recovered(self) -> float | None:
         """The share of what zeros cost that the reconstruction saves."""
-        return 1 - (self.sae - self.clean) / (self.zero - self.clean) if self.zero != self.clean else None
+        return None if self.undefined else 1 - (self.sae - self.clean) / (self.zero - self.clean)
+
+    @property
+    def undefined(self) -> str | None:
+        """Why there is no such share; None when there is one."""
+        if not all(map(math.isfinite, (self.clean, self.sae, self.zero))):
+            return "a cross-entropy is not finite"
+        if self.zero > self.clean:
+            return None
+        return f"the model predicts no worse when it reads zeros ({self.zero:.3f} against {self.clean:.3f} nats per token)"
 
 
 @dataclass(frozen=True)
@@ -73,10 +83,10 @@ class Evaluation:
     loss: Loss | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All figures; ``loss.recovered`` beside its parts."""
+        """All figures; ``loss.recovered`` beside its parts, and under ``loss.undefined`` the reason when there is none."""
         found = asdict(self)
         if self.loss is not None:
-            found["loss"]["recovered"] = self.loss.recovered
+            found["loss"] |= {"recovered": self.loss.recovered, "undefined": self.loss.undefined}
         return found
 
 

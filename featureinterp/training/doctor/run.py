@@ -189,13 +189,21 @@ def figures(sheet: Sheet, m: Line) -> None:
         )
     sheet.judge("features fire", m["dead"] < STUCK, f"{m['dead']:.1%} never do", "raise sae.aux_k, or make the dictionary smaller")
     if m.get("loss"):
-        recovered = m["loss"]["recovered"]
-        sheet.judge(
-            "the model can read it",
-            recovered is not None and recovered > 0,
-            f"{recovered:.3f} of the cross-entropy recovered",
-            "its reconstruction is worse than zeros for the model: check the hook and the normalisation",
-        )
+        _readable(sheet, m["loss"])
+
+
+def _readable(sheet: Sheet, loss: Line) -> None:
+    """Whether the model gets on with the reconstruction, where its cross-entropy can tell."""
+    recovered = loss["recovered"]
+    if recovered is None:
+        sheet.skipped("the model can read it", loss.get("undefined") or "zeros cost the model nothing")
+        return
+    sheet.judge(
+        "the model can read it",
+        recovered > 0,
+        f"{recovered:.3f} of the cross-entropy recovered",
+        "its reconstruction is worse than zeros for the model: check the hook and the normalisation",
+    )
 
 
 def files(sheet: Sheet, folder: Path) -> None:
