@@ -7,9 +7,11 @@ folder.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -28,6 +30,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _SHAPE = (256, 1024, 1024)
 _ONEDNN_WITH_BFLOAT16 = ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10")
 """Values of ONEDNN_MAX_CPU_ISA (or their beginnings) under which torch's products still use bfloat16 instructions."""
+
+_MALLOC = {"M_MMAP_THRESHOLD": (-3, 1 << 30), "M_TRIM_THRESHOLD": (-1, (1 << 31) - 1), "M_TOP_PAD": (-2, 1 << 26), "M_ARENA_MAX": (-8, 1)}
 
 Support = Literal["native", "emulated"]
 
@@ -89,12 +93,22 @@ def _kind(device: str) -> str:
 @lru_cache(1)
 def this_machine() -> Machine:
     """What this process runs on. torch's own switches (``ATEN_CPU_CAPABILITY``, ``ONEDNN_MAX_CPU_ISA``) count as the processor's limits."""
+    keep_freed_memory()
     name, instructions = _processor(), torch.backends.cpu.get_cpu_capability()
     known = x86_bfloat16(instructions, _capabilities(), os.environ) if platform.machine().lower() in ("x86_64", "amd64", "i686") else None
     measured = None if known is not None else _measured(name)
     support: Support = known or ("emulated" if measured is not None and measured > 1 else "native")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(name, _named(instructions, support), cores, support, *_accelerator(), measured)
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep what is freed for the next layer, where it is glibc. By itself it hands every block of 32 MiB
+    and more back to the system at once, and the page faults of asking again cost about as much as the matrix products."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        for parameter, value in _MALLOC.values():
+            library.mallopt(parameter, value)
 
 
 def x86_bfloat16(instructions: str, capabilities: Mapping[str, Any], environment: Mapping[str, str]) -> Support:
