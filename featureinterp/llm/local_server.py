@@ -14,14 +14,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from featureinterp.errors import EndpointUnavailableError, InputError
 
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 CONTEXT_PER_SLOT = 4096
 
 
@@ -35,30 +35,42 @@ class LocalServer:
 
 
 @contextmanager
-def local_server(gguf: Path, *, slots: int = 2, threads: int | None = None) -> Iterator[LocalServer]:
+def local_server(
+    gguf: Path,
+    *,
+    slots: int = 1,
+    threads: int | None = None,
+    timeout_s: float = START_TIMEOUT_S,
+    command: Sequence[str] = (sys.executable, "-m", "featureinterp.llm.local_server"),
+) -> Iterator[LocalServer]:
     """Starts a server for a GGUF file and stops it at the end of the block, whatever happens in it.
 
-    Raises ``EndpointUnavailableError`` with the server's own words when it does not come up.
+    ``threads``: one for each core of this process when not given. ``command``: what is started; it reads its settings from the first
+    line of standard input and prints its address. Raises ``EndpointUnavailableError`` with the server's last words when it does not
+    come up within ``timeout_s``.
     """
     key = secrets.token_hex(16)
-    settings = {"path": str(gguf), "slots": slots, "threads": threads or os.cpu_count() or 1, "key": key}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "featureinterp.llm.local_server"],
+    settings = {"path": str(gguf), "slots": slots, "threads": threads or physical_cores(), "key": key}
+    process = subprocess.Popen(  # noqa: S603 - our own module, or what the caller names
+        list(command),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
     try:
         assert process.stdin and process.stdout and process.stderr
-        process.stdin.write(json.dumps(settings).encode() + b"\n")
-        process.stdin.flush()
-        log = _Tail(process.stderr)
-        line = process.stdout.readline()
-        if not line.startswith(b"http"):
-            process.wait(5)
-            raise EndpointUnavailableError(f"the local server for {gguf.name} did not start: {log.last() or 'it printed nothing'}")
-        _Tail(process.stdout)
-        yield LocalServer(line.decode().strip(), key, process)
+        log, said = _Tail(process.stderr), _Tail(process.stdout)
+        with suppress(BrokenPipeError):  # it ended at once, and its last words say why
+            process.stdin.write(json.dumps(settings).encode() + b"\n")
+            process.stdin.flush()
+        address = said.first(timeout_s)
+        if not address.startswith("http"):
+            hangs = address == "" and process.poll() is None and said.is_alive()
+            if hangs:
+                process.kill()
+            what = f"did not start within {timeout_s:.0f} s" if hangs else "did not start"
+            raise EndpointUnavailableError(f"the local server for {gguf.name} {what}: {log.last() or 'it printed nothing'}")
+        yield LocalServer(address, key, process)
     finally:
         if process.stdin:
             process.stdin.close()
@@ -69,6 +81,24 @@ def local_server(gguf: Path, *, slots: int = 2, threads: int | None = None) -> I
             process.wait()
 
 
+def physical_cores() -> int:
+    """Cores that this process may use, two threads of one core counted once: a second thread of a core makes llama.cpp no faster."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        said = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+        threads_per_core = max(1, int(said["siblings"]) // int(said["cpu cores"]))
+    except (OSError, KeyError, ValueError, ZeroDivisionError):
+        threads_per_core = 1
+    return max(1, usable // threads_per_core)
+
+
+def slots_for(threads: int | None = None) -> int:
+    """How many requests a server answers at once: on few cores one, since several share the same speed and each waits longer."""
+    cores = threads or physical_cores()
+    return 1 if cores < 8 else 2 if cores < 16 else 4
+
+
 class _Tail(threading.Thread):
     """Reads a pipe to its end, so that the child never blocks on it, and keeps the last lines."""
 
@@ -76,15 +106,28 @@ class _Tail(threading.Thread):
         super().__init__(daemon=True)
         self._pipe = pipe
         self._lines: list[str] = []
+        self._first = ""
+        self._begun = threading.Event()
         self.start()
 
     def run(self) -> None:
         for line in self._pipe:  # type: ignore[attr-defined]
-            self._lines = [*self._lines[-19:], line.decode(errors="replace").strip()]
+            text = line.decode(errors="replace").strip()
+            self._lines = [*self._lines[-19:], text]
+            if not self._begun.is_set():
+                self._first = text
+                self._begun.set()
+        self._begun.set()
 
-    def last(self) -> str:
+    def first(self, timeout_s: float) -> str:
+        """The first line; empty when there is none in time, or none at all."""
+        self._begun.wait(timeout_s)
+        return self._first
+
+    def last(self, n: int = 3) -> str:
+        """The last lines that say something."""
         self.join(1)
-        return next((line for line in reversed(self._lines) if line), "")[:300]
+        return "; ".join([line for line in self._lines if line][-n:])[-600:]
 
 
 def _serve() -> None:
