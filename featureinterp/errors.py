@@ -16,9 +16,11 @@
     │   ├── BudgetReachedError     a limit of money, tokens or time
     │   └── TooManyFailuresError   too large a share of the stages failed
     └── LanguageModelError         an endpoint or a local model did not give a usable reply
-        ├── EndpointUnavailableError   cannot be reached, timed out, overloaded (can succeed later)
+        ├── EndpointUnavailableError   cannot be reached, timed out, failing (can succeed later)
+        │   └── EndpointBusyError      a limit per minute, an overload, a model that loads (it passes with time)
         ├── EndpointRefusedError       the key or the model's name is wrong (no request will succeed)
         ├── RequestRefusedError        this one request is wrong, too long for example (others can succeed)
+        │   └── ContentRefusedError    a filter or the model itself refuses what the request is about
         ├── TruncatedReplyError        the reply was cut by the token limit
         └── MalformedReplyError        the reply does not have the form that was asked for
 
@@ -115,12 +117,20 @@ class EndpointUnavailableError(LanguageModelError):
         self.retry_after_s = retry_after_s
 
 
+class EndpointBusyError(EndpointUnavailableError):
+    """A limit per minute, an overload or a model that is loading: it passes with time, however often one has to ask."""
+
+
 class EndpointRefusedError(LanguageModelError):
     """The key or the model's name is wrong, or the endpoint cannot do what is asked at all; no request will succeed."""
 
 
 class RequestRefusedError(LanguageModelError):
     """The endpoint refuses this request, for example because it is too long; others can succeed."""
+
+
+class ContentRefusedError(RequestRefusedError):
+    """A filter of the endpoint, or the model itself, refuses what the request is about; asking again changes nothing."""
 
 
 class TruncatedReplyError(LanguageModelError):

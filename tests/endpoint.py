@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 Answer = Callable[[dict[str, Any]], Any]
+Dialect = Callable[["Entry", dict[str, Any]], Any]
 KEY = "secret-key-of-the-test"
 FAULTS = ("429", "429-date", "500", "503", "drop", "truncate", "malformed", "schema", "length", "stall", "drip")
 STALL_S = 2.0
@@ -47,7 +48,8 @@ class Entry:
     status: int = 200
     whole: bool = False
     tokens: int = 0
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict, repr=False)
+    free: bool = False
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
@@ -55,7 +57,7 @@ class Entry:
 
 @dataclass
 class Endpoint:
-    """``answer`` gets the request's body and returns a text, a (status, headers, body) triple, or a whole completion; status 0 drops
+    """``dialect`` gets a request's entry and body first, and answers it or leaves it (None) to ``answer``, which gets the body and returns a text, a (status, headers, body) triple, or a whole completion; status 0 drops
     the connection. ``faults``: how often each of ``FAULTS`` happens, 0 to 1; every request has its own luck, drawn from ``seed``."""
 
     answer: Answer
@@ -72,6 +74,7 @@ class Endpoint:
     keep_bodies: bool = True
     mistakes: list[Exception] = field(default_factory=list)
     file: TextIO | None = None
+    dialect: Dialect | None = None
 
     def __post_init__(self) -> None:
         self._luck = random.Random(self.seed)
@@ -176,8 +179,9 @@ class _Connection(asyncio.Protocol):
         state.most_in_flight = max(state.most_in_flight, state.in_flight)
         fault = state.draw() if state.faults else None
         body = json.loads(raw) if raw else {}
-        entry = Entry(len(state.ledger), path, headers.get("authorization"), body if state.keep_bodies else {}, digest_of(body), time.time(), fault)
-        entry.headers = headers
+        entry = Entry(
+            len(state.ledger), path, headers.get("authorization"), body if state.keep_bodies else {}, digest_of(body), time.time(), fault, headers=headers
+        )
         state.ledger.append(entry)
         try:
             wait = state.stall_s if fault == "stall" else state.latency_s
@@ -205,9 +209,11 @@ class _Connection(asyncio.Protocol):
             return 429, {"Retry-After": email.utils.formatdate(time.time() + state.retry_after_s, usegmt=True)}, b"{}"
         if fault in ("500", "503"):
             return int(fault), {}, b"{}"
-        answer = state.answer(body)
+        answer = state.dialect(entry, body) if state.dialect is not None else None
+        answer = state.answer(body) if answer is None else answer
         if isinstance(answer, tuple):
             status, extra, payload = answer
+            entry.free = status != 200 or not (payload if isinstance(payload, bytes) else payload.get("choices") if isinstance(payload, dict) else None)
             return status, extra, payload if isinstance(payload, bytes) else json.dumps(payload).encode()
         answer = completion(answer) if isinstance(answer, str) else answer
         if fault == "schema":
@@ -242,7 +248,7 @@ class _Connection(asyncio.Protocol):
                 await asyncio.sleep(0.05)
         else:
             self.transport.write(head.encode() + payload)
-        entry.whole = status == 200 and entry.fault != "malformed"
+        entry.whole = status == 200 and entry.fault != "malformed" and not entry.free
 
 
 async def _serve(state: Endpoint, port: int, ready: Callable[[], None]) -> None:
@@ -292,6 +298,7 @@ def main() -> None:
     parser.add_argument("--latency", type=float, default=0.0, help="seconds per reply")
     parser.add_argument("--fault", action="append", default=[], metavar="NAME=SHARE", help=f"one of {', '.join(FAULTS)}")
     parser.add_argument("--retry-after", type=float, default=0.0, help="seconds that a 429 asks for")
+    parser.add_argument("--dialect", help="one of those of dialects.py, by name")
     parser.add_argument("--key", help="the only key that is let in")
     parser.add_argument("--ledger", type=Path, help="file to append the ledger to")
     args = parser.parse_args()
@@ -300,6 +307,10 @@ def main() -> None:
         parser.error(f"there is no fault {', '.join(sorted(unknown))}")
     file = args.ledger.open("a", encoding="utf-8") if args.ledger else None
     state = Endpoint(play, args.latency, faults, args.retry_after, args.key, keep_bodies=False, file=file)
+    if args.dialect:
+        from dialects import PROVIDERS
+
+        state.dialect = PROVIDERS[args.dialect]
     asyncio.run(_serve(state, args.port, lambda: print(state.url, flush=True)))
 
 

@@ -481,7 +481,9 @@ def test_endpoints_by_name(tmp_path: Path):
         assert tested.returncode == 0 and "JSON schema" in tested.stdout and "one small call" in tested.stdout and "$0.0000" in tested.stdout
         rows = json.loads(cli("llm", "list", "--json", **env).stdout)["endpoints"]
         assert rows["paid"]["probed"]["logprobs"] is True and rows["keyless"]["probed"] is None
-        refused(cli("llm", "test", "keyless", **env), "refused the key", "--api-key-env")
+        keyless = cli("llm", "test", "keyless", **env)
+        assert keyless.returncode == 1 and "refused the key" in keyless.stdout and "--api-key-env" in keyless.stdout and "not tested" in keyless.stdout
+        assert "this test" in keyless.stdout and not keyless.stderr
     refused(cli("llm", "test", "nobody", **env), "nobody", "paid, keyless")
     assert KEY not in tested.stdout + json.dumps(rows)
 

@@ -13,9 +13,10 @@ from featureinterp.errors import EndpointRefusedError, EndpointUnavailableError,
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.limited import Limited
 from featureinterp.llm.metered import Metered
-from featureinterp.llm.openai import OpenAIModel, retry_after_s
+from featureinterp.llm.openai import OpenAIModel
 from featureinterp.llm.retrying import MAX_WAIT_S, Retrying
 from featureinterp.llm.types import Message, Reply, Request
+from featureinterp.llm.waiting import retry_after_s
 
 ASK = Request((Message("user", "hi"),))
 
@@ -61,14 +62,14 @@ def test_a_request_and_its_reply():
         (401, EndpointRefusedError, "TEST_KEY"),
         (403, EndpointRefusedError, "TEST_KEY"),
         (404, EndpointRefusedError, "--llm-model"),
-        (400, RequestRefusedError, "context too long"),
+        (400, RequestRefusedError, "it is purple"),
         (429, EndpointUnavailableError, "--concurrency"),
         (500, EndpointUnavailableError, "HTTP 500"),
         (503, EndpointUnavailableError, "HTTP 503"),
     ],
 )
 def test_refusals_say_what_to_do_and_never_show_the_key(status: int, error: type[LanguageModelError], hint: str):
-    with endpoint(lambda _: (status, {}, {"error": {"message": "context too long"}})) as server, pytest.raises(error, match=hint) as caught:
+    with endpoint(lambda _: (status, {}, {"error": {"message": "it is purple"}})) as server, pytest.raises(error, match=hint) as caught:
         ask(server.url)
     assert KEY not in str(caught.value) and "\n" not in str(caught.value) and len(server.ledger) == 1
     assert caught.value.__cause__ is None and KEY not in repr(OpenAIModel(server.url, "m", api_key_env="TEST_KEY"))

@@ -265,7 +265,7 @@ def test_a_parameter_that_is_refused_is_left_out_from_then_on(field: str, messag
 
 def test_bodies_that_are_no_completion_are_errors_of_ours():
     for body in (b"<html>hello</html>", b'"text"', b"[]", b'{"choices": [{"message": 3}]}', b'{"choices": 5}', b""):
-        with pytest.raises((MalformedReplyError, EndpointUnavailableError)):
+        with pytest.raises((MalformedReplyError, EndpointUnavailableError, EndpointRefusedError)):
             serve(lambda _, body=body: (200, {}, body), asking())
 
 

@@ -41,6 +41,8 @@ def list_endpoints(as_json: bool = _JSON) -> None:
 def test(name: str, as_json: bool = _JSON) -> None:
     """Ask an endpoint a few small things: whether it is there, what it can do, and what a call costs.
 
+    The table comes in any case; the exit code is 1 when the endpoint did not answer, or not all.
+
     Example: featureinterp llm test paid
     """
     import anyio
@@ -54,6 +56,8 @@ def test(name: str, as_json: bool = _JSON) -> None:
     screen = Screen(as_json=as_json)
     if as_json:
         screen.result(found.to_json())
-        return
-    for what, value in found.lines():
-        put(f"{what:<20}{value}")
+    else:
+        for what, value in found.lines():
+            put(f"{what:<20}{value}")
+    if found.problem is not None:
+        raise typer.Exit(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,12 +72,17 @@ class Cached:
     """Asks ``model`` only what it has not answered before. Equal requests at the same time are one request.
 
     ``identity`` is what beside the request determines the answer: the endpoint's address and its own parameters. Replies that
-    the request's ``check`` refuses are passed on and not kept. The usage of a kept reply is what it cost when it was new.
+    the request's ``check`` refuses are passed on and not kept, but those that were refused by the model or a filter, and those that were cut: the same
+    request would be paid for again and end in the same way. A reply that was cut is asked again once there is more ``room`` for it. The usage of a
+    kept reply is what it cost when it was new.
     """
 
-    def __init__(self, model: LanguageModel, store: ReplyStore, *, identity: Any = None) -> None:
+    def __init__(
+        self, model: LanguageModel, store: ReplyStore, *, identity: Any = None, room: Callable[[Request], int] = lambda request: request.max_tokens
+    ) -> None:
         self.name = model.name
         self.hits = 0
+        self._room = room
         self._model, self._store, self._identity = model, store, identity
         self._pending: dict[str, _Pending] = {}
 
@@ -95,7 +101,8 @@ class Cached:
     async def complete(self, request: Request) -> Reply:
         key = self.key(request)
         while True:
-            if (known := self._store.get(key)) is not None:
+            known = self._store.get(key)
+            if known is not None and (not any(known.truncated) or known.room == 0 or self._room(request) <= known.room):
                 self.hits += 1
                 return known
             pending = self._pending.get(key)
@@ -111,7 +118,7 @@ class Cached:
         pending = self._pending[key] = _Pending(anyio.Event())
         try:
             reply = await self._model.complete(request)
-            if is_answer(request, reply):
+            if reply.refused is not None or (any(reply.truncated) and reply.room) or is_answer(request, reply):
                 self._store.put(key, self.name, reply)
             pending.reply = reply
             return reply
@@ -140,8 +147,18 @@ def _to_json(reply: Reply) -> dict[str, Any]:
         "usage": asdict(reply.usage),
         "first_token": [dict(f) for f in reply.first_token],
         "read": [dict(f) for f in reply.read],
+        **({"refused": reply.refused} if reply.refused is not None else {}),
+        **({"room": reply.room} if reply.room else {}),
     }
 
 
 def _reply_from(value: dict[str, Any]) -> Reply:
-    return Reply(tuple(value["texts"]), tuple(value["truncated"]), Usage(**value["usage"]), tuple(value["first_token"]), tuple(value["read"]))
+    return Reply(
+        tuple(value["texts"]),
+        tuple(value["truncated"]),
+        Usage(**value["usage"]),
+        tuple(value["first_token"]),
+        tuple(value["read"]),
+        value.get("refused"),
+        value.get("room", 0),
+    )

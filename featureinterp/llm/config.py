@@ -29,6 +29,7 @@ from typing import Any
 import pydantic
 
 from featureinterp.errors import InputError, UnknownNameError
+from featureinterp.llm.address import check_headers
 from featureinterp.llm.prices import FREE, PRICES, Price, price_of
 from featureinterp.llm.secrets import check_address, check_fields, check_variable
 from featureinterp.validation import first_problem
@@ -48,7 +49,9 @@ class Endpoint:
     ``api_key_env``: name of the environment variable with the key; None: the endpoint needs none (OpenAI's own: ``OPENAI_API_KEY``).
     ``rpm``, ``tpm``: requests and tokens per minute at most. ``max_attempts``, ``max_wait_s``: how often and how long a request is tried again.
     ``price``: USD per million tokens. ``tokenizer``: Hugging Face name or folder of the model's tokenizer, for reading prompts token by token.
-    ``extra_body``: fields that are added to every request.
+    ``extra_body``, ``extra_headers``: fields and headers that are added to every request; a header's value ``env:NAME`` is that of the variable.
+    ``reply_tokens``: at least so much room for every reply (an explanation has 300 tokens, or 400 in a search, a verdict 4). ``thinking_tokens``: room
+    for a model's thoughts beside it (None: 4,096 once a reply shows that it thinks). ``effort``: how hard it is to think, in the provider's words.
     """
 
     base_url: str | None = None
@@ -63,6 +66,10 @@ class Endpoint:
     price: Price | None = None
     tokenizer: str | None = None
     extra_body: Mapping[str, Any] = field(default_factory=dict)
+    extra_headers: Mapping[str, str] = field(default_factory=dict)
+    reply_tokens: int | None = None
+    thinking_tokens: int | None = None
+    effort: str | None = None
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
@@ -76,10 +83,13 @@ class Endpoint:
             check_address(self.base_url)
         check_variable(self.api_key_env)
         check_fields(self.extra_body, "extra_body")
-        for name in ("concurrency", "rpm", "tpm", "max_attempts", "timeout_s", "max_wait_s"):
+        check_headers(self.extra_headers)
+        for name in ("concurrency", "rpm", "tpm", "max_attempts", "timeout_s", "max_wait_s", "reply_tokens"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise InputError(f"an endpoint's {name} of {value} is not possible: give one above 0")
+        if self.thinking_tokens is not None and self.thinking_tokens < 0:
+            raise InputError(f"an endpoint's thinking_tokens of {self.thinking_tokens} is not possible: give 0 or more")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import anyio
 
-from featureinterp.errors import InputError
+from featureinterp.errors import EndpointBusyError, InputError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Reply, Request
 
@@ -52,6 +52,16 @@ class Limits:
         self._recent: deque[_Entry] = deque()
         self._tokens = 0
         self._bytes_per_token: float | None = None
+        self._closed_until = 0.0
+
+    async def open(self) -> None:
+        """Waits as long as the endpoint has asked for. Nobody holds a slot meanwhile."""
+        while (wait := self._closed_until - self._clock()) > 0:
+            await self._sleep(wait)
+
+    def close(self, seconds: float) -> None:
+        """Lets no request through for so long, because the endpoint asked for it."""
+        self._closed_until = max(self._closed_until, self._clock() + min(seconds, WINDOW_S))
 
     async def admit(self, request: Request) -> _Entry | None:
         """Waits until the request fits into the minute."""
@@ -113,8 +123,14 @@ class Limited:
         self._model = model
 
     async def complete(self, request: Request) -> Reply:
+        await self.limits.open()
         async with self.limits.slots:
             entry = await self.limits.admit(request)
-            reply = await self._model.complete(request)
+            try:
+                reply = await self._model.complete(request)
+            except EndpointBusyError as error:
+                if error.retry_after_s:
+                    self.limits.close(error.retry_after_s)
+                raise
         self.limits.settle(entry, request, reply)
         return reply

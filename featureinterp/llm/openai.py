@@ -1,20 +1,19 @@
-"""The adapter over the ``openai`` SDK: any OpenAI-compatible endpoint, by base URL, model, and the name of the variable with the key."""
+"""The adapter for any OpenAI-compatible endpoint, by base URL, model, and the name of the variable with the key."""
 
 from __future__ import annotations
 
-import email.utils
-import os
-import re
+import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import anyio
 
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import (
+    ContentRefusedError,
+    EndpointBusyError,
     EndpointRefusedError,
     EndpointUnavailableError,
     InputError,
@@ -22,40 +21,40 @@ from featureinterp.errors import (
     MalformedReplyError,
     RequestRefusedError,
 )
-from featureinterp.llm.roles import as_text
-from featureinterp.llm.secrets import Secrets, check_address, check_variable
+from featureinterp.llm.accepts import Accepts, Options
+from featureinterp.llm.address import check_key, read_address, read_headers, read_key
+from featureinterp.llm.answers import collect, is_stream, read_choices, reply_of, thinks
+from featureinterp.llm.refusals import Refusal, error_within, gives_way, read_refusal
+from featureinterp.llm.secrets import Secrets
+from featureinterp.llm.tls import certificate_problem, context_for
 from featureinterp.llm.types import Reply, Request
 from featureinterp.llm.usage import reported_usage
 from featureinterp.tasks import Turns
 
 DEFAULT_TIMEOUT_S = 120.0
 MAX_CONNECTIONS = 1024
-ReplyForm = Literal["json_schema", "json_object", "text"]
+MAX_EXCHANGES = 24
+"""So often one request is put otherwise at most."""
 _CHAT, _COMPLETIONS = "chat/completions", "completions"
-_FORMS: tuple[ReplyForm, ...] = ("json_schema", "json_object", "text")
 
 
-@dataclass
-class Accepts:
-    """What an endpoint takes, learnt from its refusals: each is tried once and left out from then on. ``reply_form``: the strictest form of
-    a structured reply. ``several``: replies to one request. ``prompt_logprobs``: the field that asks for them, None when neither is taken."""
+class _RefusedError(Exception):
+    """An answer that is no completion."""
 
-    reply_form: ReplyForm = "json_schema"
-    logprobs: bool = True
-    seed: bool = True
-    temperature: bool = True
-    several: bool = True
-    length_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
-    prompt_logprobs: Literal["prompt_logprobs", "echo"] | None = "prompt_logprobs"
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.words)
+        self.refusal = refusal
 
 
 class OpenAIModel:
-    """A model behind an OpenAI-compatible endpoint. One HTTP client for its lifetime; the SDK's own retries are off.
+    """A model behind an OpenAI-compatible endpoint. One HTTP client for its lifetime, which tries nothing again by itself.
 
     ``api_key_env`` names the environment variable that holds the key; the key itself is in no attribute, message or repr. None: no key
     is sent, but to OpenAI itself that of ``OPENAI_API_KEY``, which nobody else gets to see unless it is named.
-    ``timeout_s`` bounds a whole request, also one that is answered drop by drop. Raises ``InputError`` at once when that variable is
-    not set or the address is none.
+    ``timeout_s`` bounds a whole exchange, also one that is answered drop by drop. ``reply_tokens``, ``thinking_tokens``, ``effort``, ``extra_body``:
+    :class:`Options`. ``extra_headers``: sent with every request; a value ``env:NAME`` is that of the variable. ``accepts``: what is known of the
+    endpoint; ``remember`` is called with it whenever something was learnt and has worked. Raises ``InputError`` at once when a variable is not set, a
+    key cannot be one or the address is none.
     """
 
     def __init__(
@@ -67,35 +66,40 @@ class OpenAIModel:
         api_key: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         extra_body: Mapping[str, Any] | None = None,
+        extra_headers: Mapping[str, str] | None = None,
+        reply_tokens: int | None = None,
+        thinking_tokens: int | None = None,
+        effort: str | None = None,
         accepts: Accepts | None = None,
+        remember: Callable[[Accepts], None] = lambda _: None,
     ) -> None:
-        if not base_url.startswith(("http://", "https://")):
-            raise InputError(f"{base_url!r} is not the address of an endpoint: give one like https://host/v1")
-        check_address(base_url)
-        check_variable(api_key_env)
-        if api_key_env is None and api_key is None and urlsplit(base_url).hostname == "api.openai.com":
-            api_key_env = "OPENAI_API_KEY"
-        key = api_key or (os.environ.get(api_key_env, "") if api_key_env else "none")
-        if not key:
-            raise InputError(f"the environment variable {api_key_env} with the endpoint's key is not set: set it, or name another with --api-key-env")
-        import openai
-
+        self._address = read_address(base_url)
+        key, self._key_env = (api_key, None) if api_key else read_key(api_key_env, self._address.host)
+        if api_key:
+            check_key(api_key, "the key of the endpoint")
         self.name = model
-        self.base_url = base_url
+        self.base_url = self._address.base + self._address.query
         self.timeout_s = timeout_s
         self.accepts = accepts or Accepts()
-        self._key_env = api_key_env
-        self._sdk = openai
-        self._extra = dict(extra_body or {})
-        from featureinterp.llm.transport import EndpointClient, read_json
-
-        self._read_json = read_json
-        self._secrets = Secrets(key)
-        client = EndpointClient(base_url, self._secrets, limits=_limits(MAX_CONNECTIONS), timeout=timeout_s)
-        self._client = openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, timeout=timeout_s, http_client=client)
+        self.options = Options(reply_tokens, thinking_tokens, effort, dict(extra_body or {}))
+        self._known, self._remember = self.accepts, remember
+        own, hidden = read_headers(extra_headers or {})
+        self._secrets = Secrets(key, *hidden)
+        self._headers = {"Content-Type": "application/json", "Accept": "application/json", **self._address.headers(key), **own}
+        self._client = self._open()
         self._turns = Turns()
-        base = self._client.base_url  # whole addresses, which the SDK would put together and take apart again with every request
-        self._addresses = {path: str(base.copy_with(raw_path=base.raw_path + path.encode())) for path in (_CHAT, _COMPLETIONS)}
+
+    def _open(self) -> Any:
+        import httpx2
+
+        from featureinterp.llm.transport import EndpointClient
+
+        limits = httpx2.Limits(max_connections=MAX_CONNECTIONS, max_keepalive_connections=MAX_CONNECTIONS)
+        outside = not self._address.loopback  # this machine is reached directly, whatever proxy there is for others
+        try:
+            return EndpointClient(self.base_url, self._secrets, limits=limits, timeout=self.timeout_s, verify=context_for(self._address.tls), trust_env=outside)
+        except (ValueError, ImportError) as error:
+            raise InputError(f"the proxy of the environment (HTTPS_PROXY, HTTP_PROXY, ALL_PROXY) cannot be used: {error}") from None
 
     def __repr__(self) -> str:
         return f"OpenAIModel({self.base_url!r}, {self.name!r})"
@@ -103,172 +107,194 @@ class OpenAIModel:
     @property
     def identity(self) -> list[Any]:
         """What beside a request determines the answer."""
-        return [self.base_url.rstrip("/"), self._extra]
+        return [self.base_url, dict(self.options.extra or {}), *self.options.identity]
+
+    def room(self, request: Request) -> int:
+        """Tokens that the reply to a request may have at present."""
+        return self.accepts.room(request, self.options)
 
     async def aclose(self) -> None:
         """Closes the HTTP client."""
-        await self._client.close()
+        await self._client.aclose()
 
     async def complete(self, request: Request) -> Reply:
-        """Sends one completion, once more for each parameter that the endpoint turns out not to take.
+        """Sends one completion, and again as long as the endpoint refuses a parameter that can be left out or put otherwise, when a model turns out
+        to think and had no room for it, and once when an answer holds no choice.
 
-        Raises ``EndpointUnavailableError``, ``EndpointRefusedError`` or ``MalformedReplyError``, with what to do.
+        Raises ``EndpointUnavailableError``, ``EndpointRefusedError``, ``RequestRefusedError`` or ``MalformedReplyError``, with what to do.
         """
         await self._turns.take()
-        start = time.monotonic()
-        while True:
-            try:
-                with anyio.fail_after(self.timeout_s):
+        spent = Usage()
+        empty = False
+        try:
+            for _ in range(MAX_EXCHANGES):
+                by = self.accepts
+                try:
                     if request.prompt:
-                        return await self._read(request, start)
-                    completion = await self._post(_CHAT, self._arguments(request))
-                return self._reply(completion, time.monotonic() - start)
-            except TimeoutError:
-                raise EndpointUnavailableError(self._late()) from None
-            except (self._sdk.OpenAIError, ValueError) as error:  # a body that is no JSON is a ValueError
-                if not self._give_way(error, request):
-                    raise self._explain(error, time.monotonic() - start) from None
+                        return await self._read(request)
+                    start = time.monotonic()
+                    completion, body = await self._ask(request, by)
+                except _RefusedError as refused:
+                    if not self._learn(refused.refusal, request, by):
+                        raise self._explain(refused.refusal) from None
+                    continue
+                usage = reported_usage(completion, time.monotonic() - start)
+                choices = read_choices(completion, self.base_url)
+                if not choices and not empty:
+                    empty, spent = True, spent + usage
+                    continue
+                if not choices:
+                    spent += usage
+                    raise MalformedReplyError(f"{self.base_url} answered without any choice: is it an OpenAI-compatible endpoint?")
+                if thinks(choices, completion) and not by.thinks:
+                    self.accepts = replace(self.accepts, thinks=True)
+                    cut = all(c.end == "cut" and not c.text.strip() for c in choices)
+                    if cut and self.accepts.room(request, self.options) > by.room(request, self.options):
+                        spent += usage
+                        continue
+                self._worked()
+                reply = reply_of(choices, usage, self.base_url)
+                return replace(reply, usage=spent + usage if spent.requests else usage, room=body[by.length_field])
+            raise EndpointRefusedError(f"the endpoint {self.base_url} refuses a request in every form that is known: check what it is with 'llm test'")
+        except LanguageModelError as error:
+            if spent.requests:
+                error.billed = True
+                error.usage = spent if error.usage is None else spent + error.usage
+            raise
 
-    def _arguments(self, request: Request) -> dict[str, Any]:
-        accepts = self.accepts
-        arguments: dict[str, Any] = {
-            "model": self.name,
-            "messages": [{"role": m.role, "content": as_text(m.content)} for m in request.messages],
-            accepts.length_field: request.max_tokens,
-        }
-        if accepts.temperature:
-            arguments["temperature"] = request.temperature
-        if request.n != 1 and accepts.several:
-            arguments["n"] = request.n
-        if request.seed is not None and accepts.seed:
-            arguments["seed"] = request.seed
-        if request.stop:
-            arguments["stop"] = list(request.stop)
-        if request.schema is not None and accepts.reply_form == "json_schema":
-            arguments["response_format"] = {"type": "json_schema", "json_schema": {"name": "reply", "strict": True, "schema": dict(request.schema)}}
-        elif request.schema is not None and accepts.reply_form == "json_object":
-            arguments["response_format"] = {"type": "json_object"}
-        if request.top_logprobs and accepts.logprobs:
-            arguments |= {"logprobs": True, "top_logprobs": request.top_logprobs}
-        return arguments | self._extra
+    async def _ask(self, request: Request, by: Accepts) -> tuple[Any, dict[str, Any]]:
+        """One exchange. Raises ``_RefusedError`` for an answer that is an error."""
+        body = by.body(self.name, request, self.options)
+        return await self._post(_CHAT, body, by), body
 
-    async def _post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON that an endpoint answers. The SDK's typed methods build a tree of models out of each request and reply, which costs more than
-        everything else together."""
-        return self._read_json(await self._client.post(self._addresses[path], cast_to=bytes, body=body), self.base_url)
+    async def _post(self, call: str, body: Mapping[str, Any], by: Accepts) -> Any:
+        """The JSON that an endpoint answers, collected where it comes as a stream."""
+        import httpx2
 
-    def _give_way(self, error: Exception, request: Request) -> bool:
-        """Whether a refusal was about a parameter that can be left out or put otherwise; it then is, from now on."""
-        if request.prompt or not isinstance(error, self._sdk.APIStatusError) or error.status_code not in (400, 415, 422, 501):
+        from featureinterp.llm.transport import read_json
+
+        path = by.path if by.path is not None else self._address.paths[0]
+        try:
+            with anyio.fail_after(self.timeout_s):
+                content = json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")
+                response = await self._client.post(self._address.call(call, path), content=content, headers=self._headers)
+        except (TimeoutError, httpx2.TimeoutException) as error:
+            raise self._broken(error) from None
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+            raise self._broken(error) from None
+        raw, kind = response.content, response.headers.get("content-type", "")
+        if not response.is_success:
+            raise _RefusedError(read_refusal(response.status_code, response.headers, raw))
+        try:
+            value = collect(raw, read=lambda part: read_json(part, self.base_url)) if is_stream(kind, raw) else read_json(raw, self.base_url)
+        except ValueError as error:
+            if b"<html" in raw[:2000].lower():
+                raise _RefusedError(read_refusal(200, response.headers, raw)) from None
+            problem = str(error) if "broke off" in str(error) else type(error).__name__
+            raise EndpointUnavailableError(
+                f"the endpoint {self.base_url} sent an answer that cannot be read ({problem}): check that it is an OpenAI-compatible endpoint"
+            ) from None
+        if error_within(value):
+            raise _RefusedError(read_refusal(200, response.headers, json.dumps(value).encode()))
+        return value
+
+    def _learn(self, refusal: Refusal, request: Request, by: Accepts) -> bool:
+        """Whether the request can be put otherwise after a refusal of what was sent, by ``by``; it then is, from now on. What another request has learnt
+        meanwhile counts, too."""
+        if request.prompt:
             return False
-        accepts, about = self.accepts, _about(error)
-        if accepts.length_field in about and "max_completion_tokens" in about and accepts.length_field == "max_tokens":
-            accepts.length_field = "max_completion_tokens"
-        elif request.top_logprobs and accepts.logprobs and "logprob" in about:
-            accepts.logprobs = False
-        elif request.seed is not None and accepts.seed and re.search(r"\bseed\b", about):
-            accepts.seed = False
-        elif request.n != 1 and accepts.several and re.search(r"\bn\b", about):
-            accepts.several = False
-        elif accepts.temperature and "temperature" in about:
-            accepts.temperature = False
-        elif request.schema is not None and accepts.reply_form != "text" and _speaks_of_form(about):
-            accepts.reply_form = _FORMS[_FORMS.index(accepts.reply_form) + 1]
-        else:
+        sent = by.body(self.name, request, self.options)
+        learnt = gives_way(refusal, sent, by, self.accepts)
+        if learnt is not None and learnt.body(self.name, request, self.options) != sent:
+            self.accepts = learnt
+            return True
+        return refusal.kind in ("page", "path") and self._other_path(by)
+
+    def _other_path(self, by: Accepts) -> bool:
+        paths = self._address.paths
+        place = paths.index(by.path) if by.path in paths else 0
+        if self.accepts.path != by.path:
+            return True
+        if place + 1 == len(paths):
+            self.accepts = replace(self.accepts, path=None)
             return False
+        self.accepts = replace(self.accepts, path=paths[place + 1])
         return True
 
-    async def _read(self, request: Request, start: float) -> Reply:
+    def _worked(self) -> None:
+        """Passes on what was learnt, once it has led to an answer."""
+        if self.accepts != self._known:
+            self._known = self.accepts
+            self._remember(self.accepts)
+
+    async def _read(self, request: Request) -> Reply:
         """Probabilities at places of a prompt, from the completions API, in whichever of the two ways the endpoint knows."""
         ways = ("prompt_logprobs", "echo")
-        first = ways.index(self.accepts.prompt_logprobs) if self.accepts.prompt_logprobs else len(ways)
+        start, by = time.monotonic(), self.accepts
+        first = ways.index(by.prompt_logprobs) if by.prompt_logprobs else len(ways)
         for way in ways[first:]:
             arguments: dict[str, Any] = {"model": self.name, "prompt": list(request.prompt), "max_tokens": 1, "temperature": 0.0}
             arguments |= {"echo": True, "logprobs": request.top_logprobs} if way == "echo" else {"prompt_logprobs": request.top_logprobs}
             try:
-                completion = await self._post(_COMPLETIONS, arguments | self._extra)
-            except self._sdk.APIStatusError as error:
-                if error.status_code not in (400, 404, 405, 415, 422, 501):
+                completion = await self._post(_COMPLETIONS, arguments | dict(self.options.extra or {}), by)
+            except _RefusedError as refused:
+                refusal = refused.refusal
+                if refusal.status not in (200, 400, 404, 405, 415, 422, 501) or refusal.kind in ("key", "credit", "quota", "place", "busy", "loading"):
                     raise
                 continue
             found = read_prompt(completion, request.read_at)
             if found is not None:
-                self.accepts.prompt_logprobs = way  # type: ignore[assignment]
-                return Reply(("",), (False,), self._usage(completion, time.monotonic() - start), ({},), found)
-        self.accepts.prompt_logprobs = None
+                self.accepts = replace(self.accepts, prompt_logprobs=way)  # type: ignore[arg-type]
+                return Reply(("",), (False,), reported_usage(completion, time.monotonic() - start), ({},), found)
+        self.accepts = replace(self.accepts, prompt_logprobs=None)
         raise EndpointRefusedError(
             f"the endpoint {self.base_url} gives no probabilities of a prompt's tokens: vLLM does (/v1/completions with prompt_logprobs, or echo with "
             "logprobs), llama.cpp's server and OpenAI's chat models do not; use --simulator rated, or a local simulator"
         )
 
-    def _reply(self, completion: Any, seconds: float) -> Reply:
-        choices = completion.get("choices") if isinstance(completion, dict) else None
-        if not choices:
-            raise MalformedReplyError(f"{self.base_url} answered without any choice: is it an OpenAI-compatible endpoint?")
-        texts, truncated, first = [], [], []
-        try:
-            for choice in choices:
-                texts.append(str(choice["message"].get("content") or ""))
-                truncated.append(choice.get("finish_reason") == "length")
-                tokens = (choice.get("logprobs") or {}).get("content") or []
-                first.append({str(t["token"]): float(t["logprob"]) for t in tokens[0].get("top_logprobs") or ()} if tokens else {})
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            problem = f"{type(error).__name__}: {error}"[:100]
-            raise MalformedReplyError(f"{self.base_url} answered in another form than OpenAI's ({problem}): is it an OpenAI-compatible endpoint?") from None
-        return Reply(tuple(texts), tuple(truncated), self._usage(completion, seconds), tuple(first))
+    def _broken(self, error: Exception) -> LanguageModelError:
+        """The error of ours when there is no answer at all."""
+        import httpx2
 
-    @staticmethod
-    def _usage(completion: Any, seconds: float) -> Usage:
-        return reported_usage(completion, seconds)
+        where = f"the endpoint {self.base_url}"
+        if problem := certificate_problem(error):
+            hint = "set SSL_CERT_FILE to the file with its authority's certificate, or correct the address (http or https)"
+            return EndpointRefusedError(f"{where} cannot be reached safely, {problem}: {hint}")
+        late = isinstance(error, TimeoutError | httpx2.ReadTimeout | httpx2.WriteTimeout | httpx2.PoolTimeout)
+        if late:
+            return EndpointUnavailableError(f"{where} did not answer within {self.timeout_s:g} s: check that it is up, or raise --timeout-s")
+        if isinstance(error, httpx2.ProxyError):
+            return EndpointUnavailableError(f"{where} cannot be reached through the proxy of the environment: check HTTPS_PROXY, or add the host to NO_PROXY")
+        return EndpointUnavailableError(f"{where} cannot be reached, or broke the connection: check the address and that it is up")
 
-    def _late(self) -> str:
-        return f"the endpoint {self.base_url} did not answer within {self.timeout_s:g} s: check that it is up, or raise --timeout-s"
-
-    def _explain(self, error: Exception, seconds: float) -> LanguageModelError:
-        """The error of ours for an error of the SDK; the SDK's message is left out where it could quote the request or the key."""
-        sdk, where = self._sdk, f"the endpoint {self.base_url}"
-        if isinstance(error, sdk.APITimeoutError) and seconds >= 0.9 * self.timeout_s:  # a broken connection is reported as one, too
-            return EndpointUnavailableError(self._late())
-        if isinstance(error, sdk.APIConnectionError):
-            return EndpointUnavailableError(f"{where} cannot be reached, or broke the connection: check the address and that it is up")
-        if isinstance(error, sdk.APIStatusError):
-            code = error.status_code
-            if code in (401, 403):
-                named = f"the environment variable {self._key_env}" if self._key_env else "the variable that --api-key-env names"
-                return EndpointRefusedError(f"{where} refused the key (HTTP {code}): check {named}")
-            if code == 404:
-                return EndpointRefusedError(f"{where} does not know the model {self.name!r} or the path (HTTP 404): check --llm-model and --base-url")
-            if code in (408, 409, 429) or code >= 500:
-                wait = retry_after_s(error.response.headers.get("retry-after"))
-                return EndpointUnavailableError(f"{where} is overloaded or failing (HTTP {code}): try again later or lower --concurrency", wait)
-            return RequestRefusedError(f"{where} refused the request (HTTP {code}): {self._safe(_message(error))}")
-        return EndpointUnavailableError(f"{where} sent an answer that cannot be read ({type(error).__name__}): check that it is an OpenAI-compatible endpoint")
-
-    def _safe(self, text: str) -> str:
-        """A text of the endpoint's on one line, bounded, without the key should it be quoted."""
-        return " ".join(self._secrets.clean(text).split())[:300]
-
-
-def _limits(connections: int) -> Any:
-    import httpx2
-
-    return httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
-
-
-def _message(error: Any) -> str:
-    body = error.body if isinstance(error.body, dict) else {}
-    inner = body.get("error")
-    return str(body.get("message") or (inner.get("message") if isinstance(inner, dict) else inner) or "no reason given")
-
-
-def _about(error: Any) -> str:
-    """What a refusal says, in small letters, with the name of the parameter when it is given."""
-    body = error.body if isinstance(error.body, dict) else {}
-    return f"{_message(error)} {body.get('param') or ''}".lower()
-
-
-def _speaks_of_form(about: str) -> bool:
-    return bool(re.search(r"response_?format|json_schema|json_object|json schema|structured output|grammar|guided", about))
+    def _explain(self, refusal: Refusal) -> LanguageModelError:
+        """The error of ours for what the endpoint says, with its own words."""
+        where, code = f"the endpoint {self.base_url}", f"HTTP {refusal.status}" if refusal.status != 200 else "an error within HTTP 200"
+        said = self._secrets.clean(refusal.words)
+        named = f"the environment variable {self._key_env}" if self._key_env else "the variable that --api-key-env names"
+        wait = refusal.wait
+        asked = "" if wait is None else f", which asks to wait {wait:,.0f} s"
+        sentences: Mapping[str, tuple[type[LanguageModelError], str, str]] = {
+            "key": (EndpointRefusedError, "refused the key", f"check {named}"),
+            "credit": (EndpointRefusedError, "has no credit left for this key", "pay or raise the limit there, and run the same command again"),
+            "quota": (EndpointRefusedError, "has reached a limit per day or month", "run the same command again when it is reset, or take another plan"),
+            "place": (EndpointRefusedError, "is not offered in this country or region", "use another endpoint"),
+            "permission": (EndpointRefusedError, "does not permit this", f"check what {named} may do, and the model's name"),
+            "firewall": (EndpointRefusedError, "did not answer, a firewall or proxy before it did", "check the address and the network"),
+            "redirect": (EndpointRefusedError, "redirects to another address", "give that address with --base-url"),
+            "model": (EndpointRefusedError, f"does not know the model {self.name!r}", "check --llm-model"),
+            "page": (EndpointRefusedError, "answered with a web page", "check --base-url: is it that of an OpenAI-compatible endpoint?"),
+            "path": (EndpointRefusedError, f"does not know the path or the model {self.name!r}", "check --base-url and --llm-model"),
+            "content": (ContentRefusedError, "refuses the content of this request", "it is a failure of this feature alone, and is not asked again"),
+            "long": (RequestRefusedError, "finds the prompt too long", "show fewer or shorter windows, or choose a model with a longer context"),
+            "loading": (EndpointBusyError, "is still loading the model", "wait for it"),
+            "busy": (EndpointBusyError, f"is busy or limits its requests{asked}", "lower --concurrency, or set --rpm and --tpm"),
+            "failing": (EndpointUnavailableError, "is failing", "try again later"),
+            "request": (RequestRefusedError, "refused the request", ""),
+        }
+        kind, what, hint = sentences[refusal.kind]
+        message = f"{where} {what} ({code}): {said}" + (f"; {hint}" if hint else "")
+        return kind(message, wait) if issubclass(kind, EndpointUnavailableError) else kind(message)
 
 
 def read_prompt(completion: Any, places: tuple[int, ...]) -> tuple[dict[str, float], ...] | None:
@@ -298,19 +324,3 @@ def read_prompt(completion: Any, places: tuple[int, ...]) -> tuple[dict[str, flo
             return None
         out.append(found)
     return tuple(out)
-
-
-def retry_after_s(header: str | None, now: float | None = None) -> float | None:
-    """Seconds that a Retry-After header asks for, in either of its forms (seconds, or an HTTP date); None when there is none."""
-    if not header:
-        return None
-    try:
-        seconds = float(header)
-        return seconds if 0 <= seconds < float("inf") else None
-    except ValueError:
-        pass
-    try:
-        moment = email.utils.parsedate_to_datetime(header).timestamp()
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return max(0.0, moment - (time.time() if now is None else now))

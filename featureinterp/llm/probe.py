@@ -11,17 +11,20 @@ from typing import Any
 import pydantic
 
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import EndpointRefusedError, LanguageModelError, MalformedReplyError
+from featureinterp.errors import LanguageModelError, MalformedReplyError
 from featureinterp.files import content_key, write_json
-from featureinterp.llm.config import Endpoint
+from featureinterp.llm.accepts import Accepts
+from featureinterp.llm.config import LOCAL, Endpoint
+from featureinterp.llm.learnt import forget
 from featureinterp.llm.metered import Meter, Metered
 from featureinterp.llm.prices import Price
 from featureinterp.llm.stack import open_stack
-from featureinterp.llm.types import Message, Request
+from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.replies import parse_reply
 
 _SCHEMA = {"type": "object", "properties": {"colour": {"type": "string"}}, "required": ["colour"], "additionalProperties": False}
 _ASK = (Message("user", 'Name a colour, as JSON: {"colour": "..."}'),)
+_YES = (Message("user", "Say yes."),)
 _ONE, _OTHER = tuple(range(100, 116)), tuple(range(200, 216))
 _SAME = 1e-3
 
@@ -32,11 +35,12 @@ class _Colour(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class Probed:
-    """What was found. ``reply_form``: the strictest form of a structured reply that is taken. ``follows``: whether the reply had it.
-    ``prompt_logprobs``: the field that asks for the probabilities of a prompt's tokens, None when there is none. ``order_matters``: whether
-    they changed when another prompt was read in between; None when there are none. ``call``: of one small call. ``usage``: of all."""
+    """What was found. ``reply_form``: the strictest form of a structured reply that is taken, None when none was given. ``follows``: whether the reply
+    had it. ``prompt_logprobs``: the field that asks for the probabilities of a prompt's tokens, None when there is none. ``order_matters``: whether they
+    changed when another prompt was read in between; None when there are none. ``call``: of one small call. ``usage``: of all. ``problem``: why the
+    endpoint could not be asked further. ``otherwise``: what it is sent in another form than OpenAI's older one. ``thinks``: its replies begin with thoughts."""
 
-    reply_form: str
+    reply_form: str | None
     follows: bool
     logprobs: bool
     choices: bool
@@ -45,10 +49,15 @@ class Probed:
     call: Usage
     usage: Usage
     at: float
+    problem: str | None = None
+    otherwise: tuple[str, ...] = ()
+    thinks: bool = False
 
     @property
     def summary(self) -> str:
         """The capabilities in a few words."""
+        if self.reply_form is None:
+            return "does not answer"
         names = [self.reply_form.replace("_", " ")]
         names += [name for name, on in (("logprobs", self.logprobs), ("prompt logprobs", self.prompt_logprobs), ("several choices", self.choices)) if on]
         return ", ".join(names)
@@ -60,21 +69,37 @@ class Probed:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Probed:
         """Reads what :meth:`to_json` wrote."""
-        return cls(**{**value, "call": Usage(**value["call"]), "usage": Usage(**value["usage"])})
+        again = {"call": Usage(**value["call"]), "usage": Usage(**value["usage"]), "otherwise": tuple(value.get("otherwise", ()))}
+        return cls(**{**value, **again})
 
     def lines(self) -> list[tuple[str, str]]:
         """What a person reads."""
-        form = {"json_schema": "JSON schema", "json_object": "JSON without a schema", "text": "free text only"}[self.reply_form]
+        tested = self.reply_form is not None
         prompts = {"prompt_logprobs": "yes (prompt_logprobs)", "echo": "yes (echo)", None: "no: use the rated simulator, or a local one"}
         warning = "; they depend on the order of requests, so scores do a little, too" if self.order_matters else ""
-        return [
-            ("structured replies", form + ("" if self.follows else ", but its reply did not have the form")),
+        rows = [
+            ("answers", "yes" if self.problem is None else f"{'in part' if tested else 'no'}: {self.problem}"),
+            ("structured replies", _FORM_NAMES[self.reply_form or "none"] + ("" if self.follows or not tested else ", but its reply did not have the form")),
             ("logprobs", "yes" if self.logprobs else "no: verdicts are words, without probabilities"),
             ("prompt logprobs", prompts[self.prompt_logprobs] + warning),
             ("several choices", "yes" if self.choices else "no"),
-            ("one small call", f"{self.call.seconds:.2f} s, {_spent(self.call)}"),
-            ("this test", f"{self.usage.requests} calls, {_spent(self.usage)}"),
+            ("thinks", "yes: --thinking-tokens gives it room, --effort less to do" if self.thinks else "no"),
+            ("sent otherwise", ", ".join(self.otherwise) or "nothing"),
         ]
+        if not tested:
+            rows = [(name, value if name == "answers" else "not tested") for name, value in rows]
+        spent = f"{self.call.seconds:.2f} s, {_spent(self.call)}" if tested else "none was answered"
+        return [*rows, ("one small call", spent), ("this test", f"{self.usage.requests} calls, {_spent(self.usage)}")]
+
+
+_FORM_NAMES = {
+    "json_schema": "JSON schema",
+    "plain_schema": "JSON schema without bounds",
+    "bare_schema": "JSON schema without bounds and strictness",
+    "json_object": "JSON without a schema",
+    "text": "free text only",
+    "none": "not tested",
+}
 
 
 def _spent(usage: Usage) -> str:
@@ -83,39 +108,76 @@ def _spent(usage: Usage) -> str:
 
 
 async def probe(endpoint: Endpoint, price: Price | None = None) -> Probed:
-    """Asks an endpoint what it can do. Raises a ``LanguageModelError`` when it does not answer at all."""
+    """Asks an endpoint what it can do, and learns anew what it takes. An endpoint that does not answer is a finding with its cause in ``problem``;
+    raises ``InputError`` for what cannot even be asked."""
     meter = Meter()
+    if endpoint.base_url not in (None, LOCAL):
+        forget(str(endpoint.base_url), endpoint.model)
     async with open_stack(endpoint, meter, price=price) as stack:
-        model = Metered(stack.bare, meter, price=price)
-        reply = await model.complete(Request(_ASK, 40, schema=_SCHEMA))
+        found = await _Test(Metered(stack.bare, meter, price=price), stack.bare, meter).run()
+    write_json(_file(endpoint), found.to_json())
+    return found
+
+
+class _Test:
+    """The questions of one test, in order; each failure is noted, and ends it only when nothing can be asked any more."""
+
+    def __init__(self, model: Metered, bare: Any, meter: Meter) -> None:
+        self.model, self.bare, self.meter = model, bare, meter
+        self.problem: str | None = None
+
+    async def run(self) -> Probed:
+        form, follows, logprobs, choices, call = None, False, False, False, Usage()
+        way: str | None = None
+        order_matters: bool | None = None
+        said = await self.ask(Request(_YES, 4, top_logprobs=5))
+        if said is not None:
+            logprobs = bool(said.first_token and said.first_token[0])
+            reply = await self.ask(Request(_ASK, 40, schema=_SCHEMA))
+            form, call = self.accepts.reply_form if self.accepts else "json_schema", (reply or said).usage
+            follows = reply is not None and _has_colour(reply.text)
+            several = await self.ask(Request(_ASK, 40, temperature=1.0, n=2))
+            choices = several is not None and len(several.texts) == 2
+            way, order_matters = await self.prompts()
+        accepts = self.accepts
+        otherwise, thinks = (accepts.differences, accepts.thinks) if accepts else ((), False)
+        return Probed(form, follows, logprobs, choices, way, order_matters, call, self.meter.usage, time.time(), self.problem, otherwise, thinks)
+
+    @property
+    def accepts(self) -> Accepts | None:
+        """What is known of the endpoint by now; None for a model of this machine."""
+        return getattr(self.bare, "accepts", None)
+
+    async def ask(self, request: Request) -> Reply | None:
+        """A reply, or None with the cause noted."""
         try:
-            follows = bool(parse_reply(reply.text, _Colour).colour)
-        except MalformedReplyError:
-            follows = False
-        found = await model.complete(Request((Message("user", "Say yes."),), 4, top_logprobs=5))
-        accepts = getattr(stack.bare, "accepts", None)
+            reply = await self.model.complete(request)
+        except LanguageModelError as error:
+            self.problem = self.problem or str(error)
+            self.meter.refused = None
+            return None
+        if reply.refused is not None:
+            self.problem = self.problem or reply.refused
+        return reply if reply.refused is None else None
+
+    async def prompts(self) -> tuple[str | None, bool | None]:
+        """How prompts can be read, and whether the order of requests changes what is read."""
+        if self.accepts is None:
+            return None, None
+        read = [Request(prompt=ids, read_at=tuple(range(1, len(ids))), top_logprobs=5) for ids in (_ONE, _OTHER, _ONE)]
         try:
-            choices = len((await model.complete(Request(_ASK, 8, temperature=1.0, n=2))).texts) == 2
+            first, _, again = [(await self.model.complete(r)).read for r in read]
         except LanguageModelError:
-            choices = False
-        form = accepts.reply_form if accepts else "json_schema"
-        meter.refused = None
-        way, order_matters = await _prompts(model, accepts)
-    probed = Probed(form, follows, bool(found.first_token and found.first_token[0]), choices, way, order_matters, reply.usage, meter.usage, time.time())
-    write_json(_file(endpoint), probed.to_json())
-    return probed
+            return None, None
+        changed = any(a.keys() != b.keys() or any(abs(a[t] - b[t]) > _SAME for t in a) for a, b in zip(first, again, strict=True))
+        return self.accepts.prompt_logprobs, changed
 
 
-async def _prompts(model: Metered, accepts: Any) -> tuple[str | None, bool | None]:
-    if accepts is None:
-        return None, None
-    read = [Request(prompt=ids, read_at=tuple(range(1, len(ids))), top_logprobs=5) for ids in (_ONE, _OTHER, _ONE)]
+def _has_colour(text: str) -> bool:
     try:
-        first, _, again = [(await model.complete(r)).read for r in read]
-    except (EndpointRefusedError, MalformedReplyError):
-        return None, None
-    changed = any(a.keys() != b.keys() or any(abs(a[t] - b[t]) > _SAME for t in a) for a, b in zip(first, again, strict=True))
-    return accepts.prompt_logprobs, changed
+        return bool(parse_reply(text, _Colour).colour)
+    except MalformedReplyError:
+        return False
 
 
 def recall(endpoint: Endpoint) -> Probed | None:

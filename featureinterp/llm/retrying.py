@@ -2,44 +2,58 @@
 
 from __future__ import annotations
 
+import random
+import time
 from collections.abc import Awaitable, Callable
 
 import anyio
-import tenacity
 
-from featureinterp.errors import EndpointUnavailableError
+from featureinterp.errors import EndpointBusyError, EndpointUnavailableError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Reply, Request
 
-MAX_WAIT_S = 30.0
+FIRST_WAIT_S, MAX_WAIT_S = 0.5, 30.0
 
 
 class Retrying:
-    """Repeats a request of ``model`` after an :class:`EndpointUnavailableError`, at most ``attempts`` times in ``max_seconds``.
+    """Repeats a request of ``model`` after an :class:`EndpointUnavailableError`, at most ``attempts`` times in ``max_seconds``; after an
+    :class:`EndpointBusyError` (a limit per minute, an overload, a model that loads) as often as ``max_seconds`` allow.
 
-    Waits as long as the endpoint asks (Retry-After), otherwise exponentially with full jitter. Stands outside of ``Limited``,
-    so that a wait holds no slot. The last error is raised as it is.
+    Waits as long as the endpoint asks, otherwise exponentially with full jitter. Stands outside of ``Limited``, so that a wait holds no slot.
+    The last error is raised as it is.
     """
 
-    def __init__(self, model: LanguageModel, *, attempts: int = 6, max_seconds: float = 300.0, sleep: Callable[[float], Awaitable[None]] = anyio.sleep) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        attempts: int = 6,
+        max_seconds: float = 300.0,
+        sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.name = model.name
-        self._model = model
-        self._policy = {
-            "retry": tenacity.retry_if_exception_type(EndpointUnavailableError),
-            "stop": tenacity.stop_after_attempt(attempts) | tenacity.stop_before_delay(max_seconds),
-            "wait": _wait,
-            "sleep": sleep,
-            "reraise": True,
-        }
+        self._model, self._attempts, self._max_seconds = model, attempts, max_seconds
+        self._sleep, self._clock = sleep, clock
+        self._luck = random.Random()  # noqa: S311
 
     async def complete(self, request: Request) -> Reply:
-        return await tenacity.AsyncRetrying(**self._policy)(self._model.complete, request)  # type: ignore[arg-type]
+        start, waited = self._clock(), 0.0
+        failed = busy = 0
+        while True:
+            try:
+                return await self._model.complete(request)
+            except EndpointUnavailableError as error:
+                if isinstance(error, EndpointBusyError):
+                    busy += 1
+                else:
+                    failed += 1
+                wait = error.retry_after_s if error.retry_after_s is not None else self._jitter(failed + busy)
+                if failed >= self._attempts or max(waited, self._clock() - start) + wait > self._max_seconds:
+                    raise
+            await self._sleep(wait)
+            waited += wait
 
-
-_JITTER = tenacity.wait_random_exponential(multiplier=0.5, max=MAX_WAIT_S)
-
-
-def _wait(state: tenacity.RetryCallState) -> float:
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after_s if isinstance(error, EndpointUnavailableError) else None
-    return asked if asked is not None else _JITTER(state)
+    def _jitter(self, number: int) -> float:
+        """Seconds before another attempt, after ``number`` of them."""
+        return self._luck.uniform(0.0, min(MAX_WAIT_S, FIRST_WAIT_S * 2.0 ** min(number, 20)))

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from featureinterp.errors import InputError
+from featureinterp.errors import ContentRefusedError, InputError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.cached import Cached, ReplyStore
 from featureinterp.llm.config import LOCAL, Endpoint
+from featureinterp.llm.learnt import recall, remember
 from featureinterp.llm.limited import Limited, Limits
 from featureinterp.llm.metered import Meter, Metered
 from featureinterp.llm.prices import Price
 from featureinterp.llm.retrying import Retrying
 from featureinterp.llm.tally import Tallied
-from featureinterp.llm.types import Message, Request
+from featureinterp.llm.types import Message, Reply, Request
 
 LoadModel = Callable[[str], tuple[Any, Any]]
 PROBE = Request((Message("user", "Say yes."),), max_tokens=4)
@@ -26,20 +27,37 @@ PROBE = Request((Message("user", "Say yes."),), max_tokens=4)
 @dataclass(frozen=True)
 class Stack:
     """An endpoint that is open. ``limited``: its requests within their limits and tried again. ``bare``: the adapter alone. ``own``: whether it is a
-    model of this machine, which needs no check."""
+    model of this machine, which needs no check. ``max_wait_s``: how long a check waits for an endpoint that is busy."""
 
     limited: LanguageModel
     bare: Any
     own: bool
+    max_wait_s: float = 300.0
 
     def model(self, replies: ReplyStore | None = None) -> LanguageModel:
         """The model for all work; with a store of replies it asks nothing twice."""
-        return Tallied(self.limited if replies is None else Cached(self.limited, replies, identity=self.bare.identity))
+        room = getattr(self.bare, "room", lambda request: request.max_tokens)
+        asked = self.limited if replies is None else Cached(self.limited, replies, identity=self.bare.identity, room=room)
+        return Answering(Tallied(asked))
 
     async def check(self) -> None:
-        """One small request, so that a wrong key, name or address is known before any work."""
+        """One small request, so that a wrong key, name or address is known before any work. A model that is loading is waited for."""
         if not self.own:
-            await self.bare.complete(PROBE)
+            await Retrying(self.bare, attempts=1, max_seconds=self.max_wait_s).complete(PROBE)
+
+
+class Answering:
+    """Raises ``ContentRefusedError`` where ``model`` passes on that a filter or the model itself refused; what that cost was counted by then."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        self.name = model.name
+        self._model = model
+
+    async def complete(self, request: Request) -> Reply:
+        reply = await self._model.complete(request)
+        if reply.refused is not None:
+            raise ContentRefusedError(reply.refused)
+        return reply
 
 
 @asynccontextmanager
@@ -61,9 +79,23 @@ async def open_stack(endpoint: Endpoint, meter: Meter, *, price: Price | None = 
     else:
         from featureinterp.llm.openai import OpenAIModel
 
-        bare = OpenAIModel(endpoint.base_url, endpoint.model, api_key_env=endpoint.api_key_env, timeout_s=endpoint.timeout_s, extra_body=endpoint.extra_body)
+        bare = OpenAIModel(
+            endpoint.base_url,
+            endpoint.model,
+            api_key_env=endpoint.api_key_env,
+            timeout_s=endpoint.timeout_s,
+            extra_body=endpoint.extra_body,
+            extra_headers=endpoint.extra_headers,
+            reply_tokens=endpoint.reply_tokens,
+            thinking_tokens=endpoint.thinking_tokens,
+            effort=endpoint.effort,
+            accepts=recall(endpoint.base_url, endpoint.model),
+            remember=partial(remember, endpoint.base_url, endpoint.model),
+        )
     try:
         limited = Limited(Metered(bare, meter, price=price), Limits(endpoint.concurrency, rpm=endpoint.rpm, tpm=endpoint.tpm))
-        yield Stack(Retrying(limited, attempts=endpoint.max_attempts, max_seconds=endpoint.max_wait_s), bare, endpoint.base_url in (None, LOCAL))
+        yield Stack(
+            Retrying(limited, attempts=endpoint.max_attempts, max_seconds=endpoint.max_wait_s), bare, endpoint.base_url in (None, LOCAL), endpoint.max_wait_s
+        )
     finally:
         await bare.aclose()

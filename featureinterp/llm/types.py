@@ -45,13 +45,16 @@ class Request:
 class Reply:
     """``texts``: one per choice. ``truncated``: which of them were cut by ``max_tokens``. ``first_token``: for each choice the
     natural-log probabilities of the first token's alternatives, empty where the endpoint gives none. ``read``: the same for each
-    place of ``read_at``, the alternatives by their text."""
+    place of ``read_at``, the alternatives by their text. ``refused``: why there is no answer, when a filter or the model itself
+    refuses what the request is about; it was billed all the same. ``room``: how many tokens each could have had, thoughts among them; 0: not known."""
 
     texts: tuple[str, ...]
     truncated: tuple[bool, ...]
     usage: Usage
     first_token: tuple[Mapping[str, float], ...] = field(default_factory=tuple)
     read: tuple[Mapping[str, float], ...] = field(default_factory=tuple)
+    refused: str | None = None
+    room: int = field(default=0, compare=False)
 
     @property
     def text(self) -> str:

@@ -190,7 +190,7 @@ def test_no_cookie_is_kept_or_sent_back():
         try:
             for _ in range(3):
                 await model.complete(ASK)
-            client = model._client._client
+            client = model._client
             return len(client.cookies.jar) + sum(len(t.client.cookie_jar) for t in client._made if t.client)
         finally:
             await model.aclose()
