@@ -67,7 +67,7 @@ def status(folder: Path = typer.Argument(..., metavar="RUN", help="A job's folde
         put(f"last run: {found.last_run}")
     rows = []
     for s in found.stages:
-        cost = "–" if s["cost_usd"] is None else f"${s['cost_usd']:.4f}"
+        cost = "–" if s["cost_usd"] is None else f"{'about ' if s['estimated'] else ''}${s['cost_usd']:.4f}"
         rows.append((s["stage"], s["status"], f"{s['n']:,}", f"{s['requests']:,}", f"{s['prompt_tokens']:,}", f"{s['completion_tokens']:,}", cost))
     if rows:
         screen.table(rows, ("stage", "status", "features", "requests", "prompt tokens", "reply tokens", "cost"))

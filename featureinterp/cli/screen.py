@@ -150,7 +150,7 @@ def progress_line(p: Progress) -> str:
     if p.tokens and p.seconds > 0:
         parts.append(f"{p.tokens / p.seconds:,.0f} tokens/s")
     if p.cost_usd:
-        parts.append(f"${p.cost_usd:.4f}")
+        parts.append(f"${p.cost_usd:.4f}{' (estimated)' if p.estimated else ''}")
     if p.left_s is not None:
         minutes = p.left_s / 60
         parts.append(f"{minutes / 60:.1f} h left" if minutes >= 90 else f"{minutes:.0f} min left" if minutes >= 1.5 else f"{p.left_s:.0f} s left")

@@ -143,7 +143,7 @@ class ExplainJob:
         return await anyio.to_thread.run_sync(result_of, state, self.plan, self.document_name)
 
     async def _stage(self, state: FeatureState, stage: str, depends: Mapping[str, Any], work: Callable[[], Any], provenance: Mapping[str, Any]) -> Any | None:
-        """The journalled value of a stage, or what ``work`` gives now; None when it failed. ``work`` returns (value, whether a part of it failed)."""
+        """The journalled value of a stage, or what ``work`` gives now; None when it failed. ``work`` returns (value, why parts of it failed)."""
         key = content_key({"format": FORMAT, "stage": stage, "record": state.record_key, **depends})
         known = self.journal.get(key)
         if known is not None and known.status == "done":
@@ -152,7 +152,7 @@ class ExplainJob:
         state.reused = False
         with tally() as spent:
             try:
-                value, incomplete = await work()
+                value, gaps = await work()
             except (EndpointRefusedError, JobStoppedError, StorageError, OSError):
                 raise
             except Exception as error:  # whatever goes wrong with one feature is a row and stops no other
@@ -164,9 +164,9 @@ class ExplainJob:
                     self.journal.failed(key, failure, usage=spent.usage)
                 self.guard.outcome(failure)
                 return known.value if known is not None else None
-            self.journal.stage(key, state.record.feature.index, stage, value, usage=spent.usage, provenance=provenance, partial=incomplete)
+            self.journal.stage(key, state.record.feature.index, stage, value, usage=spent.usage, provenance=provenance, gaps=gaps)
         self.guard.outcome(None)
-        state.partial = state.partial or incomplete
+        state.partial = state.partial or bool(gaps)
         return value
 
     async def explain(self, state: FeatureState) -> None:
@@ -179,7 +179,7 @@ class ExplainJob:
         async def work() -> Any:
             with working_on(state.record.feature.index):
                 explanation = await self.explainer.explain(state.record)
-            return explanation.to_json(), any(node.failure for node in explanation.search)
+            return explanation.to_json(), [node.failure for node in explanation.search if node.failure]
 
         settings = settings_of(self.explainer)
         causes = {} if state.record.holistic is None else {"holistic": state.record.holistic}
@@ -209,10 +209,10 @@ class ExplainJob:
 
         async def work() -> Any:
             simulations = await self.simulator.simulate(explanation, windows)
-            failed = [s.failure for s in simulations if s.expected is None]
+            failed = [str(s.failure) for s in simulations if s.expected is None]
             if windows and len(failed) == len(windows):
                 raise LanguageModelError(f"no window could be simulated: {failed[0]}")
-            return value_of(simulations), bool(failed)
+            return value_of(simulations), failed
 
         settings = settings_of(self.simulator)
         depends = {
@@ -248,7 +248,7 @@ class ExplainJob:
             tried = state.revised or explanation
 
             async def trial(tried: Explanation = tried) -> Any:
-                return (await falsifier.run(tried, record)).to_json(), False
+                return (await falsifier.run(tried, record)).to_json(), ()
 
             rules = [[r.activates_on, r.strength] for r in tried.rules]
             value = await self._stage(state, "falsify", {"falsifier": settings, "rules": rules}, trial, settings)
@@ -271,7 +271,7 @@ class ExplainJob:
 
         async def revise() -> Any:
             with working_on(record.feature.index):
-                return (await reviser.revise(record, tried)).to_json(), False
+                return (await reviser.revise(record, tried)).to_json(), ()
 
         settings = settings_of(reviser)
         depends = {"reviser": settings, "trials": [t.to_json() for t in state.trials], "rules": [[r.activates_on, r.strength] for r in tried.rules]}
@@ -283,7 +283,7 @@ class ExplainJob:
         settings = settings_of(interventions)
 
         async def write() -> Any:
-            return (await interventions.write(state.record.feature, state.record.scale)).to_json(), False
+            return (await interventions.write(state.record.feature, state.record.scale)).to_json(), ()
 
         value = await self._stage(state, "steer", {"steering": settings}, write, settings)
         if value is None:
@@ -292,7 +292,7 @@ class ExplainJob:
 
         async def judge() -> Any:
             found = await interventions.judged(explanation, written)
-            return found.to_json(), any(t.match is None for t in found.texts)
+            return found.to_json(), ["a text could not be judged" for t in found.texts if t.match is None]
 
         judge_settings = settings_of(interventions.judge)
         value = await self._stage(state, "steer-judged", {"texts": value, "explanation": explanation.text, "judge": judge_settings}, judge, judge_settings)
@@ -305,7 +305,10 @@ class ExplainJob:
 
         async def work() -> Any:
             _, verdicts, _ = await scorer.run(explanation, windows, seed=self.plan.seed)
-            return [[v.label, v.said, v.probability, v.failure, v.row] for v in verdicts], any(v.failure for v in verdicts)
+            failed = [v.failure for v in verdicts if v.failure]
+            if verdicts and len(failed) == len(verdicts):
+                raise LanguageModelError(f"no question was answered: {failed[0]}")
+            return [[v.label, v.said, v.probability, v.failure, v.row] for v in verdicts], failed
 
         provenance = {"model": scorer.model.name, "prompt": scorer.prompt.name, "prompt_hash": scorer.prompt.hash}
         depends = {
@@ -343,7 +346,9 @@ class ExplainJob:
 
             async def rate() -> Any:
                 score, ratings, _ = await complexity.run(explanation)
-                return {"score": score.to_json(), "ratings": ratings}, None in ratings
+                if ratings and not any(r is not None for r in ratings):
+                    raise LanguageModelError(f"no rule could be rated: {score.undefined}")
+                return {"score": score.to_json(), "ratings": ratings}, ["a rule could not be rated" for r in ratings if r is None]
 
             provenance = {"model": judge_model.name, "prompt": complexity.prompt.name, "prompt_hash": complexity.prompt.hash}
             depends = {"rules": [r.activates_on for r in explanation.rules], "model": judge_model.name, "prompt": complexity.prompt.hash}

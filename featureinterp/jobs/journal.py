@@ -3,7 +3,9 @@
 Table ``results``: one stage of one feature. ``key``: content hash of everything that the result depends on. ``feature``, ``stage``.
 ``status``: ``done``; ``partial`` (usable, but some of its requests failed; running again tries those again); ``failed``. ``value``: JSON; of a
 failure its error and message. ``requests``, ``prompt_tokens``, ``completion_tokens``, ``seconds``, ``cost_usd`` (null: not known): what it
-cost. ``provenance``: JSON with the model and prompt. ``created``: Unix seconds.
+cost. ``provenance``: JSON with the model and prompt; of a partial stage also ``gaps``, why its requests failed and how many of each; and
+``usage``, where there are any, with ``cached_tokens`` of the prompts and ``estimated``, the requests whose tokens were not reported.
+``created``: Unix seconds.
 
 Table ``features``: a feature with all its stages. ``job``: content hash of all settings. ``status`` as above. ``summary``: JSON with
 explanation, scores and failures. ``windows``: zlib-compressed JSON of the windows with true and predicted activations.
@@ -19,6 +21,7 @@ import json
 import sqlite3
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,7 @@ from featureinterp.domain.usage import Usage
 from featureinterp.errors import InputError, StorageError
 
 VERSION = 3
+MOST_GAPS = 5
 _dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS results (
@@ -86,21 +90,35 @@ class Journal:
     def get(self, key: str) -> Row | None:
         """A stage that is done or partly done; None when it has not run or has failed."""
         row = self._connection.execute(
-            "SELECT status, value, requests, prompt_tokens, completion_tokens, seconds, cost_usd FROM results WHERE key = ? AND status != 'failed'", (key,)
+            "SELECT status, value, provenance, requests, prompt_tokens, completion_tokens, seconds, cost_usd FROM results WHERE key = ? AND status != 'failed'",
+            (key,),
         ).fetchone()
-        return None if row is None else Row(row[0], json.loads(row[1]), Usage(*row[2:]))
+        return None if row is None else Row(row[0], json.loads(row[1]), Usage(*row[3:], **json.loads(row[2]).get("usage", {})))
 
     def stage(
-        self, key: str, feature: int, stage: str, value: Any, *, usage: Usage | None = None, provenance: Mapping[str, Any] | None = None, partial: bool = False
+        self,
+        key: str,
+        feature: int,
+        stage: str,
+        value: Any,
+        *,
+        usage: Usage | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        partial: bool = False,
+        gaps: Sequence[str] = (),
     ) -> None:
-        """Writes a finished stage, over an earlier failure of it."""
-        self._write(key, feature, stage, "partial" if partial else "done", value, usage or Usage(), provenance or {})
+        """Writes a finished stage, over an earlier failure of it. ``gaps``: why parts of it failed, which makes it partial."""
+        known = dict(Counter(gaps).most_common(MOST_GAPS))
+        found = {**(provenance or {}), "gaps": known} if known else provenance or {}
+        self._write(key, feature, stage, "partial" if partial or known else "done", value, usage or Usage(), found)
 
     def failed(self, key: str, failure: Failure, *, usage: Usage | None = None) -> None:
         """Writes a failure; running again tries it again."""
         self._write(key, failure.feature, failure.stage, "failed", {"error": failure.error, "message": failure.message}, usage or Usage(), {})
 
     def _write(self, key: str, feature: int, stage: str, status: str, value: Any, usage: Usage, provenance: Mapping[str, Any]) -> None:
+        extra = {name: n for name, n in (("cached_tokens", usage.cached_tokens), ("estimated", usage.estimated)) if n}
+        provenance = {**provenance, "usage": extra} if extra else provenance
         spent = (usage.requests, usage.prompt_tokens, usage.completion_tokens, usage.seconds, usage.cost_usd)
         row = (key, feature, stage, status, _dumps(value), *spent, _dumps(provenance), time.time())
         self._execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
@@ -145,15 +163,22 @@ class Journal:
         """Per stage and status: how many, and what they cost."""
         cursor = self._connection.execute(
             "SELECT stage, status, count(*) AS n, sum(requests) AS requests, sum(prompt_tokens) AS prompt_tokens, sum(completion_tokens) AS completion_tokens, "
-            "CASE WHEN count(cost_usd) = count(*) THEN sum(cost_usd) END AS cost_usd FROM results GROUP BY stage, status ORDER BY min(rowid)"
+            "CASE WHEN count(cost_usd) = count(*) THEN sum(cost_usd) END AS cost_usd, "
+            "coalesce(sum(json_extract(provenance, '$.usage.estimated')), 0) AS estimated "
+            "FROM results GROUP BY stage, status ORDER BY min(rowid)"
         )
         return [dict(zip((c[0] for c in cursor.description), row, strict=True)) for row in cursor]
 
     def causes(self, limit: int = 5) -> list[dict[str, Any]]:
-        """Failures grouped by their cause, the commonest first."""
+        """Failures of stages, and of single requests within stages that got through, grouped by their cause, the commonest first."""
         cursor = self._connection.execute(
-            "SELECT stage, json_extract(value, '$.error') AS error, json_extract(value, '$.message') AS message, count(*) AS n, min(feature) AS example "
-            "FROM results WHERE status = 'failed' GROUP BY 1, 2, 3 ORDER BY n DESC LIMIT ?",
+            "SELECT stage, error, message, sum(n) AS n, min(feature) AS example FROM ("
+            "SELECT stage, json_extract(value, '$.error') AS error, json_extract(value, '$.message') AS message, 1 AS n, feature "
+            "FROM results WHERE status = 'failed' UNION ALL "
+            "SELECT stage, CASE WHEN instr(gap.key, ': ') THEN substr(gap.key, 1, instr(gap.key, ': ') - 1) ELSE 'gap' END, "
+            "CASE WHEN instr(gap.key, ': ') THEN substr(gap.key, instr(gap.key, ': ') + 2) ELSE gap.key END, gap.value, feature "
+            "FROM results, json_each(provenance, '$.gaps') AS gap WHERE status = 'partial'"
+            ") GROUP BY 1, 2, 3 ORDER BY n DESC LIMIT ?",
             (limit,),
         )
         return [dict(zip((c[0] for c in cursor.description), row, strict=True)) for row in cursor]

@@ -17,7 +17,7 @@ Part = tuple[SplitName, Source]
 @dataclass(frozen=True, slots=True)
 class Progress:
     """How far a job is. ``in_flight``: requests under way. ``cost_usd`` None: the price is not known. ``seconds`` since the run began,
-    ``left_s`` until it is likely to end (None: not known yet)."""
+    ``left_s`` until it is likely to end (None: not known yet). ``estimated``: requests whose tokens were not reported, but estimated."""
 
     done: int
     failed: int
@@ -28,6 +28,7 @@ class Progress:
     cost_usd: float | None
     seconds: float
     left_s: float | None
+    estimated: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,4 +155,5 @@ class Run:
             usage.cost_usd,
             seconds,
             left,
+            usage.estimated,
         )

@@ -8,6 +8,7 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Score
 from featureinterp.domain.usage import Usage
+from featureinterp.errors import LanguageModelError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.prompts import escape, load_prompt
 from featureinterp.score.verdicts import Question, Verdict, ask, judge
@@ -34,6 +35,9 @@ class FitJudge:
         self.settings = {"model": model.name, "prompt": self.prompt.name, "prompt_hash": self.prompt.hash}
 
     async def __call__(self, explanation: Explanation, texts: Sequence[str]) -> list[float | None]:
-        """The probability of "yes" for each text (1 or 0 from an endpoint without probabilities), None where the question failed."""
+        """The probability of "yes" for each text (1 or 0 from an endpoint without probabilities), None where the question failed.
+        Raises ``LanguageModelError`` when all of them failed."""
         verdicts, _ = await ask(self.model, self.prompt, escape(explanation.text), [Question(escape(t.strip()), True, i) for i, t in enumerate(texts)])
+        if verdicts and all(v.failure for v in verdicts):
+            raise LanguageModelError(f"no text could be judged: {verdicts[0].failure}")
         return [v.probability if v.probability is not None else None if v.said is None else float(v.said) for v in verdicts]
