@@ -35,6 +35,7 @@ class Deletions:
     def residuals(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """For token ids ``[window, n]``: residuals ``[window, row, d_model]`` whose first n rows are the window's own, and the row of every
         token of every deletion, int64 ``[n, n − 1]`` (deletion, token that is left)."""
+        self.subject.as_read(ids)
         return (self._packed if self.packs and self._fits(ids.shape[1]) else self._plain)(ids.to(self.subject.device))
 
     def _packed(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,11 +147,7 @@ def embedding_effects(subject: Subject, hook: str, ids: torch.Tensor, total: Cal
     """Gradient × input: for token ids ``[window, n]`` and a differentiable ``total`` of residuals ``[window, n, d_model]``, one value per
     window, the first-order effect of every token's embedding on it, float32 ``[window, n]``."""
     block = find_blocks(subject.model, subject.n_blocks)[subject.check_hook(hook)]
-    ids = ids.to(subject.device)
-    sink = subject.sink
-    lead = 0
-    if isinstance(sink, PrependToken):
-        ids, lead = torch.cat([ids.new_full((len(ids), 1), sink.token_id), ids], 1), 1
+    ids, lead = subject.as_read(ids)
     with torch.enable_grad():
         embedded = subject.model.get_input_embeddings()(ids).detach().requires_grad_(True)
         residual = residual_after(subject.model, block, {"inputs_embeds": embedded, "use_cache": False})[:, lead:]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featureinterp.errors import UnknownNameError
+from featureinterp.errors import IncompatibleError, UnknownNameError
 
 _NAME = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 
@@ -50,8 +50,8 @@ def residuals_after(model: nn.Module, blocks: Sequence[nn.Module], inputs: dict[
     """The same for several blocks, in the order in which they run, in one pass up to the last."""
     found: list[torch.Tensor] = []
 
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
+    def keep(block: nn.Module, _args: Any, output: Any) -> None:
+        found.append(residual_in(output, block))
         if len(found) == len(blocks):
             raise _Reached
 
@@ -66,6 +66,17 @@ def residuals_after(model: nn.Module, blocks: Sequence[nn.Module], inputs: dict[
     raise RuntimeError("the forward pass ended without reaching the hooked block")
 
 
+def residual_in(output: Any, block: nn.Module) -> torch.Tensor:
+    """The residual stream ``[batch, token, d_model]`` in what a block puts out. Raises ``IncompatibleError`` when it is of another form."""
+    found = output[0] if isinstance(output, tuple) and output else output
+    if isinstance(found, torch.Tensor) and found.ndim == 3:
+        return found
+    form = f"shape {list(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
+    raise IncompatibleError(
+        f"the blocks of this model ({type(block).__name__}) put out {form} instead of one residual stream [batch, token, width]: it is not supported"
+    )
+
+
 @contextmanager
 def replaced(model: nn.Module, hook: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Within the block, the residual stream at ``hook`` goes through ``change``, a function of ``[batch, token, d_model]``. The hook is removed whatever
@@ -73,8 +84,8 @@ def replaced(model: nn.Module, hook: str, change: Callable[[torch.Tensor], torch
     n_blocks = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[operator,union-attr]
     block = find_blocks(model, n_blocks)[block_of(hook, n_blocks)]
 
-    def other(_module: nn.Module, _args: Any, output: Any) -> Any:
-        changed = change(output[0] if isinstance(output, tuple) else output)
+    def other(block: nn.Module, _args: Any, output: Any) -> Any:
+        changed = change(residual_in(output, block))
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     handle = block.register_forward_hook(other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,9 +16,11 @@ from featureinterp.corpus.cut import Encoding
 from featureinterp.errors import IncompatibleError, UnknownNameError
 from featureinterp.machine import DTYPES, pick_device, pick_dtype
 from featureinterp.quiet import quiet_transformers
-from featureinterp.subject.hooks import block_of, find_blocks, residuals_after
+from featureinterp.subject.hooks import block_of, find_blocks, residual_after, residuals_after
 
 EMBEDDED = "smollm2-135m-instruct"
+CAUSAL_TOLERANCE = 0.02
+"""A change of earlier tokens, as a share of the deviation of all activations, that rounding does not reach."""
 _OWNERS = {"pythia-160m-deduped": "EleutherAI", "gemma-2-2b": "google"}
 """Models that people name without their owner, because the SAEs of SAEBench and Gemma Scope do."""
 
@@ -43,21 +46,24 @@ class HubTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._backend = tokenizer.backend_tokenizer
+
+    @cached_property
+    def _backend(self) -> Any:
+        """A copy of the fast tokenizer that encodes all of a text and nothing else: its file may say that texts are cut or padded."""
+        backend = copy.deepcopy(self.tokenizer.backend_tokenizer)
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        return backend
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the tokenizer's whole definition."""
+        """SHA-256 of the tokenizer's definition, without the cutting and padding that are never applied."""
         return hashlib.sha256(self._backend.to_str().encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         """Ids and character spans of each text; what looks like a special token in it is encoded as text."""
-        before = self._backend.encode_special_tokens
-        self._backend.encode_special_tokens = True
-        try:
-            return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
-        finally:
-            self._backend.encode_special_tokens = before
+        return list(self._backend.encode_batch(list(texts), add_special_tokens=False))
 
 
 @dataclass(frozen=True)
@@ -106,16 +112,43 @@ class Subject:
         """The same at several hooks, in the order of their blocks, in one pass."""
         blocks = find_blocks(self.model, self.n_blocks)
         wanted = [blocks[number] for number in sorted({self.check_hook(hook) for hook in hooks})]
-        ids = ids.to(self.device)
-        match self.sink:
-            case PrependToken(token_id):
-                first = torch.full((ids.shape[0], 1), token_id, dtype=ids.dtype, device=self.device)
-                ids, cut = torch.cat([first, ids], 1), 1
-            case SkipFirst():
-                cut = 0
+        ids, cut = self.as_read(ids)
+        return [residual[:, cut:] for residual in residuals_after(self.model, wanted, {"input_ids": ids, "use_cache": False})]
+
+    def as_read(self, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The ids ``[batch, token]`` that the model reads, with its BOS in front where it has one, on its device; and how many were put in front.
+
+        Raises ``IncompatibleError`` for a text that is longer than the context, and for ids that its embedding does not have.
+        """
+        lead = 0
+        if isinstance(self.sink, PrependToken):
+            ids, lead = torch.cat([ids.new_full((len(ids), 1), self.sink.token_id), ids], 1), 1
         if self.context_length is not None and ids.shape[1] > self.context_length:
             raise IncompatibleError(f"windows of {ids.shape[1]} tokens are longer than the context of {self.name} ({self.context_length}): use shorter windows")
-        return [residual[:, cut:] for residual in residuals_after(self.model, wanted, {"input_ids": ids, "use_cache": False})]
+        highest = int(ids.max()) if ids.numel() else 0
+        if highest >= self.n_embeddings:
+            raise IncompatibleError(
+                f"the tokenizer of {self.name} gives the token {highest}, and its embedding has {self.n_embeddings:,} rows: they are not of one model"
+            )
+        return ids.to(self.device), lead
+
+    @cached_property
+    def n_embeddings(self) -> int:
+        """Rows of its embedding: token ids must be below."""
+        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
+
+
+def check_causal(subject: Subject) -> None:
+    """Raises ``IncompatibleError`` for a model whose tokens see those after them: after the first block, earlier tokens change when the last one does."""
+    block = find_blocks(subject.model, subject.n_blocks)[0]
+    other = min(7, subject.n_embeddings - 1)
+    ids = torch.tensor([[i % subject.n_embeddings for i in range(6)], [*(i % subject.n_embeddings for i in range(5)), other]])
+    with torch.inference_mode():
+        one, two = residual_after(subject.model, block, {"input_ids": ids.to(subject.device), "use_cache": False}).float()
+    if float((one[:5] - two[:5]).abs().max()) > CAUSAL_TOLERANCE * float(one.std()):
+        raise IncompatibleError(
+            f"{subject.name} is no causal language model (its tokens see the ones after them), and other kinds are not supported: choose one that writes text"
+        )
 
 
 def check_same_model(subject: Subject, recorded: Mapping[str, Any], what: str) -> None:
@@ -163,7 +196,9 @@ def load_subject(
     """
     model, tokenizer, missing = read_causal_lm(name, device=device, dtype=dtype, revision=revision, trust_remote_code=trust_remote_code)
     _check_whole(name, [key for key in missing if key.startswith(f"{model.base_model_prefix}.")])
-    return as_subject(name, model, tokenizer)
+    subject = as_subject(name, model, tokenizer)
+    check_causal(subject)
+    return subject
 
 
 def as_subject(name: str, model: Any, tokenizer: Any) -> Subject:
@@ -175,10 +210,21 @@ def as_subject(name: str, model: Any, tokenizer: Any) -> Subject:
         tokenizer=tokenizer,
         n_blocks=int(config.num_hidden_layers),
         d_model=int(config.hidden_size),
-        context_length=getattr(config, "max_position_embeddings", None),
+        context_length=usable_context(model.base_model, config),
         device=model.device,
         dtype=model.dtype,
     )
+
+
+def usable_context(model: torch.nn.Module, config: Any) -> int | None:
+    """How many tokens a model can read at once; None when nothing says so. Families that number positions from behind a padding position
+    (RoBERTa) have that many less than rows of their table."""
+    longest: int | None = getattr(config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding) and module.padding_idx is not None:
+            usable = module.num_embeddings - module.padding_idx - 1
+            longest = usable if longest is None else min(longest, usable)
+    return longest
 
 
 def load_causal_lm(
@@ -198,11 +244,12 @@ def read_causal_lm(
     kind = pick_dtype(dtype, target)
     source = model_source(name)
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     with quiet_transformers():
         try:
+            _check_kind(name, AutoConfig.from_pretrained(source, **options))
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             model, info = AutoModelForCausalLM.from_pretrained(source, dtype=kind, output_loading_info=True, **options)
         except (OSError, ValueError, KeyError) as error:
@@ -217,6 +264,16 @@ def read_causal_lm(
         raise UnknownNameError(f"the tokenizer of {name!r} is not a fast one, so that exact token texts are not known: convert it to a tokenizer.json")
     model.requires_grad_(False)
     return model.to(target).eval(), tokenizer, sorted(info["missing_keys"])
+
+
+def _check_kind(name: str, config: Any) -> None:
+    """Raises ``UnknownNameError`` for what the library would load as a causal language model though it was trained as another kind."""
+    stated = [str(architecture) for architecture in getattr(config, "architectures", None) or ()]
+    masked = any(architecture.endswith("ForMaskedLM") for architecture in stated) and not getattr(config, "is_decoder", False)
+    if masked or getattr(config, "is_encoder_decoder", False):
+        what = "a masked language model" if masked else "an encoder with a decoder"
+        kind = f"{what} ({stated[0][:60] if stated else config.model_type})"
+        raise UnknownNameError(f"the model {name!r} is {kind}, and only causal language models are supported: choose one that writes text")
 
 
 def _check_whole(name: str, missing: Sequence[str]) -> None:

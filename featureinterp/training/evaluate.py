@@ -12,13 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from featureinterp.codes.collect import scored_tokens
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.domain.score import Interval
 from featureinterp.errors import IncompatibleError, InputError
 from featureinterp.intervals import interval_of, resample_counts
 from featureinterp.sae.base import SparseAutoencoder, layer_norm
 from featureinterp.sae.codes import SparseCodes
-from featureinterp.subject.hooks import replaced, residual_after
+from featureinterp.subject.hooks import replaced
+from featureinterp.subject.load import Subject, as_subject
 from featureinterp.training.store import ActivationStore
 
 ROWS = 4096
@@ -250,19 +252,15 @@ def loss_recovered(
 ) -> Loss:
     """Cross-entropy over windows of a table, with the residual stream at ``hook`` as it is, reconstructed, and zero. Tokens that are not scored (a BOS,
     attention sinks) stay as they are in all three; predictions are those made at scored tokens, of the token that follows in the window."""
-    from featureinterp.codes.collect import SINK_FACTOR
-
-    bos = tokenizer.bos_token_id
+    subject = as_subject("the model", model, tokenizer)
     sums, n, done = np.zeros(3), 0, 0
     lengths = np.asarray(windows.lengths)[rows]
     for length in np.unique(lengths):
         same = rows[lengths == length]
         for start in range(0, len(same), batch):
             picked = same[start : start + batch]
-            ids = torch.from_numpy(np.array(windows.tokens[picked, :length], np.int64)).to(model.device)
-            if bos is not None:
-                ids = torch.cat([torch.full_like(ids[:, :1], bos), ids], 1)
-            losses, scored = _losses(model, hook, sae, ids, SINK_FACTOR)
+            ids = torch.from_numpy(np.array(windows.tokens[picked, :length], np.int64))
+            losses, scored = _losses(model, subject, hook, sae, ids)
             sums += [float(loss[scored].sum()) for loss in losses]
             n += int(scored.sum())
             done += len(picked)
@@ -274,14 +272,11 @@ def loss_recovered(
     return Loss(clean, reconstructed, zero, n)
 
 
-def _losses(model: Any, hook: str, sae: SparseAutoencoder, ids: torch.Tensor, sink_factor: float) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Cross-entropies ``[window, token − 1]`` of the three ways, and which predictions count."""
-    from featureinterp.subject.hooks import block_of, find_blocks
-
-    n_blocks = int(model.config.get_text_config().num_hidden_layers)
-    clean = residual_after(model, find_blocks(model, n_blocks)[block_of(hook, n_blocks)], {"input_ids": ids, "use_cache": False})
-    norms = clean[:, 1:].float().norm(dim=-1)
-    scored = torch.cat([torch.zeros_like(ids[:, :1], dtype=torch.bool), norms <= sink_factor * norms.median(dim=1, keepdim=True).values], 1)
+def _losses(model: Any, subject: Subject, hook: str, sae: SparseAutoencoder, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Cross-entropies ``[window, token − 1]`` of the three ways, and which predictions count, for token ids ``[window, token]``."""
+    scored = scored_tokens(subject.residual(ids, hook), subject)
+    ids, lead = subject.as_read(ids)
+    scored = torch.nn.functional.pad(scored, (lead, 0))
 
     def changed(residual: torch.Tensor, how: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         out = residual.clone()
