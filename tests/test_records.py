@@ -11,8 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg, stats
+from tiny import TINY_TEXTS
 
+from featureinterp.codes.collect import collect
 from featureinterp.codes.store import CodesStore
+from featureinterp.corpus.contents import hash_of, hashes_of
+from featureinterp.corpus.text import Corpus, Document
+from featureinterp.corpus.windows import WindowPolicy, check_documents
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import SPLITS, FeatureRecord, Window, levels
 from featureinterp.errors import FeatureRangeError, InputError
@@ -27,7 +32,9 @@ from featureinterp.records.splits import SplitAssigner
 from featureinterp.records.top import top_order
 from featureinterp.records.uniform import uniform_rows
 from featureinterp.records.weighted import weighted_order
+from featureinterp.sae.load import load_sae
 from featureinterp.sae.neighbours import nearest_directions
+from featureinterp.subject.load import Subject
 
 
 class HashEmbedder:
@@ -116,16 +123,19 @@ def test_negatives_are_silent_and_similar_ones_are_the_most_similar(built: list[
         found = [w.row for s in SPLITS for w in record.get(s, "similar_negative")]
         assert all(maxima[row] == 0 for row in found)
         top_documents = {w.document: s for s in SPLITS for w in record.get(s, "top")}
-        # replay: by descending similarity, silent, unused, in the split of its document with room left
+        texts = {w.token_ids.tobytes() for s in SPLITS for w in record.get(s, "top")}
+        # replay: by descending similarity, silent, of an unused text, in the split of its document with room left
         room, split_of, expected = dict.fromkeys(SPLITS, 2), dict(top_documents), []
         for row in np.argsort(-mean_cosine, kind="stable").tolist():
             document = int(store.windows.documents[row])
-            if maxima[row] > 0 or not any(room.values()):
+            text = store.windows.ids(row).tobytes()
+            if maxima[row] > 0 or not any(room.values()) or text in texts:
                 continue
             split = split_of.setdefault(document, max(SPLITS, key=room.__getitem__))
             if room[split]:
                 room[split] -= 1
                 expected.append(row)
+                texts.add(text)
         np.testing.assert_allclose(np.sort(mean_cosine[found]), np.sort(mean_cosine[expected]), atol=1e-6)
 
 
@@ -194,14 +204,84 @@ def test_splits_never_share_a_document(rows: list[tuple[int, int]], a: int, b: i
     documents = np.zeros(41, np.int64)
     for row, document in rows:
         documents[row] = document
-    assigner = SplitAssigner(documents.tolist())
+    contents = [row % 13 for row in range(41)]
+    assigner = SplitAssigner(documents.tolist(), contents)
     seen: dict[int, str] = {}
+    texts: list[int] = []
     for offered in ([r for r, _ in rows], [r for r, _ in reversed(rows)]):
         taken = assigner.take(offered, {"train": a, "valid": b, "test": c})
         for split, chosen in taken.items():
             assert len(chosen) <= {"train": a, "valid": b, "test": c}[split]
+            texts += [contents[row] for row in chosen]
             for row in chosen:
                 assert seen.setdefault(int(documents[row]), split) == split
+    assert len(texts) == len(set(texts))
+
+
+HEADER = "The ports were opened. In 1849 the treaty of peace was signed"
+
+
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory: pytest.TempPathFactory, subject: Subject, sae_folder: Path) -> CodesStore:
+    """Documents under a common header, half of which are there twice: most windows have the text of another."""
+    folder = tmp_path_factory.mktemp("repeated")
+    rng = np.random.default_rng(0)
+    texts = [HEADER + " ".join(TINY_TEXTS[j] for j in rng.integers(len(TINY_TEXTS), size=3)) for _ in range(40)]
+    corpus = Corpus("repeated", lambda: (Document(str(i), texts[i % 30]) for i in range(60)), 60)
+    return collect(subject, load_sae(str(sae_folder)), corpus, folder / "run", WindowPolicy(8, 4))
+
+
+def test_windows_of_the_same_text_are_one(repeated: CodesStore):
+    windows = repeated.windows
+    texts = [windows.ids(row).tobytes() for row in range(len(windows))]
+    assert [windows.contents[i] == windows.contents[0] for i in range(len(windows))] == [t == texts[0] for t in texts]
+    assert len(np.unique(windows.contents)) == len(set(texts)) < len(texts) / 2
+    policy = RecordPolicy({"top": (5, 5, 5), "weighted": (4, 4, 4), "random": (5, 5, 5), "random_negative": (5, 5, 5)}, half_width=2)
+    short = 0
+    for record in RecordBuilder(repeated, policy).build(range(repeated.n_features)):
+        shown = [w.token_ids.tobytes() for split in SPLITS for w in record.windows(split)]
+        assert len(shown) == len(set(shown))
+        whole = [texts[w.row] for split in SPLITS for w in record.windows(split)]
+        assert len(whole) == len(set(whole))
+        for place, why in record.shortfalls.items():
+            split, source = place.split("/")
+            assert why.startswith(f"{len(record.get(split, source))} of ")
+            short += "different texts" in why
+    assert short
+
+
+def test_equal_tokens_have_equal_hashes_and_others_do_not():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 3, (4000, 6)).astype(np.int32)
+    ends = rng.integers(1, 7, 4000)
+    tokens[np.arange(6) >= ends[:, None]] = -1
+    keys = [row.tobytes() for row in tokens]
+    groups: dict[bytes, set[int]] = {}
+    for key, value in zip(keys, hashes_of(tokens).tolist(), strict=True):
+        groups.setdefault(key, set()).add(value)
+    assert all(len(found) == 1 for found in groups.values())
+    assert len({value for found in groups.values() for value in found}) == len(groups) > 700
+    short = tokens[ends == 3][:1]
+    assert hash_of(short)[0] == hash_of(short[:, :3])[0]
+
+
+def test_a_text_in_two_splits_cannot_be_made_into_a_record():
+    def window(row: int, ids: list[int]) -> Window:
+        return Window(row, row, np.array(ids), tuple("ab"), np.zeros(2, np.float32))
+
+    with pytest.raises(AssertionError, match="text .* is in both train and test"):
+        FeatureRecord(FeatureId("s", 0), 1, 1, 1, {"train": {"random": (window(1, [4, 5]),)}, "test": {"random": (window(2, [4, 5]),)}})
+
+
+def test_too_few_documents_for_the_splits_are_named_as_the_cause(tmp_path: Path, subject: Subject, sae_folder: Path):
+    corpus = Corpus("book.txt", lambda: iter([Document("0", " ".join(TINY_TEXTS * 3))]), 1)
+    one = collect(subject, load_sae(str(sae_folder)), corpus, tmp_path, WindowPolicy(8, 4))
+    with pytest.raises(InputError, match=r"of book.txt are read as 1 document, and 3 are needed .*--document-separator"):
+        RecordBuilder(one, RecordPolicy({"top": (1, 1, 1)}))
+    assert next(RecordBuilder(one, RecordPolicy({"random": (2, 0, 0)})).build([0])).get("train", "random")
+    with pytest.raises(InputError, match="are read as 1 document"):
+        check_documents(one.windows, 3, at_least=one.windows.n_tokens)
+    check_documents(one.windows, 3, at_least=one.windows.n_tokens + 1)
 
 
 def test_uniform_rows_are_a_permutation():

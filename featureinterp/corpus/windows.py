@@ -245,6 +245,18 @@ def _check_same(there: WindowTable, meta: Mapping[str, Any], asked: Mapping[str,
     raise IncompatibleError(f"{there.folder} holds windows of other text, or of another policy or tokenizer: give another folder, or start anew with --replace")
 
 
+def check_documents(windows: WindowTable, n_splits: int, at_least: int = 0) -> None:
+    """Raises ``InputError`` when the windows are of fewer documents than splits that share none; ``at_least``: for so many tokens and more."""
+    n = len(np.unique(windows.documents))
+    if n >= n_splits or windows.n_tokens < at_least:
+        return
+    name = windows.meta["corpus"]
+    raise InputError(
+        f"the {windows.n_tokens:,} tokens of {name} are read as {n} document{'s' * (n != 1)}, and {n_splits} are needed so that training and test share"
+        " none: say what separates documents (--document-separator lines, blank-lines or the text between them), or give a folder or rows"
+    )
+
+
 def copy_windows(table: WindowTable, folder: Path) -> None:
     """Puts a table into another folder as well: by links where the file system has them, else as copies. The same one stays when it is there
     already; another complete one is refused with ``IncompatibleError``."""

@@ -90,8 +90,9 @@ class FeatureRecord:
 
     def __post_init__(self) -> None:
         rows = {split: {w.row for w in self.windows(split)} for split in SPLITS}
+        texts = {split: {(w.token_ids.tobytes(), w.pieces) for w in self.windows(split)} for split in SPLITS}
         documents = {split: {w.document for w in self.windows(split)} for split in SPLITS}
-        for what, seen in (("document", documents), ("window", rows)):
+        for what, seen in (("document", documents), ("window", rows), ("text", texts)):
             for one, other in combinations(SPLITS, 2):
                 if both := seen[one] & seen[other]:
                     raise AssertionError(f"{what} {min(both)} of feature {self.feature} is in both {one} and {other}")

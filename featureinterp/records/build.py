@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 
 from featureinterp.codes.store import CodesStore
+from featureinterp.corpus.contents import hash_of
+from featureinterp.corpus.windows import check_documents
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import (
     SPLITS,
@@ -47,8 +49,15 @@ class RecordBuilder:
         self.store, self.policy, self.similar = store, policy, similar if policy.embeds else None
         self._neighbours = neighbours
         self._documents: list[int] = np.asarray(store.windows.documents).tolist()
+        self._contents: list[int] = store.windows.contents.tolist()
+        self._check_documents()
         self._fires = np.zeros(len(store.windows), bool)
         self._row = lru_cache(_CACHED_ROWS)(lambda row: (store.windows.ids(row), store.windows.pieces(row), self._documents[row]))
+
+    def _check_documents(self) -> None:
+        """Raises ``InputError`` when there are fewer documents than splits that get windows."""
+        wanted = sum(any(counts[i] for counts in self.policy.counts.values()) for i in range(len(SPLITS)))
+        check_documents(self.store.windows, wanted)
 
     def build(self, features: Iterable[int]) -> Iterator[FeatureRecord]:
         """The records of ``features``, in order. Raises ``FeatureRangeError`` before any work when one does not exist."""
@@ -73,7 +82,7 @@ class RecordBuilder:
 
     def _record(self, summary: _Summary, query: np.ndarray | None, known: np.ndarray | None) -> FeatureRecord:
         rng = np.random.default_rng([self.policy.seed, summary.index])
-        assigner = SplitAssigner(self._documents)
+        assigner = SplitAssigner(self._documents, self._contents)
         self._fires[summary.rows] = True
         try:
             taken: list[_Taken] = []
@@ -84,7 +93,8 @@ class RecordBuilder:
                     continue
                 centres: dict[int, int] = {}
                 offered = self._offer(source, summary, rng, assigner, query, known, centres, sum(wanted.values()))
-                for split, rows in assigner.take(offered, wanted).items():
+                kept = partial(self._content_of_part, centres) if source == "weighted" else None
+                for split, rows in assigner.take(offered, wanted, kept).items():
                     taken.append((split, source, rows, centres))
                     if len(rows) < wanted[split]:
                         shortfalls[f"{split}/{source}"] = f"{len(rows)} of {wanted[split]}: {self._why_short(source, summary)}"
@@ -99,6 +109,14 @@ class RecordBuilder:
             self._windows(summary.index, taken),
             shortfalls,
         )
+
+    def _part(self, centre: int, n_tokens: int) -> slice:
+        """What is kept of a window around a token."""
+        return slice(max(0, centre - self.policy.half_width), min(n_tokens, centre + self.policy.half_width + 1))
+
+    def _content_of_part(self, centres: Mapping[int, int], row: int) -> int:
+        ids = self._row(row)[0]
+        return int(hash_of(ids[None, self._part(centres[row], len(ids))])[0])
 
     def _offer(
         self,
@@ -173,7 +191,7 @@ class RecordBuilder:
             for row, own in zip(rows, activations, strict=False):
                 ids, pieces, document = self._row(row)
                 if row in centres:
-                    part = slice(max(0, centres[row] - self.policy.half_width), min(len(ids), centres[row] + self.policy.half_width + 1))
+                    part = self._part(centres[row], len(ids))
                     windows.append(Window(row, document, ids[part], pieces[part], own[part], part.start))
                 else:
                     windows.append(Window(row, document, ids, pieces, own[: len(ids)]))
@@ -184,9 +202,17 @@ class RecordBuilder:
     def _why_short(self, source: Source, summary: _Summary) -> str:
         if source == "coactive_negative":
             return "its neighbours fire in no more windows where it is silent, that are unused and in a document of this split"
+        n_documents = len(np.unique(self._documents))
         if source in ("top", "weighted", "quantile"):
-            return f"the feature fires in {len(summary.rows)} of {len(self.store.windows)} windows"
-        return f"{len(self.store.windows)} windows in {len(np.unique(self._documents))} documents have no more that are unused and in a document of this split"
+            return f"the feature fires in {_counted(len(summary.rows), self.store.windows.contents[summary.rows])} of {len(self.store.windows)} windows"
+        every = _counted(len(self.store.windows), self.store.windows.contents)
+        return f"{every} windows in {n_documents} documents have no more that are unused and in a document of this split"
+
+
+def _counted(n: int, contents: np.ndarray) -> str:
+    """A number of windows, with the number of texts in them where some are the same."""
+    different = len(np.unique(contents))
+    return f"{n}" if different == n else f"{n} (of {different} different texts)"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from featureinterp.quiet import quiet_transformers
 from featureinterp.subject.hooks import block_of, find_blocks, residual_after, residuals_after
 
 EMBEDDED = "smollm2-135m-instruct"
-CAUSAL_TOLERANCE = 0.02
+CAUSAL_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.02}
 """A change of earlier tokens, as a share of the deviation of all activations, that rounding does not reach."""
 _OWNERS = {"pythia-160m-deduped": "EleutherAI", "gemma-2-2b": "google"}
 """Models that people name without their owner, because the SAEs of SAEBench and Gemma Scope do."""
@@ -145,7 +145,7 @@ def check_causal(subject: Subject) -> None:
     ids = torch.tensor([[i % subject.n_embeddings for i in range(6)], [*(i % subject.n_embeddings for i in range(5)), other]])
     with torch.inference_mode():
         one, two = residual_after(subject.model, block, {"input_ids": ids.to(subject.device), "use_cache": False}).float()
-    if float((one[:5] - two[:5]).abs().max()) > CAUSAL_TOLERANCE * float(one.std()):
+    if float((one[:5] - two[:5]).abs().max()) > CAUSAL_TOLERANCE.get(subject.dtype, 0.02) * float(one.std()):
         raise IncompatibleError(
             f"{subject.name} is no causal language model (its tokens see the ones after them), and other kinds are not supported: choose one that writes text"
         )
