@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from featureinterp.errors import StorageError
+
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 def storage_error(path: Path, error: OSError) -> StorageError:
@@ -59,8 +62,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as readable JSON, atomically."""
-    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    """Writes ``value`` as readable JSON, atomically. Half characters (lone surrogates) are written as JSON's escapes."""
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    write_atomic(path, _HALF.sub(lambda m: f"\\u{ord(m[0]):04x}", text))
 
 
 def sha256_of(path: Path, chunk_bytes: int = 1 << 22) -> str:

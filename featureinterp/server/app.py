@@ -13,20 +13,20 @@ from typing import Annotated, Any, Literal
 
 import anyio
 import fastapi
-import jinja2
 import pydantic
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 
 from featureinterp import __version__
 from featureinterp.errors import FeatureInterpError, UnknownNameError
 from featureinterp.server.disk import room, says_full
-from featureinterp.server.folder import ENDED, JobsFolder, JobView, QueueFullError, WrongStateError
+from featureinterp.server.folder import JobsFolder, JobView, QueueFullError, WrongStateError
 from featureinterp.server.gate import Gate
 from featureinterp.server.health import health_of
+from featureinterp.server.page import PAGE, front_page
 from featureinterp.server.runner import MIN_FREE, Runner
 from featureinterp.server.views import PASSING, DamagedJobError
+from featureinterp.visible import visible_json
 
-PAGE = 100
 _SHOWN = 300
 """So much of a mistake is repeated in the answer to it, in characters."""
 _log = logging.getLogger("featureinterp.server")
@@ -98,12 +98,16 @@ class Feature(pydantic.BaseModel):
     feature: int
 
 
-class AsciiJson(JSONResponse):
-    """JSON in ASCII: whatever a text holds, nothing in it is a control character to a terminal that shows the answer."""
+class VisibleJson(JSONResponse):
+    """JSON in which characters that steer a terminal or hide are written as JSON's own escapes; its value is the same."""
 
     def render(self, content: Any) -> bytes:
         """The body of an answer."""
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode("ascii")
+        return _json(content).encode()
+
+
+def _json(content: Any) -> str:
+    return visible_json(json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")))
 
 
 class _RefusedError(Exception):
@@ -120,13 +124,13 @@ def _add_refusals(app: fastapi.FastAPI) -> None:
     """How errors are answered: by one sentence each."""
 
     @app.exception_handler(_RefusedError)
-    async def refused(_: fastapi.Request, error: _RefusedError) -> AsciiJson:
-        return AsciiJson({"detail": error.detail}, error.status, error.headers)
+    async def refused(_: fastapi.Request, error: _RefusedError) -> VisibleJson:
+        return VisibleJson({"detail": error.detail}, error.status, error.headers)
 
     @app.exception_handler(FeatureInterpError)
-    async def failed(_: fastapi.Request, error: FeatureInterpError) -> AsciiJson:
+    async def failed(_: fastapi.Request, error: FeatureInterpError) -> VisibleJson:
         if says_full(error):
-            return AsciiJson({"detail": _NO_ROOM}, 503, {"Retry-After": "60"})
+            return VisibleJson({"detail": _NO_ROOM}, 503, {"Retry-After": "60"})
         states: dict[type[FeatureInterpError], int] = {
             UnknownNameError: 404,
             WrongStateError: 409,
@@ -134,19 +138,19 @@ def _add_refusals(app: fastapi.FastAPI) -> None:
             QueueFullError: 429,
         }
         status = next((code for kind, code in states.items() if isinstance(error, kind)), 422)
-        return AsciiJson({"detail": str(error)}, status, {"Retry-After": "60"} if status == 429 else None)
+        return VisibleJson({"detail": str(error)}, status, {"Retry-After": "60"} if status == 429 else None)
 
     @app.exception_handler(OSError)
-    async def unable(_: fastapi.Request, error: OSError) -> AsciiJson:
+    async def unable(_: fastapi.Request, error: OSError) -> VisibleJson:
         _log.error("a request could not be answered", exc_info=error)
         why = "has too much to do" if error.errno in PASSING else f"cannot use its folder ({error.strerror})"
-        return AsciiJson({"detail": f"the service {why}: try again later"}, 503, {"Retry-After": "5"})
+        return VisibleJson({"detail": f"the service {why}: try again later"}, 503, {"Retry-After": "5"})
 
     @app.exception_handler(fastapi.exceptions.RequestValidationError)
-    async def mistaken(_: fastapi.Request, error: fastapi.exceptions.RequestValidationError) -> AsciiJson:
+    async def mistaken(_: fastapi.Request, error: fastapi.exceptions.RequestValidationError) -> VisibleJson:
         first = error.errors()[0]
         place = ".".join(str(p) for p in first["loc"][1:])[:_SHOWN] or "the body"
-        return AsciiJson({"detail": f"{place}: {first['msg'].removeprefix('Value error, ')}"}, 422)
+        return VisibleJson({"detail": f"{place}: {first['msg'].removeprefix('Value error, ')}"}, 422)
 
 
 def _problems(*codes: int, json_only: bool = True) -> dict[int | str, dict[str, Any]]:
@@ -204,21 +208,21 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url="/api/openapi.json",
-        default_response_class=AsciiJson,
+        default_response_class=VisibleJson,
     )
     app.add_middleware(Gate, token=rules.token)
 
     _add_refusals(app)
 
     @app.get("/health", tags=["service"], summary="Does the service do its work? Needs no token.", responses=_HEALTH_PROBLEM)
-    async def health() -> AsciiJson:
+    async def health() -> VisibleJson:
         found = health_of(runner, rules.queue)
-        return AsciiJson({"status": found.status, "version": __version__, **found.facts}, 200 if found.alive else 503)
+        return VisibleJson({"status": found.status, "version": __version__, **found.facts}, 200 if found.alive else 503)
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def front() -> HTMLResponse:
         views = await anyio.to_thread.run_sync(jobs.views, PAGE)
-        page = _template("index.html").render(jobs=[v.to_json() for v in views], ended=ENDED, page=PAGE, version=__version__)
+        page = await anyio.to_thread.run_sync(front_page, views)
         return HTMLResponse(page, headers=_HEADERS)
 
     @app.get("/api/runs", tags=["service"], summary="Names of the runs that can be explained", responses=_problems())
@@ -258,7 +262,7 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
 
         async def stream() -> AsyncIterator[str]:
             async for view in runner.watch(job_id):
-                yield ": no news\n\n" if view is None else f"event: job\ndata: {json.dumps(view.to_json())}\n\n"
+                yield ": no news\n\n" if view is None else f"event: job\ndata: {_json(view.to_json())}\n\n"
 
         return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
 
@@ -375,8 +379,3 @@ def _feature(jobs: JobsFolder, number: str, index: int) -> dict[str, Any]:
         if row["feature"] == index:
             return row
     raise UnknownNameError(f"the job {number} has no results of feature {index}")
-
-
-def _template(name: str) -> jinja2.Template:
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("featureinterp.server"), autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template(name)

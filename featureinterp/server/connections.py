@@ -36,9 +36,10 @@ def allowed_connections(*, hard_limit_wanted: int = 8192) -> int:
 
 
 class Bounded(H11Protocol):
-    """uvicorn's protocol with bounds. ``most``: connections at once."""
+    """uvicorn's protocol with bounds. ``most``: connections at once. ``request_s``: how long a request may take to arrive."""
 
     most = MOST
+    request_s = REQUEST_S
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Takes a connection, or turns it away at once when there are too many."""
@@ -90,7 +91,7 @@ class Bounded(H11Protocol):
 
     def _expect(self) -> None:
         if self._until is None:
-            self._until = self.loop.call_later(REQUEST_S, self._cut)
+            self._until = self.loop.call_later(self.request_s, self._cut)
 
     def _forget(self) -> None:
         if self._until is not None:
@@ -100,7 +101,7 @@ class Bounded(H11Protocol):
     def _cut(self) -> None:
         self._until = None
         if self.conn.our_state is h11.IDLE or (self.cycle is not None and not self.cycle.response_started):
-            self._refuse(408, f"the request did not arrive within {REQUEST_S:.0f} s")
+            self._refuse(408, f"the request did not arrive within {self.request_s:g} s")
         else:
             self.transport.abort()
 
@@ -119,6 +120,6 @@ class Bounded(H11Protocol):
         self.transport.close()
 
 
-def bounded(most: int) -> type[Any]:
-    """The protocol for at most ``most`` connections."""
-    return type("BoundedTo", (Bounded,), {"most": most})
+def bounded(most: int, request_s: float = REQUEST_S) -> type[Any]:
+    """The protocol for at most ``most`` connections, whose requests arrive within ``request_s`` seconds."""
+    return type("BoundedTo", (Bounded,), {"most": most, "request_s": request_s})

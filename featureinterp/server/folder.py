@@ -18,7 +18,7 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,11 @@ import pydantic
 from featureinterp.errors import InputError, UnknownNameError
 from featureinterp.files import write_json
 from featureinterp.jobs.spec import Job
+from featureinterp.server.disk import says_full
 from featureinterp.server.views import (
     ENDED,
+    PASSING,
+    RESTORE,
     DamagedJobError,
     JobView,
     Seen,
@@ -210,7 +213,7 @@ class JobsFolder:
 
     def cancel(self, number: str) -> None:
         """Asks a job to end; one that no worker has begun ends at once. Raises ``WrongStateError`` when it has ended."""
-        with self._guard:
+        with self._guard, _damage_explained():
             state = self.view(number).state
             if state in ENDED:
                 raise WrongStateError(f"the job has ended already: it is {state}")
@@ -226,7 +229,7 @@ class JobsFolder:
         Raises ``WrongStateError`` when it has not ended, ``DamagedJobError`` when it cannot be known what was asked for, and
         ``QueueFullError`` when ``queue`` jobs wait already.
         """
-        with self._guard:
+        with self._guard, _damage_explained():
             state, folder = self.view(number).state, self.path(number)
             if state not in ENDED:
                 raise WrongStateError(f"the job has not ended: it is {state}")
@@ -255,3 +258,15 @@ class JobsFolder:
         starts = self.root / number / "starts"
         with contextlib.suppress(OSError):
             os.truncate(starts, sum(len(line) for line in starts.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+@contextlib.contextmanager
+def _damage_explained() -> Iterator[None]:
+    """Says of what cannot be done in a job's folder that the folder is damaged, unless the cause lies elsewhere."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in PASSING or says_full(error):
+            raise
+        what = Path(error.filename).name if error.filename else "its folder"
+        raise DamagedJobError(f"{what} cannot be changed ({error.strerror or error}): {RESTORE}") from error

@@ -26,6 +26,7 @@ ENDED: tuple[State, ...] = ("done", "stopped", "failed", "cancelled", "damaged")
 """States that nothing but a wish changes: to resume the job, or to mend its folder."""
 MAX_FILE = 1_000_000
 """No file that the service reads to show a job is larger, in bytes."""
+RESTORE = "put the job's folder back from a backup, or delete it"
 PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR)
 """Causes that lie with this process at this moment, and say nothing about the folder."""
 _FILES = ("submitted.json", "outcome.json", "progress.json")
@@ -127,23 +128,24 @@ def look(folder: Path, before: Seen | None = None) -> Seen:
         return before
     held = False
     try:
-        held = is_locked(folder)
-        view = _view(folder, held)
+        outcome = read_json(folder / "outcome.json", _Outcome) if os.path.lexists(folder / "outcome.json") else None
+        held = outcome is None and is_locked(folder)
+        view = _view(folder, outcome, held)
     except DamagedJobError as error:
         view = _damaged(folder.name, str(error))
+        held = is_locked(folder)
     except OSError as error:
         if error.errno in PASSING:
             raise
-        view = _damaged(folder.name, f"{error.filename or folder.name} cannot be read ({error.strerror or error})")
+        what = Path(error.filename).name if error.filename else "its folder"
+        view = _damaged(folder.name, f"{what} cannot be read ({error.strerror or error}): {RESTORE}")
     return before if before is not None and same and before.view == view and before.held == held else Seen(view, stamps, held)
 
 
-def _view(folder: Path, held: bool) -> JobView:
+def _view(folder: Path, outcome: _Outcome | None, held: bool) -> JobView:
     submitted = submitted_in(folder)
-    outcome = read_json(folder / "outcome.json", _Outcome) if _exists(folder / "outcome.json") else None
     state: State = outcome.state if outcome is not None else "running" if held else "queued"
-    shown = submitted.shown
-    message = outcome.message if outcome is not None else ""
+    shown, message = submitted.shown, "" if outcome is None else outcome.message
     llm = shown.llm or "embedded"
     return JobView(folder.name, state, shown.run, shown.features, llm, submitted.at, message, _progress(folder))
 
@@ -177,9 +179,7 @@ def submitted_in(folder: Path) -> _Submitted:
 
 def read_json(path: Path, form: type[Form]) -> Form:
     """A small file's content. Raises ``DamagedJobError`` when it is missing, too large, no file, no JSON, or of another form."""
-    advice = "put the job's folder back from a backup, or delete it"
-    if path.name == "outcome.json":
-        advice = "resume the job to have it written anew"
+    advice = "resume the job to have it written anew" if path.name == "outcome.json" else RESTORE
     try:
         return form.model_validate(_parsed(path))
     except pydantic.ValidationError as error:
@@ -216,11 +216,6 @@ def _stamp(path: Path) -> Stamp:
     except OSError:
         return None
     return (found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-def _exists(path: Path) -> bool:
-    """Whether there is anything of that name, a dangling link included."""
-    return os.path.lexists(path)
 
 
 def lock_of(folder: Path) -> filelock.BaseFileLock:
