@@ -63,7 +63,7 @@ ALLOWED = {
     "jobs": LANGUAGE | {"machine", "jobs", "explain", "simulate", "score", "falsify", "records", "codes", "sae", "subject", "corpus", "__version__"},
     "__main__": {"cli"},
     "server": {"server", "claims", "api", "domain", "errors", "files", "jobs", "validation", "visible", "__version__"},
-    "cli": {"cli", "server", "api", "probing", "training", "errors", "assets", "domain", "jobs", "records", "llm", "visible", "__version__"},
+    "cli": {"cli", "claims", "server", "api", "probing", "training", "errors", "assets", "domain", "jobs", "records", "llm", "visible", "__version__"},
 }
 TORCH_ROOMS = {"subject", "sae", "codes", "training"}
 TORCH_FILES = {

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +15,11 @@ from typing import Any
 
 import httpx
 import pytest
-from endpoint import KEY, endpoint
+from endpoint import endpoint
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from service import Running, configured
 
 import featureinterp as fi
 from featureinterp.errors import EndpointRefusedError, EndpointUnavailableError, InputError, UnknownNameError
@@ -204,43 +203,6 @@ def test_no_text_is_the_id_of_a_job_that_is_not_there(text: str):
     jobs = JobsFolder(Path(os.environ.get("TMPDIR", "/tmp")) / "featureinterp-no-jobs")
     with pytest.raises(UnknownNameError):
         jobs.path(text)
-
-
-class Running:
-    """A service in a process of its own."""
-
-    def __init__(self, runs: Path, jobs: Path, config: Path, *options: str, **env: str) -> None:
-        self.args = [sys.executable, "-m", "featureinterp.cli.main", "serve", "--runs", str(runs), "--jobs", str(jobs), "--endpoint", "played", *options]
-        self.env = os.environ | {"FEATUREINTERP_CONFIG": str(config), "TEST_KEY": KEY, **env}
-        self.start()
-
-    def start(self) -> None:
-        import socket
-
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.process = subprocess.Popen([*self.args, "--port", str(port)], env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert self.process.stdout is not None
-        self.url = f"http://127.0.0.1:{port}"
-        assert self.url in self.process.stdout.readline()
-        for _ in range(1200):
-            try:
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                assert self.process.poll() is None, self.process.stdout.read()
-                time.sleep(0.05)
-        raise AssertionError("the service did not come up")
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-
-def configured(path: Path, url: str) -> Path:
-    path.write_text(f'[endpoints.played]\nbase_url = "{url}"\nmodel = "m"\napi_key_env = "TEST_KEY"\nconcurrency = 2\nprice = {{ input = 1, output = 1 }}\n')
-    return path
 
 
 def test_a_job_survives_its_service_and_everybody_sees_it_end(runs: Path, tmp_path: Path):

@@ -34,6 +34,7 @@ def serve(
         from featureinterp.server.gate import check_binding
     except ImportError as error:
         raise InputError(f"the service needs the package {error.name}: pip install 'featureinterp[server]'") from error
+    from featureinterp.claims import owned
     from featureinterp.llm.config import load_config
 
     token = os.environ.get(token_env, "") if token_env else None
@@ -50,15 +51,16 @@ def serve(
     if min_free_mb < 0:
         raise InputError(f"{min_free_mb} MB are no room: give 0 or more")
     rules = Rules(jobs, runs, tuple(endpoint), tuple(simulator_model), token, queue, parallel, min_free_mb * 1_000_000)
-    app = make_app(rules)
-    typer.echo(f"featureinterp: http://{host}:{port}")
-    uvicorn.run(
-        app,
-        host=host,
-        port=port,
-        log_level="warning",
-        timeout_graceful_shutdown=2,
-        http=bounded(allowed_connections()),
-        ws="none",
-        backlog=128,
-    )
+    with owned(jobs, "featureinterp serve"):
+        app = make_app(rules)
+        typer.echo(f"featureinterp: http://{host}:{port}")
+        uvicorn.run(
+            app,
+            host=host,
+            port=port,
+            log_level="warning",
+            timeout_graceful_shutdown=2,
+            http=bounded(allowed_connections()),
+            ws="none",
+            backlog=128,
+        )

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import anyio
 import fastapi
 import pydantic
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 
 from featureinterp import __version__
 from featureinterp.errors import FeatureInterpError, UnknownNameError
@@ -29,6 +31,8 @@ from featureinterp.visible import visible_json
 
 _SHOWN = 300
 """So much of a mistake is repeated in the answer to it, in characters."""
+MAX_LINE = 1 << 25
+"""No feature with its windows is larger, in bytes."""
 _log = logging.getLogger("featureinterp.server")
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _HEADERS = {
@@ -292,11 +296,11 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
         response_class=HTMLResponse,
         responses=_problems(404, 422, json_only=False),
     )
-    async def report(job_id: JobId) -> HTMLResponse:
+    async def report(job_id: JobId) -> FileResponse:
         path = await anyio.to_thread.run_sync(jobs.path, job_id) / "out" / "report.html"
         if not path.is_file():
             raise _RefusedError(404, f"the job {job_id} has no report yet")
-        return HTMLResponse(await anyio.Path(path).read_bytes(), headers=_HEADERS)
+        return FileResponse(path, media_type="text/html; charset=utf-8", headers=_HEADERS)
 
     return app
 
@@ -349,14 +353,9 @@ def _results(jobs: JobsFolder, number: str, start: int, end: int) -> list[dict[s
     path = jobs.path(number) / "out" / "results.jsonl"
     if not path.is_file():
         return []
-    found = []
     with path.open("rb") as file:
-        for i, line in enumerate(file):
-            if start <= i < end:
-                found.append(_row(number, i, line))
-            elif i >= end:
-                break
-    return found
+        lines = iter(lambda: file.readline(MAX_LINE), b"")
+        return [_row(number, i, line) for i, line in enumerate(islice(lines, end)) if i >= start]
 
 
 def _row(number: str, i: int, line: bytes) -> dict[str, Any]:
@@ -375,7 +374,7 @@ def _no_number(text: str) -> float:
 
 
 def _feature(jobs: JobsFolder, number: str, index: int) -> dict[str, Any]:
-    for row in _results(jobs, number, 0, 2**62):
+    for row in _results(jobs, number, 0, sys.maxsize):
         if row["feature"] == index:
             return row
     raise UnknownNameError(f"the job {number} has no results of feature {index}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import jinja2
@@ -32,6 +33,7 @@ def script_pattern(pattern: re.Pattern[str]) -> str:
     return re.sub(r"\\U([0-9a-f]{8})", lambda m: f"\\u{{{int(m[1], 16):x}}}", pattern.pattern)
 
 
+@cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(loader=jinja2.PackageLoader("featureinterp.server"), autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["visible"] = _shown

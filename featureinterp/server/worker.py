@@ -93,17 +93,15 @@ def _is_gone(folder: Path) -> bool:
 
 def work(folder: Path) -> int:
     """Runs the job in ``folder`` unless another worker does; returns the exit code."""
-    lock = lock_of(folder)
     try:
-        lock.acquire(timeout=LOCK_S)
+        held = lock_of(folder).acquire(timeout=LOCK_S)
     except filelock.Timeout:
         return 0
-    with lock:
+    with held:
         if _is_gone(folder) or (folder / "outcome.json").exists():
             return 0
         if (folder / "cancel").exists():  # a worker that it reached too early to say so
-            end(folder, "cancelled", CANCELLED)
-            return 0
+            return _end(folder, "cancelled", CANCELLED)
         return _work(folder)
 
 
@@ -119,16 +117,14 @@ def _work(folder: Path) -> int:
             return 0
         if not (folder / "cancel").exists():
             return 130  # whoever starts a worker next goes on from here
-        end(folder, "cancelled", CANCELLED)
-        return 0
+        return _end(folder, "cancelled", CANCELLED)
     except FeatureInterpError as error:
         if _is_gone(folder):
             return 0
         if isinstance(error, StorageError) and is_full(folder):
             print(error, file=sys.stderr)  # noqa: T201 (the worker's log)
             return DISK_FULL
-        end(folder, "failed", str(error))
-        return 2
+        return _end(folder, "failed", str(error)) or 2
     state: State = "stopped" if results.stopped else "done"
     message = str(results.stopped) if results.stopped else f"{results.n_failures} stages failed" if results.n_failures else ""
     return _end(folder, state, message, n_features=len(results), n_failures=results.n_failures)

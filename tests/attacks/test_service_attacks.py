@@ -24,11 +24,15 @@ import anyio
 import httpx
 import pytest
 import uvicorn
+from endpoint import endpoint
 from fastapi.testclient import TestClient
+from service import Running, configured
 
+from featureinterp.errors import EndpointUnavailableError, UnknownNameError
 from featureinterp.jobs.spec import make_job
 from featureinterp.server import worker
 from featureinterp.server.app import Rules, make_app
+from featureinterp.server.client import Service
 from featureinterp.server.connections import bounded
 from featureinterp.server.folder import JobsFolder, end
 from featureinterp.server.runner import Runner
@@ -339,8 +343,9 @@ def test_bytes_that_are_no_requests_are_refused_and_the_service_goes_on(rules: R
             changed[rng.randrange(len(whole))] = rng.randrange(256)
         flipped.append(bytes(changed))
     with served(rules) as server:
-        for sent in (*RAW, *flipped):
-            answer = read_to_the_end(opened(server.port, sent))  # type: ignore[attr-defined]
+        sockets = [(sent, opened(server.port, sent)) for sent in (*RAW, *flipped)]  # type: ignore[attr-defined]
+        for sent, sock in sockets:
+            answer = read_to_the_end(sock)
             statuses = [int(line[9:12]) for line in answer.split(b"\r\n") if line.startswith(b"HTTP/1.1 ")]
             assert all(100 <= s < 500 for s in statuses), (sent[:80], answer[:200])
         assert httpx.get(f"http://127.0.0.1:{server.port}/health").json()["status"] == "ok"  # type: ignore[attr-defined]
@@ -403,7 +408,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "no numbers": lambda p: p.write_text('{"job": {}, "shown": {"run": "a", "features": "b"}, "at": NaN, "state": NaN, "done": NaN, "total": 1e999}'),
     "deep": lambda p: p.write_text("[" * 100_000),
     "long number": lambda p: p.write_text('{"at": ' + "9" * 10_000 + "}"),
-    "large": lambda p: os.truncate(p, 1 << 30) if p.exists() else p.touch(),
+    "large": lambda p: (p.touch(), os.truncate(p, 1 << 26)),
     "a folder": made_a,
     "a pipe": made_fifo,
     "a loop": lambda p: (p.unlink(missing_ok=True), p.symlink_to(p)),
@@ -420,15 +425,11 @@ def expected(name: str, kind: str, ended: bool) -> str:
     return "done" if ended and name != "outcome.json" else "queued"
 
 
-def looked_at_everywhere(client: TestClient, number: str) -> None:
-    paths = ["", "/results", "/features/3", "/report"]
-    if client.get(f"/api/jobs/{number}").json()["state"] not in ("queued", "running"):
-        paths.append("/events")
+def looked_at_everywhere(client: TestClient, number: str, state: str) -> None:
+    paths = ["", "/results", "/features/3", "/report", *(["/events"] if state not in ("queued", "running") else [])]
     for path in paths:
         answer = client.get(f"/api/jobs/{number}{path}")
         assert answer.status_code < 500, (path, answer.text)
-    for path in ("/", "/health", "/api/jobs", "/api/runs"):
-        assert client.get(path).status_code == 200, path
     for wish in ("cancel", "resume"):
         answer = client.post(f"/api/jobs/{number}/{wish}")
         assert answer.status_code < 500, (wish, answer.text)
@@ -439,26 +440,29 @@ def looked_at_everywhere(client: TestClient, number: str) -> None:
 def test_a_damaged_job_is_shown_as_such_and_nothing_else_suffers(client: TestClient, rules: Rules, name: str, ended: bool):
     jobs = JobsFolder(rules.jobs)
     other = jobs.submit(make_job(run=rules.runs / "tiny"), SMALL)
-    for kind, damage in DAMAGES.items():
-        number = jobs.submit(make_job(run=rules.runs / "tiny"), SMALL)
-        folder = rules.jobs / number
-        (folder / "out").mkdir()
+    kinds = {jobs.submit(make_job(run=rules.runs / "tiny"), SMALL): kind for kind in DAMAGES}
+    for number in kinds:
+        (rules.jobs / number / "out").mkdir()
         if ended:
-            end(folder, "done", "")
-        assert client.get(f"/api/jobs/{number}").json()["state"] == ("done" if ended else "queued")
-        damage(folder / name)
-        listed = {j["id"]: j for j in client.get("/api/jobs?limit=1000").json()}
-        assert listed[number]["state"] == expected(name, kind, ended), kind
-        assert listed[other]["state"] == "queued"
-        if listed[number]["state"] == "damaged":
-            assert Path(name).name in listed[number]["message"] and str(rules.jobs) not in listed[number]["message"]
-            health = client.get("/health").json()
-            assert health["queue"]["damaged"] == 1 and "damaged" in str(health["problems"]), kind
-        looked_at_everywhere(client, number)
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        assert client.get(f"/api/jobs/{number}").status_code == 404
-        assert [j["id"] for j in client.get("/api/jobs").json()] == [other]
+            end(rules.jobs / number, "done", "")
+    before = {j["id"]: j["state"] for j in client.get("/api/jobs").json()}
+    assert before == {other: "queued", **dict.fromkeys(kinds, "done" if ended else "queued")}
+    for number, kind in kinds.items():
+        DAMAGES[kind](rules.jobs / number / name)
+    listed = {j["id"]: j for j in client.get("/api/jobs").json()}
+    wanted = {number: expected(name, kind, ended) for number, kind in kinds.items()}
+    assert {number: job["state"] for number, job in listed.items()} == {other: "queued", **wanted}
+    for number in (n for n, state in wanted.items() if state == "damaged"):
+        assert name in listed[number]["message"] and str(rules.jobs) not in listed[number]["message"]
+    health = client.get("/health").json()
+    assert health["queue"]["damaged"] == list(wanted.values()).count("damaged")
+    assert ("damaged" in str(health["problems"])) == (health["status"] == "degraded") == ("damaged" in wanted.values())
+    assert client.get("/").status_code == 200
+    for number, state in wanted.items():
+        looked_at_everywhere(client, number, state)
+        if (rules.jobs / number).is_dir():
+            shutil.rmtree(rules.jobs / number)
+    assert [j["id"] for j in client.get("/api/jobs").json()] == [other]
     assert client.get("/health").json()["status"] == "ok"
 
 
@@ -665,3 +669,71 @@ def test_ended_jobs_are_not_opened_again(rules: Rules):
 @pytest.mark.slow
 def test_3000_ended_jobs_are_not_opened_again(rules: Rules):
     opened_at_rest(rules, 3000)
+
+
+# ── two services, and everything at once ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_second_service_on_a_folder_says_who_holds_it(rules: Rules):
+    from featureinterp.claims import owned
+    from featureinterp.cli.serve import serve
+    from featureinterp.errors import FolderInUseError
+
+    with owned(rules.jobs, "featureinterp serve"), pytest.raises(FolderInUseError) as refused:
+        serve(rules.runs, rules.jobs, "127.0.0.1", 0, None, [], ["lexical"], 1, 1, 0)
+    said = str(refused.value)
+    assert all(part in said for part in (str(rules.jobs), f"process {os.getpid()}", socket.gethostname(), "featureinterp serve"))
+
+
+@pytest.mark.slow
+def test_the_service_stays_through_all_of_it(rules: Rules, disk: Tmpfs | NoRoom, tmp_path: Path):
+    """3,000 ended jobs, a damaged folder, one that vanishes at work, 500 half requests with few descriptors, a second service, ``kill -9``,
+    and a full disk that is freed: the jobs of the others go on, and /health tells."""
+    jobs = disk.folder / "jobs" if isinstance(disk, Tmpfs) else rules.jobs
+    many_ended(tmp_path / "jobs", 3000)
+    if isinstance(disk, Tmpfs):
+        subprocess.run(["mount", "-o", "remount,size=64m,nr_inodes=1m", str(disk.folder)], check=True)
+        shutil.copytree(tmp_path / "jobs", jobs)
+    damaged = jobs / "20260101-000000-00000000"
+    (damaged / "submitted.json").write_bytes(bytes(50))
+    wanted = {"run": "tiny", "features": "3,5,9,11", "llm": "played", "simulator": "lexical", "n_test": 2}
+    with endpoint(latency_s=0.2) as played:
+        config = configured(tmp_path / "config.toml", played.url)
+        service = Running(rules.runs, jobs, config, "--min-free-mb", "1", descriptors=256)
+        try:
+            with Service(service.url, timeout_s=60) as client:
+                health = httpx.get(f"{service.url}/health").json()
+                assert health["queue"]["damaged"] == 1 and health["queue"]["jobs"] == 3000 and health["status"] == "degraded"
+                shutil.rmtree(damaged)
+                first, second = client.submit(**wanted), client.submit(**wanted)
+                for view in client.watch(first.id):
+                    if view.progress.get("requests", 0) >= 3:
+                        break
+                shutil.rmtree(jobs / first.id, ignore_errors=True)
+                again = subprocess.run(service.args, env=service.env, capture_output=True, text=True, timeout=120, check=False)
+                assert again.returncode == 2 and f"process {service.process.pid}" in again.stderr, again.stderr
+                port = int(service.url.rsplit(":", 1)[1])
+                with ThreadPoolExecutor(50) as pool:
+                    halves = list(pool.map(lambda i: opened(port, HALVES[i % 5]), range(500)))
+                assert all(b" 5" not in (a := read_to_the_end(h))[8:10] or b" 503 " in a for h in halves)
+                for view in client.watch(second.id):
+                    if view.progress.get("requests", 0) >= 3:
+                        break
+                service.kill()
+                service.start()
+            with Service(service.url, timeout_s=60) as client:
+                assert client.wait(second.id).state == "done" and len(client.results(second.id)) == 4
+                with pytest.raises(UnknownNameError):
+                    list(client.watch(first.id))
+                third = client.submit(**wanted | {"features": "17"})
+                if isinstance(disk, Tmpfs):
+                    disk.fill()
+                    until(lambda: "disk is full" in str(httpx.get(f"{service.url}/health").json()["problems"]))
+                    with pytest.raises(EndpointUnavailableError, match="full"):
+                        client.submit(**wanted)
+                    disk.free()
+                assert client.wait(third.id).state == "done"
+                assert [j.state for j in client.jobs(limit=3)] == ["done", "done", "done"]
+                until(lambda: httpx.get(f"{service.url}/health").json()["status"] == "ok")
+        finally:
+            service.kill()
