@@ -47,7 +47,7 @@ class SparseAutoencoder:
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], *, normalize: Normalize = "none", **settings: Any) -> None:
         if normalize not in get_args(Normalize):
-            raise IncompatibleError(f"there is no input normalisation {normalize!r}: known are {', '.join(get_args(Normalize))}")
+            raise IncompatibleError(f"there is no input normalisation {repr(normalize)[:60]}: known are {', '.join(get_args(Normalize))}")
         self.tensors, self.normalize = dict(tensors), normalize
         self.W_enc, self.W_dec, self.b_dec = tensors["W_enc"], tensors["W_dec"], tensors["b_dec"]
         self.b_enc = tensors.get("b_enc")

@@ -28,7 +28,7 @@ def sae_info(name: str) -> dict[str, Any]:
     from featureinterp.sae.load import build, read_checkpoint
 
     loaded = build(name, read_checkpoint(name))
-    layer = re.match(r"blocks\.(\d+)\.", loaded.hook)
+    layer = re.match(r"blocks\.([0-9]+)\.", loaded.hook)
     metrics = loaded.config.get("metrics")
     own = {
         "name": name,

@@ -94,7 +94,7 @@ _SCOPE_L0 = {
     "1m": (19, 26, 58, 73, 107, 207),
 }
 """Mean codes per token of those on layer 12; other layers have values of their own, which only the repository lists."""
-_SCOPE = re.compile(r"gscope(?:_layer(\d+))?_([0-9a-z]+)_l0_(\d+)")
+_SCOPE = re.compile(r"gscope(?:_layer([0-9]{1,3}))?_([0-9a-z]+)_l0_([0-9]{1,6})")
 _REVISION = re.compile(r"[0-9A-Za-z][0-9A-Za-z._/-]*")
 
 

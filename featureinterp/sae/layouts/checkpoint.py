@@ -31,7 +31,7 @@ _UNIT = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 1e-2, torch.f
 ROUNDED = 5e-3
 """How far it may be where codes would be rescaled: what rounding to half precision once does is left as it is."""
 _ROWS = 4096
-_SITE = re.compile(r"blocks\.(\d{1,5})\.hook_resid_(pre|post)")
+_SITE = re.compile(r"blocks\.([0-9]{1,5})\.hook_resid_(pre|post)")
 
 
 @dataclass(frozen=True)

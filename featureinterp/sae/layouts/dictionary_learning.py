@@ -29,7 +29,7 @@ CLASSES = {
 """The architecture of each class of trainer."""
 ENCODES_AS = {"matryoshka_batch_topk": "batch_topk", "p_anneal": "relu"}
 """Architectures that encode like another one; what is different about them is how they were trained."""
-_BLOCK_OUTPUT = re.compile(r"(?:resid_post_layer_|resid_out_layer|(?:gpt_neox\.layers|model\.layers|transformer\.h)\.)(\d{1,5})")
+_BLOCK_OUTPUT = re.compile(r"(?:resid_post_layer_|resid_out_layer|(?:gpt_neox\.layers|model\.layers|transformer\.h)\.)([0-9]{1,5})")
 """What those who train call the output of a block: by their own names, or as the module of the model."""
 _LINEAR = {"encoder.weight": "W_enc", "encoder.bias": "b_enc", "decoder.weight": "W_dec"}
 _NAMES = {
@@ -124,7 +124,7 @@ def _k(tensor: torch.Tensor, said: object, weights: Path, path: Path) -> int:
     if tensor.dtype not in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
         raise IncompatibleError(f"the tensor 'k' of {weights} is {tensor.dtype} {shown(tensor.item())} instead of an integer")
     k = int(tensor)
-    if said is not None and said != k:
+    if said is not None and (type(said) is not int or said != k):
         raise IncompatibleError(f"{path} says k = {shown(said)}, and {weights} says {k}: one of them is of another SAE")
     return k
 

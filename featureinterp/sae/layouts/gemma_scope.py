@@ -17,7 +17,7 @@ from featureinterp.sae.layouts.checkpoint import MAX_FEATURES, Checkpoint, check
 from featureinterp.sae.layouts.untrusted import ARCHIVE_ERRORS, FETCH_AGAIN, archive_members, shown
 
 WEIGHTS = "params.npz"
-_PLACE = re.compile(r"(?:^|/)layer_(\d{1,3})/width_[0-9a-z]+/average_l0_\d+$")
+_PLACE = re.compile(r"(?:^|/)layer_([0-9]{1,3})/width_[0-9a-z]+/average_l0_[0-9]+$")
 _REPOSITORY = re.compile(r"(?:^|[/-])gemma-scope-(2b|9b|27b)-(pt|it)-([0-9a-z-]+)(?=/)")
 _WIDTHS = {"2b": 2304, "9b": 3584, "27b": 4608}
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

@@ -61,7 +61,7 @@ def _declared(name: str, entry: Any, path: Path) -> Declared:
     dtype, shape, place = (entry.get(key) if isinstance(entry, dict) else None for key in ("dtype", "shape", "data_offsets"))
     if not _sizes(shape) or not _sizes(place) or len(place) != 2:
         raise IncompatibleError(f"{path} is not a safetensors file: it gives the tensor {shown(name)} no shape or no place")
-    if dtype not in _FLOATS:
+    if not isinstance(dtype, str) or dtype not in _FLOATS:
         raise IncompatibleError(f"the tensor {shown(name)} of {path} is {shown(dtype)} {shape} instead of a float")
     return Declared(dtype, tuple(shape), *place)
 

@@ -31,7 +31,8 @@ def read_torch(path: Path, wanted: Mapping[str, tuple[int, ...]], *, named: bool
     for name in wanted:
         if name in found:
             _check_dense(name, found[name], path)
-    check_shapes({name: tuple(tensor.shape) for name, tensor in found.items()}, wanted, path, named=named)
+    shapes = {name: tuple(tensor.shape) if name in wanted else () for name, tensor in found.items()}
+    check_shapes(shapes, wanted, path, named=named)
     kept = {name: found[name].detach() for name in wanted}
     for name, tensor in kept.items():
         if name != "k" and tensor.dtype not in _DTYPES:
@@ -92,7 +93,7 @@ def _plain(value: Any, path: Path) -> dict[str, torch.Tensor]:
 
 def _check_dense(name: str, tensor: torch.Tensor, path: Path) -> None:
     """Its numbers are in the file, each once."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         raise IncompatibleError(f"the tensor {name!r} of {path} is sparse, packed or on no device: save it as a plain tensor")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise IncompatibleError(f"the tensor {name!r} of {path} is {list(tensor.shape)} and holds fewer numbers: it is damaged or forged")
