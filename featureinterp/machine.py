@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,7 +27,10 @@ from featureinterp.files import write_json
 
 AUTO = "auto"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_SHAPE = (256, 1024, 1024)
+_SHAPE = (512, 1536, 4096)
+_SMALL = (64, 512, 512)
+"""Shapes of the measured products: of a large model's layer, and one that is quick in an emulated dtype too."""
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 _ONEDNN_WITH_BFLOAT16 = ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10")
 """Values of ONEDNN_MAX_CPU_ISA (or their beginnings) under which torch's products still use bfloat16 instructions."""
 
@@ -157,28 +160,52 @@ def _accelerator() -> tuple[str | None, str, bool]:
 
 def _measured(name: str) -> float:
     """Times that a matrix product takes longer in bfloat16 than in float32, measured once for each processor and version of torch."""
-    path, key = cache_folder() / "machine.json", f"{name}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    return round(_known(name, "bfloat16 over float32", lambda: _product_s(torch.bfloat16) / _product_s(torch.float32)), 3)
+
+
+def gflops(dtype: str, device: str = "cpu") -> float:
+    """Billions of floating-point operations a second in a matrix product of the size of a model's: measured in about half a
+    second. The best figure so far is kept for each machine, number of threads, dtype and device, since other work only makes
+    a figure smaller."""
+    machine = this_machine()
+    name = machine.processor if _kind(device) == "cpu" else f"{machine.accelerator_name} {device}"
+    shape = _SHAPE if machine.native(dtype, _kind(device)) else _SMALL
+    what = f"{dtype}, {torch.get_num_threads()} threads, GFLOP/s"
+    flops = 2e-9 * shape[0] * shape[1] * shape[2]
+    return round(_known(name, what, lambda: flops / _product_s(DTYPES[dtype], device, shape), again=True), 1)
+
+
+def _known(name: str, what: str, measure: Callable[[], float], *, again: bool = False) -> float:
+    """A figure that was measured before, or is now; ``again``: is measured again, and the larger one counts. It is kept in
+    ``machine.json`` of the cache folder."""
+    path = cache_folder() / "machine.json"
+    key = f"{name}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}: {what}"
+    limits = [f"{limit}={os.environ[limit]}" for limit in _LIMITS if limit in os.environ]
+    key = " ".join([key, *limits])
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         known = kept if isinstance(kept, dict) else {}
-        if isinstance(ratio := known.get(key), int | float):
-            return float(ratio)
     except (OSError, ValueError):
         known = {}
-    ratio = _product_s(torch.bfloat16) / _product_s(torch.float32)
+    before = known.get(key)
+    if isinstance(before, int | float) and before > 0 and not again:
+        return float(before)
+    figure = measure()
+    if isinstance(before, int | float) and before >= figure:
+        return float(before)
     with suppress(StorageError):  # a cache that cannot be written only means that the next process measures again
-        write_json(path, {**known, key: round(ratio, 3)})
-    return ratio
+        write_json(path, {**known, key: figure})
+    return figure
 
 
-def _product_s(dtype: torch.dtype) -> float:
-    """Seconds of one product, the best of three."""
-    n, k, m = _SHAPE
-    one, other = torch.ones(n, k, dtype=dtype), torch.ones(k, m, dtype=dtype)
+def _product_s(dtype: torch.dtype, device: str = "cpu", shape: tuple[int, int, int] = _SMALL) -> float:
+    """Seconds of one product, the best of five."""
+    n, k, m = shape
+    one, other = (torch.ones(shape, dtype=dtype, device=device) for shape in ((n, k), (k, m)))
     times = []
-    for _ in range(3):
+    for _ in range(5):
         start = time.perf_counter()
-        torch.matmul(one, other)
+        torch.matmul(one, other).sum().item()  # reading a value waits for a GPU
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -198,6 +225,14 @@ def pick_device(name: str | None = None) -> torch.device:
 def pick_dtype(name: str | None = None, device: str | torch.device | None = None, *, made_in: str | None = None) -> torch.dtype:
     """The dtype of that name; None or ``auto``: the best of the device, see :meth:`Machine.dtype`."""
     return DTYPES[this_machine().dtype(name, None if device is None else str(device), made_in=made_in)]
+
+
+def memory_bytes() -> int | None:
+    """Memory of the machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def choice(dtype: str | None = None, device: str | None = None) -> dict[str, str]:

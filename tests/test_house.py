@@ -32,7 +32,7 @@ ALLOWED = {
     "corpus": {"corpus", "errors", "files", "stored", "assets"},
     "subject": {"subject", "corpus", "errors", "files", "assets", "quiet", "machine"},
     "sae": {"sae", "errors", "files", "resources"},
-    "codes": {"codes", "claims", "sae", "subject", "corpus", "domain", "errors", "files", "stored"},
+    "codes": {"codes", "claims", "machine", "sae", "subject", "corpus", "domain", "errors", "files", "stored"},
     "records": {"records", "claims", "codes", "corpus", "domain", "errors", "files", "stored", "assets", "quiet"},
     "llm": {"llm", "domain", "errors", "files", "interfaces", "assets", "replies", "tasks", "validation"},
     "explain": LANGUAGE | {"explain"},
@@ -63,7 +63,23 @@ ALLOWED = {
     "jobs": LANGUAGE | {"machine", "jobs", "explain", "simulate", "score", "falsify", "records", "codes", "sae", "subject", "corpus", "__version__"},
     "__main__": {"cli"},
     "server": {"server", "claims", "api", "domain", "errors", "files", "jobs", "validation", "visible", "__version__"},
-    "cli": {"cli", "claims", "server", "api", "probing", "training", "errors", "assets", "domain", "jobs", "records", "llm", "visible", "__version__"},
+    "cli": {
+        "cli",
+        "claims",
+        "server",
+        "api",
+        "probing",
+        "training",
+        "errors",
+        "assets",
+        "domain",
+        "jobs",
+        "records",
+        "llm",
+        "visible",
+        "__version__",
+        "machine",
+    },
 }
 TORCH_ROOMS = {"subject", "sae", "codes", "training"}
 TORCH_FILES = {

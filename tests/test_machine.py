@@ -11,13 +11,15 @@ import torch
 from tiny import make_sae, make_subject_folder
 
 from featureinterp import machine as rooms
+from featureinterp.api.demo import AIM_S, machine_lines, plan_demo, planned
+from featureinterp.api.demo import machine as look
 from featureinterp.api.local import subject_of
 from featureinterp.codes.activator import RunActivator, live_settings
 from featureinterp.codes.collect import collect
 from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.text import load_corpus
 from featureinterp.corpus.windows import WindowPolicy
-from featureinterp.errors import IncompatibleError, UnknownNameError
+from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
 from featureinterp.machine import Machine, pick_device, pick_dtype, this_machine, x86_bfloat16
 from featureinterp.sae.load import load_sae, save_sae
 from featureinterp.subject.load import check_same_model, load_subject
@@ -106,7 +108,7 @@ def test_a_processor_that_is_not_known_is_measured_once(tmp_path: Path, monkeypa
     monkeypatch.setattr(rooms.platform, "machine", lambda: "riscv64")
     asked = []
 
-    def product_s(dtype: torch.dtype) -> float:
+    def product_s(dtype: torch.dtype, *_: object) -> float:
         asked.append(dtype)
         return seconds[0] if dtype is torch.bfloat16 else seconds[1]
 
@@ -170,3 +172,53 @@ def test_a_recipe_leaves_with_what_was_chosen(monkeypatch: pytest.MonkeyPatch):
     assert resolved(named, None).subject.dtype == "float16" and resolved(named, None).training.precision == "float32"
     with pytest.raises(IncompatibleError, match="dtype 'bfloat16'"):
         fitted(named, source)
+
+
+def test_the_best_speed_so_far_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FEATUREINTERP_CACHE", str(tmp_path))
+    monkeypatch.setattr(rooms, "this_machine", lambda: PLAIN)
+    seconds = iter([0.1, 0.4, 0.05])
+    monkeypatch.setattr(rooms, "_product_s", lambda *_: next(seconds))
+    flops = 2e-9 * 512 * 1536 * 4096
+    assert [rooms.gflops("float32") for _ in range(3)] == pytest.approx([flops / 0.1, flops / 0.1, flops / 0.05], abs=0.06)
+
+
+PLAN = {"dtype": "float32", "device": "cpu"}
+
+
+def test_the_demo_is_planned_to_the_machine():
+    slow, middle, fast = (plan_demo(5, None, None, gflops=speed, **PLAN) for speed in (20, 150, 2000))
+    assert (slow.n_test, slow.max_tokens) == (3, 20_000) and (fast.n_test, fast.max_tokens) == (8, 50_000)
+    assert slow.n_test <= middle.n_test <= fast.n_test and slow.max_tokens <= middle.max_tokens <= fast.max_tokens
+    assert middle.seconds <= AIM_S and fast.seconds < 120
+    given = plan_demo(5, 12_345, 2, gflops=20, **PLAN)
+    assert (given.max_tokens, given.n_test) == (12_345, 2) and given.seconds < slow.seconds
+    twenty = plan_demo(20, None, None, gflops=150, **PLAN)
+    assert twenty.n_test == middle.n_test and twenty.seconds > 3 * middle.seconds
+    assert "features judged on" in slow.text and f"about {round(slow.seconds / 60)} minutes" in slow.text
+
+
+def test_a_demo_goes_on_by_the_plan_that_it_began_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    speed = [20.0]
+    monkeypatch.setattr(rooms, "gflops", lambda *_: speed[0])
+    first = planned(tmp_path, 5, 0, None, None)
+    speed[0] = 2000.0
+    assert planned(tmp_path, 5, 0, None, None) == first
+    more = planned(tmp_path, 20, 0, None, None)  # other features of the same codes
+    assert more.max_tokens == first.max_tokens and more.n_test == 8
+    assert planned(tmp_path, 5, 0, 1000, 2).max_tokens == 1000
+    (tmp_path / "demo.json").write_text("not json")
+    assert planned(tmp_path, 5, 0, None, None).max_tokens == 50_000
+    with pytest.raises(InputError, match="n_test of 0"):
+        planned(tmp_path / "other", 5, 0, None, 0)
+
+
+def test_what_the_doctor_says_of_a_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("FEATUREINTERP_CACHE", str(tmp_path))
+    monkeypatch.setattr(rooms, "this_machine", lambda: PLAIN)
+    monkeypatch.setattr(rooms, "gflops", lambda *_: 150.0)
+    found = look()
+    assert found["chosen"]["dtype"] == "float32" and found["gflops"] == {"cpu float32": 150.0, "cpu bfloat16": 150.0}
+    lines = dict(machine_lines(found))
+    assert lines["auto is"] == "float32 on cpu: the processor has no bfloat16 instructions"
+    assert "a laptop (AVX2, 2 cores)" in lines["machine"] and "5 features" in lines["demo"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from featureinterp.jobs.plan import Event, Outcome, Plan
 from featureinterp.jobs.spec import Job, load_job, make_job
 
 if TYPE_CHECKING:
+    from featureinterp.api.demo import DemoPlan
     from featureinterp.codes.store import CodesStore
     from featureinterp.domain.record import FeatureRecord
     from featureinterp.falsify.sensitivity import FeatureSensitivity
@@ -439,9 +439,7 @@ def export(folder: str | Path, *, to: str = "parquet", out: str | Path | None = 
     return export_results(job_folder(Path(folder)), to, Path(out) if out else None)
 
 
-DEMO_TOKENS = 50_000
 DEMO_MIN_WINDOWS = 15
-DEMO_TEST_WINDOWS = 8
 
 
 def demo(
@@ -449,32 +447,35 @@ def demo(
     out: str | Path = "featureinterp-demo",
     features: int = 5,
     seed: int = 0,
-    max_tokens: int = DEMO_TOKENS,
-    n_test: int = DEMO_TEST_WINDOWS,
+    max_tokens: int | None = None,
+    n_test: int | None = None,
     simulator: str = "token-wise",
+    on_plan: Callable[[DemoPlan], None] = _silent,
+    on_chosen: Callable[[list[str]], object] = _silent,
     on_event: Callable[[Event], None] = _silent,
     steps: Steps = _silent,
 ) -> Results:
     """The whole path on the embedded parts: collects, makes records, explains and scores random features, and writes the report.
 
-    Features are drawn at random among those that fire in at least 15 windows. What is already in ``out`` is reused.
+    Features are drawn at random among those that fire in at least 15 windows. ``max_tokens`` of the corpus and ``n_test`` windows of each kind:
+    what this machine does in about ten minutes for five features, when not given. What is already in ``out`` is reused. ``on_plan`` gets the plan,
+    ``on_chosen`` a line on each feature before any is explained.
     """
+    from featureinterp.api.demo import first_figures, planned
     from featureinterp.assets import fetch
     from featureinterp.assets.gguf import hugging_face_folder
     from featureinterp.jobs.records import random_features
 
+    work = planned(Path(out), features, seed, max_tokens, n_test)
+    on_plan(work)
     for name in (SUBJECT, EXPLAINER, "all-minilm-l6-v2", CORPUS):
         fetch(name, lambda file, done, total: steps(f"download {file}", done, total))
     for name in (SUBJECT, EXPLAINER):
         steps(f"unpack {name}", 0, 1)
         hugging_face_folder(name)
         steps(f"unpack {name}", 1, 1)
-    store = collect(out=out, max_tokens=max_tokens, steps=steps)
+    store = collect(out=out, max_tokens=work.max_tokens, steps=steps)
     chosen = random_features(store, features, seed=seed, min_windows=DEMO_MIN_WINDOWS)
-    plan = Plan(n_test=n_test, n_valid=(n_test + 1) // 2, negatives=("random", "similar_negative"), seed=seed)
+    on_chosen(first_figures(store, chosen))
+    plan = Plan(n_test=work.n_test, n_valid=(work.n_test + 1) // 2, negatives=("random", "similar_negative"), seed=seed)
     return explain(out, chosen, plan=plan, simulator=simulator, on_event=on_event, steps=steps)
-
-
-def default_threads() -> int:
-    """How many processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -32,6 +32,7 @@ def collect(
     from featureinterp import api
 
     screen = Screen(as_json=as_json)
+    screen.machine(dtype, device)
     with screen.live():
         store = api.collect(
             out=out,

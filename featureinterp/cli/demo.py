@@ -14,8 +14,8 @@ MOST_ROWS = 50
 def demo(
     features: int = typer.Option(5, help="How many features to explain."),
     seed: int = typer.Option(0, help="Which random features."),
-    max_tokens: int = typer.Option(50_000, help="Tokens of the corpus to collect."),
-    n_test: int = typer.Option(8, help="Test windows of each kind."),
+    max_tokens: int = typer.Option(None, help="Tokens of the corpus to collect; planned to this machine's speed when not given."),
+    n_test: int = typer.Option(None, help="Test windows of each kind; planned to this machine's speed when not given."),
     simulator: str = typer.Option("token-wise", help="token-wise, all-at-once or lexical."),
     out: Path = typer.Option(Path("featureinterp-demo"), help="Folder for everything that is made; what is valid in it is reused."),
     as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
@@ -28,11 +28,19 @@ def demo(
     """
     screen = Screen(as_json=as_json)
     screen.say("featureinterp demo: SmolLM2-135M, its SAE, and State of the Union addresses, explained by Qwen2.5-Coder-1.5B on this machine")
+    screen.machine()
     from featureinterp import api
 
     choice = {"features": features, "seed": seed, "max_tokens": max_tokens, "n_test": n_test, "simulator": simulator}
     with screen.live():
-        results = api.demo(out=out, **choice, on_event=screen.event, steps=screen.step)
+        results = api.demo(
+            out=out,
+            **choice,
+            on_plan=lambda plan: screen.say(plan.text),
+            on_chosen=lambda lines: [screen.say(one_line(line)) for line in lines],
+            on_event=screen.event,
+            steps=screen.step,
+        )
     finish(screen, results)
 
 

@@ -61,6 +61,7 @@ def explain(
     llm = endpoint_of(llm, base_url, llm_model, api_key_env, concurrency, rpm, tpm, timeout_s, max_attempts)
     kinds = {} if negatives is None else {"negatives": sources_of(negatives)}
     screen = Screen(as_json=as_json)
+    screen.machine(dtype, device, what="simulator and judge run, where they are local,")
     with screen.live():
         results = api.explain(
             run,

@@ -77,6 +77,13 @@ class Screen:
         if not self.as_json or not self.console.is_terminal:
             self.console.print(escape(visible(line)), soft_wrap=True)
 
+    def machine(self, dtype: str | None = None, device: str | None = None, *, what: str = "models run") -> None:
+        """The first line of a verb that computes: the machine, and what ``auto`` comes to on it."""
+        from featureinterp.machine import choice
+
+        found = choice(dtype, device)
+        self.say(f"machine: {found['machine']}; {what} on {found['device']} in {found['dtype']} ({found['why']})")
+
     def event(self, event: Event) -> None:
         """A feature that got through a stage."""
         result = event.result

@@ -55,6 +55,7 @@ def sensitivity(
         samples, num_per_call, n_top_ex_for_generation, n_iw_ex_for_generation, concurrency=1 if endpoint is None else max_workers, seed=seed
     )
     screen = Screen(as_json=as_json)
+    screen.machine(dtype, device)
 
     def each_feature(feature: Any, done: int, total: int) -> None:
         screen.step("features", done, total)

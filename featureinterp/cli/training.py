@@ -61,6 +61,8 @@ def extract(
     screen = Screen(as_json=as_json)
     options = {"subject__model": model, "subject__hook": hook, "corpus__name": corpus, "corpus__max_tokens": max_tokens, "corpus__window": window}
     changes = _changes(settings, **options, corpus__held_out=held_out, store__dtype=store_dtype)
+    if not merge:
+        screen.machine(training.recipe_of(config, changes).subject.dtype, device)
     with screen.live():
         if merge:
             found = training.merge(merge, out)
@@ -101,6 +103,7 @@ def train(
     screen = Screen(as_json=as_json)
     options = {"sae__architecture": architecture, "sae__d_sae": d_sae, "sae__k": k, "training__samples": samples, "training__lr": lr}
     changes = _changes(settings, **options, store__folder=activations and activations.resolve(), training__online=online)
+    screen.machine(training.recipe_of(config, changes).subject.dtype, device)
     with screen.live():
         done = training.train(
             out,
@@ -170,6 +173,7 @@ def doctor(
     text_field: str = typer.Option("text", help="Field or column that holds the text."),
     window: int = typer.Option(None, help="Tokens per window that are planned."),
     load_model: bool = typer.Option(True, "--load-model/--no-model", help="Run the model of the activations again over some of their windows."),
+    machine: bool = typer.Option(False, "--machine", help="Say what this machine can do, and what the embedded models cost on it."),
     bench: bool = typer.Option(False, "--bench", help="Also measure tokens per second and peak memory by batch and window length; needs a model."),
     seed: int = typer.Option(0, help="Seed of what is drawn at random."),
     device: str = _DEVICE,
@@ -183,6 +187,17 @@ def doctor(
     from featureinterp.api import training
 
     screen = Screen(as_json=as_json)
+    if machine:
+        from featureinterp.api.demo import machine as look
+        from featureinterp.api.demo import machine_lines
+
+        seen = look()
+        if as_json:
+            screen.result(seen)
+        else:
+            screen.table(machine_lines(seen), ("what", "here"))
+        return
+    screen.machine(dtype, device)
     options = {"model": model, "hook": hook, "corpus": corpus, "window": window, "device": device, "dtype": dtype}
     found = []
     with screen.live():
@@ -227,6 +242,7 @@ def layers(
     from featureinterp.training.layers import parse_blocks
 
     screen = Screen(as_json=as_json)
+    screen.machine(dtype, device)
     with screen.live():
         found = training.layers(
             model=model,

@@ -18,6 +18,7 @@ from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows, copy_windows
 from featureinterp.errors import FeatureInterpError, IncompatibleError, InputError
 from featureinterp.files import content_key
+from featureinterp.machine import choice
 from featureinterp.sae.codes import SparseCodes
 from featureinterp.sae.load import LoadedSae
 from featureinterp.subject.load import PrependToken, SkipFirst, Subject, check_same_model
@@ -166,7 +167,8 @@ def _target(
     }
     n_positions = len(windows) * windows.length
     writer = RunWriter(folder, n_features=sae.n_features, n_positions=n_positions, value_dtype=value_dtype)
-    return _Target(sae, writer, {"key": content_key(asked), **provenance, "window_length": windows.length})
+    made_on = choice(asked["dtype"], str(subject.device))
+    return _Target(sae, writer, {"key": content_key(asked), **provenance, "window_length": windows.length, "made_on": made_on})
 
 
 def check_sae(store: CodesStore, sae: LoadedSae) -> None:

@@ -292,7 +292,7 @@ def _about(store: CodesStore, job: Job, endpoint: Endpoint, explainer: Explainer
         "Corpus": f"{meta['corpus']['name']}: {store.windows.n_tokens:,} tokens in {len(store.windows):,} windows of {store.windows.length}",
         "Explainer": job.explainer if job.explainer == "top-tokens" else f"{job.explainer}, {endpoint.model}",
         **({"Holistic activations": HOLISTIC[job.holistic]} if job.holistic else {}),
-        "Simulator": f"{job.simulator} {settings[1].get('model', '')}".strip() if "simulate" in job.stages else "none",
+        "Simulator": _named(job.simulator, settings[1]) if "simulate" in job.stages else "none",
         "Prompts": ", ".join(f"{s['prompt']} {s['prompt_hash'][:8]}" for s in settings if s.get("prompt")) or "none",
         "Windows judged": f"{job.plan.n_test} of each kind, from documents that the explainer did not see",
         "Fingerprints": f"model {meta['model']['fingerprint'][:12]}, SAE {meta['sae']['fingerprint'][:12]}, windows {meta['corpus']['windows'][:12]}",
@@ -300,6 +300,12 @@ def _about(store: CodesStore, job: Job, endpoint: Endpoint, explainer: Explainer
     }
     title = f"{n} feature{'' if n == 1 else 's'} of {meta['model']['name']}"
     return {"title": title, "subtitle": f"SAE {meta['sae']['name']} at {meta['sae']['hook']}, explained and tested", "facts": facts, "job": outcome.job}
+
+
+def _named(simulator: str, settings: Mapping[str, Any]) -> str:
+    """A simulator with its model and the dtype that it runs in."""
+    model, dtype = settings.get("model", ""), settings.get("dtype")
+    return f"{simulator} {model}{f' ({dtype})' if dtype else ''}".strip()
 
 
 def _no_steerer(local: Local) -> Callable[[Job, CodesStore], Steerer]:

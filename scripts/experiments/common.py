@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 import featureinterp as fi
-from featureinterp import api
 from featureinterp.domain.result import FeatureResult
 from featureinterp.intervals import bootstrap
 from featureinterp.jobs.plan import Event
@@ -55,7 +54,7 @@ class Experiment:
         if not self.args.small:
             sys.exit(f"{self.name}: give the run folder that 'featureinterp collect' wrote with --run, or --small for the embedded model")
         run = Path(self.args.out / "run")
-        fi.collect(out=run, max_tokens=api.DEMO_TOKENS, steps=log)
+        fi.collect(out=run, max_tokens=50_000, steps=log)
         return run
 
     def arm(self, name: str, run: Path, **changes: Any) -> Sequence[FeatureResult]:
