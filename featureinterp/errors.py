@@ -23,6 +23,7 @@
         │   └── ContentRefusedError    a filter or the model itself refuses what the request is about
         ├── TruncatedReplyError        the reply was cut by the token limit
         └── MalformedReplyError        the reply does not have the form that was asked for
+            └── EmptyReplyError        it holds no choice at all (once more can help)
 
 The message of each is one sentence that says what was wrong, which value, and what to do.
 """
@@ -143,3 +144,7 @@ class MalformedReplyError(LanguageModelError):
     """The reply does not have the form that was asked for."""
 
     billed = True
+
+
+class EmptyReplyError(MalformedReplyError):
+    """The reply holds no choice at all; asking once more can help."""

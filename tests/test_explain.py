@@ -97,7 +97,7 @@ def test_bad_replies_are_asked_again_and_then_fail_by_name():
     with pytest.raises(MalformedReplyError, match="never"):
         anyio.run(OneShot(model, SentenceStyle()).explain, record(MAY))
     assert len(model.requests) == MAX_ATTEMPTS
-    with pytest.raises(TruncatedReplyError, match="max_tokens"):
+    with pytest.raises(TruncatedReplyError, match="--reply-tokens"):
         explain(lambda _: Reply(('{"explanation": "cut',), (True,), Usage()))
 
 

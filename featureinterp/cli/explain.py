@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
 from featureinterp.cli.demo import finish
+from featureinterp.cli.endpoint import EFFORT, EXTRA_BODY, EXTRA_HEADER, REPLY_TOKENS, THINKING_TOKENS, endpoint_of
 from featureinterp.cli.screen import Screen
-
-if TYPE_CHECKING:
-    from featureinterp.llm.config import Endpoint
 
 
 def explain(
@@ -41,6 +38,11 @@ def explain(
     tpm: int = typer.Option(None, help="Tokens per minute at most."),
     timeout_s: float = typer.Option(120.0, help="Seconds that one request may take."),
     max_attempts: int = typer.Option(6, help="Attempts at one request."),
+    reply_tokens: int = REPLY_TOKENS,
+    thinking_tokens: int = THINKING_TOKENS,
+    effort: str = EFFORT,
+    extra_body: str = EXTRA_BODY,
+    extra_header: list[str] = EXTRA_HEADER,
     budget_usd: float = typer.Option(None, help="Stop when this much is spent."),
     max_minutes: float = typer.Option(None, help="Stop after this time."),
     n_test: int = typer.Option(10, help="Test windows of each kind."),
@@ -58,7 +60,8 @@ def explain(
     from featureinterp.jobs.plan import Plan
     from featureinterp.records.policy import RecordPolicy
 
-    llm = endpoint_of(llm, base_url, llm_model, api_key_env, concurrency, rpm, tpm, timeout_s, max_attempts)
+    how = (reply_tokens, thinking_tokens, effort, extra_body, extra_header)
+    llm = endpoint_of(llm, base_url, llm_model, api_key_env, concurrency, rpm, tpm, timeout_s, max_attempts, *how)
     kinds = {} if negatives is None else {"negatives": sources_of(negatives)}
     screen = Screen(as_json=as_json)
     screen.machine(dtype, device, what="simulator and judge run, where they are local,")
@@ -101,31 +104,3 @@ def sources_of(text: str) -> tuple[str, ...]:
         if source not in COMPLEMENTARY_SOURCES:
             raise InputError(f"{source!r} is no kind of window to judge by: choose from {', '.join(COMPLEMENTARY_SOURCES)}")
     return found
-
-
-def endpoint_of(
-    name: str | None,
-    base_url: str | None,
-    model: str | None,
-    api_key_env: str | None,
-    concurrency: int,
-    rpm: int | None,
-    tpm: int | None,
-    timeout_s: float,
-    max_attempts: int,
-) -> Endpoint | str | None:
-    """The endpoint that the options mean: a name of the configuration file, an address, or the embedded model (None)."""
-    from featureinterp.errors import InputError
-    from featureinterp.llm.config import Endpoint
-
-    if name is not None and base_url is not None:
-        raise InputError("an endpoint is named twice: give --llm or --base-url")
-    if name is not None:
-        return name
-    if base_url is None:
-        if model is not None:
-            raise InputError(f"the model {model!r} needs the address of its endpoint: give --base-url, or leave --llm-model out for the embedded model")
-        return None
-    if model is None:
-        raise InputError("an endpoint needs the name of its model: give --llm-model")
-    return Endpoint(base_url, model, api_key_env or None, concurrency, rpm, tpm, timeout_s, max_attempts)

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from featureinterp.cli.explain import endpoint_of
+from featureinterp.cli.endpoint import EFFORT, EXTRA_BODY, EXTRA_HEADER, REPLY_TOKENS, THINKING_TOKENS, endpoint_of
 from featureinterp.cli.screen import Screen, end, one_line, plain, put
 
 
@@ -21,6 +21,11 @@ def falsify(
     llm_model: str = typer.Option(None, help="The endpoint's model."),
     api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key."),
     concurrency: int = typer.Option(16, help="Requests in flight at most."),
+    reply_tokens: int = REPLY_TOKENS,
+    thinking_tokens: int = THINKING_TOKENS,
+    effort: str = EFFORT,
+    extra_body: str = EXTRA_BODY,
+    extra_header: list[str] = EXTRA_HEADER,
     budget_usd: float = typer.Option(None, help="Stop when this much is spent."),
     max_minutes: float = typer.Option(None, help="Stop after this time."),
     as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
@@ -32,7 +37,8 @@ def falsify(
     from featureinterp import api
     from featureinterp.jobs.budget import Budget
 
-    endpoint = endpoint_of(llm, base_url, llm_model, api_key_env, concurrency, None, None, 120.0, 6)
+    how = (reply_tokens, thinking_tokens, effort, extra_body, extra_header)
+    endpoint = endpoint_of(llm, base_url, llm_model, api_key_env, concurrency, None, None, 120.0, 6, *how)
     fields: dict[str, Any] = {} if endpoint is None else {"llm": endpoint}
     screen = Screen(as_json=as_json)
     with screen.live():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from featureinterp.cli.explain import endpoint_of
+from featureinterp.cli.endpoint import EFFORT, EXTRA_BODY, EXTRA_HEADER, REPLY_TOKENS, THINKING_TOKENS, endpoint_of
 from featureinterp.cli.screen import Screen, end, one_line, plain, put
 
 if TYPE_CHECKING:
@@ -32,6 +32,11 @@ def sensitivity(
     llm_model: str = typer.Option(None, help="The endpoint's model."),
     api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key."),
     max_workers: int = typer.Option(16, help="Requests in flight at most."),
+    reply_tokens: int = REPLY_TOKENS,
+    thinking_tokens: int = THINKING_TOKENS,
+    effort: str = EFFORT,
+    extra_body: str = EXTRA_BODY,
+    extra_header: list[str] = EXTRA_HEADER,
     budget_usd: float = typer.Option(None, help="Stop when this much is spent."),
     max_minutes: float = typer.Option(None, help="Stop after this time."),
     seed: int = typer.Option(0, help="Seed of what is drawn at random."),
@@ -50,7 +55,8 @@ def sensitivity(
     from featureinterp.jobs.sensitivity import SensitivityPlan
 
     names = [n for text in (*sae_names, *(more_saes or ())) for n in text.split(",") if n]
-    endpoint = endpoint_of(llm, base_url, llm_model, api_key_env, max_workers, None, None, 120.0, 6)
+    how = (reply_tokens, thinking_tokens, effort, extra_body, extra_header)
+    endpoint = endpoint_of(llm, base_url, llm_model, api_key_env, max_workers, None, None, 120.0, 6, *how)
     plan = SensitivityPlan(
         samples, num_per_call, n_top_ex_for_generation, n_iw_ex_for_generation, concurrency=1 if endpoint is None else max_workers, seed=seed
     )

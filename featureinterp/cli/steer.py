@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from featureinterp.cli.explain import endpoint_of
+from featureinterp.cli.endpoint import EFFORT, EXTRA_BODY, EXTRA_HEADER, REPLY_TOKENS, THINKING_TOKENS, endpoint_of
 from featureinterp.cli.screen import Screen, end, one_line, plain, put
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ def steer(
     llm_model: str = typer.Option(None, help="The endpoint's model."),
     api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key."),
     concurrency: int = typer.Option(16, help="Requests in flight at most."),
+    reply_tokens: int = REPLY_TOKENS,
+    thinking_tokens: int = THINKING_TOKENS,
+    effort: str = EFFORT,
+    extra_body: str = EXTRA_BODY,
+    extra_header: list[str] = EXTRA_HEADER,
     as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
 ) -> None:
     """Have the subject model write while each explained feature is pushed, beside random directions, and judge whether the texts fit the explanation.
@@ -44,7 +49,8 @@ def steer(
     steering: dict[str, Any] = {"doses": amounts, "n_random": random_directions, "max_tokens": max_tokens, "temperature": temperature}
     if openings:
         steering["openings"] = tuple(openings)
-    endpoint = endpoint_of(llm, base_url, llm_model, api_key_env, concurrency, None, None, 120.0, 6)
+    how = (reply_tokens, thinking_tokens, effort, extra_body, extra_header)
+    endpoint = endpoint_of(llm, base_url, llm_model, api_key_env, concurrency, None, None, 120.0, 6, *how)
     fields: dict[str, Any] = {name: value for name, value in (("llm", endpoint), ("model", model), ("sae", sae)) if value is not None}
     screen = Screen(as_json=as_json)
     with screen.live():

@@ -28,6 +28,7 @@ class Answers(NamedTuple, Generic[Answer]):
 async def ask(model: LanguageModel, request: Request, read: Callable[[str], Answer]) -> Answers[Answer]:
     """Up to ``request.n`` answers. Those that are missing, by the endpoint or because ``read`` raised ``MalformedReplyError``, are asked for
     again with another seed, until three requests have given none; an endpoint that gives one reply at a time is asked as often as needed.
+    What was cut is not asked again.
     Raises what the model raises when there is no answer yet, and ``EndpointRefusedError`` always."""
     found: list[tuple[Answer, Request]] = []
     usage = Usage()
@@ -39,7 +40,10 @@ async def ask(model: LanguageModel, request: Request, read: Callable[[str], Answ
         for text, cut in zip(reply.texts, reply.truncated, strict=True):
             try:
                 if cut:
-                    raise TruncatedReplyError(f"the reply was cut after {request.max_tokens} tokens: raise the explainer's max_tokens")
+                    raise TruncatedReplyError(
+                        f"the reply was cut after {reply.room or request.max_tokens} tokens: give more room with --reply-tokens (reply_tokens of the "
+                        "endpoint), or with --thinking-tokens to a model that thinks"
+                    )
                 answers.append(read(text))
             except (MalformedReplyError, TruncatedReplyError) as error:
                 problem = error
@@ -68,6 +72,8 @@ async def ask(model: LanguageModel, request: Request, read: Callable[[str], Answ
         attempt += 1
         try:
             found += [(answer, asked) for answer in readable(reply)[: asked.n]]
-        except (MalformedReplyError, TruncatedReplyError) as error:
+        except TruncatedReplyError as error:  # the same question would be cut at the same place
+            return Answers(found, usage, error)
+        except MalformedReplyError as error:
             last, failed = error, failed + 1
     return Answers(found, usage, last)

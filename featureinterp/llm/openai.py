@@ -13,12 +13,12 @@ import anyio
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import (
     ContentRefusedError,
+    EmptyReplyError,
     EndpointBusyError,
     EndpointRefusedError,
     EndpointUnavailableError,
     InputError,
     LanguageModelError,
-    MalformedReplyError,
     RequestRefusedError,
 )
 from featureinterp.llm.accepts import Accepts, Options
@@ -119,13 +119,12 @@ class OpenAIModel:
 
     async def complete(self, request: Request) -> Reply:
         """Sends one completion, and again as long as the endpoint refuses a parameter that can be left out or put otherwise, when a model turns out
-        to think and had no room for it, and once when an answer holds no choice.
+        to think and had no room for it.
 
         Raises ``EndpointUnavailableError``, ``EndpointRefusedError``, ``RequestRefusedError`` or ``MalformedReplyError``, with what to do.
         """
         await self._turns.take()
         spent = Usage()
-        empty = False
         try:
             for _ in range(MAX_EXCHANGES):
                 by = self.accepts
@@ -140,12 +139,9 @@ class OpenAIModel:
                     continue
                 usage = reported_usage(completion, time.monotonic() - start)
                 choices = read_choices(completion, self.base_url)
-                if not choices and not empty:
-                    empty, spent = True, spent + usage
-                    continue
                 if not choices:
                     spent += usage
-                    raise MalformedReplyError(f"{self.base_url} answered without any choice: is it an OpenAI-compatible endpoint?")
+                    raise EmptyReplyError(f"{self.base_url} answered without any choice: is it an OpenAI-compatible endpoint?")
                 if thinks(choices, completion) and not by.thinks:
                     self.accepts = replace(self.accepts, thinks=True)
                     cut = all(c.end == "cut" and not c.text.strip() for c in choices)

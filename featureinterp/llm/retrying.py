@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
-from featureinterp.errors import EndpointBusyError, EndpointUnavailableError
+from featureinterp.errors import EmptyReplyError, EndpointBusyError, EndpointUnavailableError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Reply, Request
 
@@ -17,7 +17,8 @@ FIRST_WAIT_S, MAX_WAIT_S = 0.5, 30.0
 
 class Retrying:
     """Repeats a request of ``model`` after an :class:`EndpointUnavailableError`, at most ``attempts`` times in ``max_seconds``; after an
-    :class:`EndpointBusyError` (a limit per minute, an overload, a model that loads) as often as ``max_seconds`` allow.
+    :class:`EndpointBusyError` (a limit per minute, an overload, a model that loads) as often as ``max_seconds`` allow; once after an
+    :class:`EmptyReplyError`.
 
     Waits as long as the endpoint asks, otherwise exponentially with full jitter. Stands outside of ``Limited``, so that a wait holds no slot.
     The last error is raised as it is.
@@ -39,7 +40,7 @@ class Retrying:
 
     async def complete(self, request: Request) -> Reply:
         start, waited = self._clock(), 0.0
-        failed = busy = 0
+        failed = busy = empty = 0
         while True:
             try:
                 return await self._model.complete(request)
@@ -51,6 +52,11 @@ class Retrying:
                 wait = error.retry_after_s if error.retry_after_s is not None else self._jitter(failed + busy)
                 if failed >= self._attempts or max(waited, self._clock() - start) + wait > self._max_seconds:
                     raise
+            except EmptyReplyError:
+                empty += 1
+                if empty > 1:
+                    raise
+                wait = 0.0
             await self._sleep(wait)
             waited += wait
 

@@ -77,7 +77,7 @@ class Rated:
 
         def read(reply: Reply) -> list[np.ndarray]:
             if reply.truncated[0]:
-                raise TruncatedReplyError(f"the reply was cut after {budget} tokens: give fewer windows per request")
+                raise TruncatedReplyError(f"the reply was cut after {reply.room or budget} tokens: give more room with --reply-tokens")
             return _check(parse_reply(reply.text, LevelsReply), [len(t) for t in texts])
 
         cause: LanguageModelError | None = None
@@ -85,7 +85,7 @@ class Rated:
             try:
                 reply = await self.model.complete(Request(messages, budget, 0.0 if not attempt else 0.5, attempt, schema=schema, check=read))
                 return [Simulation(levels) for levels in read(reply)]
-            except (MalformedReplyError, TruncatedReplyError) as error:
+            except MalformedReplyError as error:
                 cause = error
             except EndpointRefusedError:
                 raise
