@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from endpoint import Entry, completion, play
+from endpoint import Entry, completion, digest_of, play
 
 Body = dict[str, Any]
 
@@ -554,6 +554,19 @@ def ignored(*names: str) -> Callable[[Entry, Body], Any]:
     return dialect
 
 
+_OBJECT = {"colour": "red", "explanation": "words about ", "rules": [{"activates_on": "words", "strength": 4}], "levels": [], "texts": []}
+
+
+def any_object(entry: Entry, body: Body) -> Any:
+    """JSON without a schema: an object with everything that may be asked for."""
+    if form(body) != "json_object":
+        return None
+    whole = play(body)
+    words = _OBJECT | {"explanation": f"words about {digest_of(body)}"}
+    whole["choices"][0]["message"]["content"] = json.dumps(words)
+    return whole
+
+
 _LM_STUDIO_FORMS = Refusal(lambda b: form(b) == "json_object", 400, {"error": "'response_format.type' must be 'json_schema' or 'text'"})
 
 PROVIDERS: dict[str, Callable[[Entry, Body], Any]] = {
@@ -563,9 +576,9 @@ PROVIDERS: dict[str, Callable[[Entry, Body], Any]] = {
     "gemini": first_of(LEARNABLE["schema-gemini-additional"], LEARNABLE["logprobs-gemini"], LEARNABLE["n-gemini"], LEARNABLE["seed-gemini"]),
     "anthropic": first_of(LEARNABLE["schema-anthropic-bounds"], ignored("logprobs", "top_logprobs", "seed", "n")),
     "together": first_of(LEARNABLE["few-logprobs-together"]),
-    "groq": first_of(LEARNABLE["n-groq"], LEARNABLE["logprobs-gaudi"], LEARNABLE["schema-deepseek"]),
+    "groq": first_of(LEARNABLE["n-groq"], LEARNABLE["logprobs-gaudi"], LEARNABLE["schema-deepseek"], any_object),
     "mistral": first_of(LEARNABLE["seed-mistral"], LEARNABLE["logprobs-403"]),
-    "deepseek": first_of(LEARNABLE["schema-deepseek"], LEARNABLE["object-wants-the-word"], thinking),
+    "deepseek": first_of(LEARNABLE["schema-deepseek"], LEARNABLE["object-wants-the-word"], thinking, any_object),
     "dashscope": first_of(LEARNABLE["stream-dashscope"], streamed),
     "vllm": first_of(LEARNABLE["few-logprobs-vllm"], LEARNABLE["system-gemma"]),
     "sglang": first_of(LEARNABLE["seed-fastapi"], thinking),
@@ -583,3 +596,7 @@ def whole(text: str, **fields: Any) -> Body:
     found = completion(text)
     found["choices"][0]["message"].update(fields)
     return found
+
+
+REFUSED_AT_FIRST = Refusal(lambda _: True, FINAL["credit-402"].status, FINAL["credit-402"].body)
+"""Refuses everything."""

@@ -35,10 +35,10 @@ def certificate_problem(error: BaseException) -> str | None:
     for _ in range(8):
         if seen is None:
             return None
-        inner = getattr(seen, "certificate_error", None) or getattr(seen, "os_error", None)
-        for candidate in (seen, inner):
+        inner = getattr(seen, "certificate_error", None) or getattr(seen, "os_error", None)  # aiohttp's wrap the one of ssl
+        for candidate in (inner, seen):
             if isinstance(candidate, ssl.SSLCertVerificationError):
-                return f"its certificate is not trusted: {candidate.verify_message}"
+                return f"its certificate is not trusted: {getattr(candidate, 'verify_message', candidate)}"
             if isinstance(candidate, ssl.SSLError):
                 return f"the encryption failed: {candidate.reason or candidate}"
         seen = seen.__cause__ or seen.__context__
