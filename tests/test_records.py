@@ -311,7 +311,7 @@ def test_choosing_features(store: CodesStore):
     alive = alive_features(store)
     assert set(parse_features("random:5", store)) <= set(alive.tolist())
     assert len(set(random_features(store, 5, seed=1))) == 5
-    for wrong in ("x", "3:2", "", "random:x", ","):
+    for wrong in ("x", "3:2", "", "random:x", ",", "1_0", "٣", "+3", "3 4", "0:1_0", "٠:٣", "random:1_0", "random:", "9" * 5000, "3.0", "0x3"):
         with pytest.raises(InputError):
             parse_features(wrong, store)
     for wrong in ("0:65", "64", "-1"):
@@ -319,6 +319,18 @@ def test_choosing_features(store: CodesStore):
             parse_features(wrong, store)
     with pytest.raises(InputError, match="asked for"):
         random_features(store, 1000, seed=0)
+
+
+def test_naming_all_features_again_and_again_takes_no_memory(store: CodesStore):
+    import tracemalloc
+
+    text = ",".join(["0:", "alive"] * 2000)
+    parse_features("0:,alive", store)
+    tracemalloc.start()
+    assert len(parse_features(text, store)) == store.n_features
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000, peak  # a list of all that is named would take 2.0 MB for the 64 features, and 2 GB for 64,000
 
 
 def test_policies_that_need_embeddings_say_so(store: CodesStore):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -25,29 +26,38 @@ def parse_features(text: str, store: CodesStore) -> list[int]:
 
     Raises ``InputError`` for another form and ``FeatureRangeError`` for an index outside the dictionary.
     """
-    chosen: list[int] = []
+    chosen: dict[int, None] = {}
     for part in filter(None, (p.strip() for p in text.split(","))):
-        head, _, tail = part.partition(":")
         try:
-            if part == "alive":
-                chosen += alive_features(store).tolist()
-            elif head == "random":
-                chosen += random_features(store, int(tail), seed=0)
-            elif ":" in part:
-                start, end = int(head or 0), int(tail or store.n_features)
-                if end <= start:
-                    raise ValueError(part)
-                store.check_feature(start)
-                store.check_feature(end - 1)
-                chosen += range(start, end)
-            else:
-                store.check_feature(int(part))
-                chosen.append(int(part))
+            chosen.update(dict.fromkeys(_features_of(part, store)))
         except ValueError as error:
             raise InputError(f"{part!r} names no features: write 0:40, 3,17,256, random:20 or alive") from error
     if not chosen:
         raise InputError(f"{text!r} names no features: write 0:40, 3,17,256, random:20 or alive")
-    return list(dict.fromkeys(chosen))
+    return list(chosen)
+
+
+def _features_of(part: str, store: CodesStore) -> Sequence[int]:
+    """The features of one part; ``ValueError`` when it names none."""
+    head, colon, tail = part.partition(":")
+    if part == "alive":
+        return list(alive_features(store).tolist())
+    if head == "random":
+        return random_features(store, _index(tail), seed=0)
+    start = _index(head) if head or not colon else 0
+    end = start + 1 if not colon else _index(tail) if tail else store.n_features
+    if end <= start:
+        raise ValueError(part)
+    store.check_feature(start)
+    store.check_feature(end - 1)
+    return range(start, end)
+
+
+def _index(text: str) -> int:
+    """An integer in plain digits: no separators, no digits of other scripts."""
+    if not re.fullmatch("-?[0-9]{1,18}", text):
+        raise ValueError(text)
+    return int(text)
 
 
 def alive_features(store: CodesStore) -> np.ndarray:

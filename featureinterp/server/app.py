@@ -61,6 +61,14 @@ class Rules:
     min_free: int = MIN_FREE
 
 
+def _integral(value: Any) -> Any:
+    """JSON has one kind of numbers: 5.0 is an integer, and neither "5" nor true is one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integral = pydantic.BeforeValidator(_integral)
+
+
 class Submission(pydantic.BaseModel):
     """A job to be run. Names stand for what the operator allowed; there are no paths and no addresses."""
 
@@ -79,11 +87,11 @@ class Submission(pydantic.BaseModel):
     explainer: Literal["one-shot", "tree", "top-tokens"] = "one-shot"
     holistic: Literal["exact", "gradient"] | None = pydantic.Field(None, description="Show the explainer which tokens cause the activations.")
     style: Literal["sentence", "rules"] = "sentence"
-    rule_cap: int = pydantic.Field(5, ge=1, le=10)
+    rule_cap: Annotated[int, pydantic.Field(ge=1, le=10), Integral] = 5
     simulator: Literal["token-wise", "all-at-once", "prompt-logprobs", "rated", "lexical"] = "token-wise"
     simulator_model: str | None = pydantic.Field(None, max_length=200, description="One of the local models that are allowed.")
-    n_test: int = pydantic.Field(10, ge=1, le=100, description="Test windows of each kind.")
-    seed: int = pydantic.Field(0, ge=0, le=2**31 - 1)
+    n_test: Annotated[int, pydantic.Field(ge=1, le=100), Integral] = pydantic.Field(10, description="Test windows of each kind.")
+    seed: Annotated[int, pydantic.Field(ge=0, le=2**31 - 1), Integral] = 0
     budget_usd: float | None = pydantic.Field(None, gt=0, le=1e6)
     max_minutes: float | None = pydantic.Field(None, gt=0, le=1e5)
 
@@ -186,9 +194,9 @@ def _whole(text: Any) -> Any:
 
 JobId = Annotated[str, fastapi.Path(description="The job's id.", max_length=80, examples=["20260101-120000-0123abcd"])]
 Whole = pydantic.BeforeValidator(_whole)
-Limit = Annotated[int, Whole, fastapi.Query(ge=1, le=1000, description="At most so many.")]
-Offset = Annotated[int, Whole, fastapi.Query(ge=0, le=10**9, description="Leave out so many first.")]
-FeatureIndex = Annotated[int, Whole, fastapi.Path(ge=0, le=2**40)]
+Limit = Annotated[int, pydantic.Field(ge=1, le=1000), Whole, fastapi.Query(description="At most so many.")]
+Offset = Annotated[int, pydantic.Field(ge=0, le=10**9), Whole, fastapi.Query(description="Leave out so many first.")]
+FeatureIndex = Annotated[int, pydantic.Field(ge=0, le=2**40), Whole, fastapi.Path()]
 
 
 def make_app(rules: Rules) -> fastapi.FastAPI:
