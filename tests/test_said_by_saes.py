@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import save_file
 from test_checkpoints import PYTHIA, checkpoint, configuration, saved
 
-from featureinterp.errors import FeatureInterpError, IncompatibleError, StorageError, UnknownNameError
+from featureinterp.errors import FeatureInterpError, IncompatibleError, InputError, StorageError, UnknownNameError
 from featureinterp.sae.info import sae_info
 from featureinterp.sae.layouts.checkpoint import ARCHITECTURES
 from featureinterp.sae.load import load_sae, save_sae, save_saelens
+from featureinterp.training.recipe import train
+from featureinterp.training.settings import make_recipe
 
 D_IN, D_SAE = 8, 16
 
@@ -332,6 +334,39 @@ def test_a_k_that_is_no_number_of_features_is_refused_everywhere(k: object, tmp_
     with pytest.raises(IncompatibleError, match="positive integer 'k'"):
         load_sae(str(tmp_path))
     assert unit_sae("topk", k=16).encode(torch.ones(1, D_IN)).values.shape == (16,)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "matryoshka_batch_topk", "jumprelu"])
+def test_a_recipe_with_more_codes_than_features_is_refused(architecture: str):
+    with pytest.raises(InputError, match=r"k \(17\) is above d_sae \(16\)"):
+        make_recipe({"sae": {"architecture": architecture, "d_sae": 16, "k": 17}})
+    assert make_recipe({"sae": {"architecture": architecture, "d_sae": 16, "k": 16}}).sae.width(8) == 16
+    table = make_recipe({"sae": {"architecture": architecture, "expansion": 2, "k": 17}}).sae
+    assert table.width(9) == 18
+    with pytest.raises(InputError, match=r"sae.k = 17 is above the 16 features that sae.expansion = 2"):
+        table.width(8)
+    for odd in (True, 4.7, 4.0, "4"):
+        with pytest.raises(InputError, match="sae.k"):
+            make_recipe({"sae": {"architecture": architecture, "k": odd}})
+    assert make_recipe({"sae": {"architecture": "relu", "d_sae": 16}}).sae.k == 32, "of no consequence there"
+
+
+@pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
+def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_done(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from featureinterp.training import trackers
+
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    recipe = make_recipe({"tracking": {"to": tracker}, "subject": {"model": "no such model"}})
+    with pytest.raises(InputError, match=rf"install featureinterp\[{tracker}\]"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_probe_without_any_result_is_drawn_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+    from featureinterp.report.probing import plot_study
+
+    assert [p.exists() for p in plot_study(tmp_path, SimpleNamespace(concepts=[]))] == [True, True]
+    assert not [str(w.message) for w in recwarn if w.category is UserWarning]
 
 
 def test_a_zero_decoder_is_refused(tmp_path: Path):

@@ -106,6 +106,7 @@ def evaluate(
     where the subject is now, by the name that the activations recorded when not given. ``out``: a folder for ``metrics.json``."""
     from dataclasses import replace
 
+    from featureinterp.codes.fit import named_alike
     from featureinterp.machine import pick_device, this_machine
     from featureinterp.sae.load import load_sae
     from featureinterp.subject.load import as_subject, check_same_model, load_causal_lm
@@ -124,6 +125,10 @@ def evaluate(
     source = found.test.meta["source"]
     if source["hook"] != loaded.hook:
         raise IncompatibleError(f"{loaded.name} reads {loaded.hook}, and {folder} holds {source['hook']}: give activations of the SAE's hook")
+    if not named_alike(loaded.model, source["model"]["name"]):
+        raise IncompatibleError(
+            f"{loaded.name} was made for {loaded.model}, and {folder} holds activations of {source['model']['name']}: give activations of the SAE's model",
+        )
     sample = None
     if found.train is not None:
         check_apart(found.train, found.test)

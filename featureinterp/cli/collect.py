@@ -12,7 +12,7 @@ from featureinterp.cli.screen import Screen, put
 def collect(
     out: Path = typer.Option(..., help="Run folder; an unfinished collection in it is gone on with."),
     model: str = typer.Option("smollm2-135m-instruct", help="Subject: an embedded name, a Hugging Face name, or a folder."),
-    sae: str = typer.Option("demo", help="SAE: 'demo', or a folder with config.json and weights.safetensors."),
+    sae: str = typer.Option("demo", help="SAE: 'demo', a name of 'saes list', saelens:RELEASE/ID, or a folder."),
     corpus: str = typer.Option("sotu", help="'sotu', hf:DATASET:SPLIT, or a text, JSONL or parquet file, or a folder of texts."),
     max_tokens: int = typer.Option(None, help="About how many tokens, spread over the documents; all when not given."),
     window: int = typer.Option(32, help="Tokens per window."),

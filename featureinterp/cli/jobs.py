@@ -78,7 +78,7 @@ def status(folder: Path = typer.Argument(..., metavar="RUN", help="A job's folde
 def export(
     folder: Path = typer.Argument(..., metavar="RUN", help="A job's folder, or the run folder above it."),
     to: str = typer.Option("parquet", help="parquet, csv or jsonl."),
-    out: Path = typer.Option(None, help="The file to write; results.FORMAT in the job's folder when not given."),
+    out: Path = typer.Option(None, help="The file to write; features.FORMAT in the job's folder when not given."),
     as_json: bool = _JSON,
 ) -> None:
     """Write one row per feature: explanation, scores with intervals and nulls, cost, failures.

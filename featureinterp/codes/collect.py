@@ -251,7 +251,7 @@ def scored_tokens(residual: torch.Tensor, subject: Subject) -> torch.Tensor:
     """
     norms = residual.float().norm(dim=-1)
     if not bool(torch.isfinite(norms).all()):
-        raise FeatureInterpError(f"{subject.name} gives activations that are not finite: run it with --dtype float32 or bfloat16")
+        raise FeatureInterpError(f"{subject.name} gives activations that are not finite: run it in float32 or bfloat16 (--dtype, or subject.dtype of a recipe)")
     return scored_by_norm(norms, subject)
 
 

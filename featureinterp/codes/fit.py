@@ -50,6 +50,11 @@ def _same_model(subject: Subject, model: str) -> bool:
         kind = family(model)
         found = str(getattr(getattr(subject.model, "config", None), "model_type", "") or "")
         return kind is None or not found or found.removesuffix("_text") == kind
-    if same_or_variant(model, subject.name) and short_name(model) != short_name(subject.name):
+    if named_alike(model, subject.name) and short_name(model) != short_name(subject.name):
         _log.warning("the SAE was made for %s, of which %s is taken to be a variant", model, subject.name)
-    return same_or_variant(model, subject.name)
+    return named_alike(model, subject.name)
+
+
+def named_alike(model: str, other: str) -> bool:
+    """Whether two names may be those of one model, or of it and a variant; a name that says nothing may be any."""
+    return not model or is_path(model) or is_path(other) or same_or_variant(model, other)

@@ -141,7 +141,7 @@ def plot_study(folder: Path, study: Study) -> list[Path]:
     """``concepts.png`` and ``.svg``: per label the held-out AUROC of its best feature with its interval and null, and of the decoders. Raises ``InputError``
     without matplotlib."""
     shown: Sequence[Concept] = sorted((c for c in study.concepts if c.by_auroc), key=lambda c: c.by_auroc[0].auroc or 0)
-    with figure(folder / "concepts", width=7, height=1.2 + 0.34 * len(shown)) as (_, axis):
+    with figure(folder / "concepts", width=7, height=1.2 + 0.34 * max(1, len(shown))) as (_, axis):
         for place, c in enumerate(shown):
             axis.plot([c.by_auroc[0].auroc], [place], "o", color="C0", label="best feature" if not place else None, zorder=3)
             if c.auroc_interval:
@@ -157,5 +157,6 @@ def plot_study(folder: Path, study: Study) -> list[Path]:
         axis.set_xlim(0.4, 1.02)
         axis.set_xlabel("held-out AUROC")
         axis.axvline(0.5, color="#cccccc", linewidth=0.8, zorder=0)
-        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.16 - 0.4 / max(1, len(shown))), ncols=2)
+        if shown:
+            axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.16 - 0.4 / max(1, len(shown))), ncols=2)
     return [folder / f"concepts.{kind}" for kind in ("png", "svg")]

@@ -176,7 +176,7 @@ def window_splits(windows: WindowTable, settings: ExtractSettings) -> np.ndarray
         try:
             test = split_indices(len(windows), settings.held_out, settings.seed, np.asarray(windows.documents))[1]
         except InputError as error:
-            raise InputError(f"no document can be held out ({error}); --held-out 0 keeps all for training") from error
+            raise InputError(f"no document can be held out ({error}); corpus.held_out = 0 (--held-out 0 of extract) keeps all for training") from error
         found[test] = 1
     return found
 

@@ -32,7 +32,7 @@ from featureinterp.training.loop import CHECKPOINT, LOG, OnLine, Trainer, planne
 from featureinterp.training.ranks import Ranks, joined, own_device
 from featureinterp.training.settings import Recipe, load_recipe, recipe_toml
 from featureinterp.training.store import METADATA, read_metadata
-from featureinterp.training.trackers import open_tracker
+from featureinterp.training.trackers import check_tracker, open_tracker
 
 Steps = Callable[[str, int, int], None]
 RECIPE, ABOUT, METRICS = "recipe.toml", "run.json", "metrics.json"
@@ -132,6 +132,7 @@ def train(
 
     Raises ``InputError`` for what cannot work, before anything is computed, and ``FolderInUseError`` when another process works in ``out``.
     """
+    check_tracker(recipe.tracking)
     writable(out)
     if recipe.training.samples is not None or recipe.training.online:
         planned_steps(recipe.training, None)
@@ -197,6 +198,7 @@ def _data(recipe: Recipe, out: Path, parts: Parts, steps: Steps, ranks: Ranks, r
     if table.online:
         return _online(recipe, folder, parts, steps, ranks, share, replace)
     if ranks.leads and not (recipe.store.folder and (folder / "train" / METADATA).exists()):
+        recipe.sae.width(parts.subject.d_model)
         parts.extract(folder, steps, replace=replace)
     ranks.barrier()
     found = Extracted.open(folder)
@@ -212,6 +214,7 @@ def _online(recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ran
     table = recipe.training
     held = None
     if ranks.leads:
+        recipe.sae.width(parts.subject.d_model)
         if recipe.corpus.held_out:
             held = parts.extract(folder, steps, parts.extract_settings(only_held_out=True), replace=replace)
         else:

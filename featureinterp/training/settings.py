@@ -89,11 +89,11 @@ class SaeTable(_Table):
     """The dictionary."""
 
     architecture: Architecture = "topk"
-    d_sae: int | None = pydantic.Field(default=None, ge=2, le=1 << 24)
+    d_sae: int | None = pydantic.Field(default=None, ge=2, le=1 << 24, strict=True)
     """Number of features; ``expansion`` times the width when not given."""
     expansion: float = pydantic.Field(default=8, gt=0)
-    k: int = pydantic.Field(default=32, ge=1)
-    """Codes per token: kept (TopK), on average (BatchTopK, Matryoshka), aimed at (JumpReLU)."""
+    k: int = pydantic.Field(default=32, ge=1, strict=True)
+    """Codes per token: kept (TopK), on average (BatchTopK, Matryoshka), aimed at (JumpReLU). At most as many as features."""
     prefixes: tuple[float, ...] = (0.03125, 0.09375, 0.21875, 0.46875, 1.0)
     """Matryoshka: shares of the dictionary that reconstruct on their own, ascending, the last 1."""
     normalize: Literal["none", "global", "token"] = "global"
@@ -123,9 +123,24 @@ class SaeTable(_Table):
             raise ValueError("they must ascend from above 0 to 1")
         return prefixes
 
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> SaeTable:
+        if self.d_sae is not None and self._too_many(self.d_sae):
+            raise ValueError(f"k ({self.k}) is above d_sae ({self.d_sae}): a token has at most as many codes as there are features")
+        return self
+
+    def _too_many(self, d_sae: int) -> bool:
+        return self.architecture in (*BY_COUNT, "jumprelu") and self.k > d_sae
+
     def width(self, d_in: int) -> int:
-        """The number of features for activations of width ``d_in``."""
-        return self.d_sae or max(2, round(self.expansion * d_in))
+        """The number of features for activations of width ``d_in``. Raises ``InputError`` when it is below ``k``."""
+        found = self.d_sae or max(2, round(self.expansion * d_in))
+        if self._too_many(found):
+            raise InputError(
+                f"sae.k = {self.k} is above the {found} features that sae.expansion = {self.expansion:g} gives a model of width {d_in}: "
+                "lower k or raise the expansion",
+            )
+        return found
 
     @property
     def penalty_or_default(self) -> float:

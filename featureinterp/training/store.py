@@ -170,7 +170,7 @@ class StoreWriter:
         with np.errstate(over="ignore"):
             kept = np.asarray(rows).astype(self.dtype)
         if not np.isfinite(kept).all():
-            raise FeatureInterpError("an activation does not fit float16: store them with --store-dtype float32")
+            raise FeatureInterpError("an activation does not fit float16: store them as float32 (store.dtype of a recipe, --store-dtype of extract)")
         done = 0
         with explained_storage(self.folder):
             while done < len(kept):

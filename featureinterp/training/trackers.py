@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,12 @@ from featureinterp.errors import InputError
 from featureinterp.training.settings import Recipe, TrackingTable
 
 Track = Callable[[dict[str, Any]], None]
+
+
+def check_tracker(table: TrackingTable) -> None:
+    """Raises ``InputError`` when the package of the tracker that is asked for is missing, before hours are spent."""
+    if table.to != "none" and find_spec(table.to) is None:
+        raise InputError(f"tracking.to = {table.to!r} needs its package: install featureinterp[{table.to}]")
 
 
 @contextmanager
