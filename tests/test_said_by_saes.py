@@ -91,6 +91,26 @@ def test_the_same_sae_has_the_same_codes_in_two_layouts(tmp_path: Path):
     assert one.hook == other.hook == "blocks.1.hook_resid_post"
 
 
+def test_codes_in_other_units_are_those_of_another_sae(tmp_path: Path):
+    """A run that was collected before codes were in units of the residual stream is not mixed with new activations."""
+    from featureinterp.sae.layouts.checkpoint import fingerprint
+
+    def files(folder: Path) -> str:
+        return fingerprint(folder / "cfg.json", folder / "sae_weights.safetensors")
+
+    centred = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+    for number, (kind, unit, said, same) in enumerate(
+        (
+            ("standard", True, {}, True),
+            ("topk", False, {}, True),
+            ("standard", False, {}, False),
+            ("standard", True, {"metadata": centred}, False),
+        )
+    ):
+        folder = saelens(tmp_path / str(number), kind, tensors(kind, unit=unit), **said)
+        assert (load_sae(str(folder)).fingerprint == files(folder)) is same
+
+
 def test_topk_s_own_units_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     """They cannot be changed without changing which codes are the largest."""
     x = inputs()

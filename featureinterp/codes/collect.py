@@ -174,7 +174,10 @@ def _target(
 def check_sae(store: CodesStore, sae: LoadedSae) -> None:
     """Raises ``IncompatibleError`` when ``sae`` is not the one that made the store's codes."""
     if store.meta["sae"]["fingerprint"] != sae.fingerprint:
-        raise IncompatibleError(f"the run's codes were made with another SAE than {sae.name!r} is: give the one that it names, {store.meta['sae']['name']!r}")
+        raise IncompatibleError(
+            f"the run's codes were made with another SAE than {sae.name!r} is, or with an older reading of its files: "
+            f"give the one that it names, {store.meta['sae']['name']!r}, or collect again",
+        )
 
 
 def check_subject(store: CodesStore, subject: Subject) -> None:

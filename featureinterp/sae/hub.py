@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from featureinterp.errors import ChecksumError, DownloadError, UnknownNameError
+from featureinterp.errors import ChecksumError, DownloadError, FeatureInterpError, InputError, UnknownNameError
+from featureinterp.sae.layouts.untrusted import read_json
 from featureinterp.sae.names import RESULTS_REPOSITORY, SaeSpec, interpretability_results
 
 EVALUATION = "eval_results.json"
 _log = logging.getLogger("featureinterp")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_LISTED = 12
+MOST_CODES = 1 << 24
+"""Codes per token that an evaluation file can be believed to say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +49,10 @@ def measured_l0(spec: SaeSpec) -> float | None:
     if not isinstance(found, str):
         return None
     try:
-        value = json.loads(Path(found).read_text(encoding="utf-8"))["l0"]
-    except (OSError, ValueError, KeyError, TypeError):
+        value = read_json(Path(found)).get("l0")
+    except FeatureInterpError:
         return None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST_CODES else None
 
 
 def fetch(spec: SaeSpec, steps: Callable[[str, int, int], None] = lambda *_: None) -> SaeFiles:
@@ -172,10 +175,12 @@ def _renumbered(spec: SaeSpec) -> SaeSpec | None:
     for name in _folders(spec, folder):
         config = f"{folder}/{name}/config.json"
         try:
-            k = json.loads(_file(spec, config).read_text(encoding="utf-8"))["trainer"]["k"]
-        except (UnknownNameError, OSError, ValueError, KeyError, TypeError):
+            trainer = read_json(_file(spec, config)).get("trainer")
+        except InputError:
             continue
-        by_k.append((k, name))
+        k = trainer.get("k") if isinstance(trainer, dict) else None
+        if type(k) is int:
+            by_k.append((k, name))
     by_k.sort()
     if spec.trainer is None or spec.trainer >= len(by_k):
         return None

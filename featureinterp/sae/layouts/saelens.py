@@ -29,6 +29,8 @@ from featureinterp.sae.layouts.untrusted import listed, read_json
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 PREFIX = "saelens:"
 OLDEST = (6, 18)
+READ_AS = 2
+"""Part of the fingerprint of SAEs whose codes are other ones than the file's plain tensors give: codes of both are not mixed."""
 FINE_TUNED = ("scaling_factor", "finetuning_scaling_factor")
 _VECTORS = {"relu": ("b_enc",), "topk": ("b_enc",), "jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}
 
@@ -141,13 +143,15 @@ def _checkpoint(said: SaeLensConfig, tensors: Mapping[str, torch.Tensor], weight
         if float(norms.min()) == 0:
             raise IncompatibleError(f"the decoder row {int(norms.argmin())} of {weights} is zero: its codes cannot be rescaled")
         kept = scaled_codes(kept, norms, said.kind)
-    ours = _centred(said.kind, kept, said.centred)
+    plain = ours = _centred(said.kind, kept, said.centred)
     if said.kind != "topk":
-        ours = unit_rows(ours, weights, said.kind)
+        ours = unit_rows(plain, weights, said.kind)
     elif not said.rescaled and float((norms - 1).abs().max()) > ROUNDED:
         span = f"{float(norms.min()):.3g} to {float(norms.max()):.3g}"
         notes += (f"its decoder rows have norms of {span}, so that codes of different features are in different units",)
-    return Checkpoint(said.kind, ours, settings, said.hook, said.model, said.config, digest, said.prepend_bos, notes)
+    others = said.fine_tuned or said.normalize == "center" or ours["W_dec"] is not plain["W_dec"]
+    known = content_key([digest, READ_AS]) if others else digest
+    return Checkpoint(said.kind, ours, settings, said.hook, said.model, said.config, known, said.prepend_bos, notes)
 
 
 def _fine_tuned(said: SaeLensConfig, tensors: Mapping[str, torch.Tensor], decoder: torch.Tensor, weights: Path) -> torch.Tensor:
