@@ -125,7 +125,7 @@ class SparseAutoencoder:
         By Cauchy and Schwarz no product exceeds the input's norm times ``_gain``; below the limit none needs to be looked at.
         """
         codes = self._encode(x)
-        reach = float(x.float().norm(dim=1).max()) * self._gain if len(x) else 0.0
+        reach = float(x.detach().float().norm(dim=1).max()) * self._gain if len(x) else 0.0
         fits = reach < torch.finfo(x.dtype).max / 4 or all_finite(x @ self.W_enc)
         if not fits or not all_finite(codes.values):
             raise IncompatibleError(

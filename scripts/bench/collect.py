@@ -1,9 +1,10 @@
 """Collecting codes against its limit: the bare blocks up to the hook, encoder matmul, top-k and a raw write, same batch and dtype.
 
-    python scripts/bench/collect.py [--quick] [--device cpu|cuda]
+    python scripts/bench/collect.py [--quick] [--device cpu|cuda] [--shape NAME]
 
 Prints tokens per second of both and their ratio; and the store's bytes per nonzero, the time to read one feature, and the seconds to
-merge runs of 8 million nonzeros. Random weights of the embedded model's shape, so that nothing has to be fetched.
+merge runs of 8 million nonzeros. Random weights of the embedded model's shape, or of another of ``shapes.py``, in the dtype that the device
+computes fastest.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import arguments, compare, report, seconds
-from shapes import D_SAE, Ids, K, bare_blocks, demo_shapes
+from shapes import D_SAE, SHAPES, Ids, bare_blocks, shapes
 
 from featureinterp.codes.collect import BATCH_TOKENS, collect
 from featureinterp.codes.store import CodesStore, RunWriter
@@ -29,17 +30,17 @@ def main() -> None:
     args = arguments(__doc__ or "")
     n_tokens = 8_192 if args.quick else 65_536 if args.device == "cpu" else 524_288
     batch_tokens = BATCH_TOKENS if args.device == "cpu" else 32_768
-    subject, loaded = demo_shapes(args.device)
-    model, sae = subject.model, loaded.sae
+    subject, loaded = shapes(args.device, args.shape)
+    sae, bare = loaded.sae, bare_blocks(subject, loaded.hook)
     rng = np.random.default_rng(0)
     texts = [" ".join(map(str, rng.integers(2, 49_152, WINDOW * 8).tolist())) for _ in range(n_tokens // (WINDOW * 8))]
     corpus = Corpus("bench", lambda: (Document(str(i), t) for i, t in enumerate(texts)), len(texts))
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
-        windows = build_windows(corpus, Ids(), WindowPolicy(WINDOW), run / "windows")
+        windows = build_windows(corpus, Ids(), WindowPolicy(WINDOW), run / "cut")
 
         def ours() -> None:
-            shutil.rmtree(run / "codes", ignore_errors=True)
+            shutil.rmtree(run / "codes", ignore_errors=True)  # the windows, cut in the first round, are reused
             collect(subject, loaded, corpus, run, WindowPolicy(WINDOW), batch_tokens=batch_tokens)
 
         @torch.inference_mode()
@@ -49,17 +50,17 @@ def main() -> None:
             with (run / "raw.bin").open("wb") as out:
                 for start in range(0, len(windows), rows):
                     ids = torch.from_numpy(np.array(windows.tokens[start : start + rows], np.int64)).to(args.device)
-                    x = bare_blocks(model, ids)
-                    values, indices = torch.topk(torch.addmm(bias, x.reshape(-1, sae.d_in).float(), sae.W_enc), K, sorted=False)
+                    x = bare(ids)
+                    values, indices = torch.topk(torch.addmm(bias, x.reshape(-1, sae.d_in).float(), sae.W_enc), SHAPES[args.shape]().k, sorted=False)
                     out.write(values.half().cpu().numpy().tobytes() + indices.int().cpu().numpy().tobytes())
 
-        mine, bare = compare(ours, limit, args.device, args.rounds or (2 if args.quick else 5))
-        report("collect", n_tokens / mine, n_tokens / bare, bare / mine, unit="tokens/s", target=">= 0.9", device=args.device)
+        mine, least = compare(ours, limit, args.device, args.rounds or (2 if args.quick else 5))
+        report(f"collect, {args.shape}", n_tokens / mine, n_tokens / least, least / mine, unit="tokens/s", target=">= 0.9", device=args.device)
         store = CodesStore.open(run)
         n = store.meta["n_nonzeros"]
         size = sum((run / "codes" / f"{name}.bin").stat().st_size for name in ("positions", "values", "offsets"))
         report("codes store size", size / n, 6.0, 6.0 * n / size, unit="bytes/nonzero", target="<= 6.2", device=args.device)
-        features = rng.integers(0, D_SAE, 200)
+        features = rng.integers(0, sae.d_sae, 200)
         for f in features:
             store.feature(int(f)).values.sum()
         read = seconds(lambda: [store.feature(int(f)).values.sum() for f in features], "cpu") / len(features) * 1000

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from common import arguments, compare, report
-from shapes import demo_shapes
+from shapes import shapes
 
 from featureinterp.codes.holistic import HolisticActivations
 
@@ -20,7 +20,7 @@ FEATURE = 7
 
 def main() -> None:
     args = arguments(__doc__ or "")
-    subject, loaded = demo_shapes(args.device)
+    subject, loaded = shapes(args.device)
     exact, gradient = HolisticActivations(subject, loaded), HolisticActivations(subject, loaded, "gradient")
     n_windows = 1 if args.quick else 4 if args.device == "cpu" else 32
     for length in (32,) if args.quick else (32, 64):

@@ -6,7 +6,7 @@
 bare blocks over the tokens that the simulator itself reads, in batches of the same size, the shared prefix free, six rows of the output matrix. Plain
 way (all-at-once): one prompt per rule and window, header included, all logits. Long prompt: a header of
 1,000 tokens whose keys and values are copied for every window, 4.7 prompt tokens per token of the window. Random weights of the shape of
-Qwen2.5-1.5B, the default simulator; on a processor with 4 of its 28 layers.
+Qwen2.5-1.5B, the default simulator, in the dtype that the device computes fastest; on a processor with 4 of its 28 layers.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from featureinterp.domain.explanation import Explanation, Provenance, Rule
 from featureinterp.domain.record import Window
+from featureinterp.machine import DTYPES
 from featureinterp.simulate.all_at_once import AllAtOnce
 from featureinterp.simulate.local import LocalSimulator, batches, padded
 from featureinterp.simulate.token_wise import TokenWise
@@ -63,12 +64,12 @@ def main() -> None:
         num_attention_heads=12,
         num_key_value_heads=2,
     )
-    model = Qwen2ForCausalLM(config).to(args.device, torch.bfloat16).eval().requires_grad_(False)
+    model = Qwen2ForCausalLM(config).to(args.device, DTYPES[args.dtype]).eval().requires_grad_(False)
     windows, rounds = words(WINDOWS), args.rounds or (2 if args.quick else 5)
     batch_tokens = 1024 if args.device == "cpu" else 32_768
     units, unit = WINDOWS * RULES, "s per window and rule"
     for kind in (TokenWise, AllAtOnce):
-        simulator = kind(lambda: (model, Letters()), name="bench", batch_tokens=batch_tokens)
+        simulator = kind(lambda: (model, Letters()), name="bench", dtype=args.dtype, batch_tokens=batch_tokens)
         rows = rows_of(simulator, windows)
         read = round(sum(map(len, rows)) / (WINDOWS * WINDOW), 2)
 
