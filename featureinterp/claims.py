@@ -129,13 +129,14 @@ def claim(
     about: Mapping[str, Any] | None = None,
     replace: bool = False,
     earlier: Callable[[], Mapping[str, Any] | None] = lambda: None,
+    anew: str = "--replace",
 ) -> None:
     """Writes down what the content of ``folder`` is of, or finds the same request there.
 
     ``what``: the content in words ("codes"). ``asked``: all that the content depends on, as plain data, by names that a person reads; hashes for
     what is large. ``about``: names that may change while the content stays. ``parts``: files and folders in ``folder`` that are of the request;
     with ``replace`` those of another request are deleted, and nothing else. ``earlier``: the request of a folder that an earlier version wrote,
-    None when it cannot be known.
+    None when it cannot be known. ``anew``: what starts anew there.
 
     Raises ``IncompatibleError`` that says what differs when ``folder`` holds another request's parts and ``replace`` is off. Call it within
     :func:`owned`.
@@ -150,7 +151,7 @@ def claim(
             found = None if known is None else json.loads(json.dumps(dict(known)))
         if found != wanted and there:
             if not replace:
-                raise IncompatibleError(_difference(folder, what, found, wanted))
+                raise IncompatibleError(_difference(folder, what, found, wanted, anew))
             _refuse_held(there)
             for old in (path, *there):
                 _delete(old)
@@ -171,8 +172,8 @@ def _request(path: Path) -> tuple[dict[str, Any] | None, bool]:
     return {name: value for name, value in found.items() if name not in ("key", "about")}, True
 
 
-def _difference(folder: Path, what: str, found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
-    advice = "give another folder, or start anew with --replace"
+def _difference(folder: Path, what: str, found: dict[str, Any] | None, wanted: dict[str, Any], anew: str) -> str:
+    advice = f"give another folder, or start anew with {anew}"
     if found is None:
         return f"{folder} holds {what}, and does not say of which request (an earlier version wrote them): {advice}"
     differences = list(_differences(found, wanted))

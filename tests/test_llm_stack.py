@@ -189,15 +189,23 @@ def test_who_waits_for_a_request_that_is_cancelled_asks_anew(tmp_path: Path):
     assert [r.text for r in anyio.run(go)] == ["x"] and len(model.requests) == 2
 
 
-def test_a_reply_that_is_no_answer_is_not_kept(tmp_path: Path):
+def test_a_reply_that_is_no_answer_settles_what_would_be_answered_the_same_and_is_asked_for_again_on_request(tmp_path: Path):
     def check(reply: Reply) -> None:
         if reply.text != "good":
             raise MalformedReplyError("bad")
 
-    answers = iter(["bad", "good"])
-    model = FunctionModel(lambda _: next(answers))
-    wrapped = cached(model, tmp_path / "r.sqlite")
-    assert [anyio.run(wrapped.complete, asking(check=check)).text for _ in range(3)] == ["bad", "good", "good"]
+    def answers(request: Request, *texts: str, times: int = 3, **options: Any) -> list[str]:
+        given = iter(texts)
+        wrapped = cached(FunctionModel(lambda _: next(given)), tmp_path / "r.sqlite", **options)
+        return [anyio.run(wrapped.complete, request).text for _ in range(times)]
+
+    for request in (asking(check=check), asking(check=check, temperature=0.5, seed=3)):
+        assert answers(request, "bad", "good") == ["bad", "bad", "bad"]
+        assert answers(request, "unused") == ["bad", "bad", "bad"]
+        assert answers(request, "worse", "good", retry_failed=True) == ["worse", "worse", "worse"], "once in a run"
+        assert answers(request, "good", "other", retry_failed=True) == ["good", "good", "good"]
+        assert answers(request, "unused", retry_failed=True) == ["good", "good", "good"]
+    assert answers(asking(check=check, temperature=0.5), "bad", "good") == ["bad", "good", "good"]
 
 
 def test_an_error_reaches_everybody_who_waited_and_is_not_kept(tmp_path: Path):

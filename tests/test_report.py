@@ -155,7 +155,7 @@ def test_results_round_trip(tmp_path: Path):
     results = [result(), result(8, explanation=None, scores=(), baseline=None), searched("months")]
     write_results(tmp_path, results, ABOUT)
     again, about = read_results(tmp_path)
-    assert again == results and about == ABOUT
+    assert list(again) == results and about == ABOUT
     assert write_report(tmp_path / "r.html", again, about).read_text(encoding="utf-8") == render_report(results, ABOUT)
 
 

@@ -151,9 +151,11 @@ def about(request: Request) -> str:
     return "war" if "<<war>>" in request.messages[-1].content else "sea"
 
 
-def job(tmp_path: Path, answer: Callable[[Request], str], *, budget: Budget | None = None, n: int = 4) -> tuple[SensitivityJob, FunctionModel, WordActivator]:
+def job(
+    tmp_path: Path, answer: Callable[[Request], str], *, budget: Budget | None = None, n: int = 4, retry_failed: bool = False
+) -> tuple[SensitivityJob, FunctionModel, WordActivator]:
     model, activator, meter = FunctionModel(answer), WordActivator(), Meter()
-    writer = TextWriter(Tallied(Cached(Metered(model, meter), ReplyStore(tmp_path / "replies.sqlite"))), per_call=n)
+    writer = TextWriter(Tallied(Cached(Metered(model, meter), ReplyStore(tmp_path / "replies.sqlite"), retry_failed=retry_failed)), per_call=n)
     plan = SensitivityPlan(samples=n, per_call=n, concurrency=1)
     return (
         SensitivityJob(
@@ -202,6 +204,8 @@ def test_a_failure_is_a_row_and_tried_again(tmp_path: Path):
     assert sea.failure is None and sea.generated_sensitivity().value == 0.75 and sea.control_of is None
     assert war.original_sensitivity().value == 1.0, "its examples are read all the same"
     again, model, _ = job(tmp_path, good)
+    assert run_job(again)[0].failure is not None and not model.requests, "what was answered unusably is settled"
+    again, model, _ = job(tmp_path, good, retry_failed=True)
     assert [f.failure for f in run_job(again)] == [None, None] and {about(r) for r in model.requests} == {"war"}
 
 

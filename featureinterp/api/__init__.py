@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from featureinterp.codes.store import CodesStore
     from featureinterp.domain.record import FeatureRecord
     from featureinterp.falsify.sensitivity import FeatureSensitivity
-    from featureinterp.jobs.run import DryRun
+    from featureinterp.jobs.run import DryRun, Ran
     from featureinterp.jobs.status import JobStatus
     from featureinterp.probing.agreement import Agreement
     from featureinterp.probing.study import Study, StudySettings
@@ -38,9 +39,9 @@ def _silent(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Results(Sequence[FeatureResult]):
-    """The results of a job and where they lie. Draws itself as a table in a notebook."""
+    """The results of a job and where they lie; read from its journal when they are asked for. Draws itself as a table in a notebook."""
 
-    features: tuple[FeatureResult, ...]
+    features: Sequence[FeatureResult]
     folder: Path
     about: dict[str, Any]
     outcome: Outcome | None = None
@@ -65,14 +66,40 @@ class Results(Sequence[FeatureResult]):
         """Stages that failed, over all features."""
         return sum(len(r.failures) for r in self.features)
 
-    def to_json(self) -> dict[str, Any]:
-        """A summary for programs: one entry per feature, without windows."""
-        rows = []
+    @property
+    def n_features(self) -> int:
+        """Features of the job, those included that it did not get to."""
+        return len(self) + len(self.outcome.left if self.outcome else ())
+
+    @property
+    def n_failed(self) -> int:
+        """Features with a stage that failed."""
+        return sum(s == "failed" for s in self._status)
+
+    @property
+    def n_partial(self) -> int:
+        """Features with gaps: some of their requests failed, and the rest is there."""
+        return sum(s == "partial" for s in self._status)
+
+    @property
+    def _status(self) -> Sequence[str]:
+        return tuple(self.outcome.status.values()) if self.outcome else ()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One entry per feature for programs, without windows."""
         for r in self.features:
             row = r.to_json()
             row.pop("windows")
-            rows.append(row)
-        return {"folder": str(self.folder), "n_failures": self.n_failures, "features": rows}
+            yield row
+
+    def summary(self) -> dict[str, Any]:
+        """All of :meth:`to_json` but the features."""
+        counts = {"n_failures": self.n_failures, "n_failed": self.n_failed, "n_partial": self.n_partial}
+        return {"folder": str(self.folder), **counts}
+
+    def to_json(self) -> dict[str, Any]:
+        """A summary for programs: one entry per feature, without windows."""
+        return {**self.summary(), "features": list(self.rows())}
 
     def _repr_html_(self) -> str:
         from featureinterp.report.table import results_table
@@ -82,13 +109,15 @@ class Results(Sequence[FeatureResult]):
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """The sensitivity of one SAE's features. ``summary``: what ``summary.json`` in ``folder`` holds. ``stopped``: why the job ended early."""
+    """The sensitivity of one SAE's features. ``summary``: what ``summary.json`` in ``folder`` holds. ``stopped``: why the job ended early.
+    ``n_partial``: features with fewer texts than were asked for."""
 
     sae: str
     folder: Path
     summary: dict[str, Any]
     features: tuple[FeatureSensitivity, ...]
     stopped: JobStoppedError | None = None
+    n_partial: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,27 +257,48 @@ def records(
     return built if holistic is None else holistic_of(store, model, sae, holistic, device).add(built)
 
 
-def run(job: Job | str | Path, *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent) -> Results:
+def run(
+    job: Job | str | Path,
+    *,
+    retry_failed: bool = False,
+    replace: bool = False,
+    on_event: Callable[[Event], None] = _silent,
+    steps: Steps = _silent,
+) -> Results:
     """Runs a job, or a TOML file that holds one, as far as it gets; see :func:`run_async`. For callers without an event loop; inside one
     (a notebook), it works in a thread of its own."""
-    return _outside(lambda: run_async(job, on_event=on_event, steps=steps))
+    return _outside(lambda: run_async(job, retry_failed=retry_failed, replace=replace, on_event=on_event, steps=steps))
 
 
-async def run_async(job: Job | str | Path, *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent) -> Results:
+async def run_async(
+    job: Job | str | Path,
+    *,
+    retry_failed: bool = False,
+    replace: bool = False,
+    on_event: Callable[[Event], None] = _silent,
+    steps: Steps = _silent,
+) -> Results:
     """Runs a job: explains features, scores the explanations, and writes results, journal and report into the job's folder.
 
-    Everything that was paid for is kept: a second run of the same job makes no request. A job that stopped early (budget, too many
-    failures) has ``results.stopped``; the same call goes on from there. Raises ``InputError`` for what cannot work and a
-    ``LanguageModelError`` when the endpoint cannot be used at all, both before anything is written.
+    Everything that was paid for is kept: a second run of the same job makes no request but for what got no answer, and with ``retry_failed`` also
+    for what got one that could not be used. ``replace``: a job on other codes in the folder is deleted, but for its replies; else it is refused. A
+    job that stopped early (budget, too many failures) has ``results.stopped``; the same call goes on from there. Raises ``InputError`` for what
+    cannot work and a ``LanguageModelError`` when the endpoint cannot be used at all, both before anything is written, and ``FolderInUseError`` when
+    another process works in the folder.
     """
     from featureinterp.jobs.run import run_job
     from featureinterp.report.render import write_report, write_results
 
     job = job if isinstance(job, Job) else load_job(Path(job))
-    ran = await run_job(job, open_run(job.run), local_parts(), on_event=on_event, steps=steps)
-    if ran.results:
-        write_results(job.folder, ran.results, ran.about)
-        write_report(job.folder / "report.html", ran.results, ran.about, _labels(job.run, ran.results))
+    options = {"retry_failed": retry_failed, "replace": replace}
+
+    def write(ran: Ran) -> None:
+        if ran.results:
+            write_results(job.folder, ran.results, ran.about)
+            write_report(job.folder / "report.html", ran.results, ran.about, _labels(job.run, ran.results))
+
+    store = open_run(job.run)
+    ran = await run_job(job, store, local_parts(), write=write, on_event=on_event, steps=steps, **options)
     return Results(ran.results, job.folder, ran.about, ran.outcome)
 
 
@@ -274,39 +324,80 @@ def _outside(work: Callable[[], Awaitable[T]]) -> T:
         return portal.call(work)
 
 
-def explain(run: str | Path, features: str | Sequence[int], *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent, **fields: Any) -> Results:
+def explain(
+    run: str | Path,
+    features: str | Sequence[int],
+    *,
+    retry_failed: bool = False,
+    replace: bool = False,
+    on_event: Callable[[Event], None] = _silent,
+    steps: Steps = _silent,
+    **fields: Any,
+) -> Results:
     """Explains and scores features of a run; ``fields`` are those of :class:`Job`. The same as ``run(Job(run=…, features=…, …))``."""
-    return _outside(lambda: explain_async(run, features, on_event=on_event, steps=steps, **fields))
+    options: dict[str, Any] = {"retry_failed": retry_failed, "replace": replace, "on_event": on_event, "steps": steps}
+    return _outside(lambda: explain_async(run, features, **options, **fields))
 
 
-def steer(folder: str | Path, *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent, **fields: Any) -> Results:
+def steer(
+    folder: str | Path,
+    *,
+    retry_failed: bool = False,
+    on_event: Callable[[Event], None] = _silent,
+    steps: Steps = _silent,
+    **fields: Any,
+) -> Results:
     """Has the subject write while each explained feature is pushed, and judges whether the texts fit the explanation: the job in ``folder`` (or in the run
     folder above it) with the stage ``steer``. What it has is kept and not paid for again. ``fields`` change the job's own, such as ``steering``
-    (``SteeringSettings``)."""
-    return _with_stage(folder, "steer", on_event, steps, fields)
+    (``SteeringSettings``, or a mapping of those that change)."""
+    return _with_stage(folder, "steer", retry_failed, on_event, steps, fields)
 
 
-def falsify(folder: str | Path, *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent, **fields: Any) -> Results:
+def falsify(
+    folder: str | Path,
+    *,
+    retry_failed: bool = False,
+    on_event: Callable[[Event], None] = _silent,
+    steps: Steps = _silent,
+    **fields: Any,
+) -> Results:
     """Puts the explanations of a finished job on trial and revises those that texts contradict: the job in ``folder`` (or in the run folder above it) with
-    the stage ``falsify``. What it has is kept and not paid for again. ``fields`` change the job's own, such as ``trial`` (``TrialSettings``) and ``llm``."""
-    return _with_stage(folder, "falsify", on_event, steps, fields)
+    the stage ``falsify``. What it has is kept and not paid for again. ``fields`` change the job's own, such as ``trial`` (``TrialSettings``, or a mapping
+    of those that change), ``budget`` and ``llm``."""
+    return _with_stage(folder, "falsify", retry_failed, on_event, steps, fields)
 
 
-def _with_stage(folder: str | Path, stage: str, on_event: Callable[[Event], None], steps: Steps, fields: dict[str, Any]) -> Results:
+def job_in(folder: str | Path) -> Job:
+    """The job in a folder, or in the run folder above it. Raises ``InputError`` when there is none."""
     from featureinterp.jobs.spec import job_of
     from featureinterp.jobs.status import job_folder
 
-    job = job_of(job_folder(Path(folder)))
+    place = job_folder(Path(folder))
+    return job_of(place)
+
+
+def _with_stage(folder: str | Path, stage: str, retry_failed: bool, on_event: Callable[[Event], None], steps: Steps, fields: dict[str, Any]) -> Results:
+    from featureinterp.jobs.spec import changed
+
+    job = job_in(folder)
     stages = tuple(dict.fromkeys((*job.stages, stage)))
-    return run(make_job(**{**{name: getattr(job, name) for name in type(job).model_fields}, "stages": stages, **fields}), on_event=on_event, steps=steps)
+    return run(changed(job, **{"stages": stages, **fields}), retry_failed=retry_failed, on_event=on_event, steps=steps)
 
 
 async def explain_async(
-    run: str | Path, features: str | Sequence[int], *, on_event: Callable[[Event], None] = _silent, steps: Steps = _silent, **fields: Any
+    run: str | Path,
+    features: str | Sequence[int],
+    *,
+    retry_failed: bool = False,
+    replace: bool = False,
+    on_event: Callable[[Event], None] = _silent,
+    steps: Steps = _silent,
+    **fields: Any,
 ) -> Results:
     """The same, to be awaited."""
     chosen = features if isinstance(features, str) else tuple(features)
-    return await run_async(make_job(run=Path(run), features=chosen, **fields), on_event=on_event, steps=steps)
+    job = make_job(run=Path(run), features=chosen, **fields)
+    return await run_async(job, retry_failed=retry_failed, replace=replace, on_event=on_event, steps=steps)
 
 
 def sensitivity(
@@ -335,7 +426,8 @@ def sensitivity(
         found = []
         async for measured in run_sensitivity(spec, on_feature=on_feature, steps=steps):
             summary = write_sensitivity(measured.folder, measured.features, measured.about, per_call=spec.plan.per_call)
-            found.append(Sensitivity(measured.about["sae_name"], measured.folder, summary, measured.features, measured.stopped))
+            gaps = sum(f.failure is None and len(f.texts) < spec.plan.samples for f in measured.features)
+            found.append(Sensitivity(measured.about["sae_name"], measured.folder, summary, measured.features, measured.stopped, gaps))
             on_sae(found[-1])
         return found
 
@@ -369,6 +461,7 @@ def probe(
     text is now; labels from a file of spans do not need it. Writes tables, plots and a page to ``out`` (the run's folder ``probe`` when not given), from
     which reports on the run's explanations take the annotations.
     """
+    from featureinterp.claims import owned
     from featureinterp.codes.dense import dense_twin
     from featureinterp.corpus.text import load_corpus
     from featureinterp.probing.buffer import ActivationBuffer
@@ -388,13 +481,19 @@ def probe(
         name = model or store.meta["model"]["name"]
         return load_subject(name, device=device, dtype=live_dtype(store, device))
 
-    twin = dense_twin(store, Path(run), subject, progress=lambda done, total: steps("tokens read again", done, total)) if dense else None
-    buffer = ActivationBuffer(tokens.codes, found.labels, found.names, twin, found.instances, tokens.documents)
-    judged = study(buffer, settings, steps=steps)
     folder = Path(out) if out else Path(run) / "probe"
-    positions = {name: tokens.positions[found.labels[:, i]] for i, name in enumerate(found.names)}
-    page = write_study(folder, judged, positions, about_study(store.meta, wanted.source, judged, found.n_spans, found.n_outside) | {"codes": store.fingerprint})
-    return Probe(judged, folder, page, found.n_spans, found.n_outside)
+    with owned(folder, "probe"):
+        twin = None
+        if dense:
+            with owned(Path(run) / "dense", "probe", waiting=_silent):
+                twin = dense_twin(store, Path(run), subject, progress=lambda done, total: steps("tokens read again", done, total))
+        buffer = ActivationBuffer(tokens.codes, found.labels, found.names, twin, found.instances, tokens.documents)
+        judged = study(buffer, settings, steps=steps)
+        positions = {name: tokens.positions[found.labels[:, i]] for i, name in enumerate(found.names)}
+        page = write_study(
+            folder, judged, positions, about_study(store.meta, wanted.source, judged, found.n_spans, found.n_outside) | {"codes": store.fingerprint}
+        )
+        return Probe(judged, folder, page, found.n_spans, found.n_outside)
 
 
 def _labels(run: Path, results: Sequence[FeatureResult]) -> dict[int, list[Agreement]]:
@@ -412,13 +511,16 @@ def _labels(run: Path, results: Sequence[FeatureResult]) -> dict[int, list[Agree
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
     """Draws the report again from the results that an explain job left in ``folder``, with the concepts of ``probe`` where the run has them; returns the
     file."""
+    from featureinterp.claims import owned
     from featureinterp.jobs.spec import job_of
     from featureinterp.report.render import read_results, write_report
 
     results, about = read_results(Path(folder))
     run = job_of(Path(folder)).run if (Path(folder) / "job.json").exists() else None
     labels = _labels(run, results) if run and (run / "codes").is_dir() else {}
-    return write_report(Path(out) if out else Path(folder) / "report.html", results, about, labels)
+    page = Path(out) if out else Path(folder) / "report.html"
+    with nullcontext() if out else owned(Path(folder), "report"):
+        return write_report(page, results, about, labels)
 
 
 def status(folder: str | Path) -> JobStatus:
@@ -433,10 +535,13 @@ def export(folder: str | Path, *, to: str = "parquet", out: str | Path | None = 
 
     ``to``: ``parquet``, ``csv`` or ``jsonl``. Raises ``InputError`` for another format and when there is no job.
     """
+    from featureinterp.claims import owned
     from featureinterp.jobs.status import job_folder
     from featureinterp.report.export import export_results
 
-    return export_results(job_folder(Path(folder)), to, Path(out) if out else None)
+    place = job_folder(Path(folder))
+    with nullcontext() if out else owned(place, "export"):
+        return export_results(place, to, Path(out) if out else None)
 
 
 DEMO_MIN_WINDOWS = 15
@@ -452,6 +557,8 @@ def demo(
     simulator: str = "token-wise",
     on_plan: Callable[[DemoPlan], None] = _silent,
     on_chosen: Callable[[list[str]], object] = _silent,
+    retry_failed: bool = False,
+    replace: bool = False,
     on_event: Callable[[Event], None] = _silent,
     steps: Steps = _silent,
 ) -> Results:
@@ -474,8 +581,9 @@ def demo(
         steps(f"unpack {name}", 0, 1)
         hugging_face_folder(name)
         steps(f"unpack {name}", 1, 1)
-    store = collect(out=out, max_tokens=work.max_tokens, steps=steps)
+    store = collect(out=out, max_tokens=work.max_tokens, replace=replace, steps=steps)
     chosen = random_features(store, features, seed=seed, min_windows=DEMO_MIN_WINDOWS)
     on_chosen(first_figures(store, chosen))
     plan = Plan(n_test=work.n_test, n_valid=(work.n_test + 1) // 2, negatives=("random", "similar_negative"), seed=seed)
-    return explain(out, chosen, plan=plan, simulator=simulator, on_event=on_event, steps=steps)
+    options: dict[str, Any] = {"retry_failed": retry_failed, "replace": replace, "on_event": on_event, "steps": steps}
+    return explain(out, chosen, plan=plan, simulator=simulator, **options)

@@ -90,16 +90,16 @@ def local_parts() -> Local:
 
     def causes(job: Job, store: CodesStore) -> Callable[[Iterator[FeatureRecord]], Iterator[FeatureRecord]]:
         assert job.holistic is not None
-        return holistic_of(store, job.model, job.sae, job.holistic, job.simulator_device).add
+        return holistic_of(store, job.model, job.sae, job.holistic, job.subject_device).add
 
     def neighbours(job: Job, store: CodesStore) -> Neighbours:
-        return near_directions(store, job.sae, job.records.n_neighbours, job.simulator_device)
+        return near_directions(store, job.sae, job.records.n_neighbours, job.subject_device)
 
     def activator(job: Job, store: CodesStore) -> Activator:
         from featureinterp.codes.activator import RunActivator
 
-        dtype = live_dtype(store, job.simulator_device)
-        return RunActivator(store, lambda: subject_of(store, job.model, job.sae, job.simulator_device), dtype=dtype)
+        dtype = live_dtype(store, job.subject_device)
+        return RunActivator(store, lambda: subject_of(store, job.model, job.sae, job.subject_device), dtype=dtype)
 
     def steerer(job: Job, store: CodesStore) -> Steerer:
         from featureinterp.codes.steerer import RunSteerer
@@ -109,11 +109,11 @@ def local_parts() -> Local:
             from featureinterp.sae.load import load_sae
             from featureinterp.subject.load import load_causal_lm
 
-            meta, device = store.meta, job.simulator_device
+            meta, device = store.meta, job.subject_device
             model, tokenizer = load_causal_lm(job.model or meta["model"]["name"], device=device, dtype=live_dtype(store, device))
             return model, tokenizer, load_sae(job.sae or meta["sae"]["name"], device=pick_device(device))
 
-        return RunSteerer(store, parts, dtype=live_dtype(store, job.simulator_device))
+        return RunSteerer(store, parts, dtype=live_dtype(store, job.subject_device))
 
     return Local(simulator, load, tokenizer, causes, neighbours, activator, steerer)
 

@@ -106,6 +106,7 @@ def evaluate(
     where the subject is now, by the name that the activations recorded when not given. ``out``: a folder for ``metrics.json``."""
     from dataclasses import replace
 
+    from featureinterp.claims import check_free, owned
     from featureinterp.codes.fit import named_alike
     from featureinterp.machine import pick_device, this_machine
     from featureinterp.sae.load import load_sae
@@ -113,6 +114,8 @@ def evaluate(
     from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
     from featureinterp.training.extract import Extracted
 
+    if out is not None:
+        check_free(Path(out))
     run = Path(sae)
     about = _about(run)
     loaded = load_sae(str(run / "sae") if about else str(sae), device=pick_device(device))
@@ -143,7 +146,8 @@ def evaluate(
         loss = loss_recovered(lm, tokenizer, loaded.hook, loaded.sae, found.windows, windows, progress=lambda done, total: steps("cross-entropy", done, total))
         judged = replace(judged, loss=loss)
     if out is not None:
-        write_json(Path(out) / "metrics.json", judged.to_json())
+        with owned(Path(out), "evaluate"):
+            write_json(Path(out) / "metrics.json", judged.to_json())
     return judged
 
 

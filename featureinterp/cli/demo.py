@@ -6,7 +6,8 @@ from pathlib import Path
 
 import typer
 
-from featureinterp.cli.screen import Screen, one_line, plain, put
+from featureinterp.cli.options import RETRY_FAILED
+from featureinterp.cli.screen import Screen, end, one_line, plain, put
 
 MOST_ROWS = 50
 
@@ -18,6 +19,8 @@ def demo(
     n_test: int = typer.Option(None, help="Test windows of each kind; planned to this machine's speed when not given."),
     simulator: str = typer.Option("token-wise", help="token-wise, all-at-once or lexical."),
     out: Path = typer.Option(Path("featureinterp-demo"), help="Folder for everything that is made; what is valid in it is reused."),
+    retry_failed: bool = RETRY_FAILED,
+    replace: bool = typer.Option(False, "--replace", help="Delete what another request left in --out; replies stay."),
     as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
 ) -> None:
     """Explain features of the embedded model live, score the explanations, and write a report.
@@ -36,6 +39,8 @@ def demo(
         results = api.demo(
             out=out,
             **choice,
+            retry_failed=retry_failed,
+            replace=replace,
             on_plan=lambda plan: screen.say(plan.text),
             on_chosen=lambda lines: [screen.say(one_line(line)) for line in lines],
             on_event=screen.event,
@@ -45,7 +50,7 @@ def demo(
 
 
 def finish(screen: Screen, results: object) -> None:
-    """Prints what a job found and where it lies, and sets the exit code: 1 when something failed."""
+    """Prints what a job found and where it lies, and sets the exit code: 1 when something failed or has gaps."""
     from featureinterp import api
 
     assert isinstance(results, api.Results)
@@ -70,11 +75,4 @@ def finish(screen: Screen, results: object) -> None:
         if len(results) > MOST_ROWS:
             put(f"… and {len(results) - MOST_ROWS:,} more: 'featureinterp export {results.folder}' writes all of them as a table")
         put(f"Report: {(results.folder / 'report.html').resolve()}")
-    if results.stopped is not None and results.outcome is not None:
-        rest = results.outcome.price_of_the_rest
-        price = "" if rest is None else f", about ${rest:.2f} more"
-        screen.say(f"stopped: {results.stopped}; {len(results.outcome.left)} features are left{price}: the same command goes on")
-        raise typer.Exit(1)
-    if results.n_failures:
-        screen.say(f"{results.n_failures} stages failed; the report names the causes, and the same command tries them again")
-        raise typer.Exit(1)
+    end(screen, results)

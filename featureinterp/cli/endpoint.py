@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from featureinterp.cli.options import given
+
 if TYPE_CHECKING:
     from featureinterp.llm.config import Endpoint
 
@@ -18,58 +20,47 @@ EXTRA_BODY = typer.Option(None, help='Fields of every request, as JSON: \'{"prov
 EXTRA_HEADER = typer.Option(None, help="A header of every request, 'NAME: VALUE' or 'NAME: env:VARIABLE'; give several.")
 
 
+_OPTIONS = {"model": "--llm-model", "api_key_env": "--api-key-env", "extra_body": "--extra-body", "extra_headers": "--extra-header"}
+_OPTIONS |= {"reply_tokens": "--reply-tokens", "thinking_tokens": "--thinking-tokens", "effort": "--effort"}
+
+
 def endpoint_of(
     name: str | None,
     base_url: str | None,
-    model: str | None,
-    api_key_env: str | None,
-    concurrency: int,
-    rpm: int | None,
-    tpm: int | None,
-    timeout_s: float,
-    max_attempts: int,
-    reply_tokens: int | None = None,
-    thinking_tokens: int | None = None,
-    effort: str | None = None,
+    *,
+    job: Endpoint | str | None = None,
     extra_body: str | None = None,
     extra_header: list[str] | None = None,
+    **changes: Any,
 ) -> Endpoint | str | None:
-    """The endpoint that the options mean: a name of the configuration file, an address, or the embedded model (None)."""
+    """The endpoint that options mean: a name of the configuration file, an address, or (when neither is given) that of the ``job``; None is the
+    embedded model. The others are fields of the endpoint that options give besides, which change those that it has; None: not given.
+
+    Raises ``InputError`` for options that would change nothing.
+    """
     from featureinterp.errors import InputError
-    from featureinterp.llm.config import Endpoint, load_config
+    from featureinterp.llm.config import LOCAL, Endpoint, load_config
 
-    given = {"reply_tokens": reply_tokens, "thinking_tokens": thinking_tokens, "effort": effort}
-    body, headers = _fields(extra_body), _headers(extra_header)
-    more: dict[str, Any] = {field: value for field, value in given.items() if value is not None}
-
+    changes = given(**changes)
+    added = given(extra_body=_fields(extra_body) or None, extra_headers=_headers(extra_header) or None)
     if name is not None and base_url is not None:
         raise InputError("an endpoint is named twice: give --llm or --base-url")
-    if name is not None:
-        if not more and not body and not headers:
-            return name
-        named = load_config().endpoint(name)
-        return replace(named, extra_body={**named.extra_body, **body}, extra_headers={**named.extra_headers, **headers}, **more)
-    if base_url is None and (more or body or headers):
-        raise InputError("options for replies, thoughts, fields and headers are for an endpoint: give --llm or --base-url")
-    if base_url is None:
-        if model is not None:
-            raise InputError(f"the model {model!r} needs the address of its endpoint: give --base-url, or leave --llm-model out for the embedded model")
-        return None
-    if model is None:
-        raise InputError("an endpoint needs the name of its model: give --llm-model")
-    return Endpoint(
-        base_url,
-        model,
-        api_key_env or None,
-        concurrency,
-        rpm,
-        tpm,
-        timeout_s,
-        max_attempts,
-        **more,
-        extra_body=_fields(extra_body),
-        extra_headers=_headers(extra_header),
-    )
+    if base_url is not None:
+        if "model" not in changes:
+            raise InputError("an endpoint needs the name of its model: give --llm-model")
+        return Endpoint(base_url, **changes, **added)
+    meant = name if name is not None else job
+    if not changes and not added:
+        return meant
+    endpoint = load_config().endpoint(meant) if isinstance(meant, str) else meant or Endpoint()
+    if endpoint.base_url in (None, LOCAL):
+        for field in {**changes, **added}.keys() & _OPTIONS.keys():
+            raise InputError(f"{_OPTIONS[field]} needs the address of an endpoint: give --base-url or --llm, or leave it out for the embedded model")
+    if changes.get("model", endpoint.model) != endpoint.model:  # of which nothing else is known
+        changes = {"price": None, "tokenizer": None, **changes}
+    for field, value in added.items():
+        changes[field] = {**getattr(endpoint, field), **value}
+    return replace(endpoint, **changes)
 
 
 def _fields(text: str | None) -> dict[str, Any]:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import typer
 
 from featureinterp.cli.demo import finish
 from featureinterp.cli.endpoint import EFFORT, EXTRA_BODY, EXTRA_HEADER, REPLY_TOKENS, THINKING_TOKENS, endpoint_of
+from featureinterp.cli.options import (
+    CONCURRENCY,
+    DEVICE,
+    FEATURES_AT_ONCE,
+    REPLACE_JOB,
+    RETRY_FAILED,
+    SIMULATOR_DEVICE,
+    SUBJECT_DEVICE,
+    given,
+)
 from featureinterp.cli.screen import Screen
 
 
@@ -27,17 +38,20 @@ def explain(
     simulator: str = typer.Option("token-wise", help="token-wise or all-at-once (a local model), prompt-logprobs or rated (the endpoint), or lexical."),
     simulator_model: str = typer.Option("qwen2.5-coder-1.5b-instruct", help="Model of a local simulator: embedded, Hugging Face or a folder."),
     simulator_chat: bool = typer.Option(False, help="Put the all-at-once prompt as turns of a chat, by the tokenizer's own template."),
-    device: str = typer.Option(None, help="Device of the simulator: auto (the GPU when there is one), cpu, cuda or mps."),
+    device: str = DEVICE,
+    subject_device: str = SUBJECT_DEVICE,
+    simulator_device: str = SIMULATOR_DEVICE,
     dtype: str = typer.Option(None, help="The simulator's dtype: auto (what is fast here), bfloat16, float16 or float32."),
     llm: str = typer.Option(None, help="An endpoint of the configuration file, by name ('featureinterp llm list')."),
     base_url: str = typer.Option(None, help="OpenAI-compatible endpoint; the embedded model when not given."),
     llm_model: str = typer.Option(None, help="The endpoint's model."),
     api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key; only OpenAI's own has a default, OPENAI_API_KEY."),
-    concurrency: int = typer.Option(16, help="Requests in flight at most."),
+    concurrency: int = CONCURRENCY,
+    features_at_once: int = FEATURES_AT_ONCE,
     rpm: int = typer.Option(None, help="Requests per minute at most."),
     tpm: int = typer.Option(None, help="Tokens per minute at most."),
-    timeout_s: float = typer.Option(120.0, help="Seconds that one request may take."),
-    max_attempts: int = typer.Option(6, help="Attempts at one request."),
+    timeout_s: float = typer.Option(None, help="Seconds that one request may take; 120 when nothing else is known."),
+    max_attempts: int = typer.Option(None, help="Attempts at one request; 6 when nothing else is known."),
     reply_tokens: int = REPLY_TOKENS,
     thinking_tokens: int = THINKING_TOKENS,
     effort: str = EFFORT,
@@ -49,6 +63,8 @@ def explain(
     questions: bool = typer.Option(True, help="Ask detection, fuzzing and complexity questions."),
     seed: int = typer.Option(0, help="Seed of what is drawn at random."),
     out: Path = typer.Option(None, help="Folder for results and report; RUN/explain when not given."),
+    retry_failed: bool = RETRY_FAILED,
+    replace: bool = REPLACE_JOB,
     as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
 ) -> None:
     """Explain features of a run and score the explanations; what was paid for is kept and never paid twice.
@@ -57,14 +73,28 @@ def explain(
     """
     from featureinterp import api
     from featureinterp.jobs.budget import Budget
-    from featureinterp.jobs.plan import Plan
     from featureinterp.records.policy import RecordPolicy
 
-    how = (reply_tokens, thinking_tokens, effort, extra_body, extra_header)
-    llm = endpoint_of(llm, base_url, llm_model, api_key_env, concurrency, rpm, tpm, timeout_s, max_attempts, *how)
-    kinds = {} if negatives is None else {"negatives": sources_of(negatives)}
+    endpoint = endpoint_of(
+        llm,
+        base_url,
+        model=llm_model,
+        api_key_env=api_key_env,
+        concurrency=concurrency,
+        rpm=rpm,
+        tpm=tpm,
+        timeout_s=timeout_s,
+        max_attempts=max_attempts,
+        reply_tokens=reply_tokens,
+        thinking_tokens=thinking_tokens,
+        effort=effort,
+        extra_body=extra_body,
+        extra_header=extra_header,
+    )
+    plan: dict[str, Any] = {} if negatives is None else {"negatives": sources_of(negatives)}
+    plan |= {"n_test": n_test, "seed": seed, **given(features_at_once=features_at_once)}
     screen = Screen(as_json=as_json)
-    screen.machine(dtype, device, what="simulator and judge run, where they are local,")
+    screen.machine(dtype, simulator_device or device, what="simulator and judge run, where they are local,")
     with screen.live():
         results = api.explain(
             run,
@@ -81,15 +111,17 @@ def explain(
             simulator=simulator,
             simulator_model=simulator_model,
             simulator_chat=simulator_chat,
-            simulator_device=device,
             simulator_dtype=dtype,
-            llm=llm,
+            llm=endpoint,
             stages=("explain", "simulate", "score") if questions else ("explain", "simulate"),
-            plan=Plan(n_test=n_test, concurrency=concurrency, seed=seed, **kinds),
+            plan=plan,
             records=RecordPolicy(seed=seed, projection=projection),
             budget=Budget(budget_usd, minutes=max_minutes),
+            retry_failed=retry_failed,
+            replace=replace,
             on_event=screen.event,
             steps=screen.step,
+            **given(device=device, subject_device=subject_device, simulator_device=simulator_device),
         )
     finish(screen, results)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from featureinterp.cli.demo import finish
+from featureinterp.cli.options import REPLACE_JOB, RETRY_FAILED
 from featureinterp.cli.screen import Screen, one_line, put
 
 _JSON = typer.Option(False, "--json", help="Print as JSON.")
@@ -17,13 +18,15 @@ def run(
     dry_run: bool = typer.Option(False, "--dry-run", help="Only say what would be done and what it would cost."),
     budget_usd: float = typer.Option(None, help="Stop when this much is spent, over the job's own budget."),
     max_minutes: float = typer.Option(None, help="Stop after this time, over the job's own budget."),
+    retry_failed: bool = RETRY_FAILED,
+    replace: bool = REPLACE_JOB,
     as_json: bool = _JSON,
 ) -> None:
     """Run a job from a file. Running it again goes on where it stopped; what was paid for is never paid twice.
 
     Example: featureinterp run JOB.toml --dry-run
     """
-    from dataclasses import replace
+    from dataclasses import replace as replaced
 
     from featureinterp import api
     from featureinterp.jobs.spec import load_job
@@ -32,9 +35,9 @@ def run(
     wanted = load_job(job)
     budget = wanted.budget
     if budget_usd is not None:
-        budget = replace(budget, usd=budget_usd)
+        budget = replaced(budget, usd=budget_usd)
     if max_minutes is not None:
-        budget = replace(budget, minutes=max_minutes)
+        budget = replaced(budget, minutes=max_minutes)
     wanted = wanted.model_copy(update={"budget": budget})
     if dry_run:
         found = api.dry_run(wanted)
@@ -46,7 +49,7 @@ def run(
         put(f"about {found.requests:,} requests with {found.prompt_tokens:,} + {found.completion_tokens:,} tokens, {cost}")
         return
     with screen.live():
-        results = api.run(wanted, on_event=screen.event, steps=screen.step)
+        results = api.run(wanted, retry_failed=retry_failed, replace=replace, on_event=screen.event, steps=screen.step)
     finish(screen, results)
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
 from featureinterp.cli.screen import Screen, put
+
+if TYPE_CHECKING:
+    from featureinterp.domain.record import FeatureRecord
 
 
 def records(
@@ -31,22 +37,26 @@ def records(
     Example: featureinterp records RUN --features 0:100 --count coactive_negative=10,10,10
     """
     from featureinterp import api
+    from featureinterp.claims import owned
     from featureinterp.records.files import write_records
     from featureinterp.records.policy import RecordPolicy
 
     policy = RecordPolicy({**RecordPolicy().counts, **counts_of(count)}, seed=seed, projection=projection)
     options = {"embedder": embedder, "holistic": holistic, "model": model, "sae": sae, "device": device}
     screen = Screen(as_json=as_json)
-    target = out or run / "records.jsonl"
-    short = 0
-    with screen.live():
-        built = []
-        for number, record in enumerate(api.records(run, features, policy=policy, steps=screen.step, **options), 1):
-            built.append(record)
+    target, short = out or run / "records.jsonl", 0
+
+    def told(built: Iterator[FeatureRecord]) -> Iterator[FeatureRecord]:
+        nonlocal short
+        for number, record in enumerate(built, 1):
             short += bool(record.shortfalls)
             if number % 100 == 0:
                 screen.say(f"{number} records")
-    n = write_records(target, built)
+            yield record
+
+    api.open_run(run)
+    with screen.live(), nullcontext() if out else owned(run, "records"):
+        n = write_records(target, told(api.records(run, features, policy=policy, steps=screen.step, **options)))
     if as_json:
         screen.result({"records": str(target), "n": n, "n_with_shortfalls": short})
     else:

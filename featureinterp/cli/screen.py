@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from featureinterp.visible import visible, visible_json
 
 if TYPE_CHECKING:
+    from featureinterp.api import Results
     from featureinterp.domain.score import Score
     from featureinterp.jobs.plan import Event, Progress
 
@@ -141,11 +142,26 @@ def put(line: str) -> None:
     print(visible(line))
 
 
-def end(screen: Screen, stopped: Exception | None, failed: bool) -> None:
-    """The end of a job's verb: says why it stopped early, and sets the exit code 1 when it did or something failed."""
+def end(screen: Screen, results: Results) -> None:
+    """The end of a job's verb: its last line says what is missing, and the exit code is 1 when something is."""
+    stopped: str | None = None
+    if results.stopped is not None:
+        rest = results.outcome.price_of_the_rest if results.outcome is not None else None
+        left = f"; {len(results.outcome.left)} features are left" if results.outcome is not None else ""
+        stopped = f"{results.stopped}{left}" + ("" if rest is None else f", about ${rest:.2f} more")
+    end_with(screen, stopped, results.n_failed, results.n_partial, results.n_features)
+
+
+def end_with(screen: Screen, stopped: object, failed: int, partial: int, total: int) -> None:
+    """The same from counts of features."""
+    if failed or partial:
+        screen.say(
+            f"{failed:,} of {total:,} features failed and {partial:,} have gaps: the same command asks again for what got no answer, and with "
+            "--retry-failed also for what got one that could not be used"
+        )
     if stopped is not None:
-        screen.say(f"stopped: {stopped}; the same command goes on")
-    if stopped is not None or failed:
+        screen.say(f"stopped: {stopped}: the same command goes on")
+    if stopped is not None or failed or partial:
         import typer
 
         raise typer.Exit(1)

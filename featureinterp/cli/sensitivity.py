@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from featureinterp.cli.endpoint import EFFORT, EXTRA_BODY, EXTRA_HEADER, REPLY_TOKENS, THINKING_TOKENS, endpoint_of
-from featureinterp.cli.screen import Screen, end, one_line, plain, put
+from featureinterp.cli.options import FEATURES_AT_ONCE, RETRY_FAILED, given
+from featureinterp.cli.screen import Screen, end_with, one_line, plain, put
 
 if TYPE_CHECKING:
     from featureinterp.api import Sensitivity
@@ -31,7 +32,8 @@ def sensitivity(
     base_url: str = typer.Option(None, help="OpenAI-compatible endpoint; the embedded model when not given."),
     llm_model: str = typer.Option(None, help="The endpoint's model."),
     api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key."),
-    max_workers: int = typer.Option(16, help="Requests in flight at most."),
+    concurrency: int = typer.Option(None, "--concurrency", "--max-workers", help="Requests in flight at most; 16 when nothing else is known."),
+    features_at_once: int = FEATURES_AT_ONCE,
     reply_tokens: int = REPLY_TOKENS,
     thinking_tokens: int = THINKING_TOKENS,
     effort: str = EFFORT,
@@ -43,6 +45,8 @@ def sensitivity(
     device: str = typer.Option(None, help="Device of model and SAEs: auto (the GPU when there is one), cpu, cuda or mps."),
     dtype: str = typer.Option(None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."),
     output_path: Path = typer.Option(Path("sensitivity"), "--output-path", "--out", help="Folder for tables, plots and what is kept."),
+    retry_failed: bool = RETRY_FAILED,
+    replace: bool = typer.Option(False, "--replace", help="Delete codes of another request that are in the folder."),
     verbose: bool = typer.Option(False, "--verbose", help="Show every text with what it activates."),
     as_json: bool = typer.Option(False, "--json", help="Print the summaries as JSON."),
 ) -> None:
@@ -55,10 +59,25 @@ def sensitivity(
     from featureinterp.jobs.sensitivity import SensitivityPlan
 
     names = [n for text in (*sae_names, *(more_saes or ())) for n in text.split(",") if n]
-    how = (reply_tokens, thinking_tokens, effort, extra_body, extra_header)
-    endpoint = endpoint_of(llm, base_url, llm_model, api_key_env, max_workers, None, None, 120.0, 6, *how)
+    endpoint = endpoint_of(
+        llm,
+        base_url,
+        model=llm_model,
+        api_key_env=api_key_env,
+        concurrency=concurrency,
+        reply_tokens=reply_tokens,
+        thinking_tokens=thinking_tokens,
+        effort=effort,
+        extra_body=extra_body,
+        extra_header=extra_header,
+    )
     plan = SensitivityPlan(
-        samples, num_per_call, n_top_ex_for_generation, n_iw_ex_for_generation, concurrency=1 if endpoint is None else max_workers, seed=seed
+        samples,
+        num_per_call,
+        n_top_ex_for_generation,
+        n_iw_ex_for_generation,
+        seed=seed,
+        **given(features_at_once=features_at_once),
     )
     screen = Screen(as_json=as_json)
     screen.machine(dtype, device)
@@ -89,6 +108,8 @@ def sensitivity(
             budget=Budget(budget_usd, minutes=max_minutes),
             device=device,
             dtype=dtype,
+            retry_failed=retry_failed,
+            replace=replace,
             on_feature=each_feature,
             steps=screen.step,
         )
@@ -106,7 +127,8 @@ def finish(screen: Screen, results: list[Sensitivity]) -> None:
         for r in results:
             put(f"{r.sae}: {r.folder.resolve()}")
     stopped = next((r.stopped for r in results if r.stopped), None)
-    end(screen, stopped, any(r.summary["n_failed"] for r in results))
+    failed, gaps = sum(r.summary["n_failed"] for r in results), sum(r.n_partial for r in results)
+    end_with(screen, stopped, failed, gaps, sum(len(r.features) for r in results))
 
 
 def _row(result: Sensitivity) -> tuple[str, ...]:

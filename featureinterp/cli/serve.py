@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import typer
+
+from featureinterp.cli.screen import Screen
 
 
 def serve(
@@ -19,6 +22,7 @@ def serve(
     queue: int = typer.Option(100, help="How many jobs may wait."),
     parallel: int = typer.Option(1, help="How many jobs run at once."),
     min_free_mb: int = typer.Option(100, help="With less room on the disk, in MB, no job is taken on or started."),
+    as_json: bool = typer.Option(False, "--json", help="Print the address as JSON."),
 ) -> None:
     """Serve jobs over HTTP. Jobs go on when the service ends; starting it again finds them.
 
@@ -53,7 +57,12 @@ def serve(
     rules = Rules(jobs, runs, tuple(endpoint), tuple(simulator_model), token, queue, parallel, min_free_mb * 1_000_000)
     with owned(jobs, "featureinterp serve"):
         app = make_app(rules)
-        typer.echo(f"featureinterp: http://{host}:{port}")
+        url = f"http://{host}:{port}"
+        if as_json:
+            Screen(as_json=True).result({"url": url, "jobs": str(jobs), "runs": str(runs)})
+            sys.stdout.flush()
+        else:
+            typer.echo(f"featureinterp: {url}")
         uvicorn.run(
             app,
             host=host,

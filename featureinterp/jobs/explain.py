@@ -21,6 +21,7 @@ from featureinterp.domain.score import Failure, Score, Simulation
 from featureinterp.domain.trial import Trial
 from featureinterp.errors import (
     EndpointRefusedError,
+    FeatureInterpError,
     InputError,
     JobStoppedError,
     LanguageModelError,
@@ -153,9 +154,9 @@ class ExplainJob:
         with tally() as spent:
             try:
                 value, gaps = await work()
-            except (EndpointRefusedError, JobStoppedError, StorageError, OSError):
+            except (EndpointRefusedError, JobStoppedError, StorageError):
                 raise
-            except Exception as error:  # whatever goes wrong with one feature is a row and stops no other
+            except FeatureInterpError as error:  # what goes wrong with one feature is a row and stops no other; a bug stops the run
                 failure = Failure(state.record.feature.index, stage, type(error).__name__, str(error))
                 if known is not None:  # with gaps from an earlier run, which is more than nothing and holds their causes
                     state.partial = True

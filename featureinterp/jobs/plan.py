@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 import pydantic
 
 from featureinterp.domain.record import Source, SplitName
 from featureinterp.domain.result import FeatureResult
-from featureinterp.errors import JobStoppedError
+from featureinterp.errors import InputError, JobStoppedError
 
 Part = tuple[SplitName, Source]
 
@@ -43,6 +43,20 @@ class Event:
     reused: bool = False
 
 
+class _Former(int):
+    """A value that was read under a field's former name, as :func:`dataclasses.replace` does, which must not overrule the field."""
+
+
+def readable_as(former: str, name: str, kind: type) -> None:
+    """Lets the field ``name`` of a dataclass be read under its former name, too."""
+    setattr(kind, former, property(lambda self: _Former(getattr(self, name))))
+
+
+def is_read(value: object) -> bool:
+    """Whether a value was read under a former name."""
+    return isinstance(value, _Former)
+
+
 @dataclass(frozen=True)
 class Plan:
     """How explanations are judged.
@@ -59,10 +73,17 @@ class Plan:
     detection: bool = True
     fuzzing: bool = True
     complexity: bool = True
-    concurrency: int = 4
+    features_at_once: int = 16
     seed: int = 0
+    concurrency: InitVar[int | None] = None
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
+
+    def __post_init__(self, concurrency: int | None) -> None:
+        if concurrency is not None and not is_read(concurrency):
+            object.__setattr__(self, "features_at_once", concurrency)
+        if self.features_at_once < 1:
+            raise InputError(f"features_at_once = {self.features_at_once} leaves nothing to do: give at least 1")
 
     def parts(self) -> list[tuple[Part, int]]:
         """What is simulated, with the feature's own explanation and with the null's."""
@@ -77,6 +98,9 @@ class Plan:
     def main_parts(self) -> list[tuple[Part, int]]:
         """What the main correlation is over."""
         return [(("test", "top"), self.n_test), (("test", self.negatives[0]), self.n_test)]
+
+
+readable_as("concurrency", "features_at_once", Plan)
 
 
 @dataclass(frozen=True)

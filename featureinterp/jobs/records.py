@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 
+from featureinterp.claims import owned
 from featureinterp.codes.store import CodesStore
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.errors import InputError
@@ -96,5 +99,8 @@ def build_records(
         store.check_feature(index)
     similar = None
     if policy.embeds:
-        similar = SimilarWindows(window_embeddings(store.windows, embedder or SentenceEmbedder(), run / "embeddings", progress=progress))
+        folder = run / "embeddings"
+        with owned(folder, "embeddings", waiting=lambda _: None) if os.access(run, os.W_OK) else nullcontext():
+            embeddings = window_embeddings(store.windows, embedder or SentenceEmbedder(), folder, progress=progress)
+        similar = SimilarWindows(embeddings)
     return RecordBuilder(store, policy, similar, neighbours).build(features)

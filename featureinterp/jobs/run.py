@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from featureinterp.claims import check_free, claim, owned
 from featureinterp.codes.store import CodesStore
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
@@ -30,6 +32,7 @@ from featureinterp.jobs.journal import Journal, Rehearsal
 from featureinterp.jobs.kept import KeptSimulator
 from featureinterp.jobs.plan import Event, Outcome
 from featureinterp.jobs.records import build_records, parse_features
+from featureinterp.jobs.results import KeptResults
 from featureinterp.jobs.spec import Job
 from featureinterp.llm.cached import Cached, ReplyStore
 from featureinterp.llm.config import Endpoint, load_config
@@ -48,6 +51,9 @@ from featureinterp.simulate.rated import Rated
 HOLISTIC = {"exact": "exact, every token left out in turn", "gradient": "approximate, gradient times embedding"}
 REHEARSED = 24
 """How many of a job's features a dry run goes through; the rest are taken to be like them."""
+
+JOB_PARTS = ("job.json", "journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm", "results.jsonl", "about.json", "report.html")
+"""What a job's folder holds that is of its codes; replies are of their requests."""
 
 Steps = Callable[[str, int, int], None]
 
@@ -71,7 +77,7 @@ class Ran:
     """A run of a job: its outcome, what is known of the features in the order that was asked for, and what a report says above them."""
 
     outcome: Outcome
-    results: tuple[FeatureResult, ...]
+    results: Sequence[FeatureResult]
     about: dict[str, Any]
 
 
@@ -93,14 +99,27 @@ class DryRun:
         return asdict(self)
 
 
-async def run_job(job: Job, store: CodesStore, local: Local, *, on_event: Callable[[Event], None] = lambda _: None, steps: Steps = lambda *_: None) -> Ran:
-    """Runs a job as far as it gets. What is in its journal is not done again; a job that is through asks nothing at all.
+async def run_job(
+    job: Job,
+    store: CodesStore,
+    local: Local,
+    *,
+    retry_failed: bool = False,
+    replace: bool = False,
+    write: Callable[[Ran], None] = lambda _: None,
+    on_event: Callable[[Event], None] = lambda _: None,
+    steps: Steps = lambda *_: None,
+) -> Ran:
+    """Runs a job as far as it gets. What is in its journal is not done again; a job that is through asks nothing at all. ``retry_failed``: what was
+    answered unusably is asked again. ``replace``: a job on other codes in the folder is deleted, but for its replies. ``write``: is given the outcome
+    while the folder is held.
 
     Raises ``InputError`` for what cannot work and a ``LanguageModelError`` when
-    the endpoint cannot be used at all, both before anything is written.
+    the endpoint cannot be used at all, both before anything is written, and ``FolderInUseError`` when another process works in the folder.
     """
     endpoint, features = job.endpoint, _features(job, store)
     price = _price(job, endpoint)
+    check_free(job.folder)
     meter = Meter()
     path = job.folder / "journal.sqlite"
     async with AsyncExitStack() as opened:
@@ -108,9 +127,11 @@ async def run_job(job: Job, store: CodesStore, local: Local, *, on_event: Callab
         stack, *own = [await opened.enter_async_context(open_stack(e, meter, price=price, load=partial(local.load, job))) for e in endpoints]
         if _asks(job) and not path.exists():
             await stack.check()
+        opened.enter_context(owned(job.folder, "explain"))
+        claim_job(job, store, replace=replace)
         with explained_storage(job.folder), Journal(path) as journal, closing(ReplyStore(job.folder / "replies.sqlite")) as replies:
-            model = stack.model(replies)
-            judge = own[0].model(replies) if own else model
+            model = stack.model(replies, retry_failed=retry_failed)
+            judge = own[0].model(replies, retry_failed=retry_failed) if own else model
             explainer, simulator = _parts(job, model, local, journal)
             tests = _tests(job, store, model, judge, simulator, local, journal)
             work = _explain_job(job, store, journal, explainer, simulator, judge, meter, on_event, tests)
@@ -118,8 +139,25 @@ async def run_job(job: Job, store: CodesStore, local: Local, *, on_event: Callab
             if left := len(work.remaining(features)):
                 steps("explained", 0, left)
             outcome = await work.run(features, _records(job, store, local, steps))
-            results = tuple(journal.features(work.key, features))
-    return Ran(outcome, results, _about(store, job, endpoint, explainer, simulator, outcome))
+        about = _about(store, job, endpoint, explainer, simulator, outcome)
+        ran = Ran(outcome, KeptResults(path, work.key, features), about)
+        write(ran)
+    return ran
+
+
+def claim_job(job: Job, store: CodesStore, *, replace: bool = False) -> None:
+    """Claims a job's folder for the codes that it is about. Everything else that a job depends on is part of its journal's keys."""
+    asked = {"codes": store.fingerprint}
+
+    def earlier() -> dict[str, str] | None:
+        try:
+            run = Path(json.loads((job.folder / "job.json").read_text(encoding="utf-8"))["job"]["run"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return asked if run.resolve() == job.run.resolve() else None
+
+    about, anew = {"run": str(job.run)}, "'featureinterp explain --replace' (or run)"
+    claim(job.folder, "a job", asked, parts=JOB_PARTS, about=about, replace=replace, earlier=earlier, anew=anew)
 
 
 async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = lambda *_: None) -> DryRun:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import FeatureInterpError, JobStoppedError
+from featureinterp.errors import JobStoppedError
 from featureinterp.jobs.feature import FeatureState, Null
 from featureinterp.jobs.plan import Event, Progress
 from featureinterp.llm.tally import Tally, tally
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 NULL_REACH = 8
 """How many of the following features are looked at for an explanation that can be a null."""
+REMEMBERED = 64
+"""Explanations of finished features that are kept in memory; those of others are read from the journal again."""
 RecordsOf = Callable[[Sequence[int]], Iterator[FeatureRecord]]
 
 
@@ -35,10 +38,11 @@ class Run:
         self._place = {feature: i for i, feature in enumerate(ring)}
         self._todo = set(left)
         self._explained: dict[int, Explanation | None] = {}
+        self._finished: deque[int] = deque()
         self._events: dict[int, anyio.Event] = {}
         self._error: Exception | None = None
-        self._slots = anyio.Semaphore(job.plan.concurrency)
-        self._backlog = anyio.Semaphore(job.plan.concurrency + NULL_REACH + 1)
+        self._slots = anyio.Semaphore(job.plan.features_at_once)
+        self._backlog = anyio.Semaphore(job.plan.features_at_once + NULL_REACH + 1)
         self._start = time.monotonic()
         self._failed = 0
         self._n_explained = 0
@@ -57,7 +61,7 @@ class Run:
                     break
                 try:
                     record = await anyio.to_thread.run_sync(next, found)
-                except (FeatureInterpError, OSError) as error:
+                except Exception as error:
                     self._give_up(error)
                     break
                 group.start_soon(self._feature, feature, record)
@@ -69,7 +73,7 @@ class Run:
         try:
             with tally() as self._begun[feature]:
                 await self._work(FeatureState(record))
-        except (FeatureInterpError, OSError) as error:
+        except Exception as error:  # bugs, too: what is in flight is let finish, as it may be paid for, and then they are raised
             self._give_up(error)
         finally:
             self._backlog.release()
@@ -98,6 +102,7 @@ class Run:
             result = await self.job.result(state)
             self.job.journal.finish(self.job.key, result, state.status)
         self.worked.add(feature)
+        self._forget(feature)
         self._failed += bool(state.failures)
         self._say("scored", state, len(self.worked), result)
 
@@ -116,13 +121,20 @@ class Run:
                 await self._event(other).wait()
                 if self._error is not None:
                     return None
-            elif other not in self._explained:
+            if other not in self._explained:
                 known = next(self.job.journal.features(self.job.key, [other]), None)
                 self._explained[other] = known.explanation if known else None
+                self._forget(other)
             found = self._explained.get(other)
             if found is not None and found.text != explanation.text:
                 return Null(other, found)
         return None
+
+    def _forget(self, feature: int) -> None:
+        """Keeps the explanations of the features that are under way, and of few others: the journal has them."""
+        self._finished.append(feature)
+        if len(self._finished) > REMEMBERED:
+            self._explained.pop(self._finished.popleft(), None)
 
     def _event(self, feature: int) -> anyio.Event:
         event = self._events.setdefault(feature, anyio.Event())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import InitVar, asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from featureinterp.files import content_key
 from featureinterp.interfaces import Activator
 from featureinterp.jobs.budget import Budget, Guard
 from featureinterp.jobs.journal import Journal
+from featureinterp.jobs.plan import is_read, readable_as
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.tally import tally
 
@@ -33,7 +34,8 @@ OnFeature = Callable[[FeatureSensitivity, int, int], None]
 @dataclass(frozen=True)
 class SensitivityPlan:
     """``samples``: new texts per feature. ``n_top``, ``n_weighted``: examples that the writer is shown; ``n_held_out``: further ones of each kind that
-    it is not. ``half_width``: tokens of an example on each side of its strongest one. ``concurrency``: features at once."""
+    it is not. ``half_width``: tokens of an example on each side of its strongest one. ``features_at_once`` (formerly
+    ``concurrency``)."""
 
     samples: int = 10
     per_call: int = 10
@@ -42,17 +44,23 @@ class SensitivityPlan:
     n_held_out: int = 2
     half_width: int = 10
     temperature: float = 0.8
-    concurrency: int = 16
+    features_at_once: int = 16
     seed: int = 0
+    concurrency: InitVar[int | None] = None
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
-    def __post_init__(self) -> None:
-        for name in ("samples", "per_call", "concurrency"):
+    def __post_init__(self, concurrency: int | None) -> None:
+        if concurrency is not None and not is_read(concurrency):
+            object.__setattr__(self, "features_at_once", concurrency)
+        for name in ("samples", "per_call", "features_at_once"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)} leaves nothing to do: give at least 1")
         if self.n_top + self.n_weighted < 1 or min(self.n_top, self.n_weighted, self.n_held_out, self.half_width) < 0:
             raise InputError("a writer needs at least one example: give positive numbers of top or importance-weighted ones")
+
+
+readable_as("concurrency", "features_at_once", SensitivityPlan)
 
 
 class SensitivityJob:
@@ -86,7 +94,7 @@ class SensitivityJob:
         number = self.journal.start(content_key({"sensitivity": self.sae, "source": self.source}), len(features))
         ended = "interrupted"
         found: dict[int, FeatureSensitivity] = {}
-        limit = anyio.Semaphore(self.plan.concurrency)
+        limit = anyio.Semaphore(self.plan.features_at_once)
         broken: list[Exception] = []
 
         async def one(feature: FeatureSensitivity) -> None:

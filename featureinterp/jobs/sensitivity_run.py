@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import closing
-from dataclasses import dataclass, field
+from contextlib import AsyncExitStack, closing
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from featureinterp.claims import check_free, owned
 from featureinterp.codes.store import CodesStore
 from featureinterp.errors import FeatureRangeError, InputError, JobStoppedError
 from featureinterp.falsify.saebench import examples_in
@@ -20,7 +21,7 @@ from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.records import parse_features, random_features
 from featureinterp.jobs.sensitivity import OnFeature, SensitivityJob, SensitivityPlan
 from featureinterp.llm.cached import ReplyStore
-from featureinterp.llm.config import Endpoint, load_config
+from featureinterp.llm.config import LOCAL, Endpoint, load_config
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.stack import open_stack
 from featureinterp.records.build import RecordBuilder
@@ -54,6 +55,8 @@ class SensitivityJobSpec:
     dtype: str | None = None
     text_field: str = "text"
     max_failure_rate: float = 0.5
+    retry_failed: bool = False
+    replace: bool = False
 
     def __post_init__(self) -> None:
         if not self.saes:
@@ -67,6 +70,11 @@ class SensitivityJobSpec:
     def endpoint(self) -> Endpoint:
         """The endpoint that writes texts."""
         return load_config().endpoint(self.llm) if isinstance(self.llm, str) else self.llm or Endpoint()
+
+    @property
+    def effective_plan(self) -> SensitivityPlan:
+        """The plan, with one feature at a time on a model of this machine."""
+        return replace(self.plan, features_at_once=1) if self.endpoint.base_url in (None, LOCAL) else self.plan
 
 
 @dataclass(frozen=True)
@@ -102,6 +110,7 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
         raise InputError(
             f"a budget in USD needs the price of {endpoint.model!r}, which is not known: add it to {load_config().path}, or give a budget in minutes"
         )
+    check_free(spec.out)
     published = [_published(spec, name) for name in spec.saes]
     corpus = load_corpus(spec.dataset, text_field=spec.text_field) if spec.examples == "corpus" else None
     policy = WindowPolicy(spec.context_size, min(8, spec.context_size), spec.total_tokens)
@@ -112,17 +121,19 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
     folders = [spec.out / folder_name(name) for name in spec.saes]
     meter = Meter()
     guard = Guard(spec.budget, lambda: meter.usage, max_failure_rate=spec.max_failure_rate)
-    async with open_stack(endpoint, meter, price=price, load=partial(load_causal_lm, device=spec.device)) as stack:
+    async with open_stack(endpoint, meter, price=price, load=partial(load_causal_lm, device=spec.device)) as stack, AsyncExitStack() as held:
         if not (spec.out / "journal.sqlite").exists():
             await stack.check()
+        held.enter_context(owned(spec.out, "sensitivity"))
         if corpus is not None:
             progress = lambda done, total: steps("tokens", done, total)  # noqa: E731 (one line)
-            stores: list[CodesStore | None] = list(collect_shared(subject, list(zip(saes, folders, strict=True)), corpus, policy, progress=progress))
+            targets = list(zip(saes, folders, strict=True))
+            stores: list[CodesStore | None] = list(collect_shared(subject, targets, corpus, policy, progress=progress, replace=spec.replace))
         else:
             stores = [None] * len(saes)
         with Journal(spec.out / "journal.sqlite") as journal, closing(ReplyStore(spec.out / "replies.sqlite")) as replies:
-            plan = spec.plan
-            writer = TextWriter(stack.model(replies), per_call=plan.per_call, temperature=plan.temperature, seed=plan.seed)
+            plan = spec.effective_plan
+            writer = TextWriter(stack.model(replies, retry_failed=spec.retry_failed), per_call=plan.per_call, temperature=plan.temperature, seed=plan.seed)
             for sae, folder, store, examples in zip(saes, folders, stores, published, strict=True):
                 job = SensitivityJob(
                     journal,

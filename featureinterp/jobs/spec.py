@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import tomllib
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,8 +52,9 @@ class Job(pydantic.BaseModel):
     simulator's own when not given.
     ``few_shot``: a JSON file with worked examples in place of the style's own. ``holistic``: shows the explainer which tokens cause the activations,
     found by leaving out each in turn ("exact") or by the gradient. ``model``, ``sae``: where the subject and the SAE of the run are found now,
-    for holistic activations and co-active windows; by the names that the run recorded when not given. ``max_failure_rate``: the job stops when
-    more of its stages fail.
+    for holistic activations and co-active windows; by the names that the run recorded when not given. ``subject_device``: of the subject and the
+    SAE; ``simulator_device``, ``simulator_dtype``: of models of this process that simulate and judge; ``device``: both devices, where they are
+    not named. ``max_failure_rate``: the job stops when more of its stages fail.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -73,6 +75,7 @@ class Job(pydantic.BaseModel):
     sae: str | None = None
     simulator: Literal["token-wise", "all-at-once", "prompt-logprobs", "rated", "lexical"] = "token-wise"
     simulator_model: str = EMBEDDED
+    subject_device: str | None = None
     simulator_device: str | None = None
     simulator_dtype: str | None = None
     simulator_chat: bool = False
@@ -82,6 +85,17 @@ class Job(pydantic.BaseModel):
     records: RecordPolicy = RecordPolicy()
     budget: Budget = Budget()
     max_failure_rate: float = pydantic.Field(0.5, gt=0, le=1)
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _one_device(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or "device" not in fields:
+            return fields
+        fields = dict(fields)
+        device = fields.pop("device")
+        for name in ("subject_device", "simulator_device"):
+            fields[name] = device if fields.get(name) is None else fields[name]
+        return fields
 
     @pydantic.field_validator("stages")
     @classmethod
@@ -160,7 +174,7 @@ class Job(pydantic.BaseModel):
             detection=plan.detection and asks,
             fuzzing=plan.fuzzing and asks,
             complexity=plan.complexity and asks,
-            concurrency=1 if self.endpoint.base_url in (None, LOCAL) else plan.concurrency,
+            features_at_once=1 if self.endpoint.base_url in (None, LOCAL) else plan.features_at_once,
         )
 
 
@@ -170,6 +184,18 @@ def make_job(**fields: Any) -> Job:
         return Job(**fields)
     except pydantic.ValidationError as error:
         raise InputError(f"the job has a mistake: {first_problem(error)}") from error
+
+
+def changed(job: Job, **fields: Any) -> Job:
+    """The job with other fields; of a table (``budget``, ``plan``, ``trial``, ``steering`` …) a mapping changes what it names and keeps the
+    rest. Raises ``InputError`` that names the first one that is wrong."""
+    kept = {name: getattr(job, name) for name in type(job).model_fields}
+    if fields.get("device") is not None:  # what is named now goes before what the job says
+        kept |= {"subject_device": None, "simulator_device": None}
+    for name, value in fields.items():
+        tables = isinstance(value, Mapping) and is_dataclass(kept.get(name))
+        kept[name] = {**asdict(kept[name]), **value} if tables else value
+    return make_job(**kept)
 
 
 def job_of(folder: Path) -> Job:

@@ -71,20 +71,27 @@ class _Pending:
 class Cached:
     """Asks ``model`` only what it has not answered before. Equal requests at the same time are one request.
 
-    ``identity`` is what beside the request determines the answer: the endpoint's address and its own parameters. Replies that
-    the request's ``check`` refuses are passed on and not kept, but those that were refused by the model or a filter, and those that were cut: the same
-    request would be paid for again and end in the same way. A reply that was cut is asked again once there is more ``room`` for it. The usage of a
-    kept reply is what it cost when it was new.
+    ``identity`` is what beside the request determines the answer: the endpoint's address and its own parameters. A reply that
+    the request's ``check`` refuses is passed on. It settles the request, too, when asking again would be paid for and end in the same way (at
+    temperature 0, with a seed, refused by the model or a filter, or cut): it is kept, and with ``retry_failed`` asked for once more. A reply that was
+    cut is asked again once there is more ``room`` for it. The usage of a kept reply is what it cost when it was new.
     """
 
     def __init__(
-        self, model: LanguageModel, store: ReplyStore, *, identity: Any = None, room: Callable[[Request], int] = lambda request: request.max_tokens
+        self,
+        model: LanguageModel,
+        store: ReplyStore,
+        *,
+        identity: Any = None,
+        room: Callable[[Request], int] = lambda request: request.max_tokens,
+        retry_failed: bool = False,
     ) -> None:
         self.name = model.name
         self.hits = 0
         self._room = room
         self._model, self._store, self._identity = model, store, identity
         self._pending: dict[str, _Pending] = {}
+        self._retry_failed, self._asked = retry_failed, set[str]()
 
     def key(self, request: Request) -> str:
         """The content key of a request."""
@@ -102,7 +109,7 @@ class Cached:
         key = self.key(request)
         while True:
             known = self._store.get(key)
-            if known is not None and (not any(known.truncated) or known.room == 0 or self._room(request) <= known.room):
+            if known is not None and self._is_settled(key, request, known):
                 self.hits += 1
                 return known
             pending = self._pending.get(key)
@@ -114,11 +121,22 @@ class Cached:
             if pending.reply is not None:
                 return pending.reply
 
+    def _is_settled(self, key: str, request: Request, known: Reply) -> bool:
+        """Whether a kept reply is taken for the answer."""
+        if any(known.truncated) and known.room and self._room(request) > known.room:
+            return False
+        if not self._retry_failed or key in self._asked or key in self._pending:
+            return True
+        return known.refused is None and is_answer(request, known)
+
     async def _ask(self, key: str, request: Request) -> Reply:
         pending = self._pending[key] = _Pending(anyio.Event())
         try:
             reply = await self._model.complete(request)
-            if reply.refused is not None or (any(reply.truncated) and reply.room) or is_answer(request, reply):
+            if self._retry_failed:
+                self._asked.add(key)
+            same = request.temperature == 0 or request.seed is not None or reply.refused is not None or (any(reply.truncated) and reply.room)
+            if same or is_answer(request, reply):
                 self._store.put(key, self.name, reply)
             pending.reply = reply
             return reply

@@ -34,10 +34,12 @@ class Stack:
     own: bool
     max_wait_s: float = 300.0
 
-    def model(self, replies: ReplyStore | None = None) -> LanguageModel:
-        """The model for all work; with a store of replies it asks nothing twice."""
+    def model(self, replies: ReplyStore | None = None, *, retry_failed: bool = False) -> LanguageModel:
+        """The model for all work; with a store of replies it asks nothing twice, with ``retry_failed`` but what was answered unusably."""
         room = getattr(self.bare, "room", lambda request: request.max_tokens)
-        asked = self.limited if replies is None else Cached(self.limited, replies, identity=self.bare.identity, room=room)
+        if replies is None:
+            return Answering(Tallied(self.limited))
+        asked = Cached(self.limited, replies, identity=self.bare.identity, room=room, retry_failed=retry_failed)
         return Answering(Tallied(asked))
 
     async def check(self) -> None:

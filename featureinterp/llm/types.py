@@ -24,7 +24,7 @@ class Request:
     ``schema``: JSON schema of the reply, or None for free text. ``top_logprobs``: how many alternatives to return for the reply's
     first token, or for each place of the prompt in ``read_at`` (0: none). ``n``: how many replies. ``answers``: the short replies
     that are expected; a model may end with the first token that is one of them. ``check`` is called with the reply and raises a
-    ``LanguageModelError`` when it is no answer; such a reply is not kept for another time.
+    ``LanguageModelError`` when it is no answer.
     """
 
     messages: tuple[Message, ...] = ()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from featureinterp.domain.record import FeatureRecord
-from featureinterp.files import write_atomic
+from featureinterp.files import replaced_atomically
 
 
 def record_to_json(record: FeatureRecord) -> dict[str, Any]:
@@ -40,7 +40,10 @@ def _holistic(record: FeatureRecord) -> dict[str, Any]:
 
 
 def write_records(path: Path, records: Iterable[FeatureRecord]) -> int:
-    """Writes records as JSON lines, atomically; returns how many."""
-    lines = [json.dumps(record_to_json(record), ensure_ascii=False) for record in records]
-    write_atomic(path, "".join(line + "\n" for line in lines))
-    return len(lines)
+    """Writes records as JSON lines, atomically and one at a time; returns how many."""
+    n = 0
+    with replaced_atomically(path) as file:
+        for record in records:
+            n += 1
+            file.write(json.dumps(record_to_json(record), ensure_ascii=False).encode() + b"\n")
+    return n

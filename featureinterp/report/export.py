@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import InputError
-from featureinterp.files import explained_storage, write_atomic
+from featureinterp.files import replaced_atomically
 from featureinterp.report.render import read_results
 
 FORMATS = ("parquet", "csv", "jsonl")
+BATCH = 256
+"""Rows that are in memory at once."""
 
 
 def export_results(folder: Path, to: str, out: Path | None = None) -> tuple[Path, int]:
@@ -22,24 +25,43 @@ def export_results(folder: Path, to: str, out: Path | None = None) -> tuple[Path
     if to not in FORMATS:
         raise InputError(f"there is no format {to!r}: choose from {', '.join(FORMATS)}")
     results, _ = read_results(folder)
-    return write_table(out or folder / f"features.{to}", [row(r) for r in results], to)
+    return write_table(out or folder / f"features.{to}", _Rows(results), to)
 
 
-def write_table(path: Path, rows: Sequence[dict[str, Any]], to: str) -> tuple[Path, int]:
-    """Writes rows in one of ``FORMATS``; a column is there when any row has it. Returns the file and the number of rows."""
+class _Rows:
+    """Rows of results, made anew whenever they are gone through."""
+
+    def __init__(self, results: Iterable[FeatureResult]) -> None:
+        self._results = results
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return map(row, self._results)
+
+
+def write_table(path: Path, rows: Iterable[dict[str, Any]], to: str) -> tuple[Path, int]:
+    """Writes rows in one of ``FORMATS``; a column is there when any row has it. ``rows`` are gone through several times and never held all at
+    once. Returns the file and the number of rows."""
     names = list(dict.fromkeys(name for r in rows for name in r))
-    rows = [{name: r.get(name) for name in names} for r in rows]
-    if to == "jsonl":
-        write_atomic(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    elif to == "csv":
-        text = io.StringIO(newline="")
+
+    def whole() -> Iterator[dict[str, Any]]:
+        return ({name: r.get(name) for name in names} for r in rows)
+
+    if to == "parquet":
+        return path, _write_parquet(path, whole)
+    n = 0
+    with replaced_atomically(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
         writer = csv.DictWriter(text, names)
-        writer.writeheader()
-        writer.writerows({k: _plain(v) for k, v in r.items()} for r in rows)
-        write_atomic(path, text.getvalue())
-    else:
-        _write_parquet(path, rows)
-    return path, len(rows)
+        if to == "csv":
+            writer.writeheader()
+        for r in whole():
+            n += 1
+            if to == "csv":
+                writer.writerow({k: _plain(v) for k, v in r.items()})
+            else:
+                text.write(json.dumps(r, ensure_ascii=False) + "\n")
+        text.detach()
+    return path, n
 
 
 def row(result: FeatureResult) -> dict[str, Any]:
@@ -78,11 +100,23 @@ def _plain(value: Any) -> Any:
     return "'" + value if isinstance(value, str) and value[:1] in "=+-@\t\r" else value
 
 
-def _write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def _write_parquet(path: Path, rows: Callable[[], Iterator[dict[str, Any]]]) -> int:
+    """Rows in two passes, for the columns' types and for their content; the number of rows."""
     import pyarrow
     import pyarrow.parquet
 
-    sink = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows)), sink)
-    with explained_storage(path):
-        write_atomic(path, sink.getvalue())
+    schema = pyarrow.schema([])
+    for batch in _batches(rows()):
+        both = [schema, pyarrow.Table.from_pylist(batch).schema]
+        schema = pyarrow.unify_schemas(both, promote_options="permissive")
+    n = 0
+    with replaced_atomically(path) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
+        for batch in _batches(rows()):
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
+            n += len(batch)
+    return n
+
+
+def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    while batch := list(islice(rows, BATCH)):
+        yield batch

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import jinja2
 
@@ -16,7 +16,7 @@ from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Score
 from featureinterp.domain.trial import TrialText
 from featureinterp.errors import InputError
-from featureinterp.files import explained_storage, write_atomic
+from featureinterp.files import explained_storage, replaced_atomically, write_atomic
 from featureinterp.probing.agreement import Agreement
 from featureinterp.visible import visible as seen
 
@@ -82,13 +82,22 @@ def write_report(path: Path, results: Sequence[FeatureResult], about: Mapping[st
     results."""
     if not results:
         raise InputError("there is no result to report on: run 'featureinterp explain' first")
-    write_atomic(path, render_report(results, about, labels))
+    with replaced_atomically(path) as file:
+        for part in _parts(results, about, labels):
+            file.write(part.encode())
     return path
 
 
 def render_report(results: Sequence[FeatureResult], about: Mapping[str, Any], labels: Mapping[int, Sequence[Agreement]] | None = None) -> str:
     """The page as a string. ``labels``: concepts that features were annotated with."""
-    return environment().get_template("report.html").render(results=results, about=about, summary=summarise(results), labels=labels or {})
+    return "".join(_parts(results, about, labels))
+
+
+def _parts(results: Sequence[FeatureResult], about: Mapping[str, Any], labels: Mapping[int, Sequence[Agreement]] | None) -> Iterator[str]:
+    """The page piece by piece; results are gone through several times, one at a time."""
+    page = environment().get_template("report.html")
+    holistic = any(r.holistic for r in results)
+    yield from page.generate(results=results, about=about, summary=summarise(results), labels=labels or {}, holistic=holistic)
 
 
 def environment() -> jinja2.Environment:
@@ -107,30 +116,50 @@ def environment() -> jinja2.Environment:
     return made
 
 
-def summarise(results: Sequence[FeatureResult]) -> dict[str, Any]:
-    """The front page's figures: how many were explained, how many beat the null and the baseline, and the distribution of r."""
-    main = [(r, r.score("correlation")) for r in results]
-    defined = [(r, s) for r, s in main if s is not None and s.value is not None]
-    against_baseline = [b for b in (r.beats_baseline() for r in results) if b is not None]
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """What the front page needs of one feature."""
+
+    explained: bool
+    failures: int
+    main: Score | None
+    baseline: float | None
+    beats_baseline: bool | None
+
+    @classmethod
+    def of(cls, result: FeatureResult) -> _Figures:
+        main, floor = result.score("correlation"), result.baseline_score("correlation")
+        return cls(
+            result.explanation is not None,
+            len(result.failures),
+            main if main is not None and main.value is not None else None,
+            floor.value if floor else None,
+            result.beats_baseline(),
+        )
+
+
+def summarise(results: Iterable[FeatureResult]) -> dict[str, Any]:
+    """The front page's figures: how many were explained, how many beat the null and the baseline, and the distribution of r. Goes through
+    ``results`` once."""
+    figures = [_Figures.of(r) for r in results]
+    defined = [f.main for f in figures if f.main is not None]
+    values = [s.value for s in defined if s.value is not None]
+    nulls = [s.null for s in defined if s.null is not None]
+    against_baseline = [f.beats_baseline for f in figures if f.beats_baseline is not None]
     return {
-        "n": len(results),
-        "n_explained": sum(r.explanation is not None for r in results),
+        "n": len(figures),
+        "n_explained": sum(f.explained for f in figures),
         "n_scored": len(defined),
-        "n_failures": sum(len(r.failures) for r in results),
-        "beats_null_value": sum(s.beats_null for _, s in defined),
-        "clear_of_null": sum(s.clear_of_null for _, s in defined),
-        "n_null": sum(s.null is not None for _, s in defined),
+        "n_failures": sum(f.failures for f in figures),
+        "beats_null_value": sum(s.beats_null for s in defined),
+        "clear_of_null": sum(s.clear_of_null for s in defined),
+        "n_null": len(nulls),
         "beats_baseline": sum(against_baseline),
         "n_baseline": len(against_baseline),
-        "median": _median([s.value for _, s in defined if s.value is not None]),
-        "median_null": _median([s.null for _, s in defined if s.null is not None]),
-        "median_baseline": _median([v.value for r in results if (v := r.baseline_score("correlation")) and v.value is not None]),
-        "histogram": histogram(
-            {
-                "explanation": [s.value for _, s in defined if s.value is not None],
-                "null": [s.null for _, s in defined if s.null is not None],
-            }
-        ),
+        "median": _median(values),
+        "median_null": _median(nulls),
+        "median_baseline": _median([f.baseline for f in figures if f.baseline is not None]),
+        "histogram": histogram({"explanation": values, "null": nulls}),
     }
 
 
@@ -240,8 +269,52 @@ def groups(result: FeatureResult) -> list[tuple[str, str, list[ShownWindow]]]:
     return [(*key, windows) for key, windows in sorted(found.items(), key=lambda item: order.get(item[0][0], 9))]
 
 
-def read_results(folder: Path) -> tuple[list[FeatureResult], dict[str, Any]]:
-    """The results and particulars that an explain job wrote into ``folder``.
+class StoredResults(Sequence[FeatureResult]):
+    """The results of a JSONL file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        """Reads every line once. Raises ``InputError`` for one that is no result."""
+        self.path = path
+        self._starts: list[int] = []
+        with explained_storage(path), path.open("rb") as file:
+            place = 0
+            for line in file:
+                self._result(line)
+                self._starts.append(place)
+                place += len(line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> FeatureResult: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[FeatureResult]: ...
+    def __getitem__(self, index: int | slice) -> FeatureResult | list[FeatureResult]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        with explained_storage(self.path), self.path.open("rb") as file:
+            file.seek(self._starts[index])
+            return self._result(file.readline())
+
+    def __iter__(self) -> Iterator[FeatureResult]:
+        with explained_storage(self.path), self.path.open("rb") as file:
+            for line in file:
+                yield self._result(line)
+
+    def _result(self, line: bytes) -> FeatureResult:
+        try:
+            return FeatureResult.from_json(json.loads(line))
+        except (KeyError, TypeError, ValueError) as error:
+            raise _unreadable(self.path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} cannot be read ({error}): it was changed or made by another version; run 'featureinterp explain' again")
+
+
+def read_results(folder: Path) -> tuple[Sequence[FeatureResult], dict[str, Any]]:
+    """The results and particulars that an explain job wrote into ``folder``; results are read one at a time.
 
     Raises ``InputError`` when there are none or they cannot be read.
     """
@@ -249,15 +322,15 @@ def read_results(folder: Path) -> tuple[list[FeatureResult], dict[str, Any]]:
     if not path.exists() or not about.exists():
         raise InputError(f"{folder} holds no results (results.jsonl): give the folder that 'featureinterp explain' wrote with --out")
     try:
-        with explained_storage(path):
-            results = [FeatureResult.from_json(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-            return results, json.loads(about.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): it was changed or made by another version; run 'featureinterp explain' again") from error
+        with explained_storage(about):
+            return StoredResults(path), json.loads(about.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise _unreadable(about, error) from error
 
 
-def write_results(folder: Path, results: Sequence[FeatureResult], about: Mapping[str, Any]) -> None:
-    """Writes what :func:`read_results` reads."""
-    lines = [json.dumps(r.to_json(), ensure_ascii=False) for r in results]
-    write_atomic(folder / "results.jsonl", "".join(line + "\n" for line in lines))
+def write_results(folder: Path, results: Iterable[FeatureResult], about: Mapping[str, Any]) -> None:
+    """Writes what :func:`read_results` reads, one result at a time."""
+    with replaced_atomically(folder / "results.jsonl") as file:
+        for result in results:
+            file.write(json.dumps(result.to_json(), ensure_ascii=False).encode() + b"\n")
     write_atomic(folder / "about.json", json.dumps(dict(about), indent=1, ensure_ascii=False) + "\n")

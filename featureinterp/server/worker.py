@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -125,9 +126,19 @@ def _work(folder: Path) -> int:
             print(error, file=sys.stderr)  # noqa: T201 (the worker's log)
             return DISK_FULL
         return _end(folder, "failed", str(error)) or 2
+    except Exception as error:  # a bug; whoever starts a worker next would only meet it again
+        traceback.print_exc()  # the worker's log
+        if _is_gone(folder):
+            return 0
+        return _end(folder, "failed", f"a mistake in the program ({type(error).__name__}): the traceback is in worker.log") or 1
     state: State = "stopped" if results.stopped else "done"
-    message = str(results.stopped) if results.stopped else f"{results.n_failures} stages failed" if results.n_failures else ""
+    message = str(results.stopped) if results.stopped else _missing(results.n_failed, results.n_partial)
     return _end(folder, state, message, n_features=len(results), n_failures=results.n_failures)
+
+
+def _missing(failed: int, partial: int) -> str:
+    """What a job that is through is without."""
+    return f"{failed} features failed, {partial} have gaps" if failed or partial else ""
 
 
 def _end(folder: Path, state: State, message: str, **more: int) -> int:

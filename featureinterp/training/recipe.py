@@ -274,7 +274,7 @@ def request_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
 
 def _earlier(out: Path, ranks: Ranks) -> dict[str, Any] | None:
     """The request of a run whose recipe is all that it wrote down."""
-    return request_of(load_recipe(out / RECIPE), ranks) if (out / RECIPE).exists() else None
+    return request_of(resolved(load_recipe(out / RECIPE), None), ranks) if (out / RECIPE).exists() else None
 
 
 def _settings_that_matter(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
