@@ -170,7 +170,7 @@ class Counted:
 
 
 def test_reports_tables_and_records_hold_few_features_at_a_time(tmp_path: Path, records: list[FeatureRecord]):  # noqa: F811
-    first, _, _ = run(tmp_path, records, lambda _: '{"explanation": "x"}')
+    first, _, _ = run(tmp_path, records)
     results, n = Counted(first[0], 60), 60
     about = {"title": "t", "subtitle": "s", "facts": {}}
     write_results(tmp_path, results, about)
