@@ -15,8 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import HOOK
+from test_cli import cli
 from tiny import TINY_TEXTS
 
+import featureinterp as fi
 from featureinterp.claims import LOCK, OWNER, REQUEST, check_free, claim, owned
 from featureinterp.codes.collect import collect
 from featureinterp.codes.store import CodesStore
@@ -156,3 +158,75 @@ def test_an_extraction_is_of_one_request(tmp_path: Path, subject: Subject):
     assert files_of(out) == before
     again = extract(subject, HOOK, load_corpus(str(file)), out, POLICY, replace=True)
     assert again.train is not None and files_of(out) != before
+
+
+def test_every_verb_says_who_holds_the_folder_that_it_would_write(tmp_path: Path, run: Path, subject_folder: Path, sae_folder: Path, corpus_file: Path):
+    """Whichever verb the holder runs, it holds the folder by the same lock."""
+    folder = shutil.copytree(run, tmp_path / "run")
+    explained = ("explain", str(folder), "--features", "3", "--explainer", "top-tokens", "--simulator", "lexical", "--no-questions")
+    model, corpus = ("--model", str(subject_folder)), ("--corpus", str(corpus_file))
+    assert cli(*explained, "--negatives", "random").returncode == 0
+    acts, hook = tmp_path / "acts", ("--hook", HOOK, "--window", "16")
+    verbs = {
+        folder: (
+            ("collect", *model, "--sae", str(sae_folder), *corpus, "--out", str(folder)),
+            ("records", str(folder), "--features", "3"),
+        ),
+        folder / "explain": (
+            (*explained, "--negatives", "random"),
+            ("falsify", str(folder)),
+            ("steer", str(folder)),
+            ("report", str(folder / "explain")),
+            ("export", str(folder), "--to", "csv"),
+        ),
+        folder / "probe": (("probe", str(folder), "--labels", "months", "--no-dense", *corpus),),
+        acts: (("extract", *model, *hook, *corpus, "--out", str(acts)), ("layers", *model, *corpus, "--out", str(acts))),
+        tmp_path / "sens": (("sensitivity", *model, "--sae-names", str(sae_folder), "--out", str(tmp_path / "sens")),),
+        tmp_path / "trained": (("train", "--set", f"subject.model={subject_folder}", "--out", str(tmp_path / "trained")),),
+    }
+    for held, commands in verbs.items():
+        with holder(held) as child:
+            before = files_of(held)
+            for command in commands:
+                done = cli(*command)
+                assert done.returncode == 2 and f"process {child.pid} on " in done.stderr, (command, done.stderr)
+            assert files_of(held) == before
+    assert cli(*explained, "--negatives", "random").returncode == 0
+
+
+def test_a_verb_holds_its_folder_while_it_works(tmp_path: Path, subject: Subject, sae_folder: Path, corpus_file: Path):
+    run, seen = tmp_path / "run", []
+
+    def progress(done: int, total: int) -> None:
+        with pytest.raises(FolderInUseError, match="collect"):
+            check_free(run)
+        seen.append(done)
+
+    collect(subject, load_sae(str(sae_folder)), load_corpus(str(corpus_file)), run, POLICY, progress=progress)
+
+    def event(_: object) -> None:
+        with pytest.raises(FolderInUseError, match="explain"):
+            check_free(run / "explain")
+        seen.append(-1)
+
+    plan = fi.Plan(3, 2, negatives=("random",))
+    fields = {"explainer": "top-tokens", "simulator": "lexical", "stages": ("explain", "simulate"), "plan": plan}
+    fi.explain(run, (3, 5), on_event=event, **fields)
+    assert seen[0] > 0 and seen[-1] == -1
+    check_free(run)
+    check_free(run / "explain")
+
+
+def test_a_job_is_of_its_run_s_codes(tmp_path: Path, subject: Subject, sae_folder: Path, corpus_file: Path):
+    run, corpus = tmp_path / "run", load_corpus(str(corpus_file))
+    collect(subject, load_sae(str(sae_folder)), corpus, run, POLICY)
+    plan = fi.Plan(3, 2, negatives=("random",))
+    fields = {"explainer": "top-tokens", "simulator": "lexical", "stages": ("explain", "simulate"), "plan": plan}
+    fi.explain(run, (3, 5), **fields)
+    assert len(fi.explain(run, (3, 5, 9), **fields)) == 3, "other features of the same codes go on there"
+    collect(subject, load_sae(str(sae_folder)), corpus, run, WindowPolicy(16, 8, 4000), replace=True)
+    before = files_of(run / "explain")
+    with pytest.raises(IncompatibleError, match=r"another codes.*explain --replace"):
+        fi.explain(run, (3, 5), **fields)
+    assert files_of(run / "explain") == before
+    assert len(fi.explain(run, (3,), replace=True, **fields)) == 1
