@@ -201,3 +201,23 @@ def test_prices_of_another_model_are_not_taken_for_its_own():
 def test_a_service_tells_its_address_as_json(tmp_path: Path):
     assert "--json" in cli("serve", "--help").stdout
     refused(cli("serve", "--runs", str(tmp_path / "nowhere"), "--json"), "nowhere")
+
+
+ADVICE = {
+    "--text-field": ("collect", "extract", "train", "layers", "doctor", "probe", "sensitivity"),
+    "--held-out": ("extract", "train"),
+    "--store-dtype": ("extract", "train"),
+    "--value-dtype": ("collect", "sensitivity"),
+    "--replace": ("collect", "extract", "train", "layers", "sensitivity", "explain", "run", "demo"),
+    "--retry-failed": ("explain", "falsify", "steer", "run", "sensitivity", "demo"),
+    "--timeout-s": ("explain", "falsify", "steer", "sensitivity"),
+    "--tpm": ("explain", "falsify", "steer", "sensitivity"),
+    "--api-key-env": ("explain", "falsify", "steer", "sensitivity"),
+    "--reply-tokens": ("explain", "falsify", "steer", "sensitivity"),
+}
+
+
+@pytest.mark.parametrize("option", ADVICE)
+def test_verbs_have_the_options_that_their_errors_name(option: str):
+    for verb in ADVICE[option]:
+        assert option in cli(verb, "--help").stdout, verb

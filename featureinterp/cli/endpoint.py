@@ -13,6 +13,10 @@ from featureinterp.cli.options import given
 if TYPE_CHECKING:
     from featureinterp.llm.config import Endpoint
 
+RPM = typer.Option(None, help="Requests per minute at most.")
+TPM = typer.Option(None, help="Tokens per minute at most.")
+TIMEOUT_S = typer.Option(None, help="Seconds that one request may take; 120 when nothing else is known.")
+MAX_ATTEMPTS = typer.Option(None, help="Attempts at one request; 6 when nothing else is known.")
 REPLY_TOKENS = typer.Option(None, help="At least so many tokens of room for every reply; as many as each kind needs when not given.")
 THINKING_TOKENS = typer.Option(None, help="Room for a model's thoughts beside the reply; 4096 once it turns out to think, when not given.")
 EFFORT = typer.Option(None, help="How hard a reasoning model thinks, in its provider's words: none, minimal, low, medium, high.")

@@ -8,7 +8,18 @@ from typing import Any
 import typer
 
 from featureinterp.cli.demo import finish
-from featureinterp.cli.endpoint import EFFORT, EXTRA_BODY, EXTRA_HEADER, REPLY_TOKENS, THINKING_TOKENS, endpoint_of
+from featureinterp.cli.endpoint import (
+    EFFORT,
+    EXTRA_BODY,
+    EXTRA_HEADER,
+    MAX_ATTEMPTS,
+    REPLY_TOKENS,
+    RPM,
+    THINKING_TOKENS,
+    TIMEOUT_S,
+    TPM,
+    endpoint_of,
+)
 from featureinterp.cli.options import (
     CONCURRENCY,
     DEVICE,
@@ -48,10 +59,10 @@ def explain(
     api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key; only OpenAI's own has a default, OPENAI_API_KEY."),
     concurrency: int = CONCURRENCY,
     features_at_once: int = FEATURES_AT_ONCE,
-    rpm: int = typer.Option(None, help="Requests per minute at most."),
-    tpm: int = typer.Option(None, help="Tokens per minute at most."),
-    timeout_s: float = typer.Option(None, help="Seconds that one request may take; 120 when nothing else is known."),
-    max_attempts: int = typer.Option(None, help="Attempts at one request; 6 when nothing else is known."),
+    rpm: int = RPM,
+    tpm: int = TPM,
+    timeout_s: float = TIMEOUT_S,
+    max_attempts: int = MAX_ATTEMPTS,
     reply_tokens: int = REPLY_TOKENS,
     thinking_tokens: int = THINKING_TOKENS,
     effort: str = EFFORT,

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from featureinterp.cli.endpoint import EFFORT, EXTRA_BODY, EXTRA_HEADER, REPLY_TOKENS, THINKING_TOKENS, endpoint_of
+from featureinterp.cli.endpoint import (
+    EFFORT,
+    EXTRA_BODY,
+    EXTRA_HEADER,
+    MAX_ATTEMPTS,
+    REPLY_TOKENS,
+    RPM,
+    THINKING_TOKENS,
+    TIMEOUT_S,
+    TPM,
+    endpoint_of,
+)
 from featureinterp.cli.options import FEATURES_AT_ONCE, RETRY_FAILED, given
 from featureinterp.cli.screen import Screen, end_with, one_line, plain, put
 
@@ -21,6 +32,7 @@ def sensitivity(
     sae_names: list[str] = typer.Option(["demo"], help="SAEs of that model ('featureinterp saes list')."),
     features: str = typer.Option("50", help="How many alive features at random, or which: 3,17 or 0:50."),
     dataset_name: str = typer.Option("sotu", help="Corpus of the examples, as for 'collect --corpus'."),
+    text_field: str = typer.Option("text", help="Field or column that holds the text."),
     total_tokens: int = typer.Option(2_000_000, help="About so many tokens of the corpus."),
     context_size: int = typer.Option(128, help="Tokens per window."),
     n_top_ex_for_generation: int = typer.Option(10, help="Top-activating examples that the writer is shown."),
@@ -34,6 +46,10 @@ def sensitivity(
     api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key."),
     concurrency: int = typer.Option(None, "--concurrency", "--max-workers", help="Requests in flight at most; 16 when nothing else is known."),
     features_at_once: int = FEATURES_AT_ONCE,
+    rpm: int = RPM,
+    tpm: int = TPM,
+    timeout_s: float = TIMEOUT_S,
+    max_attempts: int = MAX_ATTEMPTS,
     reply_tokens: int = REPLY_TOKENS,
     thinking_tokens: int = THINKING_TOKENS,
     effort: str = EFFORT,
@@ -46,6 +62,7 @@ def sensitivity(
     dtype: str = typer.Option(None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."),
     output_path: Path = typer.Option(Path("sensitivity"), "--output-path", "--out", help="Folder for tables, plots and what is kept."),
     retry_failed: bool = RETRY_FAILED,
+    value_dtype: str = typer.Option("float16", help="How codes are stored: float16 or float32."),
     replace: bool = typer.Option(False, "--replace", help="Delete codes of another request that are in the folder."),
     verbose: bool = typer.Option(False, "--verbose", help="Show every text with what it activates."),
     as_json: bool = typer.Option(False, "--json", help="Print the summaries as JSON."),
@@ -65,6 +82,10 @@ def sensitivity(
         model=llm_model,
         api_key_env=api_key_env,
         concurrency=concurrency,
+        rpm=rpm,
+        tpm=tpm,
+        timeout_s=timeout_s,
+        max_attempts=max_attempts,
         reply_tokens=reply_tokens,
         thinking_tokens=thinking_tokens,
         effort=effort,
@@ -108,6 +129,8 @@ def sensitivity(
             budget=Budget(budget_usd, minutes=max_minutes),
             device=device,
             dtype=dtype,
+            text_field=text_field,
+            value_dtype=value_dtype,
             retry_failed=retry_failed,
             replace=replace,
             on_feature=each_feature,

@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from featureinterp.cli.endpoint import EFFORT, EXTRA_BODY, EXTRA_HEADER, REPLY_TOKENS, THINKING_TOKENS, endpoint_of
+from featureinterp.cli.endpoint import (
+    EFFORT,
+    EXTRA_BODY,
+    EXTRA_HEADER,
+    MAX_ATTEMPTS,
+    REPLY_TOKENS,
+    RPM,
+    THINKING_TOKENS,
+    TIMEOUT_S,
+    TPM,
+    endpoint_of,
+)
 from featureinterp.cli.options import (
     CONCURRENCY,
     DEVICE,
@@ -38,6 +49,10 @@ def steer(
     llm_model: str = typer.Option(None, help="The endpoint's model."),
     api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key."),
     concurrency: int = CONCURRENCY,
+    rpm: int = RPM,
+    tpm: int = TPM,
+    timeout_s: float = TIMEOUT_S,
+    max_attempts: int = MAX_ATTEMPTS,
     reply_tokens: int = REPLY_TOKENS,
     thinking_tokens: int = THINKING_TOKENS,
     effort: str = EFFORT,
@@ -66,6 +81,10 @@ def steer(
         model=llm_model,
         api_key_env=api_key_env,
         concurrency=concurrency,
+        rpm=rpm,
+        tpm=tpm,
+        timeout_s=timeout_s,
+        max_attempts=max_attempts,
         reply_tokens=reply_tokens,
         thinking_tokens=thinking_tokens,
         effort=effort,

@@ -54,6 +54,7 @@ class SensitivityJobSpec:
     device: str | None = None
     dtype: str | None = None
     text_field: str = "text"
+    value_dtype: str = "float16"
     max_failure_rate: float = 0.5
     retry_failed: bool = False
     replace: bool = False
@@ -128,7 +129,9 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
         if corpus is not None:
             progress = lambda done, total: steps("tokens", done, total)  # noqa: E731 (one line)
             targets = list(zip(saes, folders, strict=True))
-            stores: list[CodesStore | None] = list(collect_shared(subject, targets, corpus, policy, progress=progress, replace=spec.replace))
+            stores: list[CodesStore | None] = list(
+                collect_shared(subject, targets, corpus, policy, value_dtype=spec.value_dtype, progress=progress, replace=spec.replace)
+            )
         else:
             stores = [None] * len(saes)
         with Journal(spec.out / "journal.sqlite") as journal, closing(ReplyStore(spec.out / "replies.sqlite")) as replies:
