@@ -194,6 +194,19 @@ def test_a_reply_that_cannot_be_read_counts_all_the_same():
     assert meter == counted == Usage(1, 30, 5, 0.0, pytest.approx(40e-6))
 
 
+def test_a_request_that_ran_out_of_time_counts_as_it_was_expected_to():
+    async def go(url: str) -> Usage:
+        meter = Meter()
+        async with open_stack(Endpoint(url, "m", timeout_s=0.2, max_attempts=1), meter, price=Price(1.0, 1.0)) as stack:
+            with pytest.raises(EndpointUnavailableError, match="--timeout-s"):
+                await stack.limited.complete(asking(max_tokens=100))
+        return meter.usage
+
+    with endpoint(latency_s=1.0) as server:
+        used = anyio.run(go, server.url)
+    assert used.requests == used.estimated == 1 and used.completion_tokens == 100 and 200 <= used.prompt_tokens <= 350
+
+
 class Slow:
     """A model whose replies all come at once when nobody has anything else to do; ``size`` says how many tokens each has."""
 

@@ -24,6 +24,7 @@ from featureinterp.errors import (
 from featureinterp.llm.accepts import Accepts, Options
 from featureinterp.llm.address import check_key, read_address, read_headers, read_key
 from featureinterp.llm.answers import collect, is_stream, read_choices, reply_of, thinks
+from featureinterp.llm.bounds import bounded
 from featureinterp.llm.refusals import Refusal, error_within, gives_way, read_refusal
 from featureinterp.llm.secrets import Secrets
 from featureinterp.llm.tls import certificate_problem, context_for
@@ -138,7 +139,7 @@ class OpenAIModel:
                         raise self._explain(refused.refusal) from None
                     continue
                 usage = reported_usage(completion, time.monotonic() - start)
-                choices = read_choices(completion, self.base_url)
+                choices = bounded(read_choices(completion, self.base_url), request, body[by.length_field], self.base_url)
                 if not choices:
                     spent += usage
                     raise EmptyReplyError(f"{self.base_url} answered without any choice: is it an OpenAI-compatible endpoint?")
@@ -258,7 +259,9 @@ class OpenAIModel:
             return EndpointRefusedError(f"{where} cannot be reached safely, {problem}: {hint}")
         late = isinstance(error, TimeoutError | httpx2.ReadTimeout | httpx2.WriteTimeout | httpx2.PoolTimeout)
         if late:
-            return EndpointUnavailableError(f"{where} did not answer within {self.timeout_s:g} s: check that it is up, or raise --timeout-s")
+            late_error = EndpointUnavailableError(f"{where} did not answer within {self.timeout_s:g} s: check that it is up, or raise --timeout-s")
+            late_error.billed = not isinstance(error, httpx2.PoolTimeout)  # it is likely to end what nobody waits for any more
+            return late_error
         if isinstance(error, httpx2.ProxyError):
             return EndpointUnavailableError(f"{where} cannot be reached through the proxy of the environment: check HTTPS_PROXY, or add the host to NO_PROXY")
         return EndpointUnavailableError(f"{where} cannot be reached, or broke the connection: check the address and that it is up")

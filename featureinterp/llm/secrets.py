@@ -31,6 +31,7 @@ class Secrets:
     def __init__(self, *values: str | None) -> None:
         self._values = sorted({v for v in values if v and len(v) >= SHORTEST}, key=len, reverse=True)
         self._exact = tuple(v.encode() for v in self._values)
+        self._any_case = tuple(v.lower().encode() for v in self._values if len(v) >= _LONG)
         self._packed = tuple({form for v in self._values for form in _packed_forms(v)})
         self._patterns = [re.compile(_spaced(form), re.IGNORECASE) for v in self._values for form in _written_forms(v)]
 
@@ -39,8 +40,10 @@ class Secrets:
         if not self._exact:
             return False
         plain = _unescaped(data)
-        packed = plain.lower().translate(None, _DROPPED)
-        return any(value in plain for value in self._exact) or any(form in packed for form in self._packed)
+        lower = plain.lower()
+        packed = lower.translate(None, _DROPPED)
+        written = any(value in plain for value in self._exact) or any(value in lower for value in self._any_case)
+        return written or any(form in packed for form in self._packed)
 
     def clean(self, text: str) -> str:
         """The text with each secret replaced; a text that still holds one is replaced as a whole."""

@@ -72,11 +72,6 @@ IN_USAGE: dict[str, Any] = {
     "a cost that is text": {"prompt_tokens": 3, "completion_tokens": 1, "cost": "free"},
     "a cost of a million": {"prompt_tokens": 3, "completion_tokens": 1, "cost": 1e6},
     "an infinite cost": {"prompt_tokens": 3, "completion_tokens": 1, "cost": float("inf")},
-    "more cached than sent": {
-        "prompt_tokens": 3,
-        "completion_tokens": 1,
-        "prompt_tokens_details": {"cached_tokens": 10**6},
-    },
 }
 """Counts that no reply can have."""
 

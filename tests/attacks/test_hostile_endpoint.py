@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import base64
 import json
+import sqlite3
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
 from endpoint import KEY, completion, endpoint
-from hostile import TOO_MUCH, WITH_KEY, key_forms
+from hostile import IN_USAGE, TOO_MUCH, WITH_KEY, key_forms, usage_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featureinterp.errors import EndpointRefusedError, InputError, LanguageModelError
+import featureinterp as fi
+from featureinterp.errors import EndpointRefusedError, InputError, LanguageModelError, MalformedReplyError
 from featureinterp.llm.config import Endpoint
 from featureinterp.llm.openai import OpenAIModel
+from featureinterp.llm.prices import Price
 from featureinterp.llm.secrets import HIDDEN, Secrets
 from featureinterp.llm.types import Message, Reply, Request
 
@@ -269,3 +273,85 @@ def test_fields_with_a_key_are_refused():
         "max_tokens": 5,
     }
     assert Endpoint("http://x/v1", "m", extra_body=kept).extra_body == kept
+
+
+@pytest.mark.parametrize("name", IN_USAGE)
+def test_counts_that_no_reply_has_are_refused(name: str):
+    with endpoint(usage_of(name)) as server, pytest.raises(MalformedReplyError, match="no reply can have"):
+        ask(server.url, ASK)
+
+
+def test_choices_and_alternatives_are_bounded():
+    more = completion("x")["choices"] * 5
+    with endpoint(lambda _: completion("x") | {"choices": more}) as server:
+        assert ask(server.url, ASK).texts == ("x",) and len(ask(server.url, REQUESTS[1]).texts) == 2
+    for name, words in (("choices without end", "20,000 choices"), ("a text of 3 MB", "characters")):
+        with endpoint(TOO_MUCH[name]) as server, pytest.raises(MalformedReplyError, match=words):
+            ask(server.url, ASK)
+    with endpoint(lambda _: completion("x", logprobs={f"t{i}": -float(i) for i in range(5_000)})) as server:
+        first = ask(server.url, REQUESTS[2]).first_token[0]
+    assert list(first) == [f"t{i}" for i in range(256)]
+
+
+def job(run: Path, out: Path, url: str) -> fi.Job:
+    llm = fi.Endpoint(url, "m", "TEST_KEY", price=Price(1, 1), max_attempts=1, max_wait_s=0.2)
+    plan = fi.Plan(n_test=2, n_valid=2, negatives=("random",))
+    records = fi.RecordPolicy({"top": (4, 2, 2), "random": (0, 2, 2)})
+    fields = {"features": "random:2", "simulator": "rated", "max_failure_rate": 1.0, "budget": fi.Budget(usd=1.0)}
+    return fi.Job(run=run, out=out, llm=llm, plan=plan, records=records, **fields)
+
+
+def everything_in(folder: Path) -> bytes:
+    """All bytes of all files, with the packed columns of the journal unpacked."""
+    found = [path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()]
+    if (folder / "journal.sqlite").exists():
+        rows = sqlite3.connect(folder / "journal.sqlite").execute("SELECT summary, windows FROM features").fetchall()
+        found += [part for summary, windows in rows for part in (summary.encode(), zlib.decompress(windows))]
+    return b"\n".join(found)
+
+
+SOME = ("a text, as it is", "a text, escaped in part", "a text, in base64", "in log-probabilities", "in an error", "in what is no JSON", "in half a reply")
+
+
+@pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in WITH_KEY])
+def test_the_key_is_in_nothing_that_a_job_leaves(name: str, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]):
+    caplog.set_level("DEBUG")
+    told: list[str] = []
+    calm = 1  # the check of the endpoint is answered, so that the job begins
+
+    def answer(body: dict[str, Any]) -> Any:
+        nonlocal calm
+        calm -= 1
+        return completion("Yes") if calm >= 0 else WITH_KEY[name](body)
+
+    out = tmp_path / "out"
+    with endpoint(answer) as server:
+        try:
+            results = fi.run(job(run, out, server.url), on_event=lambda event: told.append(repr(event)))
+            told += [repr(list(results)), str(results.stopped)]
+            fi.export(out, to="csv")
+        except LanguageModelError as error:
+            told.append(str(error))
+    told += [caplog.text, *capfd.readouterr(), repr(fi.status(out))]
+    kept = everything_in(out)
+    assert len(kept) > 1000 and len(server.ledger) > 1
+    for data in (kept, "\n".join(told).encode()):
+        assert KEY.encode() not in data and KEY[::-1].encode() not in data and base64.b64encode(KEY.encode()) not in data
+        assert KEY.encode().hex().encode() not in data.lower() and KEY.encode().upper() not in data
+
+
+@pytest.mark.parametrize("name", ["negative", "beyond 64 bits", "text", "a cost below zero"])
+def test_a_job_with_such_counts_ends_with_failures_and_no_made_up_cost(name: str, run: Path, tmp_path: Path):
+    calm = 1
+
+    def answer(body: dict[str, Any]) -> Any:
+        nonlocal calm
+        calm -= 1
+        return completion("Yes") if calm >= 0 else usage_of(name)(body)
+
+    with endpoint(answer) as server:
+        results = fi.run(job(run, tmp_path / "out", server.url))
+    assert results.outcome is not None and set(results.outcome.status.values()) == {"failed"}
+    assert all("no reply can have" in f.message for r in results for f in r.failures if f.stage == "explain")
+    progress = results.outcome.progress
+    assert progress.cost_usd is not None and 0 < progress.cost_usd < 0.05 and progress.estimated == progress.requests
