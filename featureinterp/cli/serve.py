@@ -35,6 +35,7 @@ def serve(
 
         from featureinterp.server.app import Rules, make_app
         from featureinterp.server.connections import allowed_connections, bounded
+        from featureinterp.server.folder import JobsFolder
         from featureinterp.server.gate import check_binding
     except ImportError as error:
         raise InputError(f"the service needs the package {error.name}: pip install 'featureinterp[server]'") from error
@@ -56,6 +57,7 @@ def serve(
         raise InputError(f"{min_free_mb} MB are no room: give 0 or more")
     rules = Rules(jobs, runs, tuple(endpoint), tuple(simulator_model), token, queue, parallel, min_free_mb * 1_000_000)
     with owned(jobs, "featureinterp serve"):
+        JobsFolder(jobs).tidy()
         app = make_app(rules)
         url = f"http://{host}:{port}"
         if as_json:

@@ -49,6 +49,18 @@ class Service:
         """Closes the connections."""
         self._client.close()
 
+    def health(self) -> dict[str, Any]:
+        """What ``/health`` tells of the runner, the disk and the queue; ``status`` is "ok" or "degraded"."""
+        try:
+            found = self._client.get("/health").json()
+        except self._httpx.TransportError as error:
+            raise self._unreachable(error) from error
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or "status" not in found:
+            raise EndpointUnavailableError(f"the service at {self.url} says nothing of its health: try again later")
+        return found
+
     def runs(self) -> list[str]:
         """Names of the runs that can be explained."""
         return list(self._get("/api/runs"))
@@ -125,10 +137,13 @@ class Service:
         try:
             response = self._client.request(method, path, **options)
         except self._httpx.TransportError as error:
-            raise EndpointUnavailableError(f"the service at {self.url} cannot be reached ({type(error).__name__}): check that it is up") from error
+            raise self._unreachable(error) from error
         if response.status_code >= 400:
             self._raise(response)
         return response
+
+    def _unreachable(self, error: Exception) -> EndpointUnavailableError:
+        return EndpointUnavailableError(f"the service at {self.url} cannot be reached ({type(error).__name__}): check that it is up")
 
     def _raise(self, response: Any) -> None:
         try:

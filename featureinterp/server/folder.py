@@ -97,6 +97,12 @@ class JobsFolder:
             self._look([number])
         return number
 
+    def tidy(self) -> None:
+        """Deletes jobs that a service was killed while it wrote them: nobody was told of them. Only for the service that owns the folder."""
+        for draft in self.root.glob(".*.new"):
+            if _ID.fullmatch(draft.name[1:-4]):
+                shutil.rmtree(draft, ignore_errors=True)
+
     def _check_queue(self, queue: int | None) -> None:
         if queue is not None and len(self.waiting()) >= queue:
             raise QueueFullError(f"{queue} jobs are waiting already: try again when some have begun")

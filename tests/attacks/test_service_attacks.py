@@ -514,6 +514,47 @@ def test_a_jobs_folder_that_is_gone_is_told_and_found_again(rules: Rules, tmp_pa
         assert client.get(f"/api/jobs/{number}").json()["state"] == "queued"
 
 
+def test_descriptors_that_run_out_are_no_damage_and_the_next_round_goes_on(rules: Rules):
+    resource = pytest.importorskip("resource")
+    jobs = JobsFolder(rules.jobs)
+    number = jobs.submit(make_job(run=rules.runs / "tiny"), SMALL)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    held: list[int] = []
+    runner = Runner(jobs, parallel=0, min_free=0)
+
+    async def go() -> None:
+        await runner.once()
+        highest = os.open(os.devnull, os.O_RDONLY)
+        os.close(highest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 20, hard))
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        await runner.once()
+        with pytest.raises(OSError):
+            jobs.views()
+
+    try:
+        anyio.run(go)
+        assert runner.round.trouble == os.strerror(errno.EMFILE)
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert jobs.peek(number).state == "queued" and jobs.views()[0].state == "queued"  # type: ignore[union-attr]
+    anyio.run(runner.once)
+    assert runner.round.trouble is None
+
+
+def test_half_a_job_is_deleted_by_the_next_service_and_nothing_else(rules: Rules):
+    jobs = JobsFolder(rules.jobs)
+    number = jobs.submit(make_job(run=rules.runs / "tiny"), SMALL)
+    (rules.jobs / f".{NOBODY}.new" / "part").mkdir(parents=True)
+    (rules.jobs / ".mine.new").mkdir()
+    jobs.tidy()
+    assert sorted(p.name for p in rules.jobs.iterdir()) == [".mine.new", number] and jobs.ids() == [number]
+
+
 # ── the disk ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -701,7 +742,7 @@ def test_the_service_stays_through_all_of_it(rules: Rules, disk: Tmpfs | NoRoom,
         service = Running(rules.runs, jobs, config, "--min-free-mb", "1", descriptors=256)
         try:
             with Service(service.url, timeout_s=60) as client:
-                health = httpx.get(f"{service.url}/health").json()
+                health = client.health()
                 assert health["queue"]["damaged"] == 1 and health["queue"]["jobs"] == 3000 and health["status"] == "degraded"
                 shutil.rmtree(damaged)
                 first, second = client.submit(**wanted), client.submit(**wanted)
