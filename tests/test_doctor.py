@@ -304,6 +304,17 @@ def test_a_planted_defect_is_found(run: Path, plant: Callable[[Path], None], nam
     assert hint in found[name].advice, found[name]
 
 
+def test_a_loss_of_which_nothing_can_be_recovered_is_left_out():
+    from featureinterp.training.doctor.check import Sheet
+    from featureinterp.training.doctor.run import _readable
+
+    sheet = Sheet("result")
+    for loss in ({"recovered": None, "undefined": "zeros are better"}, {"recovered": None}, {"recovered": 0.5}, {"recovered": -0.5}):
+        _readable(sheet, loss)
+    assert [(c.status, c.figure) for c in sheet][:2] == [("skip", "zeros are better"), ("skip", "zeros cost the model nothing")]
+    assert [c.status for c in sheet][2:] == ["pass", "fail"]
+
+
 def test_defects_of_the_environment_and_of_the_tokenizer():
     table = TrackingTable(to="wandb", project="mine", entity="me")
     for environment, status in (({}, "pass"), ({"WANDB_PROJECT": "mine"}, "pass"), ({"WANDB_ENTITY": "other"}, "warn")):

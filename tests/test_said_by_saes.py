@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -373,9 +374,7 @@ def test_a_recipe_with_more_codes_than_features_is_refused(architecture: str):
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
 def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_done(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from featureinterp.training import trackers
-
-    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, tracker, None)
     recipe = make_recipe({"tracking": {"to": tracker}, "subject": {"model": "no such model"}})
     with pytest.raises(InputError, match=rf"install featureinterp\[{tracker}\]"):
         train(recipe, tmp_path / "run")
@@ -459,7 +458,7 @@ def test_what_is_not_finite_is_never_stored(dtype: str, bad: float):
 
 def test_an_old_package_of_saelens_is_refused(monkeypatch: pytest.MonkeyPatch):
     for version in ("5.11.0", "6.0.0", "6.17.9"):
-        monkeypatch.setitem(__import__("sys").modules, "sae_lens", SimpleNamespace(__version__=version))
+        monkeypatch.setitem(sys.modules, "sae_lens", SimpleNamespace(__version__=version))
         with pytest.raises(UnknownNameError, match=r"needs sae-lens 6\.18 or later"):
             load_sae("saelens:a/b")
 

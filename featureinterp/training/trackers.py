@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,12 @@ Track = Callable[[dict[str, Any]], None]
 
 def check_tracker(table: TrackingTable) -> None:
     """Raises ``InputError`` when the package of the tracker that is asked for is missing, before hours are spent."""
-    if table.to != "none" and find_spec(table.to) is None:
-        raise InputError(f"tracking.to = {table.to!r} needs its package: install featureinterp[{table.to}]")
+    if table.to == "none":
+        return
+    try:
+        import_module(table.to)
+    except ImportError as error:
+        raise InputError(f"tracking.to = {table.to!r} needs its package: install featureinterp[{table.to}]") from error
 
 
 @contextmanager
