@@ -12,6 +12,7 @@ from featureinterp.stored.sums import Sums, read_marker, write_marker
 def change_marker(path: Path, **changes: Any) -> None:
     """Writes other values into a marker, and the checksums of the files as they are now."""
     marker = read_marker(path, "")
+    changes = {name: value for name, value in changes.items() if name not in ("checksum", "files")}
     if marker.files is None:
         path.write_text(json.dumps({**marker.value, **changes}))
         return

@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from markers import change_marker, unseal
 
 from featureinterp.codes.collect import SINK_FACTOR
 from featureinterp.corpus.text import Corpus, Document, load_corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable
-from featureinterp.errors import FeatureInterpError, IncompatibleError, IncompleteStoreError, InputError, StorageError, UnknownNameError
+from featureinterp.errors import DamagedStoreError, FeatureInterpError, IncompatibleError, IncompleteStoreError, InputError, StorageError, UnknownNameError
 from featureinterp.subject.load import SkipFirst, Subject, load_subject
 from featureinterp.training import extract as extraction
 from featureinterp.training.batches import OnlineBatches, Share, StoreBatches
@@ -209,22 +210,27 @@ def test_what_is_damaged_is_refused(tmp_path: Path):
     with pytest.raises(IncompleteStoreError, match="shard-00001.bin is missing"):
         ActivationStore.open(store.folder)
     path.write_bytes(data)
-    meta = json.loads((store.folder / "metadata.json").read_text())
+    metadata = store.folder / "metadata.json"
     for change, error, message in (
         ({"dtype": "bfloat16"}, IncompatibleError, "dtype 'bfloat16'"),
         ({"n_rows": 21}, IncompleteStoreError, "contradicts itself"),
         ({"format": 9}, IncompleteStoreError, "another version"),
     ):
-        (store.folder / "metadata.json").write_text(json.dumps({**meta, **change}))
+        written = metadata.read_bytes()
+        change_marker(metadata, **change)
         with pytest.raises(error, match=message):
             ActivationStore.open(store.folder)
-    (store.folder / "metadata.json").write_text("{")
-    with pytest.raises(IncompleteStoreError, match="cannot be read"):
+        metadata.write_bytes(written)
+    metadata.write_text("{")
+    with pytest.raises(IncompleteStoreError, match="no JSON"):
         ActivationStore.open(store.folder)
     with pytest.raises(UnknownNameError, match="no activation store"):
         ActivationStore.open(tmp_path / "nowhere")
     path.write_bytes(np.full(21, np.nan, np.float32).tobytes())
-    (store.folder / "metadata.json").write_text(json.dumps(meta))
+    metadata.write_bytes(written)
+    with pytest.raises(DamagedStoreError, match=r"shard-00001.bin is damaged at byte 0: delete .* extract"):
+        ActivationStore.open(store.folder).read(np.arange(20))
+    unseal(metadata)
     with pytest.raises(FeatureInterpError, match="not finite"):
         ActivationStore.open(store.folder).read(np.arange(20))
     with pytest.raises(FeatureInterpError, match="not finite"):

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from markers import change_marker
 from safetensors.torch import save_file
 from test_cli import cli
 
@@ -61,8 +62,7 @@ def run(healthy: Path, tmp_path: Path) -> Path:
 
 
 def change(path: Path, **values: Any) -> None:
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, **values}))
+    change_marker(path, **values)
 
 
 def checks(run: Path, **options: Any) -> list[Check]:
@@ -131,6 +131,7 @@ def bfloat16_bits(run: Path) -> None:
     for path in folder.glob("shard-*.bin"):
         values = torch.from_numpy(np.fromfile(path, np.float16).astype(np.float32)).bfloat16()
         path.write_bytes(values.view(torch.int16).numpy().tobytes())
+    change(folder / "metadata.json")
 
 
 def truncated_merge(run: Path) -> None:
@@ -195,13 +196,13 @@ def zero_codes(run: Path) -> None:
     """Undoing a per-token normalisation explains the raw variance without any code."""
     metrics = json.loads((run / "metrics.json").read_text())
     metrics["sae"]["raw"], metrics["zero"]["raw"], metrics["l0"] = 0.72, 0.70, 0.1
-    (run / "metrics.json").write_text(json.dumps(metrics))
+    change(run / "metrics.json", **metrics)
 
 
 def too_good(run: Path) -> None:
     metrics = json.loads((run / "metrics.json").read_text())
     metrics["sae"]["raw"] = 0.993
-    (run / "metrics.json").write_text(json.dumps(metrics))
+    change(run / "metrics.json", **metrics)
 
 
 def sinks(run: Path) -> None:
@@ -246,6 +247,19 @@ def not_finite(run: Path) -> None:
     data = np.fromfile(path, np.float16)
     data[321] = np.nan
     path.write_bytes(data.tobytes())
+    change(path.parent / "metadata.json")
+
+
+def flipped_bit(run: Path) -> None:
+    path = shard_path(run / "activations" / "train", 1)
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 4
+    path.write_bytes(data)
+
+
+def damaged_metrics(run: Path) -> None:
+    path = run / "metrics.json"
+    path.write_text(path.read_text().replace("1", "2", 1))
 
 
 def damaged_windows(run: Path) -> None:
@@ -289,7 +303,9 @@ DEFECTS: list[tuple[Callable[[Path], None], str, str]] = [
     (trained_on_other_rows, "it was trained on these activations", "trained on"),
     (leak, "held-out documents are held out", "split by documents"),
     (not_finite, "all rows are finite", "float32"),
-    (damaged_windows, "they are whole", "has not the size"),
+    (damaged_windows, "they are whole", "instead of"),
+    (flipped_bit, "the store is whole", "damaged at byte"),
+    (damaged_metrics, "it was evaluated", "metrics.json is damaged"),
     (too_many_codes, "its codes are as few as asked for", "sae.penalty"),
     (layouts_differ, "the exported SAE loads", "encode the same input differently"),
     (massive_channel, "no channel dominates", "channel 7"),

@@ -23,7 +23,7 @@ from featureinterp.codes import dense as dense_module
 from featureinterp.codes.dense import dense_twin
 from featureinterp.codes.store import CodesStore
 from featureinterp.domain.result import FeatureResult, ShownWindow
-from featureinterp.errors import IncompatibleError, InputError
+from featureinterp.errors import DamagedStoreError, IncompatibleError, InputError
 from featureinterp.probing import ActivationBuffer, Annotation, RunTokens, domain_f1, split_indices
 from featureinterp.probing.agreement import agreement_with, agreements
 from featureinterp.probing.study import Study, StudySettings, study
@@ -102,7 +102,7 @@ def test_tables_page_and_what_reports_read(found: Study, tmp_path: Path):
     assert (tmp_path / "concepts.png").stat().st_size > 5000 and (tmp_path / "concepts.svg").exists()
     assert "plain" in study_table(found) and "&lt;b&gt;none" in study_table(found)
     (tmp_path / "labels.npz").write_bytes(b"x")
-    with pytest.raises(InputError, match="run 'featureinterp probe' again"):
+    with pytest.raises(DamagedStoreError, match="labels.npz is damaged.*run the same 'featureinterp probe' again"):
         read_annotations(tmp_path, "abc")
 
 

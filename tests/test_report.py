@@ -17,7 +17,7 @@ from featureinterp.api import Results
 from featureinterp.domain.explanation import Explanation, Provenance, Rule, SearchNode
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Failure, Interval, Score
-from featureinterp.errors import InputError
+from featureinterp.errors import DamagedStoreError, InputError
 from featureinterp.report.render import histogram, number, read_results, render_report, search_rows, summarise, visible, whisker, write_report, write_results
 
 P = Provenance("one-shot", "m", "explain/v1", "h")
@@ -164,6 +164,9 @@ def test_missing_or_damaged_results_are_one_sentence(tmp_path: Path):
         read_results(tmp_path)
     write_results(tmp_path, [result()], ABOUT)
     (tmp_path / "results.jsonl").write_text('{"feature": 1}\n')
+    with pytest.raises(DamagedStoreError, match=r"results.jsonl has .* run the same 'featureinterp explain' again"):
+        read_results(tmp_path)
+    (tmp_path / "about.json").write_text(json.dumps(ABOUT))  # as versions before checksums wrote it
     with pytest.raises(InputError, match="cannot be read"):
         read_results(tmp_path)
     with pytest.raises(InputError, match="no result"):

@@ -35,6 +35,7 @@ from featureinterp.llm.metered import Meter, Metered
 from featureinterp.llm.tally import Tallied
 from featureinterp.llm.types import Reply, Request
 from featureinterp.report.sensitivity import write_sensitivity
+from featureinterp.stored.sums import read_marker
 
 
 def texts_reply(texts: Sequence[str]) -> str:
@@ -265,7 +266,8 @@ def test_the_six_files(tmp_path: Path):
     assert {q["status"][:6] for q in read(tmp_path / "out", "generation_queries_with_responses")} == {"succes", "failed"}
     assert summary["n_failed"] == 1 and summary["mean_sensitivity"]["mean"] == 0.75 and summary["mean_sensitivity"]["n"] == 1
     assert summary["sensitivity_by_threshold"]["50%"]["mean"] == 0.75
-    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
+    marker = read_marker(tmp_path / "out" / "summary.json", "")
+    assert marker.value == summary and marker.files is not None and len(marker.files) == 6
     assert read(tmp_path / "out", "feature_stats")[1]["failure"].startswith("the reply")
 
 

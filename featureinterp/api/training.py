@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
-from featureinterp.files import sha256_of, write_json
+from featureinterp.files import sha256_of
+from featureinterp.stored.sums import read_marker, write_marker
 from featureinterp.training.settings import Recipe, load_recipe, make_recipe
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def evaluate(
         judged = replace(judged, loss=loss)
     if out is not None:
         with owned(Path(out), "evaluate"):
-            write_json(Path(out) / "metrics.json", judged.to_json())
+            write_marker(Path(out) / "metrics.json", judged.to_json())
     return judged
 
 
@@ -164,7 +164,9 @@ def _about(run: Path) -> dict[str, Any] | None:
         return None
     if not (run / "sae").exists():
         raise UnknownNameError(f"the run {run} has no SAE yet: run the same 'featureinterp train' again to finish it")
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+    from featureinterp.training.recipe import AGAIN
+
+    return read_marker(path, AGAIN).value
 
 
 def doctor(

@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 
 from featureinterp import __version__
-from featureinterp.cli import collect, demo, explain, falsify, jobs, llm, models, probe, records, report, saes, sensitivity, serve, steer, training
+from featureinterp.cli import collect, demo, explain, falsify, jobs, llm, models, probe, records, report, saes, sensitivity, serve, steer, training, verify
 from featureinterp.visible import visible
 
 INTERRUPTED = 130
@@ -45,6 +45,7 @@ app.command("status")(jobs.status)
 app.command("export")(jobs.export)
 app.command("serve")(serve.serve)
 app.command("report")(report.report)
+app.command("verify")(verify.verify)
 app.add_typer(llm.app, name="llm")
 
 

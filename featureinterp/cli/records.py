@@ -54,9 +54,9 @@ def records(
                 screen.say(f"{number} records")
             yield record
 
-    api.open_run(run)
+    codes = api.open_run(run).fingerprint
     with screen.live(), nullcontext() if out else owned(run, "records"):
-        n = write_records(target, told(api.records(run, features, policy=policy, steps=screen.step, **options)))
+        n = write_records(target, told(api.records(run, features, policy=policy, steps=screen.step, **options)), codes)
     if as_json:
         screen.result({"records": str(target), "n": n, "n_with_shortfalls": short})
     else:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from featureinterp.codes.collect import BATCH_TOKENS, Progress, batches_of, check_subject, positions_of, residual_of
 from featureinterp.codes.store import CodesStore
-from featureinterp.files import explained_storage, write_json
+from featureinterp.errors import IncompatibleError
+from featureinterp.files import explained_storage
+from featureinterp.stored.arrays import mapped
+from featureinterp.stored.sums import Sums, block_for, described, read_marker, write_marker
 from featureinterp.subject.load import Subject
 
 _MARK = "dense.json"
@@ -20,17 +23,23 @@ def dense_twin(store: CodesStore, run: Path, load: Callable[[], Subject], *, bat
     """The activations at the SAE's hook of every scored token of a run: float32 ``[token, d_model]``, memory-mapped.
 
     They are kept in ``run/dense``; what is there of the same codes is used, and what is unfinished is gone on with. ``load`` is called only when something is
-    missing. Raises ``IncompatibleError`` when the subject is not the run's.
+    missing. Raises ``IncompatibleError`` when the subject is not the run's, and ``DamagedStoreError`` where what is read is not
+    what was written.
     """
     folder, n = run / "dense", len(store.scored_positions)
     mark, path = folder / _MARK, folder / "activations.bin"
-    state = {"codes": store.fingerprint, "width": 0, "next_window": 0}
-    if mark.exists() and path.exists() and (found := json.loads(mark.read_text()))["codes"] == store.fingerprint:
-        state = found
+    remedy = f"delete {folder} and run the same 'featureinterp probe' again, which reads the tokens anew"
+    state: dict[str, Any] = {"codes": store.fingerprint, "width": 0, "next_window": 0}
+    sums: Sums | None = Sums(block_for(n * 4096))
+    if mark.exists() and path.exists() and (found := read_marker(mark, remedy)).value.get("codes") == store.fingerprint:
+        state, sums = found.value, None if found.files is None else found.files.get(path.name)
+        _check_state(state, mark, remedy)
     if state["next_window"] < len(store.windows):
         subject = load()
         check_subject(store, subject)
         state["width"] = subject.d_model
+        rows_before = store.scored_positions.searchsorted
+        sums = sums or Sums.of(path, size=rows_before(state["next_window"] * store.windows.length) * subject.d_model * 4)
         with explained_storage(path):
             folder.mkdir(parents=True, exist_ok=True)
             mode = "r+" if path.exists() and state["next_window"] else "w+"
@@ -43,9 +52,29 @@ def dense_twin(store: CodesStore, run: Path, load: Callable[[], Subject], *, bat
                 done += length * len(rows)
                 if end != state["next_window"]:
                     out.flush()
+                    edges = (rows_before(w * store.windows.length) for w in (state["next_window"], end))
+                    sums.add(np.asarray(out[slice(*edges)]).data)
                     state["next_window"] = end
-                    write_json(mark, state)
+                    write_marker(mark, state, {path.name: sums})
                 if progress:
                     progress(done, store.windows.n_tokens)
             del out
-    return np.asarray(np.memmap(path, np.float32, "r", shape=(n, int(state["width"]))))
+    files = None if sums is None else {path.name: sums}
+    return mapped(path, np.float32, (n, int(state["width"])), files, _MARK, remedy, _finite)
+
+
+def check_dense(run: Path, store: CodesStore) -> None:
+    """Raises ``IncompatibleError`` when a run's dense twin is of other codes."""
+    mark, remedy = run / "dense" / _MARK, f"delete {run / 'dense'} and run 'featureinterp probe' again"
+    if mark.exists() and read_marker(mark, remedy).value.get("codes") != store.fingerprint:
+        raise IncompatibleError(f"{run / 'dense'} is of other codes than {run / 'codes'}: {remedy}")
+
+
+def _check_state(state: Mapping[str, Any], mark: Path, remedy: str) -> None:
+    with described(mark, remedy):
+        if any(type(state[name]) is not int or state[name] < 0 for name in ("width", "next_window")):
+            raise ValueError("a count is no whole number of at least 0")
+
+
+def _finite(values: np.ndarray) -> bool:
+    return bool(np.isfinite(values).all())

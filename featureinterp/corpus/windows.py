@@ -180,6 +180,12 @@ class WindowTable:
         """What a user should know of how the text was read: tokens that are missing, rows without text, files that were not read."""
         return list(self.meta.get("notes", []))
 
+    def check(self) -> None:
+        """Reads all. Raises ``DamagedStoreError`` for what is not what was written."""
+        for array in (self.tokens, self.ends, self._bytes):
+            np.asarray(array)
+        self.document_ids()
+
     def document_ids(self) -> list[str]:
         """The corpus's id of every document, by its number."""
         path, remedy = self.folder / "documents.jsonl", _remedy(self.folder)

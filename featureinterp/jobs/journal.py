@@ -18,7 +18,6 @@ A row appears in one transaction, so that a killed process leaves a journal that
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 import zlib
 from collections import Counter
@@ -30,26 +29,35 @@ from typing import Any
 from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.score import Failure
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import InputError, StorageError
+from featureinterp.stored.sums import described
+from featureinterp.stored.tables import Table, Tables
 
-VERSION = 3
+VERSION, READS = 4, (3,)
 MOST_GAPS = 5
 _dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS results (
-    key TEXT PRIMARY KEY, feature INTEGER NOT NULL, stage TEXT NOT NULL, status TEXT NOT NULL CHECK (status IN ('done', 'partial', 'failed')),
-    value TEXT NOT NULL, requests INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, seconds REAL NOT NULL,
-    cost_usd REAL, provenance TEXT NOT NULL, created REAL NOT NULL
-) STRICT;
-CREATE INDEX IF NOT EXISTS results_by_feature ON results (feature, stage);
-CREATE TABLE IF NOT EXISTS features (
-    job TEXT NOT NULL, feature INTEGER NOT NULL, status TEXT NOT NULL CHECK (status IN ('done', 'partial', 'failed')),
-    summary TEXT NOT NULL, windows BLOB NOT NULL, created REAL NOT NULL, PRIMARY KEY (job, feature)
-) STRICT;
-CREATE TABLE IF NOT EXISTS runs (
-    id INTEGER PRIMARY KEY, job TEXT NOT NULL, started REAL NOT NULL, ended REAL, outcome TEXT, wanted INTEGER NOT NULL, requests INTEGER, cost_usd REAL
-) STRICT;
-"""
+_STATUS = "status TEXT NOT NULL CHECK (status IN ('done', 'partial', 'failed'))"
+_SPENT = ("requests", "prompt_tokens", "completion_tokens", "seconds", "cost_usd")
+TABLES = {
+    "results": Table(
+        f"key TEXT PRIMARY KEY, feature INTEGER NOT NULL, stage TEXT NOT NULL, {_STATUS}, value TEXT NOT NULL, "
+        "requests INTEGER NOT NULL, prompt_tokens INTEGER NOT NULL, completion_tokens INTEGER NOT NULL, seconds REAL NOT NULL, "
+        "cost_usd REAL, provenance TEXT NOT NULL, created REAL NOT NULL",
+        ("key", "feature", "stage", "status", *_SPENT, "provenance", "created"),
+        ("value",),
+    ),
+    "features": Table(
+        f"job TEXT NOT NULL, feature INTEGER NOT NULL, {_STATUS}, summary TEXT NOT NULL, windows BLOB NOT NULL, "
+        "created REAL NOT NULL, PRIMARY KEY (job, feature)",
+        ("job", "feature", "status", "created"),
+        ("summary", "windows"),
+    ),
+    "runs": Table(
+        "id INTEGER PRIMARY KEY, job TEXT NOT NULL, started REAL NOT NULL, ended REAL, outcome TEXT, wanted INTEGER NOT NULL, requests INTEGER, cost_usd REAL",
+        ("job", "started", "ended", "outcome", "wanted", "requests", "cost_usd"),
+    ),
+}
+_INDEX = "CREATE INDEX IF NOT EXISTS results_by_feature ON results (feature, stage)"
+_REMEDY = "restore it from a copy, or delete it to start anew (replies.sqlite beside it keeps what was paid for)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,34 +74,28 @@ class Journal:
 
     def __init__(self, path: Path | str) -> None:
         self.path = path
-        try:
-            if isinstance(path, Path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
-            known = self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if known and version != VERSION:
-                raise InputError(f"the journal {path} was written by another version of featureinterp: give another folder, or delete it to start anew")
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = NORMAL")
-            self._connection.execute("PRAGMA busy_timeout = 10000")
-            self._connection.executescript(_SCHEMA + f"PRAGMA user_version = {VERSION};")
-        except (sqlite3.Error, OSError) as error:
-            raise StorageError(f"the journal {path} cannot be opened ({error}): check the path, its permissions and the free space") from error
+        self._tables = Tables(path, TABLES, "the journal", version=VERSION, reads=READS, indexes=_INDEX, remedy=_REMEDY)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._connection.close()
+        self._tables.close()
+
+    def check(self) -> int:
+        """Raises ``DamagedStoreError`` when anything in the journal is not what was written. How many rows have no checksum."""
+        return self._tables.check()
 
     def get(self, key: str) -> Row | None:
         """A stage that is done or partly done; None when it has not run or has failed."""
-        row = self._connection.execute(
-            "SELECT status, value, provenance, requests, prompt_tokens, completion_tokens, seconds, cost_usd FROM results WHERE key = ? AND status != 'failed'",
-            (key,),
-        ).fetchone()
-        return None if row is None else Row(row[0], json.loads(row[1]), Usage(*row[3:], **json.loads(row[2]).get("usage", {})))
+        for row in self._tables.rows("results", "WHERE key = ? AND status != 'failed'", (key,)):
+            more = self._read(row["provenance"]).get("usage", {})
+            return Row(row["status"], self._read(row["value"]), Usage(*(row[name] for name in _SPENT), **more))
+        return None
+
+    def _read(self, text: str | bytes) -> Any:
+        with described(Path(self.path), _REMEDY):
+            return json.loads(text)
 
     def stage(
         self,
@@ -120,58 +122,73 @@ class Journal:
         extra = {name: n for name, n in (("cached_tokens", usage.cached_tokens), ("estimated", usage.estimated)) if n}
         provenance = {**provenance, "usage": extra} if extra else provenance
         spent = (usage.requests, usage.prompt_tokens, usage.completion_tokens, usage.seconds, usage.cost_usd)
-        row = (key, feature, stage, status, _dumps(value), *spent, _dumps(provenance), time.time())
-        self._execute("INSERT OR REPLACE INTO results VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        row = {"key": key, "feature": feature, "stage": stage, "status": status, "value": _dumps(value)}
+        row |= dict(zip(_SPENT, spent, strict=True))
+        self._tables.put("results", row | {"provenance": _dumps(provenance), "created": time.time()})
 
     def finish(self, job: str, result: FeatureResult, status: str) -> None:
         """Writes a feature that is through all stages."""
         summary = result.to_json()
         windows = zlib.compress(_dumps(summary.pop("windows")).encode(), 6)
-        self._execute("INSERT OR REPLACE INTO features VALUES (?, ?, ?, ?, ?, ?)", (job, result.feature, status, _dumps(summary), windows, time.time()))
+        row = {"job": job, "feature": result.feature, "status": status, "summary": _dumps(summary), "windows": windows}
+        self._tables.put("features", row | {"created": time.time()})
 
     def finished(self, job: str) -> dict[int, str]:
         """Status of every feature that a job is through with."""
-        return dict(self._connection.execute("SELECT feature, status FROM features WHERE job = ?", (job,)))
+        self._tables.check_small("features")
+        rows = self._tables.small("SELECT feature, status FROM features WHERE job = ?", (job,))
+        return {row["feature"]: row["status"] for row in rows}
 
     def features(self, job: str, wanted: Sequence[int] | None = None) -> Iterator[FeatureResult]:
         """The results of a job, in the order of ``wanted`` or by index; those that are not there are left out."""
-        query = "SELECT summary, windows FROM features WHERE job = ?"
         if wanted is None:
-            rows: Iterator[Any] = self._connection.execute(query + " ORDER BY feature", (job,))
+            rows = self._tables.rows("features", "WHERE job = ? ORDER BY feature", (job,))
         else:
-            rows = (row for i in wanted for row in self._connection.execute(query + " AND feature = ?", (job, i)).fetchall())
-        for summary, windows in rows:
-            yield FeatureResult.from_json(json.loads(summary) | {"windows": json.loads(zlib.decompress(windows))})
+            one = "WHERE job = ? AND feature = ?"
+            rows = (row for i in wanted for row in list(self._tables.rows("features", one, (job, i))))
+        for row in rows:
+            with described(Path(self.path), _REMEDY):
+                windows = json.loads(zlib.decompress(row["windows"]))
+                found = FeatureResult.from_json(json.loads(row["summary"]) | {"windows": windows})
+            yield found
 
     def start(self, job: str, wanted: int) -> int:
         """Writes that a run begins; returns its number."""
-        return int(self._execute("INSERT INTO runs (job, started, wanted) VALUES (?, ?, ?)", (job, time.time(), wanted)).lastrowid or 0)
+        row = {"job": job, "started": time.time(), "ended": None, "outcome": None, "wanted": wanted}
+        return self._tables.put("runs", row | {"requests": None, "cost_usd": None})
 
     def end(self, run: int, outcome: str, usage: Usage) -> None:
         """Writes how a run ended and what it spent."""
-        self._execute(
-            "UPDATE runs SET ended = ?, outcome = ?, requests = ?, cost_usd = ? WHERE id = ?", (time.time(), outcome, usage.requests, usage.cost_usd, run)
-        )
+        for row in list(self._tables.rows("runs", "WHERE id = ?", (run,))):
+            ended = {"ended": time.time(), "outcome": outcome, "requests": usage.requests, "cost_usd": usage.cost_usd}
+            self._tables.put("runs", row | ended | {"id": run})
 
     def last_run(self) -> dict[str, Any] | None:
         """The newest row of ``runs``."""
-        cursor = self._connection.execute("SELECT * FROM runs ORDER BY id DESC LIMIT 1")
-        row = cursor.fetchone()
-        return None if row is None else dict(zip((c[0] for c in cursor.description), row, strict=True))
+        numbered = self._tables.small("SELECT max(id) AS id FROM runs")[0]["id"]
+        for row in self._tables.rows("runs", "WHERE id = ?", (numbered,)):
+            return {"id": numbered, **row}
+        return None
+
+    def jobs(self) -> set[str]:
+        """The jobs that ran."""
+        return {row["job"] for row in self._tables.rows("runs")}
 
     def stages(self) -> list[dict[str, Any]]:
         """Per stage and status: how many, and what they cost."""
-        cursor = self._connection.execute(
+        self._tables.check_small("results")
+        return self._tables.small(
             "SELECT stage, status, count(*) AS n, sum(requests) AS requests, sum(prompt_tokens) AS prompt_tokens, sum(completion_tokens) AS completion_tokens, "
             "CASE WHEN count(cost_usd) = count(*) THEN sum(cost_usd) END AS cost_usd, "
             "coalesce(sum(json_extract(provenance, '$.usage.estimated')), 0) AS estimated "
             "FROM results GROUP BY stage, status ORDER BY min(rowid)"
         )
-        return [dict(zip((c[0] for c in cursor.description), row, strict=True)) for row in cursor]
 
     def causes(self, limit: int = 5) -> list[dict[str, Any]]:
         """Failures of stages, and of single requests within stages that got through, grouped by their cause, the commonest first."""
-        cursor = self._connection.execute(
+        for _ in self._tables.rows("results", "WHERE status = 'failed'"):
+            pass  # they are what was written
+        return self._tables.small(
             "SELECT stage, error, message, sum(n) AS n, min(feature) AS example FROM ("
             "SELECT stage, json_extract(value, '$.error') AS error, json_extract(value, '$.message') AS message, 1 AS n, feature "
             "FROM results WHERE status = 'failed' UNION ALL "
@@ -181,13 +198,6 @@ class Journal:
             ") GROUP BY 1, 2, 3 ORDER BY n DESC LIMIT ?",
             (limit,),
         )
-        return [dict(zip((c[0] for c in cursor.description), row, strict=True)) for row in cursor]
-
-    def _execute(self, statement: str, values: Sequence[Any]) -> sqlite3.Cursor:
-        try:
-            return self._connection.execute(statement, values)
-        except sqlite3.Error as error:
-            raise StorageError(f"the journal {self.path} cannot be written ({error}): free some space and run the same command again") from error
 
 
 class Rehearsal(Journal):

@@ -25,7 +25,7 @@ from featureinterp.explain.one_shot import OneShot
 from featureinterp.explain.tree import Tree
 from featureinterp.falsify.counterexamples import Falsifier
 from featureinterp.falsify.intervention import Interventions
-from featureinterp.files import explained_storage, write_json
+from featureinterp.files import explained_storage
 from featureinterp.interfaces import Activator, Explainer, LanguageModel, Simulator, Steerer
 from featureinterp.jobs.explain import ExplainJob, settings_of
 from featureinterp.jobs.journal import Journal, Rehearsal
@@ -47,6 +47,7 @@ from featureinterp.score.detection import FitJudge
 from featureinterp.simulate.lexical import Lexical
 from featureinterp.simulate.prompt_logprobs import PromptLogprobs
 from featureinterp.simulate.rated import Rated
+from featureinterp.stored.sums import write_marker
 
 HOLISTIC = {"exact": "exact, every token left out in turn", "gradient": "approximate, gradient times embedding"}
 REHEARSED = 24
@@ -130,12 +131,15 @@ async def run_job(
         opened.enter_context(owned(job.folder, "explain"))
         claim_job(job, store, replace=replace)
         with explained_storage(job.folder), Journal(path) as journal, closing(ReplyStore(job.folder / "replies.sqlite")) as replies:
+            journal.check()
+            replies.check()
             model = stack.model(replies, retry_failed=retry_failed)
             judge = own[0].model(replies, retry_failed=retry_failed) if own else model
             explainer, simulator = _parts(job, model, local, journal)
             tests = _tests(job, store, model, judge, simulator, local, journal)
             work = _explain_job(job, store, journal, explainer, simulator, judge, meter, on_event, tests)
-            write_json(job.folder / "job.json", {"key": work.key, "job": job.model_dump(mode="json"), "features": features})
+            written = {"key": work.key, "job": job.model_dump(mode="json"), "features": features}
+            write_marker(job.folder / "job.json", written)
             if left := len(work.remaining(features)):
                 steps("explained", 0, left)
             outcome = await work.run(features, _records(job, store, local, steps))

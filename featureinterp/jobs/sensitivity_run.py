@@ -135,6 +135,8 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
         else:
             stores = [None] * len(saes)
         with Journal(spec.out / "journal.sqlite") as journal, closing(ReplyStore(spec.out / "replies.sqlite")) as replies:
+            journal.check()
+            replies.check()
             plan = spec.effective_plan
             writer = TextWriter(stack.model(replies, retry_failed=spec.retry_failed), per_call=plan.per_call, temperature=plan.temperature, seed=plan.seed)
             for sae, folder, store, examples in zip(saes, folders, stores, published, strict=True):

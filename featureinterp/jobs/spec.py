@@ -14,7 +14,6 @@ usd = 2.5
 
 from __future__ import annotations
 
-import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass, replace
@@ -24,7 +23,7 @@ from typing import Any, Literal
 import pydantic
 
 from featureinterp.domain.record import Source
-from featureinterp.errors import InputError
+from featureinterp.errors import InputError, StorageError
 from featureinterp.explain.styles import Style, style
 from featureinterp.explain.tree import TreeSettings
 from featureinterp.falsify.counterexamples import TrialSettings
@@ -33,6 +32,7 @@ from featureinterp.jobs.budget import Budget
 from featureinterp.jobs.plan import Plan
 from featureinterp.llm.config import EMBEDDED, LOCAL, Endpoint, load_config
 from featureinterp.records.policy import RecordPolicy
+from featureinterp.stored.sums import read_marker
 from featureinterp.validation import first_problem
 
 Stage = Literal["explain", "simulate", "score", "falsify", "steer"]
@@ -202,8 +202,8 @@ def job_of(folder: Path) -> Job:
     """The job that ran in a folder. Raises ``InputError`` when there is none that can be read."""
     path = folder / "job.json"
     try:
-        return Job.model_validate(json.loads(path.read_text(encoding="utf-8"))["job"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Job.model_validate(read_marker(path, "run 'featureinterp explain' again").value["job"])
+    except (StorageError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"the job in {folder} cannot be read ({str(error).splitlines()[0]}): run 'featureinterp explain' again") from error
 
 

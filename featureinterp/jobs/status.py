@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from featureinterp.errors import InputError
-from featureinterp.files import explained_storage
 from featureinterp.jobs.journal import Journal
+from featureinterp.stored.sums import described, read_marker
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,17 @@ def job_folder(folder: Path) -> Path:
 def job_status(folder: Path) -> JobStatus:
     """Reads a job's journal. Raises ``InputError`` when there is none."""
     folder = job_folder(folder)
-    with explained_storage(folder):
-        job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    remedy = "run the same job again, which writes it anew and keeps the rest"
+    job = read_marker(folder / "job.json", remedy).value
+    with described(folder / "job.json", remedy):
+        key, features = str(job["key"]), [int(f) for f in job["features"]]
     with Journal(folder / "journal.sqlite") as journal:
-        finished = journal.finished(job["key"])
-        counts = {s: sum(finished.get(f) == s for f in job["features"]) for s in ("done", "partial", "failed")}
+        finished = journal.finished(key)
+        counts = {s: sum(finished.get(f) == s for f in features) for s in ("done", "partial", "failed")}
         last = journal.last_run()
         stages, causes = journal.stages(), journal.causes()
-    left = len(job["features"]) - sum(counts.values())
-    return JobStatus(str(folder), len(job["features"]), counts["done"], counts["partial"], counts["failed"], left, _told(last), stages, causes)
+    left = len(features) - sum(counts.values())
+    return JobStatus(str(folder), len(features), counts["done"], counts["partial"], counts["failed"], left, _told(last), stages, causes)
 
 
 def _told(run: dict[str, Any] | None) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -13,16 +12,22 @@ from typing import Any
 import anyio
 
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import LanguageModelError, StorageError
+from featureinterp.errors import LanguageModelError
 from featureinterp.files import content_key
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Reply, Request
+from featureinterp.stored.sums import described
+from featureinterp.stored.tables import Table, Tables
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS replies (
-    key TEXT PRIMARY KEY, model TEXT NOT NULL, reply TEXT NOT NULL, created REAL NOT NULL
-) STRICT;
-"""
+VERSION, READS = 1, (0,)
+TABLES = {
+    "replies": Table(
+        "key TEXT PRIMARY KEY, model TEXT NOT NULL, reply TEXT NOT NULL, created REAL NOT NULL",
+        ("key", "model", "created"),
+        ("reply",),
+    )
+}
+_REMEDY = "restore it from a copy, or delete it to ask the model again"
 
 
 class ReplyStore:
@@ -31,34 +36,27 @@ class ReplyStore:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        try:
-            if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            self._connection = sqlite3.connect(path or ":memory:", isolation_level=None)
-            self._connection.execute("PRAGMA journal_mode = WAL")
-            self._connection.execute("PRAGMA synchronous = NORMAL")
-            self._connection.execute("PRAGMA busy_timeout = 10000")
-            self._connection.executescript(_SCHEMA)
-        except (sqlite3.Error, OSError) as error:
-            raise StorageError(f"the cache of replies {path} cannot be opened ({error}): check the path, its permissions and the free space") from error
+        self._tables = Tables(path or ":memory:", TABLES, "the cache of replies", version=VERSION, reads=READS, remedy=_REMEDY)
+
+    def check(self) -> int:
+        """Raises ``DamagedStoreError`` when anything in the file is not what was written. How many rows have no checksum."""
+        return self._tables.check()
 
     def get(self, key: str) -> Reply | None:
         """The reply under a key."""
-        row = self._connection.execute("SELECT reply FROM replies WHERE key = ?", (key,)).fetchone()
-        return None if row is None else _reply_from(json.loads(row[0]))
+        for row in self._tables.rows("replies", "WHERE key = ?", (key,)):
+            with described(self.path or Path(), _REMEDY):
+                return _reply_from(json.loads(row["reply"]))
+        return None
 
     def put(self, key: str, model: str, reply: Reply) -> None:
         """Keeps a reply."""
-        try:
-            self._connection.execute(
-                "INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", (key, model, json.dumps(_to_json(reply), ensure_ascii=False), time.time())
-            )
-        except sqlite3.Error as error:
-            raise StorageError(f"the cache of replies {self.path} cannot be written ({error}): free some space and run the same command again") from error
+        row = {"key": key, "model": model, "reply": json.dumps(_to_json(reply), ensure_ascii=False)}
+        self._tables.put("replies", row | {"created": time.time()})
 
     def close(self) -> None:
         """Closes the file."""
-        self._connection.close()
+        self._tables.close()
 
 
 @dataclass(slots=True)

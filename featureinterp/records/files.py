@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from featureinterp.domain.record import FeatureRecord
+from featureinterp.errors import IncompatibleError
 from featureinterp.files import replaced_atomically
+from featureinterp.stored.sums import SummedFile, read_marker, write_marker
+
+SUMS = ".sums.json"
 
 
 def record_to_json(record: FeatureRecord) -> dict[str, Any]:
@@ -39,11 +43,21 @@ def _holistic(record: FeatureRecord) -> dict[str, Any]:
     return {"method": record.holistic, "windows": windows}
 
 
-def write_records(path: Path, records: Iterable[FeatureRecord]) -> int:
-    """Writes records as JSON lines, atomically and one at a time; returns how many."""
+def write_records(path: Path, records: Iterable[FeatureRecord], codes: str | None = None) -> int:
+    """Writes records as JSON lines, atomically and one at a time; returns how many. ``NAME.sums.json`` beside ``NAME.jsonl``
+    has their checksums and ``codes``, the fingerprint of the store that they name windows of."""
     n = 0
     with replaced_atomically(path) as file:
+        out = SummedFile(file)
         for record in records:
             n += 1
-            file.write(json.dumps(record_to_json(record), ensure_ascii=False).encode() + b"\n")
+            out.write(json.dumps(record_to_json(record), ensure_ascii=False).encode() + b"\n")
+    write_marker(path.with_suffix(SUMS), {"n": n, "codes": codes}, {path.name: out.sums})
     return n
+
+
+def check_records(run: Path, codes: str) -> None:
+    """Raises ``IncompatibleError`` when a run's ``records.jsonl`` names windows of other codes than ``codes``."""
+    path, again = (run / "records.jsonl").with_suffix(SUMS), "run 'featureinterp records' again"
+    if path.exists() and read_marker(path, again).value.get("codes") not in (None, codes):
+        raise IncompatibleError(f"{run / 'records.jsonl'} is of other codes than {run / 'codes'}: {again}")

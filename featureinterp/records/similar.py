@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from featureinterp.corpus.windows import WindowTable
-from featureinterp.errors import UnknownNameError
+from featureinterp.errors import DamagedStoreError, IncompatibleError, UnknownNameError
 from featureinterp.files import explained_storage
+from featureinterp.stored.arrays import mapped
+from featureinterp.stored.sums import SummedFile, Sums, block_for, read_marker, write_marker
 
 EMBEDDED = "all-minilm-l6-v2"
 MAX_QUERIES = 400
@@ -54,25 +58,70 @@ class SentenceEmbedder:
 
 
 def window_embeddings(windows: WindowTable, embedder: Any, folder: Path, *, chunk: int = 512, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-    """Embeddings of all windows, float32 ``[n, d]``, memory-mapped from ``folder``; computed once and reused after that."""
+    """Embeddings of all windows, float32 ``[n, d]``, memory-mapped from ``folder``; computed once and reused after that. A JSON
+    file beside them names windows and embedder, and holds their checksums.
+
+    Raises ``DamagedStoreError`` where they are not what was written, and ``IncompatibleError`` when they are of other windows.
+    """
     path = folder / f"{windows.fingerprint[:16]}-{embedder.fingerprint}.npy"
     if not path.exists():
-        half = path.with_suffix(".part")
+        half, named = path.with_suffix(".part"), {"windows": windows.fingerprint, "embedder": embedder.fingerprint}
         with explained_storage(path):
             folder.mkdir(parents=True, exist_ok=True)
-            with half.open("wb") as out:
-                done = 0
+            with half.open("wb") as file:
+                out, width, done = SummedFile(file, Sums(block_for(len(windows) * 4096))), 0, 0
                 for texts in _chunks(windows.texts(), chunk):
                     vectors = embedder.embed(texts)
                     if not done:
-                        header = {"descr": "<f4", "fortran_order": False, "shape": (len(windows), vectors.shape[1])}
-                        np.lib.format.write_array_header_1_0(out, header)
+                        width = vectors.shape[1]
+                        out.write(_header(len(windows), width))
                     out.write(memoryview(vectors).cast("B"))
                     done += len(texts)
                     if progress:
                         progress(done, len(windows))
+            write_marker(_marker(path), {**named, "n": len(windows), "width": width}, {path.name: out.sums})
             half.replace(path)
-    return np.load(path, "r", allow_pickle=False)
+    return _opened(path, windows, embedder.fingerprint)
+
+
+def _marker(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _header(n: int, width: int) -> bytes:
+    """What comes before the numbers in a ``.npy`` file."""
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(out, {"descr": "<f4", "fortran_order": False, "shape": (n, width)})
+    return out.getvalue()
+
+
+def _opened(path: Path, windows: WindowTable, embedder: str) -> np.ndarray:
+    remedy = f"delete {path} and run the same command again, which embeds the windows anew"
+    n, files = len(windows), None
+    if _marker(path).exists():
+        marker = read_marker(_marker(path), f"delete {_marker(path)} and {path}, and run the same command again")
+        files = marker.files
+        if (marker.value.get("windows"), marker.value.get("embedder")) != (windows.fingerprint, embedder):
+            raise IncompatibleError(f"{path} holds embeddings of other windows, or by another embedder, than its name says: {remedy}")
+    begin = len(_header(n, 1))
+    with explained_storage(path), path.open("rb") as file:
+        width, rest = divmod(os.fstat(file.fileno()).st_size - begin, 4 * max(1, n))
+        good = rest == 0 and width > 0 and file.read(begin) == _header(n, width)
+    if not good:
+        raise DamagedStoreError(f"{path} is damaged: it has not float32 numbers of each of {n:,} windows; {remedy}")
+    return mapped(path, np.float32, (n, width), files, _marker(path).name, remedy, _normalised, begin)
+
+
+def check_embeddings(folder: Path, windows: WindowTable) -> None:
+    """Raises ``IncompatibleError`` for embeddings in ``folder`` whose marker names other windows than their name does, and
+    ``DamagedStoreError`` for those that do not fit the windows. Those of other windows, by their name, are let alone."""
+    for path in sorted(folder.glob(f"{windows.fingerprint[:16]}-*.npy")):
+        _opened(path, windows, path.stem.partition("-")[2])
+
+
+def _normalised(values: np.ndarray) -> bool:
+    """Whether no number is larger than one of a vector of length 1 can be."""
+    return bool((np.abs(values) < 1.001).all())
 
 
 def _chunks(items: Iterator[str], size: int) -> Iterator[list[str]]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from featureinterp.errors import InputError
-from featureinterp.files import write_json
 from featureinterp.report.export import write_table
 from featureinterp.report.figures import figure
+from featureinterp.stored.sums import write_marker
 
 LAYER_FILES = ("layers.csv", "layers.json", "layers.png", "layers.svg")
 
@@ -20,7 +20,7 @@ def write_layers(folder: Path, study: Mapping[str, Any]) -> None:
     write_table(folder / "layers.csv", layer_rows(study), "csv")
     with suppress(InputError):
         plot_layers(folder, study)
-    write_json(folder / "layers.json", dict(study))
+    write_marker(folder / "layers.json", dict(study))
 
 
 def layer_rows(study: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import io
+import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -11,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from featureinterp.errors import InputError
-from featureinterp.files import replaced_atomically, write_atomic, write_json
+from featureinterp.errors import IncompatibleError, InputError
+from featureinterp.files import replaced_atomically, write_atomic
 from featureinterp.probing.annotate import Annotation
 from featureinterp.probing.study import Concept, ConceptFeature, Study
 from featureinterp.report.export import write_table
 from featureinterp.report.figures import figure
 from featureinterp.report.render import environment
+from featureinterp.stored.sums import Sums, checked_bytes, read_marker, write_marker
 
 Row = dict[str, Any]
 STUDY, LABELS = "study.json", "labels.npz"
@@ -38,7 +40,8 @@ def write_study(folder: Path, study: Study, labelled: Mapping[str, np.ndarray], 
     write_atomic(folder / "probe.html", page)
     with suppress(InputError):  # without matplotlib there are tables and a page, and no plots
         plot_study(folder, study)
-    write_json(folder / STUDY, {**about, **study.to_json()})
+    names = [LABELS, *(f"{name}.{to}" for name in tables for to in ("parquet", "csv"))]
+    write_marker(folder / STUDY, {**about, **study.to_json()}, {name: Sums.of(folder / name) for name in names})
     return folder / "probe.html"
 
 
@@ -76,17 +79,27 @@ def study_table(study: Study) -> str:
 def read_annotations(folder: Path, codes: str) -> tuple[list[Annotation], dict[str, np.ndarray]]:
     """Annotations that :func:`write_study` left in a folder, and the positions of each label's tokens; nothing when there are none, or they are of other
     codes than the fingerprint ``codes`` says."""
+    if not (folder / STUDY).exists():
+        return [], {}
+    remedy = "run the same 'featureinterp probe' again, which writes it anew"
     try:
-        found = json.loads((folder / STUDY).read_text(encoding="utf-8"))
+        marker = read_marker(folder / STUDY, remedy)
+        found = marker.value
         if found["codes"] != codes:
             return [], {}
-        with np.load(folder / LABELS, allow_pickle=False) as file:
+        sums = None if marker.files is None else marker.files.get(LABELS)
+        with np.load(io.BytesIO(checked_bytes(folder / LABELS, sums, remedy)), allow_pickle=False) as file:
             positions = {str(name): file[f"positions_{i}"] for i, name in enumerate(file["names"])}
         return [Annotation(**a) for a in found["annotations"]], positions
-    except FileNotFoundError:
-        return [], {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f"{folder} holds no readable study ({error}): run 'featureinterp probe' again") from error
+
+
+def check_study(folder: Path, codes: str) -> None:
+    """Raises ``IncompatibleError`` when a study is of other codes than the fingerprint ``codes`` says."""
+    again = "run 'featureinterp probe' again"
+    if (folder / STUDY).exists() and read_marker(folder / STUDY, again).value.get("codes") != codes:
+        raise IncompatibleError(f"{folder} is a study of other codes than those beside it: {again}")
 
 
 def feature_rows(study: Study) -> list[Row]:

@@ -15,9 +15,10 @@ from featureinterp.domain.explanation import SearchNode
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Score
 from featureinterp.domain.trial import TrialText
-from featureinterp.errors import InputError
-from featureinterp.files import explained_storage, replaced_atomically, write_atomic
+from featureinterp.errors import DamagedStoreError, InputError
+from featureinterp.files import explained_storage, replaced_atomically
 from featureinterp.probing.agreement import Agreement
+from featureinterp.stored.sums import SummedFile, read_marker, write_marker
 from featureinterp.visible import visible as seen
 
 SOURCE_NAMES = {
@@ -321,16 +322,18 @@ def read_results(folder: Path) -> tuple[Sequence[FeatureResult], dict[str, Any]]
     path, about = folder / "results.jsonl", folder / "about.json"
     if not path.exists() or not about.exists():
         raise InputError(f"{folder} holds no results (results.jsonl): give the folder that 'featureinterp explain' wrote with --out")
-    try:
-        with explained_storage(about):
-            return StoredResults(path), json.loads(about.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise _unreadable(about, error) from error
+    remedy = "run the same 'featureinterp explain' again, which writes it anew from the journal"
+    marker = read_marker(about, remedy)
+    sums = None if marker.files is None else marker.files.get(path.name)
+    if sums is not None and (why := sums.damage(path)):
+        raise DamagedStoreError(f"{why}: {remedy}")
+    return StoredResults(path), marker.value
 
 
 def write_results(folder: Path, results: Iterable[FeatureResult], about: Mapping[str, Any]) -> None:
     """Writes what :func:`read_results` reads, one result at a time."""
     with replaced_atomically(folder / "results.jsonl") as file:
+        out = SummedFile(file)
         for result in results:
-            file.write(json.dumps(result.to_json(), ensure_ascii=False).encode() + b"\n")
-    write_atomic(folder / "about.json", json.dumps(dict(about), indent=1, ensure_ascii=False) + "\n")
+            out.write(json.dumps(result.to_json(), ensure_ascii=False).encode() + b"\n")
+    write_marker(folder / "about.json", about, {"results.jsonl": out.sums})

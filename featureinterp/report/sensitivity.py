@@ -15,9 +15,10 @@ from featureinterp.domain.rate import Rate
 from featureinterp.domain.record import Window
 from featureinterp.falsify.sensitivity import MARK_ABOVE, RELIABLE, FeatureSensitivity
 from featureinterp.falsify.writing import without_marks
-from featureinterp.files import write_atomic, write_json
+from featureinterp.files import write_atomic
 from featureinterp.prompts import marked
 from featureinterp.report.figures import figure
+from featureinterp.stored.sums import Sums, write_marker
 
 EVAL_NAME = "sensitivity"
 SUMMARY = "summary.json"
@@ -49,7 +50,8 @@ def write_sensitivity(folder: Path, features: Sequence[FeatureSensitivity], abou
         writer.writerows(rows)
         write_atomic(folder / f"{name}.csv", text.getvalue())
     found = {**about, "num_per_call": per_call, **summarise(features)}
-    write_json(folder / SUMMARY, found)
+    names = [f"{name}.csv" for name in tables]
+    write_marker(folder / SUMMARY, found, {name: Sums.of(folder / name) for name in names})
     return found
 
 

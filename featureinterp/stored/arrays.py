@@ -12,7 +12,7 @@ import numpy as np
 
 from featureinterp.errors import DamagedStoreError
 from featureinterp.files import explained_storage
-from featureinterp.stored.sums import Sums, check_size
+from featureinterp.stored.sums import BLOCK_BYTES, Sums, check_size
 
 Valid = Callable[[np.ndarray], bool]
 """Whether some values of an array can be right."""
@@ -26,11 +26,22 @@ class CheckedArray(np.lib.mixins.NDArrayOperatorsMixin):
     Raises ``DamagedStoreError`` for a block that is not what was written; ``remedy`` says what to do then.
     """
 
-    def __init__(self, array: np.ndarray, path: Path, sums: Sums | None, remedy: str, valid: Valid | None = None) -> None:
-        self._array, self._path, self._sums, self._remedy, self._valid = array, path, sums, remedy, valid
-        self._block = sums.block if sums else 1 << 16
+    def __init__(
+        self,
+        file: np.ndarray,
+        array: np.ndarray,
+        path: Path,
+        sums: Sums | None,
+        remedy: str,
+        valid: Valid | None = None,
+    ) -> None:
+        """``file``: all bytes of ``path``, uint8; ``array``: a view of its end."""
+        self._file, self._array, self._path, self._sums, self._remedy = file, array, path, sums, remedy
+        self._valid = valid
+        self._block = sums.block if sums else BLOCK_BYTES
+        self._begin = file.nbytes - array.nbytes
         self._row = array.nbytes // len(array) if len(array) else 1
-        n = -(-array.nbytes // self._block) if sums or valid else 0
+        n = -(-file.nbytes // self._block) if sums or valid else 0
         self._seen = np.zeros(n, bool)
         self._left = n
 
@@ -80,14 +91,16 @@ class CheckedArray(np.lib.mixins.NDArrayOperatorsMixin):
             rows = np.clip(np.where(rows < 0, rows + n, rows), 0, max(0, n - 1))
             if len(rows):
                 edges = np.zeros(len(self._seen) + 1, np.int64)
-                np.add.at(edges, rows * row // block, 1)
-                np.add.at(edges, ((rows + 1) * row - 1) // block + 1, -1)
+                np.add.at(edges, (self._begin + rows * row) // block, 1)
+                np.add.at(edges, (self._begin + (rows + 1) * row - 1) // block + 1, -1)
                 self._check_blocks(np.flatnonzero((np.cumsum(edges)[:-1] > 0) & ~self._seen))
         else:
             self.whole()
 
     def _check_range(self, start: int, stop: int) -> None:
-        first, end = max(0, start) // self._block, -(-stop // self._block)
+        if start >= stop:
+            return
+        first, end = (self._begin + max(0, start)) // self._block, -(-(self._begin + stop) // self._block)
         if end - first == 1 and first < len(self._seen) and self._seen[first]:
             return
         if first < end:
@@ -96,19 +109,19 @@ class CheckedArray(np.lib.mixins.NDArrayOperatorsMixin):
     def _check_blocks(self, numbers: np.ndarray) -> None:
         if not len(numbers):
             return
-        data: memoryview = self._array.reshape(-1).view(np.uint8).data
         for i in numbers.tolist():
-            part = data[i * self._block : (i + 1) * self._block]
-            if not self._right(i, part):
+            if not self._right(i):
                 raise DamagedStoreError(f"{self._path} is damaged at byte {i * self._block:,}: {self._remedy}")
             self._seen[i] = True
         self._left = int(len(self._seen) - self._seen.sum())
 
-    def _right(self, number: int, part: memoryview) -> bool:
+    def _right(self, number: int) -> bool:
+        start, end = number * self._block, (number + 1) * self._block
         if self._sums is not None:
-            return zlib.crc32(part) == self._sums.crcs[number]
+            return zlib.crc32(self._file[start:end].data) == self._sums.crcs[number]
         assert self._valid is not None
-        return self._valid(np.frombuffer(part, self._array.dtype))
+        part = self._file[max(start, self._begin) : end]
+        return not len(part) or self._valid(part.view(self._array.dtype))
 
 
 def mapped(
@@ -116,23 +129,25 @@ def mapped(
     dtype: Any,
     shape: tuple[int, ...],
     files: Mapping[str, Sums] | None,
-    *,
     marker: str,
     remedy: str,
     valid: Valid | None = None,
+    begin: int = 0,
 ) -> np.ndarray:
-    """A file as a :class:`CheckedArray` of a dtype and shape; ``files``: the sums of its part, None when they are not known.
+    """A file as a :class:`CheckedArray` of a dtype and shape, after its first ``begin`` bytes; ``files``: the sums of its part,
+    None when they are not known.
 
     Raises ``DamagedStoreError`` for a file without the size that ``marker`` declares.
     """
+    size = begin + math.prod(shape) * np.dtype(dtype).itemsize
+    check_size(path, size, marker, remedy)
+    sums = None if files is None else files.get(path.name)
+    if files is not None and (sums is None or sums.size != size):
+        raise DamagedStoreError(f"{path} has no checksums of its size in {marker}: {remedy}")
     with explained_storage(path):
-        size = math.prod(shape) * np.dtype(dtype).itemsize
-        check_size(path, size, marker, remedy)
-        sums = None if files is None else files.get(path.name)
-        if files is not None and (sums is None or sums.size != size):
-            raise DamagedStoreError(f"{path} has no checksums of its size in {marker}: {remedy}")
-        array = np.asarray(np.memmap(path, dtype, "r", shape=shape)) if size else np.zeros(shape, dtype)
-    return CheckedArray(array, path, sums, remedy, valid)  # type: ignore[return-value]  # it acts as one
+        file = np.asarray(np.memmap(path, np.uint8, "r")) if size else np.zeros(0, np.uint8)
+    array = file[begin:].view(dtype).reshape(shape)
+    return CheckedArray(file, array, path, sums, remedy, valid)  # type: ignore[return-value]  # it acts as one
 
 
 def read_whole(
@@ -140,7 +155,6 @@ def read_whole(
     dtype: Any,
     shape: tuple[int, ...],
     files: Mapping[str, Sums] | None,
-    *,
     marker: str,
     remedy: str,
 ) -> np.ndarray:

@@ -79,12 +79,16 @@ class Sums:
         return cls(block, size, list(struct.unpack(f">{len(digits) // 8}I", bytes.fromhex(digits))))
 
     @classmethod
-    def of(cls, path: Path, block: int | None = None) -> Sums:
-        """Those of a file as it is now."""
+    def of(cls, path: Path, block: int | None = None, size: int | None = None) -> Sums:
+        """Those of a file as it is now, or of its first ``size`` bytes (no bytes: there need be no file)."""
+        if size == 0:
+            return cls(block or BLOCK_BYTES)
         with explained_storage(path), path.open("rb") as file:
-            sums = cls(block or block_for(os.fstat(file.fileno()).st_size))
-            while data := file.read(1 << 20):
+            left = os.fstat(file.fileno()).st_size if size is None else size
+            sums = cls(block or block_for(left))
+            while left and (data := file.read(min(left, 1 << 20))):
                 sums.add(data)
+                left -= len(data)
         return sums
 
     def damage(self, path: Path) -> str | None:
@@ -175,7 +179,7 @@ def described(path: Path, remedy: str) -> Iterator[None]:
     """Turns errors of wrong data in a stored part into one sentence. Keep the block to what reads the data."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError, zlib.error) as error:
         raise DamagedStoreError(f"{path} is damaged: {type(error).__name__} {error} while reading it; {remedy}") from error
 
 

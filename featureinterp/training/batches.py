@@ -15,7 +15,7 @@ from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import InputError
 from featureinterp.subject.load import Subject
 from featureinterp.training.extract import read_windows
-from featureinterp.training.store import ActivationStore, check_finite
+from featureinterp.training.store import ActivationStore
 
 
 class Batches(Protocol):
@@ -102,7 +102,7 @@ class StoreBatches:
             parts.append(took)
             start, n = start + len(took), n - len(took)
         found = np.concatenate(parts).astype(np.float32)
-        check_finite(found, self.store.folder)
+        self.store.check_finite(found)
         return found
 
     def _order(self, epoch: int) -> list[np.ndarray]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,11 +17,12 @@ from featureinterp.claims import claim, owned
 from featureinterp.codes.collect import BATCH_TOKENS, mask_of, scored_tokens, windows_request
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
-from featureinterp.errors import InputError, UnknownNameError
-from featureinterp.files import explained_storage, write_json
+from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
+from featureinterp.files import explained_storage
 from featureinterp.probing.splits import split_indices
+from featureinterp.stored.sums import described, read_marker, write_marker
 from featureinterp.subject.load import Subject
-from featureinterp.training.store import METADATA, ActivationStore, StoreWriter, merge_stores, store_key
+from featureinterp.training.store import METADATA, ActivationStore, StoreWriter, merge_stores, remedy_for, store_key
 
 CHUNK_TOKENS = 16_384
 STATE = "extracting.json"
@@ -73,7 +73,21 @@ class Extracted:
         stores = {name: ActivationStore.open(folder / name) if (folder / name).exists() else None for name in (TRAIN, TEST)}
         if stores[TRAIN] is None and stores[TEST] is None:
             raise UnknownNameError(f"there is no extraction in {folder}: make one with 'featureinterp extract'")
-        return cls(folder, WindowTable.open(folder / "windows"), stores[TRAIN], stores[TEST])
+        windows = WindowTable.open(folder / "windows")
+        for store in filter(None, stores.values()):
+            check_windows(store, windows)
+        return cls(folder, windows, stores[TRAIN], stores[TEST])
+
+
+def check_windows(store: ActivationStore, windows: WindowTable) -> None:
+    """Raises ``IncompatibleError`` when a store's rows are not of these windows."""
+    with described(store.folder / METADATA, remedy_for(store.folder)):
+        named = str(store.meta["source"]["corpus"]["windows"])
+    if named != windows.fingerprint:
+        raise IncompatibleError(
+            f"{store.folder} and {windows.folder} do not belong together (its rows are of the windows {named[:12]}, "
+            f"not of {windows.fingerprint[:12]}): put back the folder that was there, or delete both and extract again"
+        )
 
 
 def extract(
@@ -124,7 +138,17 @@ def _extract(
     if all((out / name / METADATA).exists() for name in names):
         return Extracted.open(out)
     state = target.state(names)
-    writers = {name: StoreWriter(out / name, subject.d_model, settings.dtype, n_rows=state[name]["n_rows"], shard_rows=settings.shard_rows) for name in names}
+    writers = {
+        name: StoreWriter(
+            out / name,
+            subject.d_model,
+            settings.dtype,
+            n_rows=state[name]["n_rows"],
+            shard_rows=settings.shard_rows,
+            sums=state[name].pop("sums", None),
+        )
+        for name in names
+    }
     lengths = np.asarray(windows.lengths)[order]
     total, done = int(lengths.sum()), int(lengths[: state["next"]].sum())
     with _Commits(out / STATE, list(writers.values())) as commits:
@@ -136,13 +160,13 @@ def _extract(
             done += rows.size * residual.shape[1]
             if end is not None:
                 for name in names:
-                    state[name]["n_rows"] = writers[name].n_rows
+                    state[name] |= {"n_rows": writers[name].n_rows, "sums": writers[name].sums}
                 state["next"] = end
                 commits.put(state)
             if progress:
                 progress(done, total)
     for number, name in enumerate(names):
-        counts = {k: v for k, v in state[name].items() if k != "n_rows"}
+        counts = {k: v for k, v in state[name].items() if k not in ("n_rows", "sums")}
         meta: dict[str, Any] = {
             "source": source,
             "split": {"name": name, "held_out": settings.held_out, "seed": settings.seed},
@@ -258,7 +282,7 @@ class _Commits:
     def _commit(self, state: dict[str, Any]) -> None:
         for writer in self.writers:
             writer.sync()
-        write_json(self.path, state)
+        write_marker(self.path, state)
 
 
 def request_of(subject: Subject, hook: str, corpus: Corpus, policy: WindowPolicy, settings: ExtractSettings) -> dict[str, Any]:
@@ -294,7 +318,12 @@ class _Target:
         """How far an unfinished extraction got."""
         path = self.out / STATE
         if path.exists():
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            remedy = f"delete it to extract {self.out} from the start"
+            found = read_marker(path, remedy).value
+            with described(path, remedy):
+                if any(type(n) is not int for n in (found["next"], *(found[name]["n_rows"] for name in names))):
+                    raise ValueError("a place is no number")
+            return found
         for name in names:
             shutil.rmtree(self.out / name, ignore_errors=True)
         return {"next": 0, **{name: {"n_rows": 0, "n_tokens": 0, "n_first": 0, "n_sinks": 0} for name in names}}

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from featureinterp.errors import FeatureInterpError, IncompatibleError, InputError
+from featureinterp.errors import DamagedStoreError, FeatureInterpError, IncompatibleError, InputError
 from featureinterp.files import content_key, explained_storage, replaced_atomically
 from featureinterp.training.architectures import TRAINABLE, Normalizer, Trainable, geometric_median
 from featureinterp.training.batches import Batches, as_tensor
@@ -24,6 +25,7 @@ from featureinterp.training.ranks import Ranks
 from featureinterp.training.settings import SaeTable, TrainingTable
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+_FROM_THE_START = "delete it to train from the start (log.jsonl and the activations stay)"
 Line = dict[str, Any]
 OnLine = Callable[[Line], None]
 """Called with every line of the log."""
@@ -232,14 +234,27 @@ def write_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
         return
     about = {"key": key, "step": str(trainer.step), "cursors": json.dumps(cursors)}
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in trainer.state().items()}
+    about["checksum"] = _checksum(tensors, about)
     with replaced_atomically(path) as file:
         file.write(save(tensors, about))
 
 
-def read_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
-    """Takes a trainer to where a checkpoint was written, when there is one."""
-    if not path.exists():
-        return
+def _checksum(tensors: dict[str, torch.Tensor], about: dict[str, str]) -> str:
+    """The CRC-32 of everything in a checkpoint but itself."""
+    said = [[k, v] for k, v in sorted(about.items()) if k != "checksum"]
+    found = zlib.crc32(json.dumps(said).encode())
+    for name, tensor in sorted(tensors.items()):
+        found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
+        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), found) if tensor.numel() else found
+    return f"crc32:{found:08x}"
+
+
+def check_checkpoint(path: Path) -> int:
+    """Raises when a checkpoint is not what was written; 1 for one of an earlier version, which has no checksum."""
+    return int("checksum" not in _checkpoint(path)[0])
+
+
+def _checkpoint(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor], int, list[dict[str, int]]]:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -247,8 +262,20 @@ def read_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
             step, cursors = int(about["step"]), json.loads(about["cursors"])
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise IncompatibleError(f"the checkpoint {path} cannot be read ({error}): delete it to train from the start") from error
+    except (SafetensorError, KeyError, ValueError, OSError, RuntimeError) as error:
+        raise IncompatibleError(f"the checkpoint {path} cannot be read ({error}): {_FROM_THE_START}") from error
+    checked = set(about) == {"key", "step", "cursors", "checksum"}
+    if (about["checksum"] != _checksum(tensors, about)) if checked else set(about) != {"key", "step", "cursors"}:
+        raise DamagedStoreError(f"the checkpoint {path} is damaged: it is not what was written; {_FROM_THE_START}")
+    return about, tensors, step, cursors
+
+
+def read_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
+    """Takes a trainer to where a checkpoint was written, when there is one. Raises ``DamagedStoreError`` or another
+    ``FeatureInterpError`` when it cannot be gone on from."""
+    if not path.exists():
+        return
+    about, tensors, step, cursors = _checkpoint(path)
     if about.get("key") != key:
         raise IncompatibleError(f"{path.parent} holds a run with other settings or data: train into another folder, or delete this one")
     trainer.restore(tensors, step, cursors[trainer.ranks.rank % len(cursors)])

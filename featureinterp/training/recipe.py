@@ -20,9 +20,10 @@ from featureinterp.codes.collect import windows_request
 from featureinterp.corpus.text import Corpus, load_corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
 from featureinterp.errors import IncompatibleError, InputError
-from featureinterp.files import explained_storage, write_atomic, write_json
+from featureinterp.files import explained_storage, write_atomic
 from featureinterp.machine import AUTO, pick_device, this_machine
 from featureinterp.sae.load import LoadedSae, load_sae, save_sae, save_saelens
+from featureinterp.stored.sums import Sums, read_marker, write_marker
 from featureinterp.subject.load import Subject, as_subject, check_same_model, load_causal_lm
 from featureinterp.training.architectures import as_sae
 from featureinterp.training.batches import Batches, OnlineBatches, Share, StoreBatches
@@ -40,6 +41,7 @@ RUN_PARTS = (RECIPE, ABOUT, METRICS, CHECKPOINT, LOG, "sae", "saelens", "trainin
 """What a run's folder holds beside its activations, which are claimed on their own."""
 SILENT = ("log_every", "checkpoint_every", "batch_tokens")
 """Settings of training that nothing depends on."""
+AGAIN = "run the same 'featureinterp train' again, which writes it anew and goes on from the checkpoint"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -157,7 +159,7 @@ def train(
         if ranks.leads:
             if not (out / RECIPE).exists():
                 write_atomic(out / RECIPE, recipe_toml(recipe))
-            write_json(out / ABOUT, _about(recipe, trainer, found, ranks))
+            write_marker(out / ABOUT, _about(recipe, trainer, found, ranks), {RECIPE: Sums.of(out / RECIPE)})
         with open_tracker(recipe.tracking, out, recipe, ranks.leads) as track:
 
             def tell(line: dict[str, Any]) -> None:
@@ -170,7 +172,7 @@ def train(
         if ranks.leads:
             metrics = _finish(recipe, out, parts, trainer, found, steps)
         ranks.barrier()
-        about = json.loads((out / ABOUT).read_text(encoding="utf-8"))
+        about = read_marker(out / ABOUT, AGAIN).value
         return Trained(out, recipe, load_sae(str(out / "sae")), about, metrics, read_log(out / LOG), ranks.leads)
 
 
@@ -340,7 +342,7 @@ def _finish(recipe: Recipe, out: Path, parts: Parts, trainer: Trainer, found: _D
             )
             judged = replaced(judged, loss=loss)
         metrics = judged.to_json()
-        write_json(out / METRICS, metrics)
+        write_marker(out / METRICS, metrics)
         save_sae(out / "sae", written.sae, dtype=dtype, provenance=provenance, metrics=short_metrics(metrics), **names)
     save_saelens(out / "saelens", written.sae, **names)
     return metrics

@@ -2,13 +2,13 @@
 
 ``shard-00000.bin`` …: ``[row, d_model]`` in the store's dtype (float16 or float32); ``documents.bin``, ``windows.bin``, ``offsets.bin``, ``tokens.bin``: int32
 ``[row]``, the row's document, window, place in the window and token id; ``metadata.json`` is written last and marks the store complete. It holds the numbers
-of rows and shards, what the rows depend on (model, hook, corpus, tokenizer, mask), and how many tokens were left out, by cause.
+of rows and shards, what the rows depend on (model, hook, corpus, tokenizer, mask), how many tokens were left out, by cause, and
+the checksums of the other files. While a store is being written, ``shard-00000.sums`` has those of a shard that is full.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,18 +22,23 @@ from typing import IO, Any
 import numpy as np
 
 from featureinterp.errors import FeatureInterpError, IncompatibleError, IncompleteStoreError, InputError, UnknownNameError
-from featureinterp.files import content_key, explained_storage, write_json
+from featureinterp.files import content_key, explained_storage
+from featureinterp.stored.arrays import mapped
+from featureinterp.stored.sums import Marker, SummedFile, Sums, described, read_marker, write_marker
 
 FORMAT = 1
 METADATA = "metadata.json"
 SHARD_BYTES = 64 * 2**20
+SHARD_BLOCK = 1 << 20
 SIDES = ("documents", "windows", "offsets", "tokens")
 DTYPES = {"float16": np.float16, "float32": np.float32}
 
 
 @dataclass(frozen=True, eq=False)
 class ActivationStore:
-    """A complete store, memory-mapped. ``shards``: arrays ``[row, d_model]``; ``documents``, ``windows``, ``offsets``, ``tokens``: int32 ``[row]``."""
+    """A complete store, memory-mapped. ``shards``: arrays ``[row, d_model]``; ``documents``, ``windows``, ``offsets``,
+    ``tokens``: int32 ``[row]``. All are checked where they are read. ``files``: their checksums, None for a store of an
+    earlier version."""
 
     folder: Path
     meta: dict[str, Any]
@@ -42,18 +47,21 @@ class ActivationStore:
     windows: np.ndarray
     offsets: np.ndarray
     tokens: np.ndarray
+    files: Mapping[str, Sums] | None = None
 
     @classmethod
     def open(cls, folder: Path | str) -> ActivationStore:
-        """Raises ``UnknownNameError`` when there is no store, and ``IncompleteStoreError`` when its writing never finished or a file is not as long as it must
-        be."""
+        """Raises ``UnknownNameError`` when there is no store, ``IncompleteStoreError`` when its writing never finished, and
+        ``DamagedStoreError`` when a file is not as long as it must be, or when what is read is not what was written."""
         folder = Path(folder)
-        meta = read_metadata(folder)
+        marker = _read(folder)
+        meta, remedy = marker.value, remedy_for(folder)
         n, width, dtype = meta["n_rows"], meta["d_model"], DTYPES[meta["dtype"]]
-        with explained_storage(folder):
-            shards = tuple(_mapped(shard_path(folder, i), dtype, (rows, width)) for i, rows in enumerate(meta["shards"]))
-            sides = {name: _mapped(folder / f"{name}.bin", np.int32, (n,)) for name in SIDES}
-        return cls(folder, meta, shards, **sides)
+        known = (marker.files, METADATA, remedy)
+        sizes = enumerate(meta["shards"])
+        shards = tuple(mapped(shard_path(folder, i), dtype, (rows, width), *known) for i, rows in sizes)
+        sides = {name: mapped(folder / f"{name}.bin", np.int32, (n,), *known, _not_negative) for name in SIDES}
+        return cls(folder, meta, shards, **sides, files=marker.files)
 
     def __len__(self) -> int:
         return int(self.meta["n_rows"])
@@ -82,8 +90,20 @@ class ActivationStore:
         for shard, (a, b) in enumerate(pairwise(cuts)):
             if b > a:
                 out[order[a:b]] = self.shards[shard][rows[order[a:b]] - self.edges[shard]]
-        check_finite(out, self.folder)
+        self.check_finite(out)
         return out
+
+    def check(self) -> None:
+        """Reads all. Raises ``DamagedStoreError`` for what is not what was written."""
+        for array in (*self.shards, *(getattr(self, name) for name in SIDES)):
+            np.asarray(array)
+
+    def check_finite(self, rows: np.ndarray) -> None:
+        """Raises ``FeatureInterpError`` when a value of these rows is not finite. Rows with checksums were when they were
+        written, and are not looked at again."""
+        if self.files is None and not np.isfinite(rows).all():
+            mend = "extract it again, with a model in float32 or bfloat16"
+            raise FeatureInterpError(f"{self.folder} holds activations that are not finite: {mend}")
 
     def blocks(self, rows: int = 8192) -> Iterator[np.ndarray]:
         """All rows in their order, float32, in pieces."""
@@ -107,31 +127,40 @@ class ActivationStore:
 
 def read_metadata(folder: Path) -> dict[str, Any]:
     """The metadata of a complete store. Raises as :meth:`ActivationStore.open`."""
+    return _read(folder).value
+
+
+def remedy_for(folder: Path) -> str:
+    """What brings a damaged store back."""
+    return f"delete {folder} and run the same 'featureinterp extract' (or train, or merge) again, which writes it anew"
+
+
+def _read(folder: Path) -> Marker:
     path = folder / METADATA
     if not path.exists():
         if (folder / "train" / METADATA).exists():
             raise UnknownNameError(f"{folder} holds several stores: name one of them, such as {folder / 'train'}")
         if shard_path(folder, 0).exists():
-            raise IncompleteStoreError(f"the store {folder} was never finished ({METADATA} is missing): run the same 'featureinterp extract' again")
+            again = "run the same 'featureinterp extract' again"
+            raise IncompleteStoreError(f"the store {folder} was never finished ({METADATA} is missing): {again}")
         raise UnknownNameError(f"there is no activation store in {folder}: make one with 'featureinterp extract'")
-    with explained_storage(path):
-        text = path.read_text(encoding="utf-8")
-    try:
-        meta = json.loads(text)
-        good = meta["format"] == FORMAT and meta["n_rows"] == sum(meta["shards"]) and meta["d_model"] > 0
-    except (ValueError, KeyError, TypeError) as error:
-        raise IncompleteStoreError(f"{path} cannot be read ({error}): extract the store again") from error
-    if meta["dtype"] not in DTYPES:
-        raise IncompatibleError(f"the store {folder} has dtype {meta['dtype']!r}: it must be {' or '.join(DTYPES)}; cast it when it is written")
+    marker = read_marker(path, remedy_for(folder))
+    meta = marker.value
+    with described(path, remedy_for(folder)):
+        counts = [meta["n_rows"], meta["d_model"], *meta["shards"]]
+        whole = all(type(n) is int and n >= 0 for n in counts)
+        good = whole and meta["format"] == FORMAT and meta["n_rows"] == sum(meta["shards"]) and meta["d_model"] > 0
+        dtype = str(meta["dtype"])
+    if dtype not in DTYPES:
+        only = f"it must be {' or '.join(DTYPES)}; cast it when it is written"
+        raise IncompatibleError(f"the store {folder} has dtype {dtype!r}: {only}")
     if not good:
         raise IncompleteStoreError(f"{path} contradicts itself or is of another version: extract the store again")
-    return dict(meta)
+    return marker
 
 
-def check_finite(rows: np.ndarray, folder: Path) -> None:
-    """Raises ``FeatureInterpError`` when a value of a store's rows is not finite."""
-    if not np.isfinite(rows).all():
-        raise FeatureInterpError(f"{folder} holds activations that are not finite: extract it again, with a model in float32 or bfloat16")
+def _not_negative(values: np.ndarray) -> bool:
+    return int(values.min()) >= 0
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -139,20 +168,20 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05}.bin"
 
 
-def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    wanted = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    if not path.exists():
-        raise IncompleteStoreError(f"{path} is missing: extract or merge the store again")
-    if (size := path.stat().st_size) != wanted:
-        raise IncompleteStoreError(f"{path} has {size:,} bytes instead of the {wanted:,} that {METADATA} declares: extract or merge the store again")
-    return np.asarray(np.memmap(path, dtype, "r", shape=shape)) if wanted else np.empty(shape, dtype)
-
-
 class StoreWriter:
-    """Appends rows to preallocated shards. The owner of the writer keeps how many rows were on disk after a :meth:`sync`, and passes ``n_rows`` to go on from
-    there."""
+    """Appends rows to preallocated shards. The owner of the writer keeps how many rows were on disk after a :meth:`sync`, and
+    the :attr:`sums` of them, and passes both to go on from there; sums that are not passed are those of the files."""
 
-    def __init__(self, folder: Path, d_model: int, dtype: str, *, n_rows: int = 0, shard_rows: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        d_model: int,
+        dtype: str,
+        *,
+        n_rows: int = 0,
+        shard_rows: int | None = None,
+        sums: Mapping[str, Any] | None = None,
+    ) -> None:
         if dtype not in DTYPES:
             raise InputError(f"activations cannot be stored as {dtype!r}: choose {' or '.join(DTYPES)}")
         self.folder, self.d_model, self.dtype = folder, d_model, np.dtype(DTYPES[dtype])
@@ -163,6 +192,15 @@ class StoreWriter:
             self._sides = {name: (folder / f"{name}.bin").open("r+b" if n_rows else "wb") for name in SIDES}
             for file in self._sides.values():
                 file.seek(4 * n_rows)
+            sizes = dict.fromkeys(SIDES, 4 * n_rows) | {"shard": n_rows % self.shard_rows * self._row}
+            held = {**{name: folder / f"{name}.bin" for name in SIDES}, "shard": shard_path(folder, n_rows // self.shard_rows)}
+            if sums is None:
+                self._sums = {name: Sums.of(held[name], SHARD_BLOCK, size) for name, size in sizes.items()}
+            else:
+                with described(folder, remedy_for(folder)):
+                    self._sums = {name: Sums.from_json(sums[name]) for name in sizes}
+            if any(self._sums[name].size != size for name, size in sizes.items()):
+                raise IncompleteStoreError(f"{folder} has not the rows that its state counts: {remedy_for(folder)}")
         self._shard: IO[bytes] | None = None
 
     def append(self, rows: np.ndarray, **sides: np.ndarray) -> None:
@@ -178,16 +216,33 @@ class StoreWriter:
                 if self._shard is None or start == 0:
                     self._shard = self._open(number, start)
                 n = min(self.shard_rows - start, len(kept) - done)
-                self._shard.write(kept[done : done + n].tobytes())
+                self._put("shard", self._shard, kept[done : done + n])
                 done += n
                 self.n_rows += n
+                if self.n_rows % self.shard_rows == 0:
+                    write_marker(_sums_path(self.folder, number), self._sums["shard"].to_json())
+                    self._sums["shard"] = Sums(SHARD_BLOCK)
             for name, file in self._sides.items():
-                file.write(np.ascontiguousarray(sides[name], np.int32).tobytes())
+                self._put(name, file, np.asarray(sides[name], np.int32))
+
+    def _put(self, name: str, file: IO[bytes], array: np.ndarray) -> None:
+        data = array.tobytes()
+        file.write(data)
+        self._sums[name].add(data)
+
+    @property
+    def sums(self) -> dict[str, Any]:
+        """The checksums of the rows so far, without those of shards that are full: to go on from."""
+        return {name: sums.to_json() for name, sums in self._sums.items()}
+
+    @property
+    def _row(self) -> int:
+        return self.d_model * self.dtype.itemsize
 
     def _open(self, number: int, start: int) -> IO[bytes]:
         """The shard's file at its full length, its space reserved, so that a full disk shows now; at the row ``start`` of it."""
         self._close()
-        path, row = shard_path(self.folder, number), self.d_model * self.dtype.itemsize
+        path, row = shard_path(self.folder, number), self._row
         file = path.open("r+b" if path.exists() else "wb")
         try:
             os.posix_fallocate(file.fileno(), 0, self.shard_rows * row)
@@ -232,13 +287,32 @@ class StoreWriter:
                 file.truncate(4 * self.n_rows)
                 file.close()
             if sizes:
-                os.truncate(shard_path(self.folder, n_shards - 1), sizes[-1] * self.d_model * self.dtype.itemsize)
+                os.truncate(shard_path(self.folder, n_shards - 1), sizes[-1] * self._row)
             with suppress(FileNotFoundError):  # one that was begun before a crash
                 shard_path(self.folder, n_shards).unlink()
-        write_json(
-            self.folder / METADATA, {"format": FORMAT, "n_rows": self.n_rows, "d_model": self.d_model, "dtype": self.dtype.name, "shards": sizes, **meta}
-        )
+        about = {"n_rows": self.n_rows, "d_model": self.d_model, "dtype": self.dtype.name, "shards": sizes}
+        write_marker(self.folder / METADATA, {"format": FORMAT, **about, **meta}, self._all_sums(n_shards))
+        for path in self.folder.glob("shard-*.sums"):
+            path.unlink()
         return ActivationStore.open(self.folder)
+
+    def _all_sums(self, n_shards: int) -> dict[str, Sums]:
+        """Those of every file. A full shard of an earlier version's unfinished store has none yet."""
+        found = {f"{name}.bin": self._sums[name] for name in SIDES}
+        for number in range(n_shards):
+            path, sums = shard_path(self.folder, number), _sums_path(self.folder, number)
+            if number == n_shards - 1 and self._sums["shard"].size:
+                found[path.name] = self._sums["shard"]
+            elif sums.exists():
+                with described(sums, remedy_for(self.folder)):
+                    found[path.name] = Sums.from_json(read_marker(sums, remedy_for(self.folder)).value)
+            else:
+                found[path.name] = Sums.of(path, SHARD_BLOCK)
+        return found
+
+
+def _sums_path(folder: Path, number: int) -> Path:
+    return shard_path(folder, number).with_suffix(".sums")
 
 
 def merge_stores(folders: Sequence[Path], out: Path) -> ActivationStore:
@@ -266,9 +340,11 @@ def merge_stores(folders: Sequence[Path], out: Path) -> ActivationStore:
         raise InputError(f"{out} holds a store already: merge into another folder")
     with explained_storage(out):
         out.mkdir(parents=True, exist_ok=True)
-        shards = [(shard_path(s.folder, i), rows) for s in stores for i, rows in enumerate(s.meta["shards"])]
-        for number, (path, _) in enumerate(shards):
+        shards = [(s, shard_path(s.folder, i), rows) for s in stores for i, rows in enumerate(s.meta["shards"])]
+        files = {}
+        for number, (store, path, _) in enumerate(shards):
             target = shard_path(out, number)
+            files[target.name] = Sums.of(path, SHARD_BLOCK) if store.files is None else store.files[path.name]
             target.unlink(missing_ok=True)
             try:
                 os.link(path, target)
@@ -276,11 +352,13 @@ def merge_stores(folders: Sequence[Path], out: Path) -> ActivationStore:
                 shutil.copyfile(path, target)
         for name in SIDES:
             with (out / f"{name}.bin").open("wb") as file:
+                side = SummedFile(file, Sums(SHARD_BLOCK))
                 for store in stores:
-                    getattr(store, name).tofile(file)
+                    side.write(np.asarray(getattr(store, name)).tobytes())
+            files[f"{name}.bin"] = side.sums
     counts = {name: sum(s.meta["counts"][name] for s in stores) for name in first["counts"]}
-    meta = {**first, "part": {"number": 0, "of": 1, "merged": of}, "counts": counts, "n_rows": sum(map(len, stores)), "shards": [rows for _, rows in shards]}
-    write_json(out / METADATA, {**meta, "key": store_key(meta)})
+    meta = {**first, "part": {"number": 0, "of": 1, "merged": of}, "counts": counts, "n_rows": sum(map(len, stores)), "shards": [rows for *_, rows in shards]}
+    write_marker(out / METADATA, {**meta, "key": store_key(meta)}, files)
     return ActivationStore.open(out)
 
 

@@ -29,7 +29,9 @@ def look_at_store(sheet: Sheet, folder: Path, windows: WindowTable | None, subje
     held: list[ActivationStore] = []
 
     def open_store() -> None:
-        held.append(ActivationStore.open(folder))
+        store = ActivationStore.open(folder)
+        store.check()
+        held.append(store)
 
     if not sheet.attempt("the store is whole", open_store):
         return None

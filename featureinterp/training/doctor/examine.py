@@ -11,12 +11,13 @@ from typing import Any
 from featureinterp.corpus.text import load_corpus
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import InputError
+from featureinterp.stored.sums import read_marker
 from featureinterp.subject.load import Subject
 from featureinterp.training.doctor.activations import look_at_split, look_at_store
 from featureinterp.training.doctor.check import Check, Sheet
 from featureinterp.training.doctor.model import look_at_corpus, look_at_environment, look_at_model
 from featureinterp.training.doctor.run import look_at_result, look_at_run
-from featureinterp.training.recipe import ABOUT
+from featureinterp.training.recipe import ABOUT, AGAIN
 from featureinterp.training.settings import Recipe
 from featureinterp.training.store import METADATA, ActivationStore, shard_path
 
@@ -41,7 +42,7 @@ class Patient:
 def patient_of(folder: Path) -> Patient:
     """A folder of a run or of activations. Raises ``InputError`` when it is neither."""
     if (folder / ABOUT).exists():
-        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        about = read_marker(folder / ABOUT, AGAIN).value
         activations = about.get("activations")
         return Patient(run=folder, activations=Path(activations) if activations and Path(activations).exists() else None)
     if any((folder / name).exists() for name in ("train", "test", "request.json", "metadata.json")) or shard_path(folder, 0).exists():
@@ -87,7 +88,13 @@ def _stores(folder: Path, subject: Subject | None, seed: int) -> Iterator[tuple[
     windows: WindowTable | None = None
     if (folder / "windows").exists():
         sheet, held = Sheet("windows"), []
-        if sheet.attempt("they are whole", lambda: held.append(WindowTable.open(folder / "windows"))):
+
+        def open_windows() -> None:
+            table = WindowTable.open(folder / "windows")
+            table.check()
+            held.append(table)
+
+        if sheet.attempt("they are whole", open_windows):
             windows = held[0]
             sheet.passed("they are whole", f"{len(windows):,} windows, {windows.n_tokens:,} tokens")
         yield sheet, None

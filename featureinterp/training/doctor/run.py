@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,9 +10,10 @@ import numpy as np
 import torch
 
 from featureinterp.errors import FeatureInterpError
+from featureinterp.stored.sums import read_marker
 from featureinterp.training.doctor.check import Sheet
 from featureinterp.training.loop import LOG, read_log
-from featureinterp.training.recipe import ABOUT, METRICS, RECIPE
+from featureinterp.training.recipe import ABOUT, AGAIN, METRICS, RECIPE
 from featureinterp.training.settings import BY_COUNT, Recipe, load_recipe
 from featureinterp.training.store import ActivationStore
 
@@ -35,7 +35,10 @@ def look_at_run(sheet: Sheet, folder: Path, train: ActivationStore | None) -> Re
         return None
     recipe = held[0]
     sheet.passed("its settings are there", f"{recipe.sae.architecture}, seed {recipe.training.seed}")
-    about = _json(folder / ABOUT)
+    read: list[Line] = []
+    if (folder / ABOUT).exists() and not sheet.attempt("it left a log", lambda: read.append(read_marker(folder / ABOUT, AGAIN).value)):
+        return recipe
+    about = read[0] if read else None
     log = read_log(folder / LOG)
     if not about or not log:
         sheet.fail("it left a log", f"{len(log)} lines", "the run never began: run the same 'featureinterp train' again")
@@ -153,11 +156,12 @@ def curves(sheet: Sheet, recipe: Recipe, log: list[Line]) -> None:
 
 def look_at_result(sheet: Sheet, folder: Path) -> None:
     """The figures of the evaluation, and the files of the SAE."""
-    metrics = _json(folder / METRICS)
-    if metrics is None:
-        sheet.skipped("it was evaluated", "there is no metrics.json: no document was held out, or the run is not finished")
-    else:
-        figures(sheet, metrics)
+    held: list[Line] = []
+    if not (folder / METRICS).exists():
+        why = "there is no metrics.json: no document was held out, or the run is not finished"
+        sheet.skipped("it was evaluated", why)
+    elif sheet.attempt("it was evaluated", lambda: held.append(read_marker(folder / METRICS, AGAIN).value)):
+        figures(sheet, held[0])
     files(sheet, folder)
 
 
@@ -228,11 +232,3 @@ def files(sheet: Sheet, folder: Path) -> None:
         sheet.passed("the exported SAE loads", figure)
 
     sheet.attempt("the exported SAE loads", both)
-
-
-def _json(path: Path) -> Line | None:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, dict) else None

@@ -1,0 +1,351 @@
+"""Damage to every stored kind: what is read is right, or the error is one sentence that says what to do."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import sqlite3
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from damage import Stored, attack
+from markers import unseal
+from typer.testing import CliRunner
+
+from featureinterp.api.stored import verify
+from featureinterp.cli.main import app
+from featureinterp.codes.store import CodesStore, RunWriter
+from featureinterp.corpus.text import Corpus, Document
+from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
+from featureinterp.domain.result import FeatureResult
+from featureinterp.domain.usage import Usage
+from featureinterp.errors import DamagedStoreError, FeatureInterpError, IncompatibleError
+from featureinterp.jobs.journal import Journal
+from featureinterp.llm.cached import ReplyStore
+from featureinterp.llm.types import Reply
+from featureinterp.records.files import write_records
+from featureinterp.records.similar import window_embeddings
+from featureinterp.report.render import read_results, write_results
+from featureinterp.stored.sums import Sums, read_marker, write_marker
+from featureinterp.stored.whole import DAMAGED, GOOD, UNCHECKED
+from featureinterp.training.store import ActivationStore, StoreWriter
+
+N_FEATURES, LENGTH = 7, 5
+
+
+class Words:
+    """One token per character but the last one of a text, which shares a token with the one before it."""
+
+    fingerprint = "characters"
+
+    def encode(self, texts: list[str]) -> list[object]:
+        kind = type("E", (), {})
+        out = []
+        for text in texts:
+            one = kind()
+            one.ids, one.offsets = [ord(c) for c in text], [(i, i + 1) for i in range(len(text))]
+            out.append(one)
+        return out
+
+
+class Embeds:
+    """Unit vectors from the first letters of a text."""
+
+    fingerprint = "letters"
+
+    def embed(self, texts: list[str]) -> np.ndarray:
+        found = np.array([[1.0, *(ord(c) % 7 for c in text.ljust(3)[:3])] for text in texts], np.float32)
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def make_windows(folder: Path, seed: int) -> WindowTable:
+    rng = random.Random(seed)
+    letters = "abcdeé 😀日"
+    texts = ["".join(rng.choice(letters) for _ in range(rng.randint(6, 60))) for _ in range(12)]
+    corpus = Corpus("texts", lambda: (Document(str(i), t) for i, t in enumerate(texts)), len(texts))
+    return build_windows(corpus, Words(), WindowPolicy(LENGTH, 2), folder)
+
+
+def make_run(run: Path, seed: int) -> None:
+    windows = make_windows(run / "windows", seed)
+    rng = np.random.default_rng(seed)
+    n = len(windows) * LENGTH
+    writer = RunWriter(run / "codes", n_features=N_FEATURES, n_positions=n, value_dtype="float16", flush_nonzeros=40)
+    for row in range(len(windows)):
+        at, features = np.nonzero(rng.random((int(windows.lengths[row]), N_FEATURES)) < 0.4)
+        values, unscored = rng.exponential(3, len(at)) + 0.01, np.array([row * LENGTH]) if row % 4 == 0 else None
+        kept = at > 0 if row % 4 == 0 else at >= 0
+        writer.add((row * LENGTH + at)[kept], features[kept], values[kept], n_scored=1, end_window=row + 1, unscored=unscored)
+    writer.finish({"key": "k", "corpus": {"name": "texts", "windows": windows.fingerprint}, "window_length": LENGTH})
+    window_embeddings(windows, Embeds(), run / "embeddings", chunk=5)
+
+
+def read_windows(run: Path) -> object:
+    table = WindowTable.open(run / "windows")
+    rows = range(len(table))
+    arrays = [np.asarray(a).tolist() for a in (table.tokens, table.ends, table.documents, table.starts, table.chars)]
+    return table.meta, arrays, [table.pieces(r) for r in rows], list(table.texts()), table.document_ids()
+
+
+def read_codes(run: Path) -> object:
+    store = CodesStore.open(run)
+    codes = [(c.positions.tolist(), c.values.tolist()) for c in map(store.feature, range(store.n_features))]
+    rows = [store.window_activations(f, [0, 3]).tolist() for f in range(store.n_features)]
+    return dict(store.meta), codes, rows, store.scales.tolist(), store.scored_positions.tolist()
+
+
+def read_embeddings(run: Path) -> object:
+    return np.asarray(window_embeddings(WindowTable.open(run / "windows"), Embeds(), run / "embeddings")).tolist()
+
+
+def make_activations(folder: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    writer = StoreWriter(folder, 6, "float16", shard_rows=9)
+    for n in (4, 11, 8):
+        sides = {name: rng.integers(0, 50, n) for name in ("documents", "windows", "offsets", "tokens")}
+        writer.append(rng.normal(size=(n, 6)), **sides)
+    writer.finish({"key": f"k{seed}", "hook": "blocks.0.hook_resid_post"})
+
+
+def read_activations(folder: Path) -> object:
+    store = ActivationStore.open(folder)
+    sides = [np.asarray(getattr(store, name)).tolist() for name in ("documents", "windows", "offsets", "tokens")]
+    return store.meta, store.read(np.arange(len(store))[::-1]).tolist(), sides
+
+
+def make_journal(folder: Path, seed: int) -> None:
+    with Journal(folder / "journal.sqlite") as journal:
+        number = journal.start("job", 12)
+        for i in range(30):
+            key, value = f"{seed}-{i:04}" * 4, {"text": "x" * (200 * i % 3000), "n": [i, seed]}
+            journal.stage(key, i, "explain", value, usage=Usage(1, 10 * i, i, 0.5, 0.01 * i), partial=i % 5 == 0)
+        for i in range(12):
+            journal.finish("job", result_of(i, seed), "done")
+        journal.end(number, "done", Usage(3, 4, 5, 6.0, 7.0))
+    store = ReplyStore(folder / "replies.sqlite")
+    for i in range(30):
+        store.put(f"{seed}-{i:04}" * 4, "model", Reply((f"reply {i} " * 40,), (False,), Usage(1, i, 2, 0.1, None), ({},)))
+    store.close()
+
+
+def result_of(feature: int, seed: int) -> FeatureResult:
+    shortfalls = {"top/test": f"words {seed} like {feature} " * 20}
+    return FeatureResult(feature, "sae", 0.5 + feature, 0.01, 30 + seed, (), shortfalls=shortfalls)
+
+
+def read_journal(folder: Path) -> object:
+    with Journal(folder / "journal.sqlite") as journal:
+        journal.check()
+        keys = [f"{1}-{i:04}" * 4 for i in range(30)]
+        run = journal.last_run()
+        assert run is not None
+        run = {name: value for name, value in run.items() if name not in ("started", "ended")}
+        found = [r.to_json() for r in journal.features("job")]
+        return [journal.get(k) for k in keys], found, journal.finished("job"), journal.stages(), journal.causes(), run
+
+
+def read_replies(folder: Path) -> object:
+    store = ReplyStore(folder / "replies.sqlite")
+    try:
+        store.check()
+        return [store.get(f"{1}-{i:04}" * 4) for i in range(30)]
+    finally:
+        store.close()
+
+
+def make_results(folder: Path, seed: int) -> None:
+    write_results(folder, [result_of(i, seed) for i in range(8)], {"title": f"t{seed}", "facts": {"SAE": "s"}})
+
+
+def read_all_results(folder: Path) -> object:
+    results, about = read_results(folder)
+    return [r.to_json() for r in results], about
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> list[Stored]:
+    """Two of every kind."""
+    found = []
+    base = tmp_path_factory.mktemp("stored")
+    made = {"run": make_run, "activations": make_activations, "journal": make_journal, "results": make_results}
+    for name, make in made.items():
+        for seed in (1, 2):
+            (base / name / str(seed)).mkdir(parents=True)
+            make(base / name / str(seed), seed)
+    run, other = base / "run" / "1", base / "run" / "2"
+    (embedded,), (named,) = run.glob("embeddings/*.npy"), run.glob("embeddings/*.json")
+    for ours, suffix in ((embedded, "npy"), (named, "json")):
+        shutil.copyfile(next(other.glob(f"embeddings/*.{suffix}")), other / "embeddings" / ours.name)
+    parts = {"windows": read_windows, "codes": read_codes, "embeddings": read_embeddings}
+    for name, read in parts.items():
+        files = tuple(sorted(f"{name}/{p.name}" for p in (run / name).iterdir()))
+        found.append(Stored(name, run, other, files, read))
+    for name, read in {"activations": read_activations, "results": read_all_results}.items():
+        folder = base / name / "1"
+        files = tuple(sorted(p.name for p in folder.iterdir()))
+        found.append(Stored(name, folder, base / name / "2", files, read))
+    for file, read in {"journal.sqlite": read_journal, "replies.sqlite": read_replies}.items():
+        found.append(Stored(file, base / "journal" / "1", None, (file,), read))
+    return found
+
+
+def run_attack(kinds: list[Stored], n: int, work: Path, seed: int) -> Counter[str]:
+    """``n`` damages of each kind; fails with all that were wrong."""
+    outcomes: Counter[str] = Counter()
+    bad = []
+    for number, stored in enumerate(kinds):
+        for what, outcome in attack(stored, n, work, random.Random(seed + number)):
+            outcomes[outcome.partition(":")[0]] += 1
+            if outcome not in ("right", "refused"):
+                bad.append(f"{what}: {outcome}")
+    assert not bad, "\n".join(bad[:40])
+    return outcomes
+
+
+def test_no_damage_is_silent_and_none_gives_a_traceback(kinds: list[Stored], tmp_path: Path):
+    outcomes = run_attack(kinds, 24, tmp_path / "work", 0)
+    assert outcomes["refused"] > 100
+
+
+@pytest.mark.slow
+def test_a_thousand_damages_and_more(kinds: list[Stored], tmp_path: Path):
+    outcomes = run_attack(kinds, 180, tmp_path / "work", 1000)
+    assert outcomes["refused"] + outcomes["right"] >= 1200
+
+
+def test_every_byte_of_a_small_marker_is_guarded(tmp_path: Path):
+    path = tmp_path / "marker.json"
+    value = {"format": 2, "n": 17, "name": "é", "list": [1.5, None]}
+    write_marker(path, value, {"a.bin": Sums(64, 3, [7])})
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        for bit in range(8):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << bit)]) + whole[at + 1 :])
+            try:
+                marker = read_marker(path, "make it again")
+            except DamagedStoreError as error:
+                assert "make it again" in str(error)
+            else:
+                assert marker.value == value and marker.files is not None and marker.files["a.bin"].crcs == [7], at
+
+
+def test_parts_that_do_not_belong_together_are_refused(kinds: list[Stored], tmp_path: Path):
+    run, other = kinds[0].folder, kinds[0].other
+    shutil.copytree(run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "windows")
+    shutil.copytree(other / "windows", tmp_path / "run" / "windows")
+    with pytest.raises(IncompatibleError, match=r"do not belong together .* collect again"):
+        CodesStore.open(tmp_path / "run")
+    embeddings = tmp_path / "run" / "embeddings"
+    theirs = WindowTable.open(other / "windows").fingerprint[:16]
+    for path in list(embeddings.iterdir()):
+        path.rename(embeddings / f"{theirs}-letters{path.suffix}")
+    with pytest.raises(FeatureInterpError, match=r"delete .* and run the same command again"):
+        read_embeddings(tmp_path / "run")
+
+
+def test_folders_of_earlier_versions_are_read_and_their_sizes_and_ranges_checked(kinds: list[Stored], tmp_path: Path):
+    run, wanted = tmp_path / "run", read_codes(kinds[0].folder)
+    shutil.copytree(kinds[0].folder, run)
+    for path in (run / "windows" / "windows.json", run / "codes" / "codes.json"):
+        unseal(path)
+    assert read_codes(run) == wanted
+    codes = run / "codes"
+    for name, dtype, value in (
+        ("positions", np.uint32, 2**31),
+        ("values", np.float16, np.nan),
+        ("values", np.float16, -1.0),
+        ("offsets", np.int64, 2**40),
+        ("offsets", np.int64, -1),
+        ("unscored", np.uint32, 2**31),
+    ):
+        data = (codes / f"{name}.bin").read_bytes()
+        array = np.frombuffer(data, dtype).copy()
+        array[1] = value
+        (codes / f"{name}.bin").write_bytes(array.tobytes())
+        with pytest.raises(DamagedStoreError, match=f"{name}.bin is damaged.* collect"):
+            read_codes(run)
+        (codes / f"{name}.bin").write_bytes(data)
+    with (codes / "values.bin").open("ab") as file:
+        file.write(b"1234")
+    with pytest.raises(DamagedStoreError, match="instead of"):
+        read_codes(run)
+
+
+def test_only_the_blocks_that_are_read_are_checked(tmp_path: Path):
+    make_run(tmp_path, 3)
+    store = CodesStore.open(tmp_path)
+    path = tmp_path / "codes" / "values.bin"
+    data = path.read_bytes()
+    marker = read_marker(tmp_path / "codes" / "codes.json", "")
+    small = Sums(64)
+    small.add(data)
+    write_marker(tmp_path / "codes" / "codes.json", marker.value, {**(marker.files or {}), "values.bin": small})
+    path.write_bytes(data[:-2] + b"\x00\x01")
+    store = CodesStore.open(tmp_path)
+    assert store.feature(0).values.tolist() == np.frombuffer(data, np.float16)[: len(store.feature(0).values)].tolist()
+    with pytest.raises(DamagedStoreError, match=r"values.bin is damaged at byte [\d,]+: delete"):
+        store.feature(N_FEATURES - 1)
+
+
+def test_replies_without_checksums_are_read_and_get_them(tmp_path: Path):
+    path = tmp_path / "replies.sqlite"
+    usage = {"requests": 1, "prompt_tokens": 2, "completion_tokens": 3, "seconds": 0.5, "cost_usd": None}
+    value = {"texts": ["hi"], "truncated": [False], "usage": usage, "first_token": [{}], "read": []}
+    connection = sqlite3.connect(path)
+    connection.executescript("CREATE TABLE replies (key TEXT PRIMARY KEY, model TEXT NOT NULL, reply TEXT NOT NULL, created REAL NOT NULL) STRICT;")
+    connection.execute("INSERT INTO replies VALUES ('a', 'm', ?, 1.0)", (json.dumps(value),))
+    connection.commit()
+    connection.close()
+    store = ReplyStore(path)
+    found = store.get("a")
+    assert found is not None and found.texts == ("hi",) and store.check() == 1
+    store.put("a", "m", found)
+    assert store.get("a") == found and store.check() == 0
+    store.close()
+
+
+def test_verify_reads_all_and_names_what_is_damaged(kinds: list[Stored], tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(kinds[0].folder, run)
+    shutil.copytree(kinds[-1].folder, run / "explain")
+    make_results(run / "explain", 1)
+    whole = verify(run)
+    assert whole.good and not whole.of(UNCHECKED) and len(whole.of(GOOD)) >= 20, whole
+    assert sum(f.n_bytes for f in whole.found) == sum(p.stat().st_size for p in run.rglob("*") if p.is_file())
+    values = run / "codes" / "values.bin"
+    data = values.read_bytes()
+    values.write_bytes(data[:100] + bytes([data[100] ^ 16]) + data[101:])
+    (run / "explain" / "about.json").write_text("{")
+    journal = run / "explain" / "journal.sqlite"
+    connection = sqlite3.connect(journal)
+    connection.execute("UPDATE results SET value = '1' WHERE feature = 3")
+    connection.commit()
+    connection.close()
+    found = verify(run)
+    assert sorted(Path(f.part).name for f in found.of(DAMAGED)) == ["about.json", "journal.sqlite", "values.bin"]
+    assert "damaged at byte 0 " in next(f.why for f in found.of(DAMAGED) if f.part.endswith("values.bin"))
+    assert json.loads(json.dumps(found.to_json()))["counts"]["damaged"] == 3
+    told = CliRunner().invoke(app, ["verify", str(run)])
+    assert told.exit_code == 1 and "\ndamaged: " in told.output and "3 damaged, 0 without checksums" in told.output
+
+
+def test_verify_says_which_parts_do_not_belong_together_and_which_have_no_checksums(kinds: list[Stored], tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(kinds[0].folder, run)
+    write_records(run / "records.jsonl", [], "another store")
+    (found,) = verify(run).of(DAMAGED)
+    assert "records.jsonl is of other codes than" in found.why
+    (run / "records.sums.json").unlink()
+    shutil.copytree(kinds[-1].folder, run / "explain")
+    write_marker(run / "explain" / "job.json", {"key": "another", "job": {}, "features": []})
+    (found,) = verify(run).of(DAMAGED)
+    assert "journal.sqlite do not belong together" in found.why
+    shutil.rmtree(run / "explain")
+    unseal(run / "codes" / "codes.json")
+    found = verify(run)
+    assert found.good
+    assert {Path(f.part).name for f in found.of(UNCHECKED)} == {"codes.json", *(p.name for p in (run / "codes").glob("*.bin"))}
