@@ -207,6 +207,27 @@ def test_a_request_that_ran_out_of_time_counts_as_it_was_expected_to():
     assert used.requests == used.estimated == 1 and used.completion_tokens == 100 and 200 <= used.prompt_tokens <= 350
 
 
+def test_tokens_are_counted_by_the_tokenizer_that_the_endpoint_names():
+    class Words:
+        def encode(self, text: str, *, add_special_tokens: bool) -> list[str]:
+            assert not add_special_tokens
+            return text.split()
+
+    def answer(body: dict[str, Any]) -> Any:
+        return {k: v for k, v in completion("three words here").items() if k != "usage"}
+
+    async def go(url: str, named: str | None) -> Usage:
+        meter = Meter()
+        async with open_stack(Endpoint(url, "m", tokenizer=named), meter, price=Price(1.0, 1.0), tokenizer=lambda _: Words()) as stack:
+            await stack.limited.complete(asking("one two"))
+        return meter.usage
+
+    with endpoint(answer) as server:
+        counted, guessed = anyio.run(go, server.url, "words"), anyio.run(go, server.url, None)
+    assert (counted.prompt_tokens, counted.completion_tokens, counted.estimated) == (4 + 2, 3, 1)
+    assert (guessed.prompt_tokens, guessed.completion_tokens, guessed.estimated) == (4 + 3, 6, 1)
+
+
 class Slow:
     """A model whose replies all come at once when nobody has anything else to do; ``size`` says how many tokens each has."""
 

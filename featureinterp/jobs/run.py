@@ -125,7 +125,8 @@ async def run_job(
     path = job.folder / "journal.sqlite"
     async with AsyncExitStack() as opened:
         endpoints = [endpoint] if job.judge_endpoint == endpoint else [endpoint, job.judge_endpoint]  # never twice, as each has limits of its own
-        stack, *own = [await opened.enter_async_context(open_stack(e, meter, price=price, load=partial(local.load, job))) for e in endpoints]
+        parts: dict[str, Any] = {"price": price, "load": partial(local.load, job), "tokenizer": local.tokenizer}
+        stack, *own = [await opened.enter_async_context(open_stack(e, meter, **parts)) for e in endpoints]
         if _asks(job) and not path.exists():
             await stack.check()
         opened.enter_context(owned(job.folder, "explain"))

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import anyio
+import anyio.to_thread
+
 from featureinterp.errors import ContentRefusedError, InputError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.cached import Cached, ReplyStore
@@ -19,6 +22,7 @@ from featureinterp.llm.prices import Price
 from featureinterp.llm.retrying import Retrying
 from featureinterp.llm.tally import Tallied
 from featureinterp.llm.types import Message, Reply, Request
+from featureinterp.llm.usage import Count
 
 LoadModel = Callable[[str], tuple[Any, Any]]
 PROBE = Request((Message("user", "Say yes."),), max_tokens=4)
@@ -63,10 +67,17 @@ class Answering:
 
 
 @asynccontextmanager
-async def open_stack(endpoint: Endpoint, meter: Meter, *, price: Price | None = None, load: LoadModel | None = None) -> AsyncIterator[Stack]:
+async def open_stack(
+    endpoint: Endpoint,
+    meter: Meter,
+    *,
+    price: Price | None = None,
+    load: LoadModel | None = None,
+    tokenizer: Callable[[str], Any] | None = None,
+) -> AsyncIterator[Stack]:
     """Innermost first: the adapter; metered; limited, so that what waits for its turn has not been spent; retrying, so that a backoff
     holds no slot; then cached and tallied (:meth:`Stack.model`). The adapter is closed at the end of the block. ``load`` gives model and
-    tokenizer of a name, for an endpoint that is this process itself."""
+    tokenizer of a name, for an endpoint that is this process itself; ``tokenizer`` that of the endpoint's, for counting what it does not report."""
     bare: Any
     if endpoint.base_url is None:
         from featureinterp.llm.embedded import EmbeddedModel
@@ -95,9 +106,19 @@ async def open_stack(endpoint: Endpoint, meter: Meter, *, price: Price | None = 
             remember=partial(remember, endpoint.base_url, endpoint.model),
         )
     try:
-        limited = Limited(Metered(bare, meter, price=price), Limits(endpoint.concurrency, rpm=endpoint.rpm, tpm=endpoint.tpm))
+        limited = Limited(
+            Metered(bare, meter, price=price, count=await _counter(endpoint, tokenizer)), Limits(endpoint.concurrency, rpm=endpoint.rpm, tpm=endpoint.tpm)
+        )
         yield Stack(
             Retrying(limited, attempts=endpoint.max_attempts, max_seconds=endpoint.max_wait_s), bare, endpoint.base_url in (None, LOCAL), endpoint.max_wait_s
         )
     finally:
         await bare.aclose()
+
+
+async def _counter(endpoint: Endpoint, tokenizer: Callable[[str], Any] | None) -> Count | None:
+    """Counts tokens with the endpoint's tokenizer, where it is named."""
+    if endpoint.tokenizer is None or tokenizer is None:
+        return None
+    found = await anyio.to_thread.run_sync(tokenizer, endpoint.tokenizer)
+    return lambda text: len(found.encode(text, add_special_tokens=False))
