@@ -24,7 +24,7 @@ ALLOWED = {
     "visible": set(),
     "prompts": {"errors", "resources", "visible"},
     "machine": {"assets", "errors", "files"},
-    "replies": {"errors"},
+    "replies": {"replies", "errors"},
     "tasks": set(),
     "validation": set(),
     "interfaces": {"domain", "llm"},

@@ -284,4 +284,4 @@ def test_rated_refusals_are_not_asked_again():
     cut, _ = rated(lambda _: Reply(("{",), (True,), Usage()), WINDOWS[:1], Explanation.sentence("x", P))
     assert "TruncatedReplyError" in cut[0].failure
     outside, _ = rated(lambda r: levels_for(r, 9), WINDOWS[:1], Explanation.sentence("x", P))
-    assert "outside 0 to 5" in outside[0].failure
+    assert "lies outside 0 to 5" in outside[0].failure

@@ -60,7 +60,8 @@ class SearchNode:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where an explanation came from. ``method``: explainer's name; ``prompt``: name/version; ``prompt_hash``: of its files."""
+    """Where an explanation came from. ``method``: explainer's name; ``prompt``: name/version; ``prompt_hash``: of its files.
+    ``left_out``: rules of the reply that are not in it (without a text, of strength 0, said twice, or beyond the cap)."""
 
     method: str
     model: str | None = None
@@ -70,6 +71,7 @@ class Provenance:
     seed: int | None = None
     examples: tuple[int, ...] = ()
     usage: Usage = field(default_factory=Usage)
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class Explanation:
             "rules": _rules_json(self.rules),
             "search": [node.to_json() for node in self.search],
             "provenance": {
-                **{name: getattr(p, name) for name in ("method", "model", "prompt", "prompt_hash", "temperature", "seed")},
+                **{name: getattr(p, name) for name in ("method", "model", "prompt", "prompt_hash", "temperature", "seed", "left_out")},
                 "examples": list(p.examples),
                 "usage": {name: getattr(p.usage, name) for name in Usage.__dataclass_fields__},
             },

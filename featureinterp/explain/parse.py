@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pydantic
 
-from featureinterp.domain.explanation import MAX_RULES, MAX_TEXT, Rule
+from featureinterp.domain.explanation import MAX_TEXT, Rule
 from featureinterp.errors import MalformedReplyError
+from featureinterp.replies import Level
 
 
 class SentenceReply(pydantic.BaseModel):
@@ -15,23 +16,16 @@ class SentenceReply(pydantic.BaseModel):
 
 
 class RuleReply(pydantic.BaseModel):
-    """One rule of a structured reply."""
+    """One rule of a structured reply. One without a text is left out, whatever its strength."""
 
-    activates_on: str = pydantic.Field(min_length=1, max_length=MAX_TEXT)
-    strength: int = pydantic.Field(ge=0, le=5)
-
-    @pydantic.field_validator("strength", mode="before")
-    @classmethod
-    def _no_truth_value(cls, value: object) -> object:
-        if isinstance(value, bool):
-            raise ValueError("a strength is a number from 0 to 5")
-        return value
+    activates_on: str | None = pydantic.Field(max_length=MAX_TEXT)
+    strength: Level | None = None
 
 
 class RulesReply(pydantic.BaseModel):
-    """The reply to the prompt for rules."""
+    """The reply to the prompt for rules, however many they are: :func:`read_rules` keeps what is asked for."""
 
-    rules: list[RuleReply] = pydantic.Field(min_length=1, max_length=MAX_RULES)
+    rules: list[RuleReply] = pydantic.Field(min_length=1)
 
 
 def clean(text: str) -> str:
@@ -42,13 +36,22 @@ def clean(text: str) -> str:
     return text
 
 
-def rules_of(reply: RulesReply, cap: int) -> tuple[Rule, ...]:
-    """The rules, each description once, at most ``cap`` of them, strongest first. Raises ``MalformedReplyError`` when none is left."""
+def read_rules(reply: RulesReply, cap: int) -> tuple[tuple[Rule, ...], int]:
+    """The rules, each description once, at most ``cap`` of them, strongest first; and how many of the reply's are not among them: those
+    without a text, of strength 0, said twice, or beyond the cap. Raises ``MalformedReplyError`` when none is left, or one has no strength."""
     rules: dict[str, Rule] = {}
-    for rule in sorted(reply.rules, key=lambda r: -r.strength):
-        text = clean(rule.activates_on)
-        if text and rule.strength > 0:
-            rules.setdefault(text.lower(), Rule(text, rule.strength))
+    written = [(clean(rule.activates_on or ""), rule.strength) for rule in reply.rules]
+    for text, strength in sorted(written, key=lambda r: -(r[1] or 0)):
+        if text and strength is None:
+            raise MalformedReplyError(f"the reply has a rule without a strength: {text[:60]!r}")
+        if text and strength:
+            rules.setdefault(text.lower(), Rule(text, strength))
     if not rules:
         raise MalformedReplyError("the reply holds no rule with a text and a strength above 0")
-    return tuple(list(rules.values())[:cap])
+    kept = tuple(list(rules.values())[:cap])
+    return kept, len(reply.rules) - len(kept)
+
+
+def rules_of(reply: RulesReply, cap: int) -> tuple[Rule, ...]:
+    """The rules of :func:`read_rules`."""
+    return read_rules(reply, cap)[0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from featureinterp.domain.explanation import MAX_RULES, Explanation, Provenance
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.errors import InputError, MalformedReplyError
-from featureinterp.explain.parse import RulesReply, SentenceReply, clean, rules_of
+from featureinterp.explain.parse import RulesReply, SentenceReply, clean, read_rules
 from featureinterp.explain.windows import causes, excerpt, top_causes, top_tokens
 from featureinterp.llm.types import Message
 from featureinterp.prompts import Prompt, escape, listed, load_prompt
@@ -116,7 +117,8 @@ class RulesStyle:
         return self.prompt.render("user.j2", windows=shown, tokens=[listed(token) for token in _peaks(windows)[: self.n_tokens]])
 
     def read(self, reply: str, provenance: Provenance) -> Explanation:
-        return Explanation(rules_of(parse_reply(reply, RulesReply), self.rule_cap), provenance)
+        rules, left_out = read_rules(parse_reply(reply, RulesReply), self.rule_cap)
+        return Explanation(rules, replace(provenance, left_out=left_out))
 
     def write(self, explanation: Explanation) -> dict[str, Any]:
         return {"rules": [{"activates_on": r.activates_on, "strength": r.strength} for r in explanation.rules]}

@@ -268,6 +268,7 @@ class _Search:
             tree.root.seed,
             old.examples,
             self.usage,
+            old.left_out,
         )
         return replace(best.explanation, provenance=provenance, search=tuple(n.kept for n in self.nodes))
 

@@ -92,7 +92,7 @@ class TextWriter:
 
 
 class _Written(pydantic.BaseModel):
-    texts: list[str]
+    texts: list[str] = pydantic.Field(min_length=1)
 
 
 def read_texts(reply: Reply) -> list[str]:

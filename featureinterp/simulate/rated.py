@@ -20,7 +20,7 @@ from featureinterp.errors import (
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.prompts import escape, load_prompt
-from featureinterp.replies import parse_reply
+from featureinterp.replies import Level, parse_reply
 from featureinterp.tasks import each
 
 MAX_ATTEMPTS = 3
@@ -29,7 +29,7 @@ MAX_ATTEMPTS = 3
 class LevelsReply(pydantic.BaseModel):
     """One list of levels per text."""
 
-    levels: list[list[int]]
+    levels: list[list[Level]]
 
 
 class Rated:
@@ -98,8 +98,6 @@ class Rated:
 def _check(reply: LevelsReply, sizes: Sequence[int]) -> list[np.ndarray]:
     if [len(levels) for levels in reply.levels] != list(sizes):
         raise MalformedReplyError(f"the reply has {[len(levels) for levels in reply.levels]} levels for texts of {list(sizes)} tokens")
-    if any(not 0 <= level <= 5 for levels in reply.levels for level in levels):
-        raise MalformedReplyError("the reply has a level outside 0 to 5")
     return [np.array(levels, np.float64) for levels in reply.levels]
 
 
