@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -136,3 +137,31 @@ def _trailing(_: random.Random, answer: str) -> str:
 
 
 _DAMAGES = (_cut, _cut, _front, _out, _out, _in, _in, _quotes, _unescaped, _trailing)
+
+
+YES_NO: dict[str, bool | None] = {
+    "Yes": True, "yes.": True, " No\n": False, "**Yes**": True, '"Yes"': True, "Answer: Yes": True, "(No)": False, "`no`": False, "Final answer: No.": False,
+    "The answer is **No**": False, "<answer>Yes</answer>": True, '{"answer": "Yes"}': True, "\\boxed{No}": False, "No, it does not": False, "Yes - it does": True,
+    "YES!": True, "“Yes”": True, "No mention of it": False, "<think>No? Yes.</think>No": False, "hm</think>\n\nYes": True,
+    "Yesterday": None, "Not sure": None, "None": None, "Nothing fits": None, "No idea": None, "Yes and no": None, "Yes/No": None, "yes or no": None,
+    "Maybe": None, "": None, "It does": None, "I cannot say yes": None, "no-one": None, "Nope": None, "<think>Yes": None, "Norway": None,
+}  # fmt: skip
+"""Replies to a question and what they say; None: neither."""
+RATINGS: dict[str, int | None] = {
+    "3": 3, "3.": 3, " 0\n": 0, "**4**": 4, '"2"': 2, "(5)": 5, "Rating: 3": 3, "Complexity: 3": 3, "The rating is 2.": 2, "4/5": 4, "4 out of 5": 4, "- 3": 3,
+    "3, a kind of word": 3, "3 (a topic)": 3, "<think>5?</think>1": 1, "Level 4": 4,
+    "10": None, "4.5": None, "-1": None, "−1": None, "+1": None, "6": None, "3-4": None, "3 to 4": None, "2 or 3": None, "7/10": None, "3/10": None, "3rd": None,
+    "3%": None, "30": None, "0.5": None, "": None, "high": None, "<think>3": None, "1,5": None, "not 3": None,
+}  # fmt: skip
+"""Replies to a request for a rating and what they say; None: nothing that could be used."""
+
+
+def logged(text: str, *tokens: tuple[str, dict[str, float]]) -> dict[str, Any]:
+    """A chat completion with log-probabilities: of each token, what it is and how probable what could stand in its place is (0 to 1)."""
+    content = [
+        {"token": t, "logprob": -0.1, "bytes": None, "top_logprobs": [{"token": a, "logprob": math.log(p), "bytes": None} for a, p in others.items()]}
+        for t, others in tokens
+    ]
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop", "logprobs": {"content": content}}
+    usage = {"prompt_tokens": 9, "completion_tokens": len(tokens), "total_tokens": 9 + len(tokens)}
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointUnavailableError, MalformedReplyError
+from featureinterp.llm.tokens import Token, answer_tokens
 from featureinterp.llm.types import Reply
 
 End = Literal["whole", "cut", "filtered", "broken"]
@@ -32,7 +33,7 @@ class Choice(NamedTuple):
     text: str
     end: End
     reason: str
-    first: dict[str, float]
+    tokens: tuple[Token, ...]
     thought: int
     refusal: str
 
@@ -88,10 +89,10 @@ def _choice(choice: Mapping[str, Any]) -> Choice:
     if message is None:  # a completion of a text, which some answer to a chat
         message = {"content": choice["text"]}
     tokens = (choice.get("logprobs") or {}).get("content") or []
-    first = {str(t["token"]): float(t["logprob"]) for t in tokens[0].get("top_logprobs") or ()} if tokens else {}
+    text = text_of(message.get("content"))
     reason = choice.get("finish_reason") or choice.get("native_finish_reason")
     refusal = message.get("refusal")
-    return Choice(text_of(message.get("content")), end_of(reason), str(reason), first, thought_of(message), refusal if isinstance(refusal, str) else "")
+    return Choice(text, end_of(reason), str(reason), answer_tokens(tokens, text), thought_of(message), refusal if isinstance(refusal, str) else "")
 
 
 def reply_of(choices: list[Choice], usage: Usage, where: str) -> Reply:
@@ -113,7 +114,8 @@ def reply_of(choices: list[Choice], usage: Usage, where: str) -> Reply:
         else:
             why = "is empty"
         raise _billed(MalformedReplyError(f"the reply of {where} {why}"), usage)
-    return Reply(tuple(c.text for c in good), tuple(c.end == "cut" for c in good), usage, tuple(c.first for c in good))
+    first = tuple(dict(c.tokens[0][1]) if c.tokens else {} for c in good)
+    return Reply(tuple(c.text for c in good), tuple(c.end == "cut" for c in good), usage, first, tokens=tuple(c.tokens for c in good))
 
 
 def _billed(error: Any, usage: Usage) -> Any:

@@ -165,6 +165,7 @@ def _to_json(reply: Reply) -> dict[str, Any]:
         "read": [dict(f) for f in reply.read],
         **({"refused": reply.refused} if reply.refused is not None else {}),
         **({"room": reply.room} if reply.room else {}),
+        **({"tokens": [[[t, dict(a)] for t, a in head] for head in reply.tokens]} if any(reply.tokens) else {}),
     }
 
 
@@ -177,4 +178,5 @@ def _reply_from(value: dict[str, Any]) -> Reply:
         tuple(value["read"]),
         value.get("refused"),
         value.get("room", 0),
+        tuple(tuple((t, a) for t, a in head) for head in value.get("tokens", ())),
     )

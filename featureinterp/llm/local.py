@@ -20,6 +20,7 @@ from featureinterp.domain.usage import Usage
 from featureinterp.errors import InputError, RequestRefusedError
 from featureinterp.llm.prefix_cache import PrefixCache, PrefixModel, lock_of, shared_tokens
 from featureinterp.llm.roles import chat_ids
+from featureinterp.llm.tokens import KEPT, Token
 from featureinterp.llm.types import Reply, Request
 
 BATCH_TOKENS = 1024
@@ -165,7 +166,7 @@ class LocalModel:
             **stops,
         )
         ends = _ends(model, tokenizer)
-        texts, truncated, first, n = [], [], [], 0
+        texts, truncated, first, heads, n = [], [], [], [], 0
         for row, sequence in enumerate(made.sequences[:, ids.shape[1] :].tolist()):
             whole = next((i for i, token in enumerate(sequence) if token in ends), None)
             text = tokenizer.decode(sequence[:whole], skip_special_tokens=True)
@@ -173,8 +174,10 @@ class LocalModel:
             texts.append(text if cut is None else text[:cut])
             truncated.append(whole is None and cut is None)
             n += len(sequence) if whole is None else whole + 1
-            first.append(_alternatives(tokenizer, made.logits[0][row], request.top_logprobs))
-        return Reply(tuple(texts), tuple(truncated), Usage(1, ids.shape[1], n, time.monotonic() - start, 0.0), tuple(first))
+            heads.append(_head(tokenizer, sequence, [step[row] for step in made.logits[:KEPT]], request.top_logprobs))
+            first.append(dict(heads[-1][0][1]) if heads[-1] else {})
+        usage = Usage(1, ids.shape[1], n, time.monotonic() - start, 0.0)
+        return Reply(tuple(texts), tuple(truncated), usage, tuple(first), tokens=tuple(heads))
 
     def _read(self, model: Any, tokenizer: Any, ids: torch.Tensor, request: Request, start: float) -> Reply:
         logits = model(ids).logits[0]
@@ -195,6 +198,12 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
     found = model.generation_config.eos_token_id
     ends = set(found if isinstance(found, list) else [] if found is None else [found])
     return ends | ({tokenizer.eos_token_id} - {None})
+
+
+def _head(tokenizer: Any, sequence: Sequence[int], logits: Sequence[torch.Tensor], n: int) -> tuple[Token, ...]:
+    """The first tokens of a reply with their ``n`` most probable alternatives; nothing where none are asked for."""
+    pairs = zip(sequence, logits, strict=False) if n else ()
+    return tuple((tokenizer.decode([token]), _alternatives(tokenizer, row, n)) for token, row in pairs)
 
 
 def _alternatives(tokenizer: Any, logits: torch.Tensor, n: int) -> dict[str, float]:

@@ -46,7 +46,9 @@ class Reply:
     """``texts``: one per choice. ``truncated``: which of them were cut by ``max_tokens``. ``first_token``: for each choice the
     natural-log probabilities of the first token's alternatives, empty where the endpoint gives none. ``read``: the same for each
     place of ``read_at``, the alternatives by their text. ``refused``: why there is no answer, when a filter or the model itself
-    refuses what the request is about; it was billed all the same. ``room``: how many tokens each could have had, thoughts among them; 0: not known."""
+    refuses what the request is about; it was billed all the same. ``room``: how many tokens each could have had, thoughts among them; 0:
+    not known. ``tokens``: for each choice the first few tokens of its answer, behind its thoughts, each as it was chosen and with its
+    alternatives; empty where they are not known."""
 
     texts: tuple[str, ...]
     truncated: tuple[bool, ...]
@@ -55,6 +57,7 @@ class Reply:
     read: tuple[Mapping[str, float], ...] = field(default_factory=tuple)
     refused: str | None = None
     room: int = field(default=0, compare=False)
+    tokens: tuple[tuple[tuple[str, Mapping[str, float]], ...], ...] = field(default=(), compare=False)
 
     @property
     def text(self) -> str:

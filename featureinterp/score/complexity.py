@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import re
-
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.score import Score
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import EndpointRefusedError, LanguageModelError, MalformedReplyError
+from featureinterp.errors import EndpointRefusedError, LanguageModelError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.prompts import escape, load_prompt
-from featureinterp.score.verdicts import expected_masses
-
-LEVELS = tuple("012345")
+from featureinterp.score.answers import LEVELS, read_level
 
 
 class Complexity:
@@ -51,11 +47,5 @@ class Complexity:
 
 
 def rating(reply: Reply) -> float:
-    """Σ level · P(level) / Σ P(level) over the first token's alternatives, or the number that the reply says."""
-    mass = expected_masses(reply.first_token[0] if reply.first_token else {}, LEVELS)
-    if sum(mass.values()) > 0:
-        return sum(int(level) * p for level, p in mass.items()) / sum(mass.values())
-    found = re.search(r"[0-5](?![0-9.])", reply.text)
-    if not found:
-        raise MalformedReplyError(f"the reply is no number from 0 to 5: {reply.text[:60]!r}")
-    return float(found[0])
+    """The level of :func:`featureinterp.score.answers.read_level`."""
+    return read_level(reply)

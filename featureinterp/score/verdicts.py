@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from featureinterp.domain.score import Score
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import EndpointRefusedError, LanguageModelError, MalformedReplyError
+from featureinterp.errors import EndpointRefusedError, LanguageModelError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.intervals import bootstrap, weighted_aurocs
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.prompts import Prompt
+from featureinterp.score.answers import masses, read_yes
 from featureinterp.tasks import each
 
 
@@ -56,9 +56,9 @@ async def ask(model: LanguageModel, prompt: Prompt, description: str, questions:
     async def one(question: Question) -> Verdict:
         user = Message("user", prompt.render("user.j2", description=description, text=question.text))
         try:
-            reply = await model.complete(Request((*head, user), max_tokens=4, top_logprobs=10, answers=("Yes", "No"), check=_answer))
+            reply = await model.complete(Request((*head, user), max_tokens=4, top_logprobs=10, answers=("Yes", "No"), check=read_yes))
             spent.append(reply.usage)
-            return Verdict(question.label, *_answer(reply), row=question.row)
+            return Verdict(question.label, *read_yes(reply), row=question.row)
         except EndpointRefusedError:
             raise
         except LanguageModelError as error:
@@ -68,36 +68,10 @@ async def ask(model: LanguageModel, prompt: Prompt, description: str, questions:
 
 
 def yes_probability(reply: Reply) -> float | None:
-    """P(yes) / (P(yes) + P(no)) from the first token's alternatives, whatever their case; None where there are none."""
-    alternatives = reply.first_token[0] if reply.first_token else {}
-    mass = expected_masses(alternatives, ("yes", "no"))
-    total = sum(mass.values())
-    return mass["yes"] / total if total > 0 else None
-
-
-def expected_masses(alternatives: Mapping[str, float], answers: Sequence[str]) -> dict[str, float]:
-    """The probability of each answer among a token's alternatives (log-probabilities), white space and case ignored."""
-    mass = dict.fromkeys(answers, 0.0)
-    for token, log_probability in alternatives.items():
-        word = token.strip().lower()
-        if word in mass:
-            mass[word] += math.exp(log_probability)
-    return mass
-
-
-def _answer(reply: Reply) -> tuple[bool, float | None]:
-    """Whether the reply says yes, and its probability of yes."""
-    probability = yes_probability(reply)
-    return (_word(reply) if probability is None else probability > 0.5), probability
-
-
-def _word(reply: Reply) -> bool:
-    word = reply.text.strip().lower()
-    if word.startswith("yes"):
-        return True
-    if word.startswith("no"):
-        return False
-    raise MalformedReplyError(f"the reply is neither yes nor no: {reply.text[:60]!r}")
+    """P(yes) / (P(yes) + P(no)), whatever their case, where the two hold their share (:data:`featureinterp.score.answers.MIN_SHARE`) of a token's
+    probability; None where they do not."""
+    mass = masses(reply, ("yes", "no"))
+    return None if mass is None else mass["yes"] / sum(mass.values())
 
 
 def judge(name: str, verdicts: Sequence[Verdict], *, seed: int = 0) -> list[Score]:
@@ -112,24 +86,43 @@ def judge(name: str, verdicts: Sequence[Verdict], *, seed: int = 0) -> list[Scor
     if not labels.any() or labels.all():
         reason = "no question was answered" if not n else "all answered questions have the same right answer"
         return [Score(full, None, n, failed, undefined=reason) for full in names]
-    window = np.unique([v.row for v in answered], return_inverse=True)[1]
-
-    def score(full: str, statistic: Callable[[np.ndarray], np.ndarray]) -> Score:
-        interval = bootstrap(lambda counts: statistic(counts[:, window]), int(window.max()) + 1, np.random.default_rng(seed))
-        return Score(full, float(statistic(np.ones((1, n)))[0]), n, failed, interval)
-
-    table = _confusion(labels, said)
-    scores = [score(names[0], lambda counts: _balanced_accuracy(counts @ table)), score(names[1], lambda counts: _f1(counts @ table))]
-    known = [v.probability for v in answered]
-    if any(p is None for p in known):
+    window, table = _windows(answered), _confusion(labels, said)
+    rates: tuple[Statistic, ...] = (lambda counts: _balanced_accuracy(counts @ table), lambda counts: _f1(counts @ table))
+    scores = [_score(full, rate, window, failed, seed) for full, rate in zip(names[:2], rates, strict=True)]
+    known = [v for v in answered if v.probability is not None]
+    if not known:
         return scores + [Score(full, None, n, failed, undefined="the endpoint gives no probabilities") for full in names[2:]]
-    p = np.array(known, float)
-    scores.append(score(names[2], lambda counts: weighted_aurocs(p, labels, counts)))
+    return scores + _ranking(names[2:], known, failed + n - len(known), seed)
+
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+"""Values of a statistic for weights of the questions, ``[resample, question]``."""
+
+
+def _ranking(names: Sequence[str], known: Sequence[Verdict], failed: int, seed: int) -> list[Score]:
+    """The AUROC and the calibrated accuracy of the answers whose probabilities count; the others are among the failed."""
+    labels, window, n = np.array([v.label for v in known], bool), _windows(known), len(known)
+    if not labels.any() or labels.all():
+        reason = "all answered questions with probabilities have the same right answer"
+        return [Score(full, None, n, failed, undefined=reason) for full in names]
+    p = np.array([v.probability for v in known], float)
+    ranked = _score(names[0], lambda counts: weighted_aurocs(p, labels, counts), window, failed, seed)
     fitted = calibrated(p, labels, window)
     if fitted is None:
-        return [*scores, Score(names[3], None, n, failed, undefined="calibration needs two windows with each right answer")]
+        return [ranked, Score(names[1], None, n, failed, undefined="calibration needs two windows with each right answer")]
     right = _confusion(labels, fitted > 0.5)
-    return [*scores, score(names[3], lambda counts: _balanced_accuracy(counts @ right))]
+    return [ranked, _score(names[1], lambda counts: _balanced_accuracy(counts @ right), window, failed, seed)]
+
+
+def _windows(verdicts: Sequence[Verdict]) -> np.ndarray:
+    """The number of each verdict's window among theirs."""
+    return np.asarray(np.unique([v.row for v in verdicts], return_inverse=True)[1])
+
+
+def _score(full: str, statistic: Statistic, window: np.ndarray, failed: int, seed: int) -> Score:
+    """A score with its bootstrap interval over windows; ``window [question]``."""
+    interval = bootstrap(lambda counts: statistic(counts[:, window]), int(window.max()) + 1, np.random.default_rng(seed))
+    return Score(full, float(statistic(np.ones((1, len(window))))[0]), len(window), failed, interval)
 
 
 def calibrated(probabilities: np.ndarray, labels: np.ndarray, windows: np.ndarray) -> np.ndarray | None:
