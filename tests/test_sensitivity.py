@@ -73,7 +73,7 @@ def test_the_writer_asks_until_it_has_enough():
     assert [c.status for c in calls] == ["short", "short", "success"] and sum(len(c.texts) for c in calls) == 6
     assert [c.asked for c in calls] == [3, 3, 2] and len({r.seed for r in model.requests}) == 3
     assert model.requests[0].schema is not None and "one<< two>> three" in model.requests[0].messages[-1].content
-    calls, _ = write(lambda r: texts_reply(["a", "b", "c", "d"]))
+    calls, _ = write(lambda r: texts_reply([f"text {next(counter)}" for _ in range(4)]))
     assert [len(c.texts) for c in calls] == [3, 3], "more than asked for are left out"
 
 

@@ -62,9 +62,9 @@ class Decides:
 def record() -> FeatureRecord:
     rows = iter(range(100))
     splits = {}
-    for split in ("train", "valid", "test"):
-        top = tuple(window(t, next(rows)) for t in ("the war was long", "an army of men", "the battle of May"))
-        silent = tuple(window(t, next(rows)) for t in ("the house is calm", "no news today"))
+    for split, end in (("train", ""), ("valid", " once"), ("test", " again")):  # a text is in one split only
+        top = tuple(window(t + end, next(rows)) for t in ("the war was long", "an army of men", "the battle of May"))
+        silent = tuple(window(t + end, next(rows)) for t in ("the house is calm", "no news today"))
         splits[split] = {"top": top, "random": silent, "random_negative": silent, "similar_negative": ()}
     return FeatureRecord(FeatureId("s", 1), 4.0, 0.01, 90, splits)
 

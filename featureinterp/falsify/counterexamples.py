@@ -17,9 +17,9 @@ import pydantic
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import FeatureRecord, SplitName, Window
 from featureinterp.domain.trial import Trial, TrialText
-from featureinterp.errors import InputError, LanguageModelError
+from featureinterp.errors import InputError, LanguageModelError, MalformedReplyError
 from featureinterp.falsify.sensitivity import examples_of
-from featureinterp.falsify.writing import TextWriter, read_texts, without_marks
+from featureinterp.falsify.writing import TextWriter, new_texts, read_texts, same_text, without_marks
 from featureinterp.interfaces import Activator, Judge, LanguageModel
 from featureinterp.llm.types import Message, Request
 from featureinterp.prompts import escape, load_prompt
@@ -28,6 +28,8 @@ from featureinterp.replies import object_schema
 Kind = Literal["fitting", "near"]
 N_EXAMPLES, HALF_WIDTH = (10, 5), 10
 """Top and importance-weighted examples that the writer is shown at most, and tokens on each side of their strongest one."""
+MAX_ATTEMPTS, SEEDS_APART = 3, 1000
+"""A reply without a text that can be read is asked for again, this often in all, with seeds so far apart."""
 _QUOTED = re.compile(r'"([^"]+)"')
 
 
@@ -81,9 +83,9 @@ class Falsifier:
         written: list[tuple[str, bool]] = []
         for kind in ("fitting", "near"):
             texts = [without_marks(t) for t in await self._write(kind, explanation)]
-            new = [t for t in texts if t not in [known for known, _ in written]]
+            new = new_texts(texts, {same_text(known) for known, _ in written})
             written += [(t, kind == "fitting") for t in new if kind == "fitting" or not names_a_word_of(explanation, t)]
-        alike = [t for t in await self._like_examples(record) if t not in [known for known, _ in written]]
+        alike = new_texts(await self._like_examples(record), {same_text(known) for known, _ in written})
         judged = zip(alike, await self.judge(explanation, alike) if alike else (), strict=True)
         known = [(t, p > 0.5) for t, p in judged if p is not None]
         if alike and not known:
@@ -104,15 +106,23 @@ class Falsifier:
         texts = [without_marks(t) for c in calls for t in c.texts]
         if not texts:
             raise LanguageModelError(f"no text like the examples was written: {calls[-1].failure}")
-        return list(dict.fromkeys(texts))[: self.trial.n_texts]
+        return new_texts(texts, set())[: self.trial.n_texts]
 
     async def _write(self, kind: Kind, explanation: Explanation) -> list[str]:
         n = self.trial.n_texts
         user = self.prompt.render(f"{kind}.j2", description=escape(explanation.text), n=n)
         messages = (Message("system", self.prompt.text("system.txt")), *self._shots(), Message("user", user))
         schema = object_schema({"texts": {"type": "array", "items": {"type": "string"}, "minItems": n, "maxItems": n}})
-        request = Request(messages, 100 + 64 * n, self.temperature, self.seed, schema=schema, check=read_texts)
-        return read_texts(await self.model.complete(request))[:n]
+        problem: MalformedReplyError | None = None
+        for attempt in range(MAX_ATTEMPTS):  # with other seeds: the same request has the same reply
+            seed = self.seed + SEEDS_APART * attempt
+            request = Request(messages, 100 + 64 * n, self.temperature, seed, schema=schema, check=read_texts)
+            try:
+                return read_texts(await self.model.complete(request))[:n]
+            except MalformedReplyError as error:
+                problem = error
+        assert problem is not None
+        raise problem
 
     def _shots(self) -> Iterator[Message]:
         for shot in self.prompt.json("few_shot.json"):

@@ -14,11 +14,13 @@ from featureinterp.errors import EndpointRefusedError, JobStoppedError, Language
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.prompts import load_prompt
-from featureinterp.replies import object_schema, parse_reply
+from featureinterp.replies import answer_of, object_schema, parse_with_end
 
 SPARE_CALLS = 2
 """So many calls more than needed are made when replies hold too few texts."""
 _MARK = re.compile(r"<<(.*?)>>", re.DOTALL)
+_NUMBER = re.compile(r"\s*\(?(\d{1,3})[.):]\s+")
+_LINE_NUMBER = re.compile(r"^[ \t]*\(?(\d{1,3})[.)][ \t]+", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +62,12 @@ class TextWriter:
         }
 
     async def write(self, examples: Sequence[str], n: int) -> list[Call]:
-        """Calls until ``n`` texts are there, or until two more calls than should be needed were made. A call that failed is the last."""
+        """Calls until ``n`` texts are there, or until two more calls than should be needed were made; a text counts once, in whichever call it comes. A call
+        that failed is the last, but for one whose reply cannot be read: the next one has another seed."""
         words = max(8, round(sum(len(e.split()) for e in examples) / max(1, len(examples))))
         system = self.prompt.text("system.txt")
         calls: list[Call] = []
+        seen: set[str] = set()
         for number in range(-(-n // self.per_call) + SPARE_CALLS):
             missing = n - sum(len(c.texts) for c in calls)
             if missing <= 0:
@@ -75,7 +79,9 @@ class TextWriter:
             request = Request(messages, 200 + asked * max(64, 4 * words), self.temperature, self.seed + number, schema=schema, check=read_texts)
             try:
                 reply = await self.model.complete(request)
-                calls.append(Call(system, user, asked, reply.text, tuple(read_texts(reply)[:asked])))
+                new = new_texts(read_texts(reply), seen)[:asked]
+                seen |= set(map(same_text, new))
+                calls.append(Call(system, user, asked, reply.text, tuple(new)))
             except (EndpointRefusedError, JobStoppedError):
                 raise
             except MalformedReplyError as error:
@@ -97,8 +103,8 @@ class _Written(pydantic.BaseModel):
 
 def read_texts(reply: Reply) -> list[str]:
     """The texts of a reply, without the last one where it was cut. Raises ``MalformedReplyError`` when there is none."""
-    found = parse_texts(reply.text)
-    if reply.truncated[0]:
+    found, cut = _texts(reply.text)
+    if reply.truncated[0] or cut:
         found = found[:-1]  # the last one was cut
     if not found:
         raise MalformedReplyError(f"the reply holds no text: {' '.join(reply.text.split())[:80]!r}")
@@ -106,10 +112,54 @@ def read_texts(reply: Reply) -> list[str]:
 
 
 def parse_texts(reply: str) -> list[str]:
-    """The texts in a reply, exactly as they stand in its JSON; those that are empty or there twice are left out. Raises ``MalformedReplyError``."""
-    texts = parse_reply(reply, _Written).texts
-    whole = (text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts)
-    return list(dict.fromkeys(text for text in whole if text.strip()))
+    """The texts in a reply, exactly as they stand in its JSON, or in its numbered list where it holds no JSON; those that are empty or there twice are left
+    out, and so are the numbers of texts that are numbered in order. Raises ``MalformedReplyError``."""
+    return _texts(reply)[0]
+
+
+def _texts(reply: str) -> tuple[list[str], bool]:
+    """The texts, and whether the reply ends within the last one."""
+    try:
+        written, cut = parse_with_end(reply, _Written)
+        texts = without_numbers(written.texts)
+    except MalformedReplyError:
+        texts, cut = _numbered_list(answer_of(reply)), False
+        if not texts:
+            raise
+    whole = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+    return new_texts(whole, set()), cut
+
+
+def without_numbers(texts: Sequence[str]) -> list[str]:
+    """Texts that are all numbered, in order (``1. …``, ``2) …``), without their numbers; others as they are."""
+    found = [_NUMBER.match(text) for text in texts]
+    numbers = [int(m[1]) for m in found if m is not None]
+    if len(texts) < 2 or numbers != list(range(numbers[0] if numbers else 0, len(texts) + (numbers[0] if numbers else 0))):
+        return list(texts)
+    return [text[m.end() :] for text, m in zip(texts, found, strict=True) if m is not None]
+
+
+def _numbered_list(answer: str) -> list[str]:
+    """The items of a plain list that is numbered from 1, each up to an empty line; nothing for any other text."""
+    starts = list(_LINE_NUMBER.finditer(answer))
+    if "{" in answer or len(starts) < 2 or [int(m[1]) for m in starts] != list(range(1, len(starts) + 1)):
+        return []
+    ends = [*(m.start() for m in starts[1:]), len(answer)]
+    items = (answer[m.end() : end].strip().split("\n\n")[0].strip() for m, end in zip(starts, ends, strict=True))
+    return [item[1:-1] if len(item) > 1 and item[0] == item[-1] == '"' and '"' not in item[1:-1] else item for item in items]
+
+
+def same_text(text: str) -> str:
+    """What two texts have in common that are the same but for white space and copied marks."""
+    return " ".join(without_marks(text).split())
+
+
+def new_texts(texts: Sequence[str], known: set[str]) -> list[str]:
+    """The texts that are not empty and not among the known (by :func:`same_text`), each once."""
+    found: dict[str, str] = {}
+    for text in texts:
+        found.setdefault(same_text(text), text)
+    return [text for key, text in found.items() if key and key not in known]
 
 
 def without_marks(text: str) -> str:
