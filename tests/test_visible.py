@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.domain.result import FeatureResult
 from featureinterp.explain.styles import RulesStyle, SentenceStyle
 from featureinterp.prompts import SEPARATOR, escape, listed, unescape
-from featureinterp.report.render import environment
+from featureinterp.report.render import environment, read_results, write_results
 from featureinterp.report.table import results_table
 from featureinterp.visible import visible, visible_json
 
@@ -113,3 +114,12 @@ def test_tokens_cannot_forge_the_separator_of_a_list(style: SentenceStyle | Rule
     record = FeatureRecord(FeatureId("s", 3), 9.0, 0.1, 5, {"train": {"top": windows}})
     line = next(x for x in style.messages(record, windows)[-1].content.splitlines() if x.startswith("Tokens: "))
     assert line.removeprefix("Tokens: ").split(SEPARATOR) == ["a \\| b", "\\|", " c \\|"]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x1c", "\x0b"])
+def test_results_with_any_line_separator_are_read_back(character: str, tmp_path: Path):
+    """JSON lines end at line feeds alone, whatever a text holds."""
+    made = FeatureResult(3, "s", 1.0, 0.1, 5, (), Explanation.sentence(f"a{character}b", Provenance("test")))
+    write_results(tmp_path, [made, made], {"name": character})
+    found, about = read_results(tmp_path)
+    assert (list(found), about) == ([made, made], {"name": character})
