@@ -110,7 +110,7 @@ def test_explain_end_to_end_against_an_endpoint(run: Path, tmp_path: Path, monke
     monkeypatch.setattr(SentenceEmbedder, "embed", embed)
 
     def answer(body: dict) -> object:
-        return '{"explanation": "words about the sea"}' if "response_format" in body else completion("No", logprobs={"No": -0.1, "Yes": -2.5, "3": -3.0})
+        return '{"explanation": "words about the sea"}' if "response_format" in body else completion("No", logprobs={"No": -0.1, "Yes": -2.5, "3": -1.0})
 
     shutil.copytree(run, tmp_path / "run")
     with endpoint(answer) as server:
