@@ -114,8 +114,8 @@ def reply_of(choices: list[Choice], usage: Usage, where: str) -> Reply:
         else:
             why = "is empty"
         raise _billed(MalformedReplyError(f"the reply of {where} {why}"), usage)
-    first = tuple(dict(c.tokens[0][1]) if c.tokens else {} for c in good)
-    return Reply(tuple(c.text for c in good), tuple(c.end == "cut" for c in good), usage, first, tokens=tuple(c.tokens for c in good))
+    heads = tuple(dict(c.tokens[0][1]) if c.tokens else {} for c in good)
+    return Reply(tuple(c.text for c in good), tuple(c.end == "cut" for c in good), usage, heads, tokens=tuple(c.tokens for c in good))
 
 
 def _billed(error: Any, usage: Usage) -> Any:

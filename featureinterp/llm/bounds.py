@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 
 from featureinterp.errors import MalformedReplyError
 from featureinterp.llm.answers import Choice
@@ -28,10 +29,10 @@ def bounded(choices: list[Choice], request: Request, room: int, where: str) -> l
         if len(choice.text) > longest:
             asked = f"where at most {room:,} tokens were asked for"
             raise MalformedReplyError(f"the endpoint {where} sent a text of {len(choice.text):,} characters {asked}")
-    return [choice._replace(first=likeliest(choice.first)) for choice in choices[: request.n]]
+    return [choice._replace(tokens=tuple((t, likeliest(a)) for t, a in choice.tokens)) for choice in choices[: request.n]]
 
 
-def likeliest(alternatives: dict[str, float]) -> dict[str, float]:
+def likeliest(alternatives: Mapping[str, float]) -> Mapping[str, float]:
     """The likeliest alternatives of a token, in the order that they came in."""
     if len(alternatives) <= MAX_ALTERNATIVES:
         return alternatives

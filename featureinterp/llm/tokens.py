@@ -16,8 +16,10 @@ Token = tuple[str, Mapping[str, float]]
 def answer_tokens(content: Sequence[Mapping[str, Any]], text: str) -> tuple[Token, ...]:
     """The first tokens of an answer from the log-probabilities of a choice (OpenAI's ``logprobs.content``), behind the thoughts that
     servers count among its tokens. ``text``: the choice's whole text."""
-    tokens = [(str(t["token"]), {str(a["token"]): float(a["logprob"]) for a in t.get("top_logprobs") or ()}) for t in content]
-    return tuple(tokens[_first([t for t, _ in tokens], text) :][:KEPT])
+    pieces = [str(t["token"]) for t in content]
+    start = _first(pieces, text)
+    kept = zip(pieces[start:], content[start : start + KEPT], strict=False)
+    return tuple((piece, {str(a["token"]): float(a["logprob"]) for a in t.get("top_logprobs") or ()}) for piece, t in kept)
 
 
 def _first(pieces: Sequence[str], text: str) -> int:
