@@ -123,7 +123,7 @@ def play(body: dict[str, Any]) -> dict[str, Any]:
             whole["choices"].append(more | {"index": index})
         return whole
     words = {"Yes": -luck.random() * 3, "No": -luck.random() * 3, **{str(i): -luck.random() * 5 for i in range(6)}}
-    shots = [m["content"] for m in body.get("messages", ()) if m["role"] == "assistant"]
+    shots = [m["content"] for m in body.get("messages", ()) if m.get("role") == "assistant"]
     levels = bool(shots) and all(s in "012345" for s in shots)  # the worked examples say what is asked for
     word = max("012345" if levels else ("Yes", "No"), key=words.__getitem__)
     return completion(word, logprobs=words if body.get("logprobs") else None, prompt_tokens=size, completion_tokens=1)

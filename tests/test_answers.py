@@ -107,6 +107,18 @@ def test_a_reply_that_was_cut_is_asked_again_only_with_more_room(reason: str, tm
         assert texts == ['{"a": "whole"}'] and len(server.ledger) == 2
 
 
+def test_a_verdict_that_was_cut_after_its_word_is_an_answer_and_stays_one(tmp_path: Path):
+    def check(reply: Reply) -> None:
+        if not reply.text.startswith("Yes"):
+            raise MalformedReplyError("no verdict")
+
+    request = Request((Message("user", "hi"),), 4, check=check)
+    with endpoint(lambda _: one("Yes, because", "length")) as server:
+        for room in (None, 500):
+            reply, _ = asked(server, tmp_path / "r.sqlite", request, reply_tokens=room)
+            assert reply.text == "Yes, because" and len(server.ledger) == 1
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "refusal": (one(None, refusal="I can't help with that."), "I can't help with that"),
     "refusal-beside-text": (one("", refusal="I am sorry."), "I am sorry"),

@@ -72,7 +72,7 @@ class Cached:
     ``identity`` is what beside the request determines the answer: the endpoint's address and its own parameters. A reply that
     the request's ``check`` refuses is passed on. It settles the request, too, when asking again would be paid for and end in the same way (at
     temperature 0, with a seed, refused by the model or a filter, or cut): it is kept, and with ``retry_failed`` asked for once more. A reply that was
-    cut is asked again once there is more ``room`` for it. The usage of a kept reply is what it cost when it was new.
+    cut, and is no answer, is asked again once there is more ``room`` for it. The usage of a kept reply is what it cost when it was new.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Cached:
 
     def _is_settled(self, key: str, request: Request, known: Reply) -> bool:
         """Whether a kept reply is taken for the answer."""
-        if any(known.truncated) and known.room and self._room(request) > known.room:
+        if any(known.truncated) and self._room(request) > known.room and not is_answer(request, known):
             return False
         if not self._retry_failed or key in self._asked or key in self._pending:
             return True
