@@ -396,3 +396,25 @@ def test_an_endpoint_that_is_refused_for_good_is_not_learnt_from():
     with endpoint(dialect=first_of(LEARNABLE["seed-fastapi"], lambda e, b: (401, {}, {}))) as server, pytest.raises(EndpointRefusedError):
         ask(server.url, EXPLAIN, remember=kept.append)
     assert not kept
+
+
+@pytest.mark.parametrize(
+    ("options", "body"),
+    [
+        ({"effort": "low"}, openai("Unsupported parameter: 'reasoning_effort' is not supported with this model.", "reasoning_effort")),
+        ({"effort": "low"}, openai("Unsupported parameter: 'reasoning_effort' is not supported with this model.")),
+        ({"extra_body": {"top_k": 3}}, {"detail": [{"loc": ["body", "top_k"], "msg": "Extra inputs are not permitted"}]}),
+        ({"extra_body": {"seed": 3}}, openai("seed is not supported", "seed")),
+    ],
+)
+def test_what_the_user_asked_for_is_not_left_out_in_silence(options: dict[str, Any], body: Any):
+    field = next(iter(options.get("extra_body", {"reasoning_effort": 1})))
+    with endpoint(lambda b: (400, {}, body) if field in b else play(b)) as server, pytest.raises(errors.RequestRefusedError, match=field):
+        ask(server.url, replace(EXPLAIN, seed=None), **options)
+    assert len(server.ledger) == 1
+
+
+def test_a_limit_of_the_users_own_is_the_room_of_a_reply():
+    with endpoint() as server:
+        (reply,), model = ask(server.url, EXPLAIN, extra_body={"max_tokens": 77})
+    assert server.ledger[0].body["max_tokens"] == reply.room == model.room(EXPLAIN) == 77

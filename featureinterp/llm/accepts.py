@@ -75,6 +75,9 @@ class Accepts:
 
     def room(self, request: Request, options: Options) -> int:
         """Tokens that a reply may have, thoughts among them."""
+        own = (options.extra or {}).get(self.length_field)
+        if isinstance(own, int):
+            return own
         thinking = options.thinking_tokens if options.thinking_tokens is not None else (THINKING_TOKENS if self.thinks else 0)
         room = max(request.max_tokens, options.reply_tokens or 0) + thinking
         room = max(room, self.least_tokens)

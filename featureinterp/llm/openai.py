@@ -133,7 +133,7 @@ class OpenAIModel:
                     if request.prompt:
                         return await self._read(request)
                     start = time.monotonic()
-                    completion, body = await self._ask(request, by)
+                    completion = await self._post(_CHAT, by.body(self.name, request, self.options), by)
                 except _RefusedError as refused:
                     if not self._learn(refused.refusal, request, by):
                         raise self._explain(refused.refusal) from None
@@ -151,7 +151,7 @@ class OpenAIModel:
                         continue
                 self._worked()
                 reply = reply_of(choices, usage, self.base_url)
-                return replace(reply, usage=spent + usage if spent.requests else usage, room=body[by.length_field])
+                return replace(reply, usage=spent + usage if spent.requests else usage, room=by.room(request, self.options))
             raise EndpointRefusedError(f"the endpoint {self.base_url} refuses a request in every form that is known: check what it is with 'llm test'")
         except LanguageModelError as error:
             if spent.requests:
@@ -159,13 +159,8 @@ class OpenAIModel:
                 error.usage = spent if error.usage is None else spent + error.usage
             raise
 
-    async def _ask(self, request: Request, by: Accepts) -> tuple[Any, dict[str, Any]]:
-        """One exchange. Raises ``_RefusedError`` for an answer that is an error."""
-        body = by.body(self.name, request, self.options)
-        return await self._post(_CHAT, body, by), body
-
     async def _post(self, call: str, body: Mapping[str, Any], by: Accepts) -> Any:
-        """The JSON that an endpoint answers, collected where it comes as a stream."""
+        """The JSON that an endpoint answers, collected where it comes as a stream. Raises ``_RefusedError`` for an answer that is an error."""
         import httpx2
 
         from featureinterp.llm.transport import read_json

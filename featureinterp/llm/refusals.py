@@ -182,6 +182,8 @@ def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusa
         {"words": said, "names": names, "params": params}[kind].append(found)
     said = [w for i, w in enumerate(dict.fromkeys(said)) if not any(w in other for other in list(dict.fromkeys(said))[i + 1 :])]
     words = _line("; ".join(said))
+    if params and params[0].lower() not in words.lower():
+        words = _line(f"{words} ({params[0]})")
     about = " ".join([*said, *names, *params]).lower()[:MAX_ABOUT]
     return Refusal(_status(status, value), words or "no reason given", about, (params or [""])[0].lower(), value, headers)
 
@@ -405,6 +407,9 @@ def _step(refusal: Refusal, sent: Mapping[str, Any], by: Accepts) -> dict[str, A
         said = parameter.sent in sent and re.search(parameter.words, about)
         if said and (found := _without(parameter.field, about, sent, by)):
             return found
+    ours = {p.sent for p in PARAMETERS} | {"model", "top_logprobs", "stream_options", by.length_field}
+    if named or any(re.search(rf"\b{re.escape(name)}\b", about) for name in sent.keys() - ours):  # a field that the user asked for
+        return {}
     if re.search(_GENERIC, about):
         carried = {p.field for p in PARAMETERS if p.sent in sent}
         return next((_without(field, about, sent, by) for field in _GENERIC_ORDER if field in carried), {})
