@@ -121,7 +121,7 @@ class Cached:
 
     def _is_settled(self, key: str, request: Request, known: Reply) -> bool:
         """Whether a kept reply is taken for the answer."""
-        if any(known.truncated) and self._room(request) > known.room and not is_answer(request, known):
+        if any(known.truncated) and 0 < known.room < self._room(request) and not is_answer(request, known):
             return False
         if not self._retry_failed or key in self._asked or key in self._pending:
             return True

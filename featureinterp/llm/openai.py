@@ -139,19 +139,20 @@ class OpenAIModel:
                         raise self._explain(refused.refusal) from None
                     continue
                 usage = reported_usage(completion, time.monotonic() - start)
-                choices = bounded(read_choices(completion, self.base_url), request, body[by.length_field], self.base_url)
+                room = by.room(request, self.options)
+                choices = bounded(read_choices(completion, self.base_url), request, room, self.base_url)
                 if not choices:
                     spent += usage
                     raise EmptyReplyError(f"{self.base_url} answered without any choice: is it an OpenAI-compatible endpoint?")
                 if thinks(choices, completion) and not by.thinks:
                     self.accepts = replace(self.accepts, thinks=True)
                     cut = all(c.end == "cut" and not c.text.strip() for c in choices)
-                    if cut and self.accepts.room(request, self.options) > by.room(request, self.options):
+                    if cut and self.room(request) > room:
                         spent += usage
                         continue
                 self._worked()
                 reply = reply_of(choices, usage, self.base_url)
-                return replace(reply, usage=spent + usage if spent.requests else usage, room=by.room(request, self.options))
+                return replace(reply, usage=spent + usage if spent.requests else usage, room=room)
             raise EndpointRefusedError(f"the endpoint {self.base_url} refuses a request in every form that is known: check what it is with 'llm test'")
         except LanguageModelError as error:
             if spent.requests:
