@@ -119,7 +119,7 @@ def test_a_job_gets_through_every_fault_at_once(n_features: int, wide: Path, tmp
         assert n_features == FEW or {e.fault for e in server.ledger} == {None, *MIXED}
         server.faults = {}
         url, n = server.url, len(server.ledger)
-        again = fi.run(job(wide, out, url, features))
+        again = fi.run(job(wide, out, url, features), retry_failed=True)
         assert set(again.outcome.status.values()) == {"done"} and again.n_failures == 0
         gaps = set(first.outcome.status.values()) != {"done"}
         assert (len(server.ledger) > n) == gaps and len(server.ledger) - n < 0.5 * n
