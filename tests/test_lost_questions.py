@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from endpoint import endpoint, play
 
 import featureinterp as fi
+from featureinterp.cli.screen import Screen, end
 from featureinterp.errors import TooManyFailuresError
 from featureinterp.jobs.records import alive_features
 from featureinterp.llm.prices import Price
@@ -52,7 +54,7 @@ def stages(out: Path) -> set[tuple[str, str]]:
     return set(rows)
 
 
-def test_a_stage_of_which_no_question_was_answered_has_failed(run: Path, features: tuple[int, ...], tmp_path: Path):
+def test_a_stage_of_which_no_question_was_answered_has_failed(run: Path, features: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "out"
     with endpoint(refusing(lambda n: n > 1)) as server:  # the first one is the check of the endpoint
         results = fi.run(job(run, out, server.url, features[:3]))
@@ -64,6 +66,10 @@ def test_a_stage_of_which_no_question_was_answered_has_failed(run: Path, feature
         assert all("arrears" in f.message for f in result.failures)
     causes = fi.status(out).causes
     assert causes and all("arrears" in c["message"] for c in causes)
+    with pytest.raises(typer.Exit) as ended:
+        end(Screen(), results)
+    said = capsys.readouterr().err
+    assert ended.value.exit_code == 1 and "3 of 3 features failed" in said and "arrears" in said and "detection" in said
     with endpoint() as server:
         again = fi.run(job(run, tmp_path / "again", server.url, features[:3]))
     assert again.outcome is not None and set(again.outcome.status.values()) == {"done"} and not fi.status(again.folder).causes

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from featureinterp.visible import visible, visible_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from featureinterp.api import Results
     from featureinterp.domain.score import Score
     from featureinterp.jobs.plan import Event, Progress
@@ -143,13 +145,27 @@ def put(line: str) -> None:
 
 
 def end(screen: Screen, results: Results) -> None:
-    """The end of a job's verb: its last line says what is missing, and the exit code is 1 when something is."""
+    """The end of a job's verb: its last lines say what is missing and why, and the exit code is 1 when something is."""
+    if results.n_failed or results.n_partial:
+        _say_causes(screen, results.folder)
     stopped: str | None = None
     if results.stopped is not None:
         rest = results.outcome.price_of_the_rest if results.outcome is not None else None
         left = f"; {len(results.outcome.left)} features are left" if results.outcome is not None else ""
         stopped = f"{results.stopped}{left}" + ("" if rest is None else f", about ${rest:.2f} more")
     end_with(screen, stopped, results.n_failed, results.n_partial, results.n_features)
+
+
+def _say_causes(screen: Screen, folder: Path) -> None:
+    """The commonest causes of what failed in a job."""
+    from featureinterp.jobs.journal import Journal
+
+    if not (folder / "journal.sqlite").exists():
+        return
+    with Journal(folder / "journal.sqlite") as journal:
+        causes = journal.causes(3)
+    for cause in causes:
+        screen.say(f"{cause['n']:,} × {cause['stage']}: {cause['error']}: {one_line(str(cause['message']), 200)}")
 
 
 def end_with(screen: Screen, stopped: object, failed: int, partial: int, total: int) -> None:
