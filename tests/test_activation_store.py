@@ -12,15 +12,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markers import change_marker, unseal
+from tiny import tokenizer
 
 from featureinterp.codes.collect import SINK_FACTOR
 from featureinterp.corpus.text import Corpus, Document, load_corpus
-from featureinterp.corpus.windows import WindowPolicy, WindowTable
+from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
 from featureinterp.errors import DamagedStoreError, FeatureInterpError, IncompatibleError, IncompleteStoreError, InputError, StorageError, UnknownNameError
-from featureinterp.subject.load import SkipFirst, Subject, load_subject
+from featureinterp.probing.splits import split_indices
+from featureinterp.subject.load import HubTokenizer, SkipFirst, Subject, load_subject
 from featureinterp.training import extract as extraction
 from featureinterp.training.batches import OnlineBatches, Share, StoreBatches
-from featureinterp.training.extract import Extracted, ExtractSettings, extract, merge
+from featureinterp.training.extract import Extracted, ExtractSettings, extract, merge, window_splits
 from featureinterp.training.store import ActivationStore, StoreWriter, merge_stores, shard_path
 
 HOOK = "blocks.1.hook_resid_post"
@@ -126,7 +128,9 @@ def test_rows_are_those_of_a_plain_forward_pass(tmp_path: Path, bos: bool, subje
         documents = set(np.unique(store.documents).tolist())
         assert not documents & seen
         seen |= documents
-    n_tokens = found.windows.n_tokens
+    kept = window_splits(found.windows, ExtractSettings(0.2)) >= 0  # what is held out and in training, too, is in neither
+    n_tokens = int(np.asarray(found.windows.lengths)[kept].sum())
+    assert n_tokens > 0.8 * found.windows.n_tokens
     counts = [s.meta["counts"] for s in (found.train, found.test)]
     assert sum(c["n_tokens"] for c in counts) == n_tokens
     assert len(found.train) + len(found.test) + sum(c["n_first"] + c["n_sinks"] for c in counts) == n_tokens
@@ -323,3 +327,41 @@ def test_only_what_is_held_out(tmp_path: Path, subject: Subject, corpus_file: Pa
     assert set(np.unique(found.test.windows)) == set(np.unique(both.test.windows))
     with pytest.raises(UnknownNameError, match="no extraction"):
         Extracted.open(tmp_path / "nowhere")
+
+
+def words(seed: int, n: int = 60) -> str:
+    rng = np.random.default_rng(seed)
+    return " ".join("".join(rng.choice(list("abcdefgh"), 4)) for _ in range(n))
+
+
+def test_no_text_is_on_both_sides_of_the_split(tmp_path: Path, subject: Subject):
+    header = words(0, 20)
+    bodies = [words(i + 1) for i in range(30)]
+    texts = [header + " " + body for body in [*bodies, *bodies[:20]]]
+    corpus = Corpus("repeated", lambda: (Document(str(i), t) for i, t in enumerate(texts)), len(texts))
+    found = extract(subject, HOOK, corpus, tmp_path, POLICY, ExtractSettings(0.2))
+    assert found.train is not None and found.test is not None
+    sides = [{found.windows.ids(int(row)).tobytes() for row in np.unique(store.windows)} for store in (found.train, found.test)]
+    assert sides[1] and not sides[0] & sides[1]
+    twins = [{i, i + 30} for i in range(20)]
+    for store in (found.train, found.test):
+        documents = set(np.unique(store.documents).tolist())
+        assert all(not twin & documents or twin <= documents for twin in twins)
+    splits = window_splits(found.windows, ExtractSettings(0.2))
+    n = int((splits == -1).sum())
+    assert n and found.test.meta["split"]["n_repeated"] == n
+    assert found.notes == [f"{n} windows of held-out documents have the text of training windows and are left out"]
+    kept = np.unique(np.concatenate([found.train.windows, found.test.windows]))
+    np.testing.assert_array_equal(kept, np.flatnonzero(splits >= 0))
+
+
+def test_splits_of_texts_that_differ_are_those_of_their_documents(tmp_path: Path):
+    texts = [words(i) for i in range(20)]
+    corpus = Corpus("different", lambda: (Document(str(i), t) for i, t in enumerate(texts)), len(texts))
+    windows = build_windows(corpus, HubTokenizer(tokenizer()), POLICY, tmp_path / "w")
+    expected = np.zeros(len(windows), np.int8)
+    expected[split_indices(len(windows), 0.3, 5, np.asarray(windows.documents))[1]] = 1
+    np.testing.assert_array_equal(window_splits(windows, ExtractSettings(0.3, seed=5)), expected)
+    same = Corpus("same", lambda: (Document(str(i), texts[0]) for i in range(4)), 4)
+    with pytest.raises(InputError, match="no document can be held out"):
+        window_splits(build_windows(same, HubTokenizer(tokenizer()), POLICY, tmp_path / "s"), ExtractSettings(0.3))

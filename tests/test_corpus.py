@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
+import gzip
+import io
 import json
+import lzma
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather as feather
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -286,6 +292,193 @@ def test_wrong_columns_and_missing_corpora(tmp_path: Path):
         load_corpus(str(tmp_path / "empty"))
 
 
+ROWS = [{"text": 'one, "two"\nthree', "n": 1}, {"text": None, "n": 2}, {"text": "", "n": 3}, {"text": "fünf\ttabs", "n": 4}]
+TEXTS = ['one, "two"\nthree', "", "fünf\ttabs"]
+
+
+def csv_of(delimiter: str) -> bytes:
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, delimiter=delimiter)
+    writer.writerow(["n", "text"])
+    writer.writerows([row["n"], row["text"]] for row in ROWS if row["text"] is not None)
+    return out.getvalue().encode()
+
+
+def lines_of(rows: list[object]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def arrow_of(kind: str) -> bytes:
+    sink = io.BytesIO()
+    table = pa.table({"text": [r["text"] for r in ROWS], "n": [1, 2, 3, 4]})
+    with (pa.ipc.new_file if kind == "file" else pa.ipc.new_stream)(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+FILES = {
+    "a.jsonl": lines_of(ROWS),
+    "a.jsonlines": lines_of(ROWS),
+    "a.NDJSON": lines_of(ROWS),
+    "a.jsonl.gz": gzip.compress(lines_of(ROWS)),
+    "a.jsonl.bz2": bz2.compress(lines_of(ROWS)),
+    "a.jsonl.xz": lzma.compress(lines_of(ROWS)),
+    "array.json": json.dumps(ROWS, indent=1).encode(),
+    "lines.json": lines_of(ROWS),
+    "texts.json": json.dumps([r["text"] for r in ROWS]).encode(),
+    "column.json": json.dumps({"text": [r["text"] for r in ROWS]}).encode(),
+    "wrapped.json": json.dumps({"version": 1, "data": ROWS}).encode(),
+    "a.json.gz": gzip.compress(json.dumps(ROWS).encode()),
+    "a.csv": csv_of(","),
+    "semicolons.csv": csv_of(";"),
+    "a.csv.gz": gzip.compress(csv_of(",")),
+    "mark.csv": b"\xef\xbb\xbf" + csv_of(","),
+    "a.tsv": csv_of("\t"),
+    "a.arrow": arrow_of("stream"),
+    "a.feather": arrow_of("file"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_rows_are_read_as_what_they_are(tmp_path: Path, name: str):
+    (tmp_path / name).write_bytes(FILES[name])
+    corpus = load_corpus(str(tmp_path / name))
+    assert [d.text for d in corpus] == TEXTS == [d.text for d in corpus]
+    assert corpus.n_documents == 3 and len({d.id for d in corpus}) == 3
+    assert corpus.tally.n_null == (0 if "csv" in name or "tsv" in name else 1)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_columns_of_every_kind_of_string_are_text(tmp_path: Path, kind: pa.DataType):
+    column = pa.array(["p", None, "q", "p"], pa.string())
+    column = column.dictionary_encode() if pa.types.is_dictionary(kind) else column.cast(kind)
+    for name, write in (("c.parquet", pq.write_table), ("c.feather", feather.write_feather)):
+        write(pa.table({"body": column}), str(tmp_path / name))
+        corpus = load_corpus(str(tmp_path / name), text_field="body")
+        assert [d.text for d in corpus] == ["p", "q", "p"] and corpus.tally.n_null == 1
+
+
+def test_rows_without_text_are_left_out_and_counted(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(lines_of([{"text": None}, {"text": LONG}, {"text": None}]))
+    table = build_windows(load_corpus(str(tmp_path / "a.jsonl")), ENCODER, WindowPolicy(4, 1), tmp_path / "w")
+    assert table.notes == ["2 of the rows that were read have no text (null) and are left out"]
+    assert table.document_ids() == ["a.jsonl:2"]
+
+
+@pytest.mark.parametrize("kind", ["shards", "texts", "compressed"])
+def test_a_folder_is_its_data_and_not_what_describes_it(tmp_path: Path, kind: str):
+    (tmp_path / "README.md").write_text("# A data set\n")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "x.txt").write_text("hidden")
+    if kind == "texts":
+        (tmp_path / "b.txt").write_text("second")
+        (tmp_path / "a.md").write_text("first")
+        (tmp_path / "licence.txt").write_text("you may")
+        expected = {"a.md": "first", "b.txt": "second"}
+    else:
+        ending, pack = (".jsonl.gz", gzip.compress) if kind == "compressed" else (".jsonl", bytes)
+        for i in range(2):
+            (tmp_path / f"part-{i}{ending}").write_bytes(pack(lines_of([{"text": f"{i}{j}"} for j in range(2)])))
+        (tmp_path / "dataset_info.json").write_text("{}")
+        expected = {f"part-{i}{ending}:{j + 1}": f"{i}{j}" for i in range(2) for j in range(2)}
+    corpus = load_corpus(str(tmp_path))
+    assert {d.id: d.text for d in corpus} == expected and corpus.n_documents == len(expected)
+    assert "README.md" in corpus.unread
+
+
+def test_folders_of_several_kinds_are_refused(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(lines_of(ROWS))
+    (tmp_path / "b.csv").write_bytes(csv_of(","))
+    with pytest.raises(CorpusError, match=r"several kinds \(1 of (jsonl|csv), 1 of (csv|jsonl)\)"):
+        load_corpus(str(tmp_path))
+
+
+DEEP = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("deep.jsonl", b'{"text": "a"}\n' + DEEP, "line 2 of .* is nested too deeply"),
+        ("deep.json", DEEP, "is nested too deeply"),
+        ("digits.jsonl", b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "line 1 .* number that is too long"),
+        ("cut.jsonl.gz", gzip.compress(lines_of(ROWS) * 99)[:-12], "is damaged"),
+        ("no.jsonl.gz", lines_of(ROWS), "is damaged, or is not compressed as its name says"),
+        ("no.jsonl.xz", lines_of(ROWS), "is damaged, or is not compressed"),
+        ("other.json", b'{"body": "a"}', r"\(it has: body\): name the right one with --text-field"),
+        ("number.json", b"3", "has no text in the field"),
+        ("more.csv", b"text,n\none,1\ntwo, three,2\n", "row 2 .* has 3 columns under a header of 2"),
+        ("open.csv", b'text,n\n"one,1\n', "is not CSV as its name says"),
+        ("none.csv", b"a,b\n1,2\n", "it has: a, b"),
+        ("latin.csv", b"text\ncaf\xe9\n", "is not UTF-8"),
+        ("bad.arrow", b"ARROW1 and nothing", "is not an Arrow file"),
+        ("lines.txt", lines_of(ROWS), "holds JSON, and not plain text"),
+        ("deep.txt", DEEP, "holds JSON"),
+        ("array.txt", json.dumps(ROWS).encode(), "holds JSON"),
+        ("page.txt", b"<!DOCTYPE html><html>", "HTML or XML"),
+        ("book", b"%PDF-1.7", "is PDF"),
+        ("packed.txt", gzip.compress(b"text"), "is gzip"),
+        ("page.html", b"text", "no plain text by its name"),
+        ("a.parquet.gz", b"text", "no plain text by its name"),
+        ("a.docx", b"PK", "no plain text by its name"),
+    ],
+)
+def test_what_is_no_text_is_never_read_as_prose(tmp_path: Path, name: str, content: bytes, message: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=message) as caught:
+        list(load_corpus(str(tmp_path / name)))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_a_damaged_parquet_page_is_one_sentence(tmp_path: Path):
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"text": [str(i) * 50 for i in range(2000)]}), path, use_dictionary=False)
+    data = bytearray(path.read_bytes())
+    data[4:3000] = bytes(2996)
+    path.write_bytes(bytes(data))
+    with pytest.raises(CorpusError, match="damaged") as caught:
+        list(load_corpus(str(path)))
+    assert "\n" not in str(caught.value)
+
+
+PARTS = ["First document.\nIt goes on.", "The second one.", "A third."]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_documents_of_one_file_are_told_apart_with_every_line_end(tmp_path: Path, end: str):
+    path = tmp_path / "t.txt"
+
+    def parts(text: str, **options: str) -> list[str]:
+        path.write_bytes(text.replace("\n", end).encode())
+        return [p.replace(end, "\n") for p in texts_of(str(path), **options)]
+
+    assert parts("\n<|endoftext|>\n".join(PARTS)) == [p + "\n" * (p != PARTS[-1]) for p in PARTS]
+    assert [p.strip() for p in parts("<|endoftext|>\n".join(PARTS) + "<|endoftext|>")] == PARTS
+    lines = [p.replace("\n", " ") for p in PARTS]
+    assert parts("\n".join(lines) + "\n\n", document_separator="lines") == lines
+    assert parts("\n***\n".join(PARTS), document_separator="\\n***\\n") == PARTS
+    assert parts("=====".join(PARTS), document_separator="=====") == PARTS
+    assert len(parts("\n\n".join(PARTS), document_separator="none")) == 1
+    paragraphs = "\n\n".join("word " * 1000 for _ in range(5))
+    assert len(parts(paragraphs)) == len(parts(paragraphs, document_separator="blank-lines")) == 5
+    assert "".join(parts(paragraphs)) == paragraphs
+    long_lines = "\n".join("word " * 100 for _ in range(100))
+    assert len(parts(long_lines)) == 13 and "".join(parts(long_lines)) == long_lines
+    assert len(parts("One line about <|endoftext|> and how it is used.")) == 1
+
+
+def test_a_file_of_a_folder_is_cut_where_it_says_so(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+    (tmp_path / "b.txt").write_text("three\n<|endoftext|>\nfour")
+    assert [d.id for d in load_corpus(str(tmp_path))] == ["a.txt", "b.txt#0", "b.txt#1"]
+    assert len(texts_of(str(tmp_path), document_separator="lines")) == 5
+    with pytest.raises(InputError, match="cannot be separated by"):
+        load_corpus(str(tmp_path), document_separator=" ")
+    (tmp_path / "r.jsonl").write_bytes(lines_of(ROWS))
+    with pytest.raises(InputError, match="--document-separator is for plain text"):
+        load_corpus(str(tmp_path / "r.jsonl"), document_separator="lines")
+
+
 def test_a_corpus_is_known_by_its_content_and_by_how_it_is_read(tmp_path: Path):
     def print_of(name: str, **options: str) -> str:
         return load_corpus(str(tmp_path / name), **options).fingerprint
@@ -296,7 +489,7 @@ def test_a_corpus_is_known_by_its_content_and_by_how_it_is_read(tmp_path: Path):
     (tmp_path / "b.jsonl").write_text('{"text": "y", "body": "x"}\n')
     assert print_of("a.jsonl") != print_of("b.jsonl")
     (tmp_path / "t.txt").write_text("one\ntwo\n")
-    assert print_of("t.txt") == print_of("t.txt", text_field="body") != print_of("t.txt", separator="lines")
+    assert print_of("t.txt") == print_of("t.txt", text_field="body") != print_of("t.txt", document_separator="lines")
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "1.txt").write_text("one")

@@ -16,10 +16,16 @@ from safetensors.torch import save_file
 from test_cli import cli
 
 from featureinterp.api import training as verbs
+from featureinterp.corpus.text import load_corpus
+from featureinterp.corpus.windows import WindowPolicy, build_windows
+from featureinterp.errors import IncompatibleError
+from featureinterp.subject.load import load_subject, load_tokenizer
+from featureinterp.training.doctor.activations import look_at_windows
 from featureinterp.training.doctor.bench import speeds
 from featureinterp.training.doctor.check import Check, Sheet
 from featureinterp.training.doctor.model import look_at_environment, offsets
 from featureinterp.training.doctor.run import claimed
+from featureinterp.training.extract import ExtractSettings, extract
 from featureinterp.training.settings import TrackingTable, make_recipe
 from featureinterp.training.store import SIDES, ActivationStore, shard_path
 
@@ -358,6 +364,63 @@ def test_offsets_that_are_misaligned_by_one(subject):
         offsets(sheet, encoder, subject.tokenizer, texts)
         assert sheet.found[0].status == status, sheet.found
     assert "by one" in sheet.found[0].advice
+
+
+class Cutting:
+    """A tokenizer that leaves the rest of a text to its last token."""
+
+    fingerprint = "cutting"
+
+    def __init__(self, encoder: Any, n: int) -> None:
+        self.encoder, self.n = encoder, n
+
+    def encode(self, texts: list[str]) -> list[Any]:
+        from types import SimpleNamespace
+
+        return [SimpleNamespace(ids=e.ids[: self.n], offsets=e.offsets[: self.n]) for e in self.encoder.encode(texts)]
+
+
+def test_tokens_that_do_not_cover_the_text(subject, texts: Path, tmp_path: Path):
+    found = {}
+    for name, encoder in (("whole", subject.encoder), ("cut", Cutting(subject.encoder, 64))):
+        sheet = Sheet("corpus")
+        offsets(sheet, encoder, subject.tokenizer, [d.text for d in load_corpus(str(texts))][:3])
+        windows = build_windows(load_corpus(str(texts)), encoder, WindowPolicy(16), tmp_path / name)
+        look_at_windows(sheet, windows)
+        found[name] = [c for c in sheet.found if c.name == "tokens cover the text"]
+    assert [c.status for c in found["whole"]] == ["pass", "pass"] and " 0 are in no token" in found["whole"][0].figure
+    assert [c.status for c in found["cut"]] == ["fail", "fail"]
+    assert found["cut"][0].figure.startswith("192 tokens for ") and "one token with 1," in found["cut"][1].figure
+
+
+def test_the_share_of_windows_that_repeat_others_is_said(tmp_path: Path, subject, subject_folder: Path, texts: Path):
+    header = "It was resolved by both houses that the following be printed. " * 8
+    for path in texts.iterdir():
+        (tmp_path / path.name).write_text(header + path.read_text()[:400])
+    check = wrong(list(verbs.doctor(model=str(subject_folder), hook=HOOK, corpus=str(tmp_path), window=16)))["windows differ"]
+    assert check.status == "warn" and "of one" in check.advice
+    share = float(check.figure.split("%")[0]) / 100
+    rows = [
+        tuple(e.ids[i : i + 16])
+        for p in sorted(tmp_path.iterdir())[:20]
+        for e in subject.encoder.encode([p.read_text()])
+        for i in range(0, len(e.ids) - 15, 16)
+    ]
+    assert share == pytest.approx(1 - len(set(rows)) / len(rows), abs=1e-3) and share > 0.3
+
+
+def test_a_tokenizer_of_another_model_is_a_finding(tmp_path: Path, subject_folder: Path):
+    folder = tmp_path / "m"
+    shutil.copytree(subject_folder, folder)
+    big = load_tokenizer(str(subject_folder))
+    big.add_tokens([f"token{i}" for i in range(600)])
+    big.save_pretrained(folder)
+    found = wrong(list(verbs.doctor(model=str(folder), hook=HOOK)))
+    assert found["its tokens are in its embedding"].status == "warn"
+    (corpus := tmp_path / "c.txt").write_text("token500 is no token of the model")
+    subject = load_subject(str(folder), dtype="float32", device="cpu")
+    with pytest.raises(IncompatibleError, match="its embedding has 512 rows"):
+        extract(subject, HOOK, load_corpus(str(corpus)), tmp_path / "x", WindowPolicy(4, 2), ExtractSettings(0.0))
 
 
 def test_a_converted_checkpoint_that_is_empty(tmp_path: Path, subject_folder: Path):

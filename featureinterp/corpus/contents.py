@@ -32,7 +32,8 @@ def hashes_of(tokens: np.ndarray) -> np.ndarray:
 
 
 def same_texts(hashes: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """A group for every document: documents whose windows are the same, each for each, are of one group. int64 ``[window]``, by the window's document.
+    """A group for every document, the number of the first of those whose windows are the same, each for each: int64 ``[window]``, of the window's
+    document.
 
     ``hashes``, ``documents``: of every window; the windows of a document stand together.
     """
@@ -40,8 +41,8 @@ def same_texts(hashes: np.ndarray, documents: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
         place = np.arange(len(hashes)) - np.repeat(starts, np.diff(starts, append=len(hashes)))
         whole = np.add.reduceat(_mixed(hashes + _mixed(place.astype(np.uint64) + np.uint64(1))), starts) if len(starts) else hashes
-    group = np.unique(whole, return_inverse=True)[1]
-    return np.asarray(np.repeat(group, np.diff(starts, append=len(hashes))), np.int64)
+    first, group = np.unique(whole, return_index=True, return_inverse=True)[1:]
+    return np.asarray(np.repeat(documents[starts[first[group]]], np.diff(starts, append=len(hashes))), np.int64)
 
 
 def repeated_share(hashes: np.ndarray) -> float:

@@ -255,11 +255,13 @@ def _arrow(path: Path, field: str) -> Iterator[Numbered]:
 def _arrow_errors(path: Path, what: str) -> Iterator[None]:
     import pyarrow as pa
 
-    try:
-        with explained_storage(path):
+    with explained_storage(path):
+        try:
             yield
-    except pa.ArrowException as error:
-        raise CorpusError(f"{path} is not {what}, or is damaged ({str(error).splitlines()[0]}): fetch or write it again") from error
+        except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # of the system; the library's own have no number
+                raise
+            raise CorpusError(f"{path} is not {what}, or is damaged ({str(error).splitlines()[0]}): fetch or write it again") from error
 
 
 def _check_column(path: Path, schema: Any, field: str) -> None:

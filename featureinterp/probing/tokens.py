@@ -14,6 +14,7 @@ from itertools import islice
 import numpy as np
 
 from featureinterp.codes.store import CodesStore
+from featureinterp.corpus.contents import same_texts
 from featureinterp.corpus.cut import valid_unicode
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowTable
@@ -33,6 +34,12 @@ class TableTokens:
         """Number of every row's document: int32 ``[token]``."""
         numbers: np.ndarray = np.asarray(self.windows.documents)[self.positions // self.windows.length]
         return numbers
+
+    @property
+    def same_texts(self) -> np.ndarray:
+        """Of every row the first document with the text of its own, int64 ``[token]``: what a split must not part."""
+        groups: np.ndarray = same_texts(self.windows.contents, np.asarray(self.windows.documents))[self.positions // self.windows.length]
+        return groups
 
     @cached_property
     def row_of_position(self) -> np.ndarray:

@@ -15,6 +15,7 @@ import torch
 
 from featureinterp.claims import claim, owned
 from featureinterp.codes.collect import BATCH_TOKENS, mask_of, scored_tokens, windows_request
+from featureinterp.corpus.contents import same_texts
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
 from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
@@ -89,6 +90,13 @@ def check_windows(store: ActivationStore, windows: WindowTable) -> None:
             f"not of {windows.fingerprint[:12]}): put back the folder that was there, or delete both and extract again"
         )
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the text and of the split."""
+        repeated = next((store.meta["split"].get("n_repeated", 0) for store in (self.train, self.test) if store is not None), 0)
+        left_out = f"{repeated:,} windows of held-out documents have the text of training windows and are left out"
+        return [*self.windows.notes, *([left_out] if repeated else [])]
+
 
 def extract(
     subject: Subject,
@@ -130,6 +138,7 @@ def _extract(
     target = _Target(out, subject, hook, corpus.name)
     windows = build_windows(corpus, subject.encoder, policy, out / "windows")
     splits = window_splits(windows, settings)
+    repeated = int((splits == -1).sum())
     source = target.source(windows)
     names = [TRAIN, TEST] if settings.held_out else [TRAIN]
     order = window_order(windows, settings)
@@ -169,7 +178,7 @@ def _extract(
         counts = {k: v for k, v in state[name].items() if k not in ("n_rows", "sums")}
         meta: dict[str, Any] = {
             "source": source,
-            "split": {"name": name, "held_out": settings.held_out, "seed": settings.seed},
+            "split": {"name": name, "held_out": settings.held_out, "seed": settings.seed} | ({"n_repeated": repeated} if repeated else {}),
             "order": "shuffled" if settings.shuffle else "corpus",
         }
         meta |= {"part": {"number": settings.part, "of": settings.parts}, "counts": counts, "dtype": settings.dtype}
@@ -194,14 +203,19 @@ def merge(folders: list[Path], out: Path) -> Extracted:
 
 
 def window_splits(windows: WindowTable, settings: ExtractSettings) -> np.ndarray:
-    """0 for windows of training documents, 1 for held-out ones: int8 ``[window]``. Raises ``InputError`` when there is one document alone."""
+    """0 for windows of training documents, 1 for held-out ones, −1 for windows of held-out documents whose text is in training, too, and which belong to
+    neither: int8 ``[window]``. Documents of the same text are on the same side. Raises ``InputError`` when nothing could be held out."""
     found = np.zeros(len(windows), np.int8)
     if settings.held_out:
         try:
-            test = split_indices(len(windows), settings.held_out, settings.seed, np.asarray(windows.documents))[1]
+            groups = same_texts(windows.contents, np.asarray(windows.documents))
+            test = split_indices(len(windows), settings.held_out, settings.seed, groups)[1]
         except InputError as error:
             raise InputError(f"no document can be held out ({error}); corpus.held_out = 0 (--held-out 0 of extract) keeps all for training") from error
         found[test] = 1
+        found[(found == 1) & np.isin(windows.contents, windows.contents[found == 0])] = -1
+        if not (found == 1).any():
+            raise InputError("no document can be held out (all of its windows have the text of training windows); --held-out 0 keeps all for training")
     return found
 
 

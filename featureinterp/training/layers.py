@@ -109,7 +109,7 @@ def choose_layer(
         tokens = TableTokens(windows, positions)
         arrays, scored = _activations(subject, hooks, windows, tokens, Path(folder), batch_tokens, steps)
         found = tokens.labelled(labels, corpus)
-        train, test = split_indices(len(positions), test_fraction, seed, tokens.documents)
+        train, test = split_indices(len(positions), test_fraction, seed, tokens.same_texts)
         concepts = [i for i in range(len(found.names)) if all(LEAST <= found.labels[rows, i].sum() <= len(rows) - LEAST for rows in (train, test))]
         if not concepts:
             raise InputError(f"no concept has {LEAST} tokens in training and in test: take more tokens")

@@ -101,7 +101,11 @@ class Parts:
     @property
     def corpus(self) -> Corpus:
         """The text."""
-        return load_corpus(self.recipe.corpus.name, text_field=self.recipe.corpus.text_field)
+        return load_corpus(
+            self.recipe.corpus.name,
+            text_field=self.recipe.corpus.text_field,
+            document_separator=self.recipe.corpus.document_separator,
+        )
 
     def extract(self, folder: Path, steps: Steps, settings: ExtractSettings | None = None, *, replace: bool = False) -> Extracted:
         """The extraction in ``folder``, made, gone on with or reused; ``replace``: one of another request is deleted."""
@@ -227,6 +231,8 @@ def _online(recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ran
     ranks.barrier()
     windows = held.windows if held else WindowTable.open(folder / "windows")
     rows = np.flatnonzero(window_splits(windows, parts.extract_settings()) == 0)
+    if held is not None and held.test is not None and np.isin(rows, np.asarray(held.test.windows)).any():
+        raise IncompatibleError(f"{folder} holds out other documents than this version does: give another folder, or start anew with --replace")
     batches = OnlineBatches(
         parts.subject,
         recipe.subject.hook,
@@ -304,6 +310,7 @@ def _about(recipe: Recipe, trainer: Trainer, found: _Data, ranks: Ranks) -> dict
         "data": found.key,
         "source": found.source,
         "activations": str(found.extracted.folder.resolve()) if found.extracted else None,
+        "notes": found.extracted.notes if found.extracted else [],
         "processes": ranks.world,
         "device": str(trainer.device),
     }

@@ -60,6 +60,8 @@ class CorpusTable(_Table):
     """As for 'collect --corpus'."""
     text_field: str = "text"
     """Field or column that holds the text."""
+    document_separator: str | None = None
+    """As for 'collect --document-separator'."""
     window: int = pydantic.Field(default=64, ge=2, le=8192)
     """Tokens per window."""
     min_window: int = pydantic.Field(default=8, ge=1)

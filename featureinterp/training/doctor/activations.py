@@ -13,13 +13,15 @@ from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import FeatureInterpError
 from featureinterp.subject.load import Subject, same_weights
 from featureinterp.training.doctor.check import Sheet
-from featureinterp.training.doctor.model import FAR, hidden_states, relative
+from featureinterp.training.doctor.model import FAR, hidden_states, relative, repeats
 from featureinterp.training.store import ActivationStore
 
 SAMPLE = 50_000
 WINDOWS = 8
 SHIFTS = 99
 SINK_SHARE = 0.02
+LONG = 500
+"""No token has so many characters that are not white space."""
 MASSIVE, GAMMA, SPREAD = 0.3, 10.0, 20.0
 """Worth a warning: the share of the variance in one channel, ‖mean‖ / ‖deviation‖, the norm of the 99th percentile over the median."""
 
@@ -208,8 +210,8 @@ def recompute(sheet: Sheet, store: ActivationStore, windows: WindowTable, subjec
         if not len(rows):
             continue
         stored = store.read(rows)
-        states = [s[0].cpu().numpy() for s in hidden_states(subject, ids)]
         try:
+            states = [s[0].cpu().numpy() for s in hidden_states(subject, ids)]
             exact = subject.residual(ids, hook)[0].float().cpu().numpy()
         except FeatureInterpError as error:
             sheet.fail(name, "", str(error))
@@ -243,6 +245,20 @@ def _explain_difference(sheet: Sheet, name: str, off: float, layers: np.ndarray,
         sheet.fail(
             name, figure, "rows were made by other weights, in another dtype, or are damaged (bfloat16 bits read as float16, for instance): extract again"
         )
+
+
+def look_at_windows(sheet: Sheet, windows: WindowTable) -> None:
+    """Windows differ, and no token has the text of many."""
+    repeats(sheet, windows.contents)
+    sizes = np.diff(np.asarray(windows.ends[:SAMPLE], np.int64), axis=1, prepend=0)
+    long = next((len(piece) for row in np.flatnonzero((sizes > LONG).any(1)) for p in windows.pieces(int(row)) if len(piece := p.strip()) > LONG), 0)
+    n_chars = int(sizes.sum())
+    n_tokens = int(np.asarray(windows.lengths[:SAMPLE]).sum())
+    figure = f"{n_chars / max(1, n_tokens):.1f} characters per token" + (f", and one token with {long:,}" if long else "")
+    advice = "the tokenizer cut the texts (truncation in its file), and the rest hangs on the last token: extract again"
+    sheet.judge("tokens cover the text", not long, figure, advice)
+    for note in windows.notes:
+        sheet.warn("the text is as asked for", note, "look at the corpus, or ask for less")
 
 
 def look_at_split(sheet: Sheet, train: ActivationStore, test: ActivationStore, windows: WindowTable | None) -> None:

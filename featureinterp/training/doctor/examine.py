@@ -13,7 +13,7 @@ from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import InputError
 from featureinterp.stored.sums import read_marker
 from featureinterp.subject.load import Subject
-from featureinterp.training.doctor.activations import look_at_split, look_at_store
+from featureinterp.training.doctor.activations import look_at_split, look_at_store, look_at_windows
 from featureinterp.training.doctor.check import Check, Sheet
 from featureinterp.training.doctor.model import look_at_corpus, look_at_environment, look_at_model
 from featureinterp.training.doctor.run import look_at_result, look_at_run
@@ -34,6 +34,7 @@ class Patient:
     activations: Path | None = None
     run: Path | None = None
     text_field: str = "text"
+    document_separator: str | None = None
     window: int = 64
     device: str | None = None
     dtype: str | None = None
@@ -61,8 +62,9 @@ def examine(patient: Patient, *, seed: int = 0, steps: Steps = lambda *_: None) 
     if patient.corpus is not None:
         sheet = Sheet("corpus")
         held = []
-        if sheet.attempt("it can be read", lambda: held.append(load_corpus(patient.corpus or "", text_field=patient.text_field))):
-            look_at_corpus(sheet, held[0], subject)
+        options: dict[str, Any] = {"text_field": patient.text_field, "document_separator": patient.document_separator}
+        if sheet.attempt("it can be read", lambda: held.append(load_corpus(patient.corpus or "", **options))):
+            look_at_corpus(sheet, held[0], subject, patient.window)
         yield from sheet
     train: ActivationStore | None = None
     if patient.activations is not None:
@@ -97,6 +99,7 @@ def _stores(folder: Path, subject: Subject | None, seed: int) -> Iterator[tuple[
         if sheet.attempt("they are whole", open_windows):
             windows = held[0]
             sheet.passed("they are whole", f"{len(windows):,} windows, {windows.n_tokens:,} tokens")
+            look_at_windows(sheet, windows)
         yield sheet, None
     names = [name for name in ("train", "test") if (folder / name).exists()]
     if not names:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from featureinterp.corpus.contents import hashes_of, repeated_share
 from featureinterp.corpus.cut import piece_ends, valid_unicode
 from featureinterp.corpus.text import Corpus
-from featureinterp.subject.load import PrependToken, Subject, as_subject, read_causal_lm
+from featureinterp.subject.load import PrependToken, Subject, as_subject, check_causal, read_causal_lm
 from featureinterp.training.doctor.check import Sheet
 from featureinterp.training.settings import TrackingTable
 
@@ -20,6 +21,8 @@ TEXT = "The committee met in 1849; its report, in three parts, was read aloud."
 ODD = "naïve café — 25 % “quoted” 日本の港 👩‍👧 e\u0301 end"
 DOCUMENTS = 20
 DOCUMENT_CHARS = 20_000
+REPEATED = 0.05
+"""So large a share of windows with the text of another is worth a warning."""
 FAR = 0.02
 """Relative difference of activations that rounding of half-precision weights does not reach."""
 
@@ -46,9 +49,21 @@ def look_at_model(sheet: Sheet, name: str, hook: str, *, device: str | None, dty
     subject = as_subject(name, model, tokenizer)
     if not sheet.attempt("the hook exists", lambda: _hook(sheet, subject, hook)):
         return None
-    ids = torch.tensor([tokenizer.encode(TEXT, add_special_tokens=False)])
-    with torch.inference_mode():
-        residual = subject.residual(ids, hook).float()
+    rows, highest = subject.n_embeddings, max(tokenizer.get_vocab().values(), default=0)
+    sheet.judge(
+        "its tokens are in its embedding",
+        highest < rows,
+        f"{rows:,} rows, the highest token is {highest:,}",
+        "the tokenizer is of another model, or has tokens that were added later: text that gives them is refused",
+        otherwise="warn",
+    )
+    ids = torch.tensor([subject.encoder.encode([TEXT])[0].ids])
+    read: list[torch.Tensor] = []
+    if not sheet.attempt("it reads text", lambda: read.append(subject.residual(ids, hook).float())):
+        return None
+    if not sheet.attempt("tokens see only what is before them", lambda: check_causal(subject)):
+        return None
+    residual = read[0]
     finite = bool(torch.isfinite(residual).all())
     sheet.judge(
         "its activations are finite", finite, f"largest {float(residual.abs().max()):.4g}", "run it in float32 or bfloat16: float16 overflows in some models"
@@ -89,10 +104,7 @@ def _index(sheet: Sheet, subject: Subject, hook: str, ids: torch.Tensor) -> None
 @torch.inference_mode()
 def hidden_states(subject: Subject, ids: torch.Tensor) -> list[torch.Tensor]:
     """All hidden states of the library for windows ``[window, token]``, each ``[window, token, d]`` without the BOS, float32."""
-    ids = ids.to(subject.device)
-    cut = 0
-    if isinstance(subject.sink, PrependToken):
-        ids, cut = torch.cat([torch.full_like(ids[:, :1], subject.sink.token_id), ids], 1), 1
+    ids, cut = subject.as_read(ids)
     states = subject.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
     return [state[:, cut:].float() for state in states]
 
@@ -103,7 +115,14 @@ def relative(a: torch.Tensor | np.ndarray, b: torch.Tensor | np.ndarray) -> floa
     return float((x - y).norm() / y.norm().clamp_min(1e-12))
 
 
-def look_at_corpus(sheet: Sheet, corpus: Corpus, subject: Subject | None) -> None:
+def repeats(sheet: Sheet, hashes: np.ndarray) -> None:
+    """Windows have texts of their own."""
+    share = repeated_share(hashes)
+    advice = "the same text would be on both sides of a split, and is left out of one: remove repeated documents and common headers"
+    sheet.judge("windows differ", share <= REPEATED, f"{share:.1%} of {len(hashes):,} windows have the text of another", advice, otherwise="warn")
+
+
+def look_at_corpus(sheet: Sheet, corpus: Corpus, subject: Subject | None, window: int = 64) -> None:
     """The corpus holds text of the format that it claims, and tokens know their characters."""
     texts: list[str] = []
 
@@ -127,17 +146,32 @@ def look_at_corpus(sheet: Sheet, corpus: Corpus, subject: Subject | None) -> Non
     )
     if subject is None or not texts:
         return
+    ids = [np.asarray(encoding.ids, np.int32) for encoding in subject.encoder.encode(texts)]
+    whole = [part[: len(part) // window * window].reshape(-1, window) for part in ids]
+    repeats(sheet, hashes_of(np.concatenate(whole)))
     offsets(sheet, subject.encoder, subject.tokenizer, [*texts, ODD])
+
+
+def _uncovered(text: str, spans: Sequence[tuple[int, int]]) -> int:
+    """How many characters that are not white space are in no token's span."""
+    covered = np.zeros(len(text) + 1, np.int64)
+    for start, end in spans:
+        covered[start] += 1
+        covered[end] -= 1
+    return sum(not c.isspace() for c, inside in zip(text, covered.cumsum().tolist(), strict=False) if not inside)
 
 
 def offsets(sheet: Sheet, encoder: Any, tokenizer: Any, texts: list[str]) -> None:
     """Pieces of text by the tokenizer's offsets join to the text, and each is what its token decodes to."""
-    n = wrong = broken = 0
+    n = wrong = broken = n_tokens = n_chars = uncovered = 0
     example = ""
     for text, encoding in zip(texts, encoder.encode(texts), strict=True):
         ends = piece_ends(text, encoding.offsets).tolist()
         pieces = [text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True)]
         broken += "".join(pieces) != text
+        n_tokens += len(encoding.ids)
+        n_chars += len(text)
+        uncovered += _uncovered(text, encoding.offsets)
         for piece, token in zip(pieces, encoding.ids, strict=True):
             if piece.isascii() and piece.strip():
                 n += 1
@@ -151,6 +185,12 @@ def offsets(sheet: Sheet, encoder: Any, tokenizer: Any, texts: list[str]) -> Non
         not broken and share < 0.02,
         f"{wrong:,} of {n:,} tokens decode to other text than their offsets say{', ' + example if example else ''}",
         "offsets and tokens do not belong together (by one, perhaps): examples would show the wrong words; use this model's own fast tokenizer",
+    )
+    sheet.judge(
+        "tokens cover the text",
+        uncovered <= 0.01 * n_chars,
+        f"{n_tokens:,} tokens for {n_chars:,} characters, of which {uncovered:,} are in no token",
+        "the tokenizer cuts texts or leaves characters out: use this model's own fast tokenizer",
     )
 
 
