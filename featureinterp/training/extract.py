@@ -79,6 +79,13 @@ class Extracted:
             check_windows(store, windows)
         return cls(folder, windows, stores[TRAIN], stores[TEST])
 
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the text and of the split."""
+        repeated = next((store.meta["split"].get("n_repeated", 0) for store in (self.train, self.test) if store is not None), 0)
+        left_out = f"{repeated:,} windows of held-out documents have the text of training windows and are left out"
+        return [*self.windows.notes, *([left_out] if repeated else [])]
+
 
 def check_windows(store: ActivationStore, windows: WindowTable) -> None:
     """Raises ``IncompatibleError`` when a store's rows are not of these windows."""
@@ -89,13 +96,6 @@ def check_windows(store: ActivationStore, windows: WindowTable) -> None:
             f"{store.folder} and {windows.folder} do not belong together (its rows are of the windows {named[:12]}, "
             f"not of {windows.fingerprint[:12]}): put back the folder that was there, or delete both and extract again"
         )
-
-    @property
-    def notes(self) -> list[str]:
-        """What a user should know of the text and of the split."""
-        repeated = next((store.meta["split"].get("n_repeated", 0) for store in (self.train, self.test) if store is not None), 0)
-        left_out = f"{repeated:,} windows of held-out documents have the text of training windows and are left out"
-        return [*self.windows.notes, *([left_out] if repeated else [])]
 
 
 def extract(
