@@ -95,11 +95,11 @@ def is_loopback(host: str) -> bool:
 
 
 def read_key(variable: str | None, host: str) -> tuple[str | None, str | None]:
-    """The key and the name of its variable. None: no key, but to OpenAI itself that of ``OPENAI_API_KEY``. Raises ``InputError``, which never
+    """The key and the name of its variable. None: no key, but to OpenAI itself that of ``OPENAI_API_KEY``; empty: no key. Raises ``InputError``, which never
     shows the key, when the variable is not set or what it holds cannot be a key."""
     if variable is None and host == "api.openai.com":
         variable = "OPENAI_API_KEY"
-    if variable is None:
+    if not variable:
         return None, None
     check_variable(variable)
     key = os.environ.get(variable, "")

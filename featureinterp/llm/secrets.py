@@ -161,7 +161,7 @@ def check_address(address: str) -> None:
 
 def check_variable(name: str | None) -> None:
     """Raises ``InputError``, without repeating it, for a key that was given where the name of its variable belongs."""
-    if name is not None and (not _NAME.match(name) or looks_like_key(name)):
+    if name and (not _NAME.match(name) or looks_like_key(name)):  # an empty name: no key is sent
         raise InputError(
             "what was given as the name of the variable with the key is no name, and may be the key itself: put the key "
             "into an environment variable, and give the variable's name"

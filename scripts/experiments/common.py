@@ -58,9 +58,9 @@ class Experiment:
         return run
 
     def arm(self, name: str, run: Path, **changes: Any) -> Sequence[FeatureResult]:
-        """The results of one arm: the configuration's job with ``changes``."""
+        """The results of one arm: the configuration's job with ``changes``. The arms of one run share a folder, and so what they have paid for."""
         say(f"== {name}")
-        fields = {**self.settings, **changes, "run": run, "out": self.out / "jobs"}
+        fields = {**self.settings, **changes, "run": run, "out": self.out / "jobs" / run.name}
         if isinstance(fields.get("features"), list):
             fields["features"] = tuple(fields["features"])
         results = fi.run(make_job(**fields), on_event=show, steps=log)
