@@ -80,3 +80,12 @@ def content_key(value: Any) -> str:
     """A hash of a JSON-serialisable value: equal for equal content, whatever the order of keys. 32 hexadecimal digits."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def valid_unicode(text: str) -> str:
+    """The text with lone surrogates (which JSON can carry and UTF-8 cannot) replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

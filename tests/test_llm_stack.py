@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 from endpoint import KEY, completion, endpoint
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from featureinterp.errors import (
     EndpointUnavailableError,
     InputError,
     MalformedReplyError,
+    RequestRefusedError,
     StorageError,
     UnknownNameError,
 )
@@ -225,6 +227,23 @@ def test_an_error_reaches_everybody_who_waited_and_is_not_kept(tmp_path: Path):
     assert len(model.requests) == 2
 
 
+def test_who_waits_for_what_is_asked_once_more_gets_the_new_reply(tmp_path: Path):
+    def check(reply: Reply) -> None:
+        if reply.text != "good":
+            raise MalformedReplyError("bad")
+
+    class Slow(FunctionModel):
+        async def complete(self, request: Request) -> Reply:
+            await anyio.lowlevel.checkpoint()
+            return await super().complete(request)
+
+    request, path = asking(check=check), tmp_path / "r.sqlite"
+    assert anyio.run(cached(FunctionModel(lambda _: "bad"), path).complete, request).text == "bad"
+    model = Slow(lambda _: "good")
+    found = anyio.run(each, cached(model, path, retry_failed=True).complete, [request] * 5)
+    assert [reply.text for reply in found] == ["good"] * 5 and len(model.requests) == 1
+
+
 def test_a_store_of_replies_that_is_none(tmp_path: Path):
     (tmp_path / "r.sqlite").write_bytes(b"no database" * 200)
     with pytest.raises(StorageError, match="cannot be opened"):
@@ -275,6 +294,18 @@ def test_bodies_that_are_no_completion_are_errors_of_ours():
     for body in (b"<html>hello</html>", b'"text"', b"[]", b'{"choices": [{"message": 3}]}', b'{"choices": 5}', b""):
         with pytest.raises((MalformedReplyError, EndpointUnavailableError, EndpointRefusedError)):
             serve(lambda _, body=body: (200, {}, body), asking())
+
+
+def test_half_a_character_that_an_endpoint_sends_stops_no_job(tmp_path: Path):
+    words = "half \ud83d of one"
+    said = completion(words, logprobs={words: -0.1})
+    pieces = "".join(f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'content': half}}]})}\n\n" for half in ("\ud83d", "\ude00"))
+    stream = (200, {"content-type": "text/event-stream"}, (pieces + "data: [DONE]\n\n").encode())
+    (whole, cut), _, _ = serve(lambda body: stream if "stream" in str(body) else said, asking("stream"), asking("one", top_logprobs=2))
+    assert whole.text == "😀" and cut.text == "half \ufffd of one" and cut.first_token[0] == {cut.text: -0.1}
+    ReplyStore(tmp_path / "r.sqlite").put("key", "m", cut)
+    with pytest.raises(RequestRefusedError, match="half \ufffd of one"):
+        serve(lambda _: (400, {}, {"error": {"message": words}}), asking())
 
 
 def test_a_slow_drip_is_bounded_by_the_timeout():

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 
+from featureinterp.files import valid_unicode
+
 SEGMENT_CHARS = 100_000
 
 
@@ -114,12 +116,3 @@ def _segments(text: str) -> Iterator[str]:
         start = cut
     if start < len(text):
         yield text[start:]
-
-
-def valid_unicode(text: str) -> str:
-    """The text with lone surrogates (which JSON can carry and UTF-8 cannot) replaced by U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

@@ -126,8 +126,7 @@ def _texts(reply: str) -> tuple[list[str], bool]:
         texts, cut = _numbered_list(answer_of(reply)), False
         if not texts:
             raise
-    whole = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
-    return new_texts(whole, set()), cut
+    return new_texts(texts, set()), cut
 
 
 def without_numbers(texts: Sequence[str]) -> list[str]:

@@ -123,7 +123,7 @@ class Cached:
         """Whether a kept reply is taken for the answer."""
         if any(known.truncated) and 0 < known.room < self._room(request) and not is_answer(request, known):
             return False
-        if not self._retry_failed or key in self._asked or key in self._pending:
+        if not self._retry_failed or key in self._asked:
             return True
         return known.refused is None and is_answer(request, known)
 

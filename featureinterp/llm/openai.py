@@ -21,9 +21,10 @@ from featureinterp.errors import (
     LanguageModelError,
     RequestRefusedError,
 )
+from featureinterp.files import valid_unicode
 from featureinterp.llm.accepts import Accepts, Options
 from featureinterp.llm.address import check_key, read_address, read_headers, read_key
-from featureinterp.llm.answers import collect, is_stream, read_choices, reply_of, thinks
+from featureinterp.llm.answers import collect, is_stream, read_choices, reply_of, thinks, whole_characters
 from featureinterp.llm.bounds import bounded
 from featureinterp.llm.refusals import Refusal, error_within, gives_way, read_refusal
 from featureinterp.llm.secrets import Secrets
@@ -189,7 +190,7 @@ class OpenAIModel:
             ) from None
         if error_within(value):
             raise _RefusedError(read_refusal(200, response.headers, json.dumps(value).encode()))
-        return value
+        return whole_characters(value) if b"\\u" in raw else value
 
     def _learn(self, refusal: Refusal, request: Request, by: Accepts) -> bool:
         """Whether the request can be put otherwise after a refusal of what was sent, by ``by``; it then is, from now on. What another request has learnt
@@ -265,7 +266,7 @@ class OpenAIModel:
     def _explain(self, refusal: Refusal) -> LanguageModelError:
         """The error of ours for what the endpoint says, with its own words."""
         where, code = f"the endpoint {self.base_url}", f"HTTP {refusal.status}" if refusal.status != 200 else "an error within HTTP 200"
-        said = self._secrets.clean(refusal.words)
+        said = valid_unicode(self._secrets.clean(refusal.words))
         named = f"the environment variable {self._key_env}" if self._key_env else "the variable that --api-key-env names"
         wait = refusal.wait
         asked = "" if wait is None else f", which asks to wait {wait:,.0f} s"

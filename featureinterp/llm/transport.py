@@ -118,7 +118,8 @@ def shown_address(address: str) -> str:
 
 
 def read_json(body: bytes, where: str) -> Any:
-    """The JSON of a reply; NaN, which no field of a reply can be, becomes None.
+    """The JSON of a reply; NaN, which no field of a reply can be, becomes None. Halves of characters stay: the pieces of a stream may be cut
+    between them.
 
     Raises ``MalformedReplyError`` for one that is nested too deep, and ``ValueError`` for what is no JSON.
     """

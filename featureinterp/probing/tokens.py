@@ -15,10 +15,10 @@ import numpy as np
 
 from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.contents import same_texts
-from featureinterp.corpus.cut import valid_unicode
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
+from featureinterp.files import valid_unicode
 from featureinterp.probing.columns import Columns
 from featureinterp.probing.labels import Labels, Span
 

@@ -28,7 +28,7 @@ from featureinterp.subject.load import Subject, as_subject, check_same_model, lo
 from featureinterp.training.architectures import as_sae
 from featureinterp.training.batches import Batches, OnlineBatches, Share, StoreBatches
 from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
-from featureinterp.training.extract import Extracted, ExtractSettings, extract, window_splits
+from featureinterp.training.extract import PARTS, Extracted, ExtractSettings, extract, window_splits
 from featureinterp.training.loop import CHECKPOINT, LOG, OnLine, Trainer, planned_steps, prepare, read_log, resume, run
 from featureinterp.training.ranks import Ranks, joined, own_device
 from featureinterp.training.settings import Recipe, load_recipe, recipe_toml
@@ -226,7 +226,7 @@ def _online(recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ran
         else:
             with owned(folder, "train"):
                 asked = windows_request(parts.corpus, parts.subject, parts.policy)
-                claim(folder, "windows", asked, parts=("windows",), about={"corpus": recipe.corpus.name}, replace=replace)
+                claim(folder, "an extraction", asked, parts=PARTS, about={"corpus": recipe.corpus.name}, replace=replace)
                 build_windows(parts.corpus, parts.subject.encoder, parts.policy, folder / "windows")
     ranks.barrier()
     windows = held.windows if held else WindowTable.open(folder / "windows")

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from featureinterp.corpus.contents import hashes_of, repeated_share
-from featureinterp.corpus.cut import piece_ends, valid_unicode
+from featureinterp.corpus.cut import piece_ends
 from featureinterp.corpus.text import Corpus
+from featureinterp.files import valid_unicode
 from featureinterp.subject.load import PrependToken, Subject, as_subject, check_causal, read_causal_lm
 from featureinterp.training.doctor.check import Sheet
 from featureinterp.training.settings import TrackingTable
