@@ -58,6 +58,7 @@ def test_copies_alone_are_no_samples():
         ('Here they are:\n\n1) "The war."\n2) "The army."', ["The war.", "The army."]),
         ("<think>1. no\n2. no</think>1. The war.\n2. The army.", ["The war.", "The army."]),
         ('["a", "b"]', ["a", "b"]),
+        ('{"texts": ["a \\ud83d b", "c"]}', ["a \ufffd b", "c"]),
         ('{"texts": ["a"]}\n{"texts": ["b"]}', ["a", "b"]),
     ],
 )

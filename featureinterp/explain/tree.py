@@ -19,6 +19,7 @@ from featureinterp.explain.asking import ask
 from featureinterp.explain.one_shot import OneShot
 from featureinterp.explain.styles import Style
 from featureinterp.explain.windows import training_windows
+from featureinterp.files import valid_unicode
 from featureinterp.interfaces import Agree, LanguageModel, Simulator
 from featureinterp.llm.types import Message, Request
 from featureinterp.prompts import escape, load_prompt
@@ -215,7 +216,7 @@ class _Search:
         request = Request(messages, tree.max_tokens, tree.improve_temperature, tree.root.seed + node.kept.number + 1, shape.branching, schema)
 
         def read(text: str) -> tuple[Explanation, str]:
-            words = " ".join(parse_reply(text, _Improvement).improvement.split())
+            words = " ".join(valid_unicode(parse_reply(text, _Improvement).improvement).split())
             return tree.style.read(text, explanation.provenance), words[:MAX_IMPROVEMENT]
 
         try:

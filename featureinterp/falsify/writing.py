@@ -11,6 +11,7 @@ from typing import Any
 import pydantic
 
 from featureinterp.errors import EndpointRefusedError, JobStoppedError, LanguageModelError, MalformedReplyError
+from featureinterp.files import valid_unicode
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.prompts import load_prompt
@@ -126,7 +127,7 @@ def _texts(reply: str) -> tuple[list[str], bool]:
         texts, cut = _numbered_list(answer_of(reply)), False
         if not texts:
             raise
-    return new_texts(texts, set()), cut
+    return new_texts([valid_unicode(text) for text in texts], set()), cut
 
 
 def without_numbers(texts: Sequence[str]) -> list[str]:
