@@ -191,3 +191,13 @@ def test_importing_the_package_and_asking_for_help_brings_in_nothing_heavy():
 def test_every_function_of_the_facade_has_a_docstring():
     for name in featureinterp.__all__:
         assert (getattr(featureinterp, name).__doc__ or "").strip(), name
+
+
+def test_no_module_has_the_name_of_a_function_beside_it():
+    """Importing such a module would put it in the function's place."""
+    code = (
+        "import importlib, pathlib, featureinterp.api as api\n"
+        "for path in pathlib.Path(api.__file__).parent.glob('*.py'):\n"
+        "    assert path.stem == '__init__' or not hasattr(api, path.stem) or not callable(getattr(api, path.stem)), path\n"
+    )
+    run_alone(code)

@@ -11,9 +11,9 @@ import torch
 from tiny import make_sae, make_subject_folder
 
 from featureinterp import machine as rooms
-from featureinterp.api.demo import AIM_S, machine_lines, plan_demo, planned
-from featureinterp.api.demo import machine as look
 from featureinterp.api.local import subject_of
+from featureinterp.api.planning import AIM_S, machine_lines, plan_demo, planned
+from featureinterp.api.planning import machine as look
 from featureinterp.codes.activator import RunActivator, live_settings
 from featureinterp.codes.collect import collect
 from featureinterp.codes.store import CodesStore

@@ -15,7 +15,7 @@ from featureinterp.jobs.plan import Event, Outcome, Plan
 from featureinterp.jobs.spec import Job, load_job, make_job
 
 if TYPE_CHECKING:
-    from featureinterp.api.demo import DemoPlan
+    from featureinterp.api.planning import DemoPlan
     from featureinterp.codes.store import CodesStore
     from featureinterp.domain.record import FeatureRecord
     from featureinterp.falsify.sensitivity import FeatureSensitivity
@@ -573,7 +573,7 @@ def demo(
     what this machine does in about ten minutes for five features, when not given. What is already in ``out`` is reused. ``on_plan`` gets the plan,
     ``on_chosen`` a line on each feature before any is explained.
     """
-    from featureinterp.api.demo import first_figures, planned
+    from featureinterp.api.planning import first_figures, planned
     from featureinterp.assets import fetch
     from featureinterp.assets.gguf import hugging_face_folder
     from featureinterp.jobs.records import random_features

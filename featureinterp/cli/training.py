@@ -217,8 +217,8 @@ def doctor(
 
     screen = Screen(as_json=as_json)
     if machine:
-        from featureinterp.api.demo import machine as look
-        from featureinterp.api.demo import machine_lines
+        from featureinterp.api.planning import machine as look
+        from featureinterp.api.planning import machine_lines
 
         seen = look()
         if as_json:
