@@ -20,8 +20,9 @@ from typing import Any
 
 import filelock
 
-from featureinterp.errors import FolderInUseError, IncompatibleError
+from featureinterp.errors import DamagedStoreError, FolderInUseError, IncompatibleError
 from featureinterp.files import content_key, explained_storage, write_json
+from featureinterp.stored.sums import read_marker, write_marker
 from featureinterp.visible import visible
 
 LOCK, OWNER, REQUEST = ".owner.lock", ".owner.json", "request.json"
@@ -138,38 +139,49 @@ def claim(
     with ``replace`` those of another request are deleted, and nothing else. ``earlier``: the request of a folder that an earlier version wrote,
     None when it cannot be known. ``anew``: what starts anew there.
 
-    Raises ``IncompatibleError`` that says what differs when ``folder`` holds another request's parts and ``replace`` is off. Call it within
+    Raises ``IncompatibleError`` that says what differs when ``folder`` holds another request's parts and ``replace`` is off, and
+    ``DamagedStoreError`` when ``request.json`` is damaged and the parts do not say themselves what they are of. Call it within
     :func:`owned`.
     """
     wanted = json.loads(json.dumps(dict(asked)))
     there = [folder / name for name in parts if (folder / name).exists() or (folder / name).is_symlink()]
     path = folder / REQUEST
     with explained_storage(folder):
-        found, whole = _request(path)
-        if not whole:
+        damage: DamagedStoreError | None = None
+        try:
+            found = _request(path, f"put it back, give another folder, or start anew with {anew}")
+        except DamagedStoreError as error:
+            found, damage = None, error
+        whole = found is not None
+        if found is None:
             known = earlier() if there else None
             found = None if known is None else json.loads(json.dumps(dict(known)))
         if found != wanted and there:
             if not replace:
+                if found is None and damage is not None:
+                    raise damage
                 raise IncompatibleError(_difference(folder, what, found, wanted, anew))
             _refuse_held(there)
             for old in (path, *there):
                 _delete(old)
         if found != wanted or not whole:
-            write_json(path, {"key": content_key(wanted), **wanted, "about": dict(about or {})})
+            write_marker(path, {"key": content_key(wanted), **wanted, "about": dict(about or {})})
 
 
-def _request(path: Path) -> tuple[dict[str, Any] | None, bool]:
-    """A request as :func:`claim` wrote it, and whether there is one; earlier versions wrote others."""
+def _request(path: Path, remedy: str) -> dict[str, Any] | None:
+    """A request as :func:`claim` wrote it; None when there is none, or one that an earlier version wrote in another form.
+
+    Raises ``DamagedStoreError`` for one that is not what was written: its checksum says so, or its key.
+    """
     if not path.exists():
-        return None, False
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None, False
-    if not isinstance(found, dict) or "about" not in found:
-        return None, False
-    return {name: value for name, value in found.items() if name not in ("key", "about")}, True
+        return None
+    found = read_marker(path, remedy).value
+    if "about" not in found:
+        return None
+    asked = {name: value for name, value in found.items() if name not in ("key", "about")}
+    if found.get("key") != content_key(asked):
+        raise DamagedStoreError(f"{path} is damaged: its key is not that of its content; {remedy}")
+    return asked
 
 
 def _difference(folder: Path, what: str, found: dict[str, Any] | None, wanted: dict[str, Any], anew: str) -> str:

@@ -24,7 +24,7 @@ from featureinterp.codes.collect import collect
 from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.text import load_corpus
 from featureinterp.corpus.windows import WindowPolicy
-from featureinterp.errors import FolderInUseError, IncompatibleError
+from featureinterp.errors import DamagedStoreError, FolderInUseError, IncompatibleError
 from featureinterp.sae.load import load_sae
 from featureinterp.subject.load import Subject
 from featureinterp.training.extract import ExtractSettings, extract
@@ -100,7 +100,7 @@ def test_a_claim_says_what_differs_and_deletes_its_own_parts_alone(tmp_path: Pat
     assert {p.name for p in tmp_path.iterdir()} == {REQUEST, "notes"}
 
 
-@pytest.mark.parametrize("text", [None, "{", "[]", '{"key": "0", "hook": "x"}'])
+@pytest.mark.parametrize("text", [None, '{"key": "0", "hook": "x"}'])
 def test_what_does_not_say_what_it_is_of_is_not_taken_for_it(tmp_path: Path, text: str | None):
     (tmp_path / "codes").mkdir()
     if text is not None:
@@ -109,6 +109,33 @@ def test_what_does_not_say_what_it_is_of_is_not_taken_for_it(tmp_path: Path, tex
         claim(tmp_path, "codes", {"hook": "x"}, parts=("codes",))
     claim(tmp_path, "codes", {"hook": "x"}, parts=("codes",), earlier=lambda: {"hook": "x"})
     claim(tmp_path, "codes", {"hook": "x"}, parts=("codes",))  # it is written down now
+
+
+def test_every_byte_of_a_request_is_guarded_and_a_damaged_one_throws_nothing_away(tmp_path: Path):
+    """Also those that were written without a checksum: their key is the hash of what was asked for."""
+    path, asked = tmp_path / REQUEST, {"hook": "x", "window": 16}
+    (tmp_path / "codes").mkdir()
+    claim(tmp_path, "codes", asked, parts=("codes",), earlier=lambda: asked)
+    sealed = path.read_bytes()
+    for at in range(len(sealed)):
+        path.write_bytes(sealed[:at] + bytes([sealed[at] ^ (1 << at % 8)]) + sealed[at + 1 :])
+        try:
+            claim(tmp_path, "codes", asked, parts=("codes",))
+        except DamagedStoreError as error:
+            assert "start anew with --replace" in str(error)
+    bare = {k: v for k, v in json.loads(sealed).items() if k != "checksum"}
+    path.write_text(json.dumps(bare))
+    claim(tmp_path, "codes", asked, parts=("codes",))
+    for text in ("{", "[]", json.dumps({**bare, "window": 17}), json.dumps({**bare, "key": "0"})):
+        path.write_text(text)
+        with pytest.raises(DamagedStoreError, match=r"request\.json is damaged.*start anew with --replace"):
+            claim(tmp_path, "codes", asked, parts=("codes",))
+        assert path.read_text() == text and (tmp_path / "codes").is_dir()
+    claim(tmp_path, "codes", asked, parts=("codes",), earlier=lambda: asked)  # the parts say it themselves
+    assert path.read_bytes() == sealed
+    path.write_text("{")
+    claim(tmp_path, "codes", asked, parts=("codes",), replace=True)
+    assert not (tmp_path / "codes").exists() and json.loads(path.read_text())["window"] == 16
 
 
 def texts(path: Path, seed: int) -> Path:

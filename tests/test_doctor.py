@@ -165,6 +165,7 @@ def corpus_ordered(run: Path) -> None:
 
 def log_with(run: Path, alter: Callable[[int, int, dict[str, Any]], dict[str, Any]]) -> None:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = [{k: v for k, v in line.items() if k != "checksum"} for line in lines]
     (run / "log.jsonl").write_text("".join(json.dumps({**line, **alter(i, len(lines), line)}) + "\n" for i, line in enumerate(lines)))
 
 

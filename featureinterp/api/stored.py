@@ -40,11 +40,11 @@ def verify(folder: str | Path, *, on_part: Callable[[Found], None] = lambda _: N
 
     ``on_part`` is called with every part as it is through. Nothing is changed. Raises ``StorageError`` when there is no folder.
     """
-    from featureinterp.training.loop import CHECKPOINT, check_checkpoint
+    from featureinterp.training.loop import CHECKPOINT, LOG, check_checkpoint, check_log
 
     found = []
     tables = {"journal.sqlite": _journal, "replies.sqlite": _replies}
-    for part in verify_files(Path(folder), tables, {CHECKPOINT: check_checkpoint}):
+    for part in verify_files(Path(folder), tables, {CHECKPOINT: check_checkpoint, LOG: check_log}):
         found.append(part)
         on_part(part)
     if all(f.state != DAMAGED for f in found):

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,14 +18,15 @@ import pydantic
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, StreamingResponse
 
 from featureinterp import __version__
-from featureinterp.errors import FeatureInterpError, UnknownNameError
+from featureinterp.errors import DamagedStoreError, FeatureInterpError, UnknownNameError
 from featureinterp.server.disk import room, says_full
-from featureinterp.server.folder import JobsFolder, JobView, QueueFullError, WrongStateError
+from featureinterp.server.folder import JobsFolder, JobView, QueueFullError, WrongStateError, is_locked
 from featureinterp.server.gate import Gate
 from featureinterp.server.health import health_of
 from featureinterp.server.page import PAGE, front_page
 from featureinterp.server.runner import MIN_FREE, Runner
 from featureinterp.server.views import PASSING, DamagedJobError
+from featureinterp.stored.sums import checked_lines, read_marker
 from featureinterp.visible import visible_json
 
 _SHOWN = 300
@@ -358,12 +358,35 @@ def _submit(submission: Submission, rules: Rules, jobs: JobsFolder) -> JobView:
 
 
 def _results(jobs: JobsFolder, number: str, start: int, end: int) -> list[dict[str, Any]]:
+    return list(islice(_rows(jobs, number), start, end))
+
+
+def _rows(jobs: JobsFolder, number: str) -> Iterator[dict[str, Any]]:
+    """The results of a job one by one. Raises ``DamagedJobError`` at the first that is not what was written."""
     path = jobs.path(number) / "out" / "results.jsonl"
     if not path.is_file():
-        return []
+        return
+    again = "resume the job to write it anew from the journal"
+    try:
+        with _lines(path, again) as lines:
+            for i, line in enumerate(lines):
+                yield _row(number, i, line)
+    except DamagedStoreError as error:
+        if is_locked(path.parent.parent):
+            raise WrongStateError(f"the results of the job {number} are being written: ask again in a second") from error
+        raise DamagedJobError(str(error).replace(str(path.parent) + "/", "")) from error
+
+
+@contextmanager
+def _lines(path: Path, remedy: str) -> Iterator[Iterator[bytes]]:
+    """The lines of results, checked by their blocks where ``about.json`` has checksums of them."""
+    about = path.parent / "about.json"
+    files = read_marker(about, remedy).files if about.is_file() else None
+    if files is not None and path.name in files:
+        yield checked_lines(path, files[path.name], remedy)
+        return
     with path.open("rb") as file:
-        lines = iter(lambda: file.readline(MAX_LINE), b"")
-        return [_row(number, i, line) for i, line in enumerate(islice(lines, end)) if i >= start]
+        yield iter(lambda: file.readline(MAX_LINE), b"")
 
 
 def _row(number: str, i: int, line: bytes) -> dict[str, Any]:
@@ -382,7 +405,7 @@ def _no_number(text: str) -> float:
 
 
 def _feature(jobs: JobsFolder, number: str, index: int) -> dict[str, Any]:
-    for row in _results(jobs, number, 0, sys.maxsize):
+    for row in _rows(jobs, number):
         if row["feature"] == index:
             return row
     raise UnknownNameError(f"the job {number} has no results of feature {index}")

@@ -191,6 +191,24 @@ def check_size(path: Path, size: int, marker: str, remedy: str) -> None:
         raise DamagedStoreError(f"{path} has {now:,} bytes instead of the {size:,} that {marker} declares: {remedy}")
 
 
+def checked_lines(path: Path, sums: Sums, remedy: str) -> Iterator[bytes]:
+    """The lines of a file, each one after the blocks that it lies in have been checked; what is not asked for is not read.
+
+    Raises ``DamagedStoreError`` for a block, or a size, that is not what ``sums`` say.
+    """
+    check_size(path, sums.size, "its marker", remedy)
+    left = b""
+    with explained_storage(path), path.open("rb") as file:
+        for number, crc in enumerate(sums.crcs):
+            block = file.read(sums.block)
+            if zlib.crc32(block) != crc:
+                raise DamagedStoreError(f"{path} is damaged at byte {number * sums.block:,}: {remedy}")
+            *lines, left = (left + block).split(b"\n")
+            yield from (line + b"\n" for line in lines)
+    if left:
+        yield left
+
+
 def checked_bytes(path: Path, sums: Sums | None, remedy: str) -> bytes:
     """A whole file's content. Raises ``DamagedStoreError`` when it is not what ``sums`` say (None: not known)."""
     with explained_storage(path):

@@ -30,6 +30,7 @@ MARKERS = {
     "layers.json",
     "metrics.json",
     "records.sums.json",
+    "request.json",
 }
 """Markers of our own, which are named when an earlier version wrote them without checksums."""
 Check = Callable[[Path], int]
@@ -97,8 +98,10 @@ def _marker(path: Path, named: set[Path]) -> Iterator[Found]:
     yield Found(str(path), UNCHECKED, "an earlier version wrote it", size) if marker.files is None else Found(str(path), GOOD, "", size)
     for name, sums in (marker.files or {}).items():
         file = path.parent / name
+        found = _file(file, sums, remedy)
+        if file not in named or found.state == DAMAGED:
+            yield found
         named.add(file)
-        yield _file(file, sums, remedy)
 
 
 def _file(path: Path, sums: Sums, remedy: str) -> Found:

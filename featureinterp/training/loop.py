@@ -9,7 +9,6 @@ import os
 import time
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 
 from featureinterp.errors import DamagedStoreError, FeatureInterpError, IncompatibleError, InputError
 from featureinterp.files import content_key, explained_storage, replaced_atomically
+from featureinterp.stored.sums import is_sealed
 from featureinterp.training.architectures import TRAINABLE, Normalizer, Trainable, geometric_median
 from featureinterp.training.batches import Batches, as_tensor
 from featureinterp.training.ranks import Ranks
@@ -197,32 +197,70 @@ def run(trainer: Trainer, folder: Path, key: dict[str, Any], *, on_line: OnLine 
 
 
 class Log:
-    """A JSONL file, one line per some steps. Lines of steps after ``step`` are of an attempt that was cut off, and are dropped."""
+    """A JSONL file, one line per some steps. Lines of steps after ``step`` are of an attempt that was cut off, and are dropped.
+    ``checksum`` in each line is the CRC-32 of it and of all lines before it, so that a lost line shows too."""
 
     def __init__(self, path: Path, step: int) -> None:
-        self.path = path
+        """Raises as :func:`read_log`."""
+        self.path, self._crc = path, 0
         kept = [line for line in read_log(path) if line["step"] <= step]
         with replaced_atomically(path) as file:
-            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
+            file.write("".join(map(self._sealed, kept)).encode())
 
     def write(self, line: Line) -> None:
         """Appends a line."""
         with explained_storage(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(self._sealed(line))
+
+    def _sealed(self, line: Line) -> str:
+        self._crc = _crc_of_line(line, self._crc)
+        return json.dumps({**line, "checksum": f"crc32:{self._crc:08x}"}) + "\n"
+
+
+def _crc_of_line(line: Line, before: int) -> int:
+    return zlib.crc32(json.dumps(line).encode(), before)
 
 
 def read_log(path: Path) -> list[Line]:
-    """The lines of a log; a last one that was cut off is left out, none when there is no log."""
+    """The lines of a log, without their checksums; a last one that was cut off is left out, none when there is no log.
+
+    Raises ``DamagedStoreError`` when a line is not what was written, or lines before it are lost.
+    """
+    return _read_log(path)[0]
+
+
+def check_log(path: Path) -> int:
+    """Raises as :func:`read_log`; how many lines of an earlier version have no checksum."""
+    found, checked = _read_log(path)
+    return 0 if checked else len(found)
+
+
+def _read_log(path: Path) -> tuple[list[Line], bool]:
+    """The lines, and whether they have checksums."""
     if not path.exists():
-        return []
-    found = []
+        return [], True
     with explained_storage(path):
-        for text in path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
-                line = json.loads(text)
-                if isinstance(line, dict) and isinstance(line.get("step"), int):
-                    found.append(line)
-    return found
+        *whole, _ = path.read_bytes().split(b"\n")
+    lines = [_parsed(text) for text in whole]
+    if not any(line is not None and is_sealed(line) for line in lines):
+        return [line for line in lines if line is not None], not lines
+    found, crc = [], 0
+    for number, line in enumerate(lines, 1):
+        said = None if line is None else line.pop("checksum", None)
+        crc = 0 if line is None else _crc_of_line(line, crc)
+        if line is None or said != f"crc32:{crc:08x}":
+            again = "delete it and run the same command again, which goes on from the checkpoint with a log from there"
+            raise DamagedStoreError(f"{path} is damaged in line {number}, or lines before it are lost: {again}")
+        found.append(line)
+    return found, True
+
+
+def _parsed(text: bytes) -> Line | None:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 
 
 def write_checkpoint(trainer: Trainer, path: Path, key: str) -> None:

@@ -349,7 +349,7 @@ def _finish(recipe: Recipe, out: Path, parts: Parts, trainer: Trainer, found: _D
             )
             judged = replaced(judged, loss=loss)
         metrics = judged.to_json()
-        write_marker(out / METRICS, metrics)
+        write_marker(out / METRICS, metrics, {LOG: Sums.of(out / LOG)})
         save_sae(out / "sae", written.sae, dtype=dtype, provenance=provenance, metrics=short_metrics(metrics), **names)
     save_saelens(out / "saelens", written.sae, **names)
     return metrics

@@ -7,30 +7,53 @@ import random
 import shutil
 import sqlite3
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from damage import Stored, attack
 from markers import unseal
 from typer.testing import CliRunner
 
 from featureinterp.api.stored import verify
+from featureinterp.claims import claim
 from featureinterp.cli.main import app
+from featureinterp.codes.dense import dense_twin
 from featureinterp.codes.store import CodesStore, RunWriter
 from featureinterp.corpus.text import Corpus, Document
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
+from featureinterp.domain.feature import FeatureId
+from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import DamagedStoreError, FeatureInterpError, IncompatibleError
+from featureinterp.errors import DamagedStoreError, FeatureInterpError, IncompatibleError, IncompleteStoreError
 from featureinterp.jobs.journal import Journal
+from featureinterp.jobs.spec import job_of, make_job
 from featureinterp.llm.cached import ReplyStore
 from featureinterp.llm.types import Reply
+from featureinterp.probing.study import Concept, Study, StudySettings
 from featureinterp.records.files import write_records
 from featureinterp.records.similar import window_embeddings
+from featureinterp.report.probing import read_annotations, write_study
 from featureinterp.report.render import read_results, write_results
+from featureinterp.report.sensitivity import write_sensitivity
 from featureinterp.stored.sums import Sums, read_marker, write_marker
 from featureinterp.stored.whole import DAMAGED, GOOD, UNCHECKED
+from featureinterp.subject.load import Subject
+from featureinterp.training.loop import (
+    CHECKPOINT,
+    LOG,
+    Log,
+    Trainer,
+    check_log,
+    prepare,
+    read_checkpoint,
+    read_log,
+    write_checkpoint,
+)
+from featureinterp.training.settings import SaeTable, TrainingTable
 from featureinterp.training.store import ActivationStore, StoreWriter
 
 N_FEATURES, LENGTH = 7, 5
@@ -165,12 +188,123 @@ def read_all_results(folder: Path) -> object:
     return [r.to_json() for r in results], about
 
 
+def make_marked(folder: Path, seed: int) -> None:
+    """What is guarded by one marker or by itself: job, request, records, studies, sensitivity, checkpoint, dense twin."""
+    job = make_job(run=folder / "run", features=f"0:{seed + 3}", simulator="lexical", plan={"seed": seed})
+    with Journal(folder / "job" / "journal.sqlite") as journal:
+        journal.start(f"k{seed}", 1)
+    write_marker(folder / "job" / "job.json", {"key": f"k{seed}", "job": job.model_dump(mode="json"), "features": list(range(seed + 3))})
+    (folder / "request").mkdir()
+    claim(folder / "request", "codes", asked_for(seed), parts=("codes",), about={"corpus": "texts"})
+    (folder / "request" / "codes").mkdir()
+    records = [FeatureRecord(FeatureId("sae", f), 1.0 + seed, 0.5, 9, {}, {"top": "few"}) for f in range(20)]
+    write_records(folder / "records" / "records.jsonl", records, "fingerprint")
+    concepts = tuple(Concept(f"concept {i}", 9, 8, 7, 6 + seed, undefined="too few") for i in range(4))
+    labelled = {c.name: np.arange(i + seed, 300) for i, c in enumerate(concepts)}
+    about = {"title": f"t{seed}", "subtitle": "s", "facts": {"Seed": seed}, "codes": "fingerprint"}
+    write_study(folder / "probe", Study(concepts, (), 90, 40, 7, N_FEATURES, StudySettings(seed=seed)), labelled, about)
+    write_sensitivity(folder / "sensitivity", [], {"sae_name": f"s{seed}"}, per_call=4)
+    trainer = prepared(seed)
+    trainer.one_step()
+    write_checkpoint(trainer, folder / "checkpoint" / CHECKPOINT, f"key{seed}")
+
+
+def asked_for(seed: int) -> dict[str, object]:
+    return {"corpus": f"{seed}" * 32, "window": {"length": 16 + seed, "min": 8}}
+
+
+def prepared(seed: int) -> Trainer:
+    rng = np.random.default_rng(seed)
+    rows = OwnRows(rng.normal(size=(64, 6)).astype(np.float32))
+    table = TrainingTable(batch=8, samples=64, seed=seed, log_every=1)
+    return prepare(rows, SaeTable(architecture="topk", d_sae=9, k=2, aux_k=0), table, torch.device("cpu"), 64)
+
+
+class OwnRows:
+    """The same rows again and again."""
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.all, self.cursor, self.d_model = rows, {"row": 0}, rows.shape[1]
+
+    def sample(self, n: int, *, seed: int, n_shards: int | None) -> np.ndarray:
+        return self.all
+
+    def next(self) -> np.ndarray:
+        return self.all[:8]
+
+    def seek(self, cursor: dict[str, int]) -> None:
+        self.cursor = cursor
+
+
+def read_job(folder: Path) -> object:
+    for found in verify(folder / "job").of(DAMAGED):
+        raise DamagedStoreError(found.why)
+    return job_of(folder / "job").model_dump(mode="json"), read_marker(folder / "job" / "job.json", "run it again").value
+
+
+def read_request(folder: Path) -> object:
+    """A request goes on where it is the same, and says what differs where it is another."""
+    claim(folder / "request", "codes", asked_for(1), parts=("codes",))
+    return json.loads((folder / "request" / "request.json").read_text())["key"]
+
+
+def read_checkpoint_of(folder: Path) -> object:
+    trainer = prepared(1)
+    read_checkpoint(trainer, folder / "checkpoint" / CHECKPOINT, "key1")
+    return trainer.step, {name: t.tolist() for name, t in trainer.state().items()}
+
+
+def proved(name: str) -> Callable[[Path], object]:
+    """Reads tables that other programs read: when ``verify`` lets them pass, their bytes count."""
+
+    def read(folder: Path) -> object:
+        for found in verify(folder / name).of(DAMAGED):
+            raise DamagedStoreError(found.why)
+        files = sorted(p for p in (folder / name).iterdir() if p.suffix in (".csv", ".parquet", ".npz", ".jsonl"))
+        return [read_marker(p, "").value for p in (folder / name).glob("*.json")], [p.read_bytes() for p in files]
+
+    return read
+
+
+def read_study(folder: Path) -> object:
+    annotations, positions = read_annotations(folder / "probe", "fingerprint")
+    if not positions:
+        raise IncompatibleError("it is of other codes")
+    return annotations, {name: p.tolist() for name, p in positions.items()}, proved("probe")(folder)
+
+
+def read_dense(run: Path) -> object:
+    def load() -> Subject:
+        raise IncompleteStoreError("the subject would be asked again")
+
+    return dense_twin(CodesStore.open(run), run, load).tolist()
+
+
+def make_dense(run: Path, seed: int) -> None:
+    store = CodesStore.open(run)
+    values = np.random.default_rng(seed).normal(size=(len(store.scored_positions), 4)).astype(np.float32)
+    (run / "dense").mkdir()
+    (run / "dense" / "activations.bin").write_bytes(values.tobytes())
+    state = {"codes": store.fingerprint, "width": 4, "next_window": len(store.windows)}
+    write_marker(run / "dense" / "dense.json", state, {"activations.bin": Sums.of(run / "dense" / "activations.bin", 64)})
+
+
+MARKED = {
+    "job": read_job,
+    "request": read_request,
+    "records": proved("records"),
+    "probe": read_study,
+    "sensitivity": proved("sensitivity"),
+    "checkpoint": read_checkpoint_of,
+}
+
+
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> list[Stored]:
     """Two of every kind."""
     found = []
     base = tmp_path_factory.mktemp("stored")
-    made = {"run": make_run, "activations": make_activations, "journal": make_journal, "results": make_results}
+    made = {"run": make_run, "activations": make_activations, "journal": make_journal, "results": make_results, "marked": make_marked}
     for name, make in made.items():
         for seed in (1, 2):
             (base / name / str(seed)).mkdir(parents=True)
@@ -192,6 +326,23 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> list[Stored]:
     return found
 
 
+@pytest.fixture(scope="module")
+def more_kinds(kinds: list[Stored]) -> list[Stored]:
+    """The parts that one marker guards, or that guard themselves."""
+    base = kinds[0].folder.parent.parent
+    for seed in (1, 2):
+        shutil.copytree(base / "run" / str(seed), base / "dense" / str(seed))
+        make_dense(base / "dense" / str(seed), seed)
+    names = ("dense/activations.bin", "dense/dense.json")
+    found = [Stored("dense", base / "dense" / "1", base / "dense" / "2", names, read_dense)]
+    base = base / "marked"
+    for name, read in MARKED.items():
+        kept = (".json", ".jsonl", ".csv", ".parquet", ".npz", ".safetensors")
+        files = tuple(sorted(f"{name}/{p.name}" for p in (base / "1" / name).iterdir() if p.suffix in kept))
+        found.append(Stored(name, base / "1", base / "2", files, read))
+    return found
+
+
 def run_attack(kinds: list[Stored], n: int, work: Path, seed: int) -> Counter[str]:
     """``n`` damages of each kind; fails with all that were wrong."""
     outcomes: Counter[str] = Counter()
@@ -210,10 +361,63 @@ def test_no_damage_is_silent_and_none_gives_a_traceback(kinds: list[Stored], tmp
     assert outcomes["refused"] > 100
 
 
+def test_no_damage_to_markers_tables_and_checkpoints_is_silent(more_kinds: list[Stored], tmp_path: Path):
+    outcomes = run_attack(more_kinds, 10, tmp_path / "work", 500)
+    assert outcomes["refused"] > 40
+
+
 @pytest.mark.slow
-def test_a_thousand_damages_and_more(kinds: list[Stored], tmp_path: Path):
+def test_a_thousand_damages_and_more(kinds: list[Stored], more_kinds: list[Stored], tmp_path: Path):
     outcomes = run_attack(kinds, 180, tmp_path / "work", 1000)
     assert outcomes["refused"] + outcomes["right"] >= 1200
+    outcomes = run_attack(more_kinds, 80, tmp_path / "work", 2000)
+    assert outcomes["refused"] + outcomes["right"] >= 500
+
+
+def test_tables_of_another_run_are_told(tmp_path: Path):
+    """A journal goes by what was asked for: another one's rows are never taken, and ``verify`` says that it is not the job's."""
+    for seed in (1, 2):
+        make_journal(tmp_path / str(seed), seed)
+    job = {"key": "another job", "job": {}, "features": []}
+    write_marker(tmp_path / "1" / "job.json", {**job, "key": "job"})
+    assert verify(tmp_path / "1").good
+    write_marker(tmp_path / "1" / "job.json", job)
+    assert "do not belong together" in verify(tmp_path / "1").of(DAMAGED)[0].why
+    for file in ("journal.sqlite", "replies.sqlite"):
+        shutil.copyfile(tmp_path / "2" / file, tmp_path / "1" / file)
+    with Journal(tmp_path / "1" / "journal.sqlite") as journal:
+        assert [journal.get(f"1-{i:04}" * 4) for i in range(30)] == [None] * 30
+    store = ReplyStore(tmp_path / "1" / "replies.sqlite")
+    assert [store.get(f"1-{i:04}" * 4) for i in range(30)] == [None] * 30
+    store.close()
+
+
+def test_every_byte_of_a_training_log_is_guarded(tmp_path: Path):
+    path = tmp_path / LOG
+    log = Log(path, 0)
+    lines = [{"step": i, "loss": 1 / (i + 1), "l0": float("nan") if i == 2 else 3.0} for i in range(5)]
+    for line in lines:
+        log.write(line)
+    whole = path.read_bytes()
+    wanted = repr(lines)
+    assert repr(read_log(path)) == wanted and check_log(path) == 0
+    for at in range(len(whole) - 1):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
+        try:
+            assert repr(read_log(path)) == wanted, at
+        except DamagedStoreError as error:
+            assert "delete it and run the same command again" in str(error)
+    pieces = whole.splitlines(keepends=True)
+    for kept in (pieces[1:], pieces[:2] + pieces[3:], [pieces[1], pieces[0], *pieces[2:]]):
+        path.write_bytes(b"".join(kept))
+        with pytest.raises(DamagedStoreError, match="lines before it are lost"):
+            read_log(path)
+    path.write_bytes(whole[:-9])  # a killed process
+    assert repr(read_log(path)) == repr(lines[:-1])
+    Log(path, 2).write({"step": 3})
+    assert [line["step"] for line in read_log(path)] == [0, 1, 2, 3]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))  # an earlier version
+    assert repr(read_log(path)) == wanted and check_log(path) == 5
 
 
 def test_every_byte_of_a_small_marker_is_guarded(tmp_path: Path):

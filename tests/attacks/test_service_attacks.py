@@ -28,13 +28,15 @@ from endpoint import endpoint
 from fastapi.testclient import TestClient
 from service import Running, configured
 
+from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import EndpointUnavailableError, UnknownNameError
 from featureinterp.jobs.spec import make_job
+from featureinterp.report.render import write_results
 from featureinterp.server import worker
 from featureinterp.server.app import Rules, make_app
 from featureinterp.server.client import Service
-from featureinterp.server.connections import bounded
-from featureinterp.server.folder import JobsFolder, end
+from featureinterp.server.connections import BEYOND, bounded
+from featureinterp.server.folder import JobsFolder, end, lock_of
 from featureinterp.server.runner import Runner
 
 SMALL = {"run": "tiny", "features": "3", "simulator": "lexical", "explainer": "top-tokens", "n_test": 2}
@@ -296,7 +298,16 @@ def test_connections_beyond_the_limit_are_turned_away_and_the_others_served(rule
         held = [opened(port, HALVES[2]) for _ in range(8)]
         until(lambda: len(server.server_state.connections) == 8)
         for _ in range(20):
-            assert read_to_the_end(opened(port)).startswith(b"HTTP/1.1 503")
+            assert read_to_the_end(opened(port, b"GET /api/jobs HTTP/1.1\r\n")).startswith(b"HTTP/1.1 503")
+        silent = [opened(port) for _ in range(BEYOND + 9)]
+        assert all(read_to_the_end(sock).startswith(b"HTTP/1.1 503") for sock in silent[:9])
+        for _ in range(3):  # whoever asks whether the service works hears it all the same, and nothing else
+            whole = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+            heard = read_to_the_end(opened(port, whole + whole.replace(b"/health", b"/api/jobs")))
+            assert heard.startswith(b"HTTP/1.1 200") and heard.count(b"HTTP/1.1") == 1, heard
+        for sock in silent:
+            sock.close()
+        until(lambda: len(server.server_state.connections) == 8)
         held.pop().close()
         until(lambda: len(server.server_state.connections) == 7)
         assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
@@ -414,6 +425,31 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "a loop": lambda p: (p.unlink(missing_ok=True), p.symlink_to(p)),
 }
 STORED = ("submitted.json", "outcome.json", "progress.json", "lock", "starts", "out/results.jsonl", "out/report.html")
+
+
+def test_results_are_read_with_their_checksums(client: TestClient, rules: Rules):
+    jobs = JobsFolder(rules.jobs)
+    number = jobs.submit(make_job(run=rules.runs / "tiny"), SMALL)
+    out = jobs.path(number) / "out"
+    found = [FeatureResult(f, "sae", 0.5, 0.01, 3, (), shortfalls={"top/test": "wörds " * 4000}) for f in range(9)]
+    write_results(out, found, {"title": "t"})
+    end(jobs.path(number), "done", "")
+    rows = client.get(f"/api/jobs/{number}/results").json()
+    assert [r["feature"] for r in rows] == list(range(9)) and rows[8]["shortfalls"] == found[8].shortfalls
+    path = out / "results.jsonl"
+    data = path.read_bytes()
+    changed = data.rindex(b"rds")
+    path.write_bytes(data[:changed] + b"X" + data[changed + 1 :])  # still JSON, and a text that nobody wrote
+    assert client.get(f"/api/jobs/{number}/features/0").status_code == 200
+    assert [r["feature"] for r in client.get(f"/api/jobs/{number}/results?limit=2").json()] == [0, 1], "blocks before it are whole"
+    answer = client.get(f"/api/jobs/{number}/features/8")
+    assert answer.status_code == 409 and "results.jsonl is damaged at byte" in answer.json()["detail"], answer.text
+    assert "resume the job" in answer.json()["detail"] and str(out) not in answer.text
+    path.write_bytes(data[:-1])
+    assert client.get(f"/api/jobs/{number}/features/8").status_code == 409
+    with lock_of(jobs.path(number)):  # a worker is at it
+        answer = client.get(f"/api/jobs/{number}/results")
+        assert answer.status_code == 409 and "are being written" in answer.json()["detail"]
 
 
 def expected(name: str, kind: str, ended: bool) -> str:

@@ -39,7 +39,9 @@ def look_at_run(sheet: Sheet, folder: Path, train: ActivationStore | None) -> Re
     if (folder / ABOUT).exists() and not sheet.attempt("it left a log", lambda: read.append(read_marker(folder / ABOUT, AGAIN).value)):
         return recipe
     about = read[0] if read else None
-    log = read_log(folder / LOG)
+    log: list[Line] = []
+    if not sheet.attempt("it left a log", lambda: log.extend(read_log(folder / LOG))):
+        return recipe
     if not about or not log:
         sheet.fail("it left a log", f"{len(log)} lines", "the run never began: run the same 'featureinterp train' again")
         return recipe
