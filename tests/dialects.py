@@ -422,6 +422,36 @@ FINAL: dict[str, Final] = {
     "request-plain": Final(400, b"bad request: it is purple", "RequestRefusedError", "it is purple"),
     "busy-overloaded": Final(529, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}, _BUSY, "Overloaded"),
     "busy-in-a-200": Final(200, {"id": None, "choices": None, "error": {"message": "ResourceExhausted: worker limit", "code": 429}}, _BUSY, "worker limit"),
+    "credit-zhipu": Final(429, {"error": {"code": "1113", "message": "余额不足或无可用资源包,请充值。"}}, _KEY, "no credit left"),
+    "credit-z-ai": Final(429, {"error": {"code": "1113", "message": "Insufficient balance or no resource package. Please recharge."}}, _KEY, "no credit left"),
+    "quota-zhipu": Final(429, {"error": {"code": "1304", "message": "该 API 已达今日调用次数限额"}}, _KEY, "limit per day"),
+    "content-zhipu": Final(400, {"error": {"code": "1301", "message": "系统检测到输入或生成内容可能包含不安全或敏感内容"}}, _CONTENT, "敏感内容"),
+    "content-kimi": Final(
+        400, {"error": {"type": "content_filter", "message": "The request was rejected because it was considered high risk"}}, _CONTENT, "high risk"
+    ),
+    "long-kimi": Final(400, {"error": {"type": "invalid_request_error", "message": "Input token length too long"}}, "RequestRefusedError", "too long for it"),
+    "busy-dashscope-tokens": Final(
+        429,
+        openai(
+            "You exceeded your current quota, please check your plan and billing details. "
+            "For details, see: https://help.aliyun.com/zh/model-studio/error-code#token-limit",
+            "insufficient_quota",
+            "insufficient_quota",
+            "insufficient_quota",
+        ),
+        _BUSY,
+        "error-code#token-limit",
+    ),
+    "busy-gemini-in-words": Final(
+        429, {"error": {"message": "You exceeded your current quota, please check your plan. Please retry in 30.638s."}}, _BUSY, "retry in 30.638s"
+    ),
+    "busy-openrouter-in-flight": Final(
+        402,
+        {"error": {"code": 402, "message": "Too much is in flight", "metadata": {"limit_source": "openrouter_in_flight_budget"}}},
+        _BUSY,
+        "in flight",
+    ),
+    "busy-groq-flex": Final(498, openai("Flex tier capacity exceeded", None, "capacity_exceeded"), _BUSY, "capacity exceeded"),
     "busy-raw": Final(429, through_openrouter("m is temporarily rate-limited upstream. Please retry shortly", 429), _BUSY, "rate-limited upstream"),
     "loading-llama-cpp": Final(503, {"error": {"code": 503, "message": "Loading model", "type": "unavailable_error"}}, _BUSY, "still loading"),
     "failing-raw": Final(502, through_openrouter("upstream connect error", 502), "EndpointUnavailableError", "upstream connect error"),

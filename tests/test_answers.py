@@ -19,9 +19,10 @@ from featureinterp.errors import (
     TruncatedReplyError,
 )
 from featureinterp.explain.asking import ask as ask_for
-from featureinterp.llm.answers import collect, end_of, text_of
+from featureinterp.llm.answers import collect, text_of
 from featureinterp.llm.cached import ReplyStore
 from featureinterp.llm.config import Endpoint
+from featureinterp.llm.finish_reasons import REASONS, end_of
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.prices import Price
 from featureinterp.llm.stack import open_stack
@@ -237,6 +238,8 @@ def test_every_reason_has_a_meaning():
     assert {end_of(r) for r in ("length", "MAX_TOKENS", "model_length")} == {"cut"}
     assert {end_of(r) for r in ("content_filter", "SAFETY", "refusal")} == {"filtered"}
     assert {end_of(r) for r in ("error", "abort", "insufficient_system_resource")} == {"broken"}
+    stated = [r for row in REASONS for r in row.reasons]
+    assert len(stated) == len(set(stated)) and all(r == r.lower() and row.source for row in REASONS for r in row.reasons)
 
 
 def test_texts_of_contents_and_streams():

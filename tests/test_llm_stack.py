@@ -107,6 +107,27 @@ def test_limits_that_make_no_sense():
         anyio.run(Limited(FunctionModel(lambda _: "x"), Limits(1, tpm=10)).complete, asking(max_tokens=50))
 
 
+def test_room_for_thoughts_counts_towards_the_minute():
+    """Providers reserve all that a reply may have, whatever it needs in the end."""
+    clock, sent = Clock(), []
+
+    class Model:
+        name = "m"
+
+        def room(self, request: Request) -> int:
+            return request.max_tokens + 500
+
+        async def complete(self, request: Request) -> Reply:
+            sent.append(clock.now)
+            return Reply(("x",), (False,), Usage(1, 20, 510))
+
+    limited = Limited(Metered(Model()), Limits(8, tpm=1200, clock=clock, sleep=clock.sleep))
+    anyio.run(each, limited.complete, [asking(f"question {i}", max_tokens=10) for i in range(6)])
+    assert len(sent) == 6 and max(sum(start <= t < start + 60 for t in sent) for start in sent) == 2
+    with pytest.raises(InputError, match=r"lower --thinking-tokens"):
+        anyio.run(Limited(Metered(Model()), Limits(1, tpm=300)).complete, asking(max_tokens=10))
+
+
 def test_a_rate_is_used_up_before_anybody_waits():
     clock = Clock()
     limited = Limited(FunctionModel(lambda _: "x"), Limits(4, rpm=10, clock=clock, sleep=clock.sleep))

@@ -167,6 +167,38 @@ def test_the_bill_of_the_provider_counts_unless_it_is_next_to_nothing():
     assert cost(None, None) is None and cost(0.25, None) == 0.25
 
 
+def test_without_a_price_the_dearest_bill_so_far_is_the_measure_of_what_comes_without_one():
+    """Bills of 1 and 3 millionths a token, then a reply without a bill, then one that cannot be read."""
+    replies = iter(
+        [told(SENTENCE, Usage(1, 200, 20, 0.0, 220e-6)), told(SENTENCE, Usage(1, 200, 20, 0.0, 660e-6)), told(SENTENCE, Usage(1, 200, 20, 0.0, None))]
+    )
+
+    async def go() -> list[Usage]:
+        meter = Meter()
+        model = Metered(FunctionModel(lambda _: next(replies)), meter)
+        assert model.expected(asking(max_tokens=100)).cost_usd is None
+        used = [(await model.complete(asking(max_tokens=100))).usage for _ in range(3)]
+        expected = model.expected(asking(max_tokens=100))
+        assert expected.cost_usd == pytest.approx(3e-6 * expected.tokens)
+        return [*used, meter.usage]
+
+    *each, total = anyio.run(go)
+    assert [u.cost_usd for u in each] == pytest.approx([220e-6, 660e-6, 660e-6]) and [u.estimated for u in each] == [0, 0, 1]
+    assert total.cost_usd == pytest.approx(1540e-6) and total.estimated == 1
+
+
+def test_the_check_of_an_endpoint_is_on_the_bill():
+    async def go(url: str) -> Usage:
+        meter = Meter()
+        async with open_stack(Endpoint(url, "m"), meter, price=Price(1.0, 1.0)) as stack:
+            assert (await stack.check()) is not None
+        return meter.usage
+
+    with endpoint(play) as server:
+        used = anyio.run(go, server.url)
+    assert used.requests == len(server.ledger) == 1 and used.tokens == server.ledger[0].tokens and used.cost_usd == pytest.approx(used.tokens * 1e-6)
+
+
 def test_a_reply_that_cannot_be_read_counts_all_the_same():
     errors: list[LanguageModelError] = []
 

@@ -25,7 +25,8 @@ from featureinterp.errors import (
 from featureinterp.llm.accepts import FORMS, Accepts, Options, schema_of, without_system
 from featureinterp.llm.limited import Limited, Limits
 from featureinterp.llm.openai import OpenAIModel
-from featureinterp.llm.refusals import CASES, PARAMETERS, read_refusal
+from featureinterp.llm.refusal_tables import CASES, PARAMETERS
+from featureinterp.llm.refusals import read_refusal
 from featureinterp.llm.retrying import Retrying
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.llm.waiting import duration_s, wait_s

@@ -11,7 +11,7 @@ from pathlib import Path
 import anyio
 import numpy as np
 import pytest
-from endpoint import endpoint
+from endpoint import completion, endpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cli import cli
@@ -347,6 +347,29 @@ def test_the_command_on_a_faulty_endpoint_loses_nothing_and_pays_once(tmp_path: 
         again = cli(*args, "--base-url", server.url)
         assert json.loads(again.stdout) == json.loads(done.stdout) and len(server.ledger) == asked
     assert (out / "sensitivity.png").exists() and (out / "sensitivity.svg").exists()
+
+
+def test_the_end_of_the_command_says_what_failed_and_why(tmp_path: Path, subject_folder: Path, sae_folder: Path, corpus_file: Path):
+    """Half of the features get no text at all, the other half too few; tokens are counted with the tokenizer that the endpoint names."""
+    number = 0
+
+    def answer(body: dict) -> dict:
+        nonlocal number
+        number += 1
+        texts = texts_reply([f"{TINY_TEXTS[0]} {body['seed']} {len(str(body['messages']))}"]) if number % 2 else "no"
+        return {k: v for k, v in completion(texts).items() if k != "usage"}
+
+    config = tmp_path / "c.toml"
+    with endpoint(answer) as server:
+        config.write_text(f"[endpoints.e]\nbase_url = '{server.url}'\nmodel = 'm'\ntokenizer = '{subject_folder}'\nprice = {{ input = 1, output = 1 }}\n")
+        args = ("--model", str(subject_folder), "--sae-names", str(sae_folder), "--features", "2", "--dataset-name", str(corpus_file), "--dtype", "float32")
+        args += ("--total-tokens", "3000", "--context-size", "16", "--samples", "4", "--features-at-once", "1", "--llm", "e", "--out", str(tmp_path / "o"))
+        done = cli("sensitivity", *args, FEATUREINTERP_CONFIG=str(config))
+        n = len(server.ledger)
+    assert done.returncode == 1 and "write-texts: MalformedReplyError" in done.stderr, done.stderr
+    with Journal(tmp_path / "o" / "journal.sqlite") as journal:
+        rows = [s for s in journal.stages() if s["stage"] == "write-texts"]
+        assert journal.causes() and sum(r["estimated"] for r in rows) == sum(r["requests"] for r in rows) == n - 1
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def put(line: str) -> None:
 def end(screen: Screen, results: Results) -> None:
     """The end of a job's verb: its last lines say what is missing and why, and the exit code is 1 when something is."""
     if results.n_failed or results.n_partial:
-        _say_causes(screen, results.folder)
+        say_causes(screen, results.folder)
     stopped: str | None = None
     if results.stopped is not None:
         rest = results.outcome.price_of_the_rest if results.outcome is not None else None
@@ -156,7 +156,7 @@ def end(screen: Screen, results: Results) -> None:
     end_with(screen, stopped, results.n_failed, results.n_partial, results.n_features)
 
 
-def _say_causes(screen: Screen, folder: Path) -> None:
+def say_causes(screen: Screen, folder: Path) -> None:
     """The commonest causes of what failed in a job."""
     from featureinterp.jobs.journal import Journal
 

@@ -20,7 +20,7 @@ from featureinterp.cli.endpoint import (
     endpoint_of,
 )
 from featureinterp.cli.options import FEATURES_AT_ONCE, RETRY_FAILED, given
-from featureinterp.cli.screen import Screen, end_with, one_line, plain, put
+from featureinterp.cli.screen import Screen, end_with, one_line, plain, put, say_causes
 
 if TYPE_CHECKING:
     from featureinterp.api import Sensitivity
@@ -136,11 +136,11 @@ def sensitivity(
             on_feature=each_feature,
             steps=screen.step,
         )
-    finish(screen, results)
+    finish(screen, results, output_path)
 
 
-def finish(screen: Screen, results: list[Sensitivity]) -> None:
-    """Prints the summaries and sets the exit code: 1 when something failed or the job stopped early."""
+def finish(screen: Screen, results: list[Sensitivity], folder: Path) -> None:
+    """Prints the summaries and sets the exit code: 1 when something failed or the job stopped early, with the causes from the journal in ``folder``."""
     if screen.as_json:
         screen.result({"saes": [{**r.summary, "folder": str(r.folder)} for r in results]})
     else:
@@ -151,6 +151,8 @@ def finish(screen: Screen, results: list[Sensitivity]) -> None:
             put(f"{r.sae}: {r.folder.resolve()}")
     stopped = next((r.stopped for r in results if r.stopped), None)
     failed, gaps = sum(r.summary["n_failed"] for r in results), sum(r.n_partial for r in results)
+    if failed or gaps:
+        say_causes(screen, folder)
     end_with(screen, stopped, failed, gaps, sum(len(r.features) for r in results))
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pydantic
 
 from featureinterp.domain.score import Failure
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import BudgetReachedError, InputError, TooManyFailuresError
+from featureinterp.llm.prices import Price
+from featureinterp.llm.types import Reply
 
 FAILURES_COUNT_FROM = 20
 
@@ -48,7 +52,9 @@ class Guard:
         """Raises ``BudgetReachedError`` when nothing may be spent any more."""
         budget, used = self.budget, self._usage()
         if budget.usd is not None and used.cost_usd is None:
-            raise BudgetReachedError(f"the budget of ${budget.usd:g} cannot be kept: what a reply cost is not known, as its model has no price")
+            raise BudgetReachedError(
+                f"the budget of ${budget.usd:g} cannot be kept: what a reply cost is not known, as its model has no price and it came without a bill"
+            )
         if budget.usd is not None and (used.cost_usd or 0.0) >= budget.usd:
             raise BudgetReachedError(f"the budget of ${budget.usd:g} is spent (${used.cost_usd:.4f}{estimate(used)})")
         if budget.tokens is not None and used.tokens >= budget.tokens:
@@ -75,8 +81,30 @@ class Guard:
             raise TooManyFailuresError(f"{failed} of {n} stages failed, more than {self.max_failure_rate:.0%}, so the job stopped: {causes}")
 
 
+async def check_endpoint(
+    check: Callable[[], Awaitable[Reply | None]],
+    model: str,
+    *,
+    budget: Budget,
+    price: Price | None,
+    path: Path,
+) -> None:
+    """Asks a first small request before any work. A budget in USD needs the model's ``price``, or the bill that this request comes
+    with (OpenRouter's ``usage.cost``); ``path``: where prices belong.
+
+    Raises ``InputError`` where there is neither, and a ``LanguageModelError`` when the endpoint cannot be used.
+    """
+    reply = await check()
+    if budget.usd is not None and price is None and reply is not None and reply.usage.cost_usd is None:
+        raise InputError(
+            f"a budget in USD needs the price of {model!r}, which is not known, and its endpoint does not say what a reply "
+            f"costs: add [prices.{json.dumps(model)}] with input and output (USD per million tokens) to {path}, or give a "
+            "budget in tokens or minutes"
+        )
+
+
 def estimate(used: Usage) -> str:
     """What is to be said beside a sum of which a part is an estimate; nothing beside one that is not."""
     if not used.estimated:
         return ""
-    return f", an estimate: {used.estimated:,} of {used.requests:,} requests came without a usable count of tokens"
+    return f", an estimate: {used.estimated:,} of {used.requests:,} requests came without usable figures"

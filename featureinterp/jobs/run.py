@@ -27,6 +27,7 @@ from featureinterp.falsify.counterexamples import Falsifier
 from featureinterp.falsify.intervention import Interventions
 from featureinterp.files import explained_storage
 from featureinterp.interfaces import Activator, Explainer, LanguageModel, Simulator, Steerer
+from featureinterp.jobs.budget import check_endpoint
 from featureinterp.jobs.explain import ExplainJob, settings_of
 from featureinterp.jobs.journal import Journal, Rehearsal
 from featureinterp.jobs.kept import KeptSimulator
@@ -37,7 +38,6 @@ from featureinterp.jobs.spec import Job
 from featureinterp.llm.cached import Cached, ReplyStore
 from featureinterp.llm.config import Endpoint, load_config
 from featureinterp.llm.metered import Meter, Metered
-from featureinterp.llm.prices import Price
 from featureinterp.llm.stack import open_stack
 from featureinterp.llm.tally import Tallied
 from featureinterp.llm.types import Reply, Request
@@ -119,16 +119,17 @@ async def run_job(
     the endpoint cannot be used at all, both before anything is written, and ``FolderInUseError`` when another process works in the folder.
     """
     endpoint, features = job.endpoint, _features(job, store)
-    price = _price(job, endpoint)
+    config = load_config()
     check_free(job.folder)
     meter = Meter()
     path = job.folder / "journal.sqlite"
     async with AsyncExitStack() as opened:
         endpoints = [endpoint] if job.judge_endpoint == endpoint else [endpoint, job.judge_endpoint]  # never twice, as each has limits of its own
-        parts: dict[str, Any] = {"price": price, "load": partial(local.load, job), "tokenizer": local.tokenizer}
-        stack, *own = [await opened.enter_async_context(open_stack(e, meter, **parts)) for e in endpoints]
+        parts: dict[str, Any] = {"load": partial(local.load, job), "tokenizer": local.tokenizer}
+        stack, *own = [await opened.enter_async_context(open_stack(e, meter, price=config.price(e), **parts)) for e in endpoints]
         if _asks(job) and not path.exists():
-            await stack.check()
+            price = config.price(endpoint)
+            await check_endpoint(stack.check, endpoint.model, budget=job.budget, price=price, path=config.path)
         opened.enter_context(owned(job.folder, "explain"))
         claim_job(job, store, replace=replace)
         with explained_storage(job.folder), Journal(path) as journal, closing(ReplyStore(job.folder / "replies.sqlite")) as replies:
@@ -168,10 +169,11 @@ def claim_job(job: Job, store: CodesStore, *, replace: bool = False) -> None:
 async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = lambda *_: None) -> DryRun:
     """What a job would do and cost, without asking any model or writing anything."""
     endpoint, features = job.endpoint, _features(job, store)
-    price = load_config().price(endpoint)
+    config = load_config()
     path = job.folder / "journal.sqlite"
     meter = Meter()
-    model, judge = (Tallied(Cached(Metered(_Understudy(e.name), meter, price=price), ReplyStore(None))) for e in (endpoint, job.judge_endpoint))
+    asked = [(e.name, config.price(e)) for e in (endpoint, job.judge_endpoint)]
+    model, judge = (Tallied(Cached(Metered(_Understudy(name), meter, price=price), ReplyStore(None))) for name, price in asked)
     real = local.simulator
     local = replace(local, simulator=lambda job: _NoSimulator(real(job)), causes=_no_causes, activator=_no_activator(local), steerer=_no_steerer(local))
     with Journal(path if path.exists() else ":memory:") as journal, Rehearsal(journal) as rehearsal:
@@ -185,10 +187,7 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
     used = meter.usage
     scale = len(left) / len(sample) if sample else 0.0
     requests, prompt_tokens, completion_tokens = (round(x * scale) for x in (used.requests, used.prompt_tokens, used.completion_tokens))
-    if price is None:
-        cost = None
-    else:
-        cost = (used.cost_usd or 0.0) * scale
+    cost = None if used.cost_usd is None else used.cost_usd * scale
     return DryRun(len(features), len(features) - len(left), len(left), requests, prompt_tokens, completion_tokens, cost)
 
 
@@ -203,17 +202,6 @@ def _features(job: Job, store: CodesStore) -> list[int]:
     for index in job.features:
         store.check_feature(index)
     return list(dict.fromkeys(job.features))
-
-
-def _price(job: Job, endpoint: Endpoint) -> Price | None:
-    config = load_config()
-    price = config.price(endpoint)
-    if price is None and job.budget.usd is not None:
-        raise InputError(
-            f"a budget in USD needs the price of {endpoint.model!r}, which is not known: add [prices.{json.dumps(endpoint.model)}] with input and output "
-            f"(USD per million tokens) to {config.path}, or give a budget in tokens or minutes"
-        )
-    return price
 
 
 def _parts(job: Job, model: LanguageModel, local: Local, journal: Journal) -> tuple[Explainer, Simulator]:

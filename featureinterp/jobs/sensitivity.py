@@ -147,9 +147,11 @@ class SensitivityJob:
             self.journal.failed(key, failure, usage=spent.usage)
             self.guard.outcome(failure)
             return replace(feature, calls=tuple(calls), failure=failure)
-        partial_reply = failed is not None or len(texts) < self.plan.samples
+        gaps = [c.failure for c in calls if c.failure]
+        if not gaps and len(texts) < self.plan.samples:
+            gaps = [f"{len(texts)} of {self.plan.samples} texts came"]
         value = [asdict(c) for c in calls]
-        self.journal.stage(key, feature.feature, "write-texts", value, usage=spent.usage, provenance=self.writer.settings, partial=partial_reply)
+        self.journal.stage(key, feature.feature, "write-texts", value, usage=spent.usage, provenance=self.writer.settings, gaps=gaps)
         self.guard.outcome(None)
         return _with_calls(feature, calls)
 

@@ -16,7 +16,7 @@ from featureinterp.errors import FeatureRangeError, InputError, JobStoppedError
 from featureinterp.falsify.saebench import examples_in
 from featureinterp.falsify.sensitivity import FeatureSensitivity, base_rate, examples_of
 from featureinterp.falsify.writing import TextWriter
-from featureinterp.jobs.budget import Budget, Guard
+from featureinterp.jobs.budget import Budget, Guard, check_endpoint
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.records import parse_features, random_features
 from featureinterp.jobs.sensitivity import OnFeature, SensitivityJob, SensitivityPlan
@@ -103,14 +103,10 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
     from featureinterp.corpus.windows import WindowPolicy
     from featureinterp.machine import pick_device
     from featureinterp.sae.load import load_sae
-    from featureinterp.subject.load import load_causal_lm, load_subject
+    from featureinterp.subject.load import load_causal_lm, load_subject, load_tokenizer
 
-    endpoint = spec.endpoint
-    price = load_config().price(endpoint)
-    if price is None and spec.budget.usd is not None:
-        raise InputError(
-            f"a budget in USD needs the price of {endpoint.model!r}, which is not known: add it to {load_config().path}, or give a budget in minutes"
-        )
+    endpoint, config = spec.endpoint, load_config()
+    price = config.price(endpoint)
     check_free(spec.out)
     published = [_published(spec, name) for name in spec.saes]
     corpus = load_corpus(spec.dataset, text_field=spec.text_field) if spec.examples == "corpus" else None
@@ -122,9 +118,10 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
     folders = [spec.out / folder_name(name) for name in spec.saes]
     meter = Meter()
     guard = Guard(spec.budget, lambda: meter.usage, max_failure_rate=spec.max_failure_rate)
-    async with open_stack(endpoint, meter, price=price, load=partial(load_causal_lm, device=spec.device)) as stack, AsyncExitStack() as held:
+    parts: dict[str, Any] = {"load": partial(load_causal_lm, device=spec.device), "tokenizer": load_tokenizer}
+    async with open_stack(endpoint, meter, price=price, **parts) as stack, AsyncExitStack() as held:
         if not (spec.out / "journal.sqlite").exists():
-            await stack.check()
+            await check_endpoint(stack.check, endpoint.model, budget=spec.budget, price=price, path=config.path)
         held.enter_context(owned(spec.out, "sensitivity"))
         if corpus is not None:
             progress = lambda done, total: steps("tokens", done, total)  # noqa: E731 (one line)

@@ -4,28 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointUnavailableError, MalformedReplyError
 from featureinterp.files import valid_unicode
+from featureinterp.llm.finish_reasons import End, end_of
 from featureinterp.llm.tokens import Token, answer_tokens
 from featureinterp.llm.types import Reply
-
-End = Literal["whole", "cut", "filtered", "broken"]
-_ENDS: Mapping[str, End] = {
-    **dict.fromkeys(("stop", "end_turn", "stop_sequence", "eos", "eos_token", "eog", "complete", "finished", "pause_turn", "tool_calls"), "whole"),
-    **dict.fromkeys(("function_call", "tool_use", "finish_reason_unspecified", "load", "null", "none", ""), "whole"),
-    **dict.fromkeys(("length", "max_tokens", "max_output_tokens", "max_length", "model_length", "token limit", "time_limit"), "cut"),
-    **dict.fromkeys(("model_context_window_exceeded", "repetition_truncation", "limit"), "cut"),
-    **dict.fromkeys(("content_filter", "content_filtered", "safety", "recitation", "blocklist", "prohibited_content", "spii"), "filtered"),
-    **dict.fromkeys(("refusal", "sensitive", "guardrail_intervened", "guardrails", "language", "image_safety"), "filtered"),
-    **dict.fromkeys(("error", "abort", "aborted", "cancelled", "canceled", "insufficient_system_resource", "unload", "network_error"), "broken"),
-    **dict.fromkeys(("other", "malformed_function_call", "timeout"), "broken"),
-}
-"""What the reasons mean by which a reply ends, in small letters: OpenAI's, and those of Mistral (``model_length``), DeepSeek
-(``insufficient_system_resource``), Gemini (``SAFETY``, ``RECITATION`` …), Anthropic (``refusal``, ``end_turn``), vLLM and SGLang (``abort``), TGI
-(``eos_token``), Ollama (``load``, ``unload``), Zhipu (``sensitive``, ``network_error``), Bedrock (``guardrail_intervened``)."""
 
 
 class Choice(NamedTuple):
@@ -37,11 +23,6 @@ class Choice(NamedTuple):
     tokens: tuple[Token, ...]
     thought: int
     refusal: str
-
-
-def end_of(reason: Any) -> End:
-    """What a finish reason means; one that nobody knows is a whole reply."""
-    return _ENDS.get(str(reason).lower() if reason is not None else "", "whole")
 
 
 def text_of(content: Any) -> str:

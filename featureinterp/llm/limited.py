@@ -29,7 +29,7 @@ class _Entry:
 class Limits:
     """What all users of one endpoint share: ``concurrency`` slots, and the requests and tokens of the last minute.
 
-    A request's tokens are estimated when it is sent (its prompt, and ``max_tokens`` for each reply) and put right when it is
+    A request's tokens are estimated when it is sent (its prompt, and the room of each reply, as providers count them) and put right when it is
     answered. Requests are let through in the order in which they came.
     """
 
@@ -63,13 +63,17 @@ class Limits:
         """Lets no request through for so long, because the endpoint asked for it."""
         self._closed_until = max(self._closed_until, self._clock() + min(seconds, WINDOW_S))
 
-    async def admit(self, request: Request) -> _Entry | None:
-        """Waits until the request fits into the minute."""
+    async def admit(self, request: Request, room: int | None = None) -> _Entry | None:
+        """Waits until the request fits into the minute. ``room``: tokens that each reply may have, thoughts among them (``max_tokens`` where it is not
+        known): providers count them when a request comes (Groq, OpenAI). Raises ``InputError`` for one that fits into no minute."""
         if self.rpm is None and self.tpm is None:
             return None
-        expected = self._estimate(request)
+        expected = self._estimate(request, room or request.max_tokens)
         if self.tpm is not None and expected > self.tpm:
-            raise InputError(f"a request of about {expected:,} tokens does not fit into {self.tpm:,} tokens per minute: raise --tpm or shorten the prompt")
+            thoughts = "" if self._estimate(request, request.max_tokens) > self.tpm else ", lower --thinking-tokens"
+            raise InputError(
+                f"a request of about {expected:,} tokens does not fit into {self.tpm:,} tokens per minute: raise --tpm{thoughts} or shorten the prompt"
+            )
         async with self._turn:
             while (wait := self._wait(expected)) > 0:
                 await self._sleep(wait)
@@ -90,8 +94,8 @@ class Limits:
             seen = _bytes(request) / reply.usage.prompt_tokens
             self._bytes_per_token = min(self._bytes_per_token or seen, seen)
 
-    def _estimate(self, request: Request) -> int:
-        return int(_bytes(request) / (self._bytes_per_token or FIRST_BYTES_PER_TOKEN)) + request.max_tokens * request.n
+    def _estimate(self, request: Request, room: int) -> int:
+        return int(_bytes(request) / (self._bytes_per_token or FIRST_BYTES_PER_TOKEN)) + room * request.n
 
     def _wait(self, expected: int) -> float:
         now = self._clock()
@@ -121,11 +125,12 @@ class Limited:
         self.name = model.name
         self.limits = Limits(limits) if isinstance(limits, int) else limits
         self._model = model
+        self.room: Callable[[Request], int] = getattr(model, "room", lambda request: request.max_tokens)
 
     async def complete(self, request: Request) -> Reply:
         await self.limits.open()
         async with self.limits.slots:
-            entry = await self.limits.admit(request)
+            entry = await self.limits.admit(request, self.room(request))
             try:
                 reply = await self._model.complete(request)
             except EndpointBusyError as error:

@@ -67,7 +67,9 @@ class Metered:
     waits for its turn is not sent any more when the budget has been reached or the key refused meanwhile.
 
     Counts of tokens that are missing or too low to be true are estimated, with ``count`` or by the length of the texts. A request that
-    failed after the endpoint had worked on it counts as much as it was expected to use, unless the error knows better.
+    failed after the endpoint had worked on it counts as much as it was expected to use, unless the error knows better. Without a ``price``
+    the provider's own bill is the measure, and its dearest token so far that of what comes without a bill. ``room``: tokens that the reply
+    to a request may have.
     """
 
     def __init__(
@@ -81,9 +83,10 @@ class Metered:
         self.name = model.name
         self.meter = meter or Meter()
         self._model, self._price, self._count = model, price, count
-        self._room: Callable[[Request], int] = getattr(model, "room", lambda request: request.max_tokens)
+        self.room: Callable[[Request], int] = getattr(model, "room", lambda request: request.max_tokens)
         self._seen: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0])
         self._per_byte = 0.0
+        self._dearest: float | None = None
 
     @property
     def usage(self) -> Usage:
@@ -96,7 +99,9 @@ class Metered:
         used: Usage | None = None
         try:
             reply = await self._model.complete(request)
-            used = self._priced(checked_usage(request, reply, self._count))
+            counted = checked_usage(request, reply, self._count)
+            self._learn_bill(counted)
+            used = self._priced(counted)
             self._learn(request, used, len(reply.texts))
             return replace(reply, usage=used)
         except EndpointRefusedError as error:
@@ -117,26 +122,33 @@ class Metered:
             prompt = estimated_prompt(request, self._count)
         else:
             prompt = int(self._per_byte * prompt_size(request)) + 1
-        room = self._room(request)
+        room = self.room(request)
         replies, longest = self._seen[room]
         reply = longest if replies >= LEARNT_AFTER else room
         return self._priced(Usage(1, prompt, reply * request.n, 0.0, None))
 
     def _priced(self, usage: Usage) -> Usage:
-        """With its cost: the provider's own bill, unless it is a small part of what the price says; or by the price."""
+        """With its cost: the provider's own bill, unless it is a small part of what the price says; or by the price, or by bills so far."""
         if self._price is None:
+            if usage.cost_usd is None and self._dearest is not None:
+                return replace(usage, cost_usd=self._dearest * usage.tokens, estimated=usage.requests)
             return usage
         cost = self._price.of(usage)
         own = usage.cost_usd
         return usage if own is not None and own >= LEAST_OF_PRICE * cost else replace(usage, cost_usd=cost)
 
     def _learn(self, request: Request, used: Usage, n: int) -> None:
-        seen = self._seen[self._room(request)]
+        seen = self._seen[self.room(request)]
         seen[0] += 1
         seen[1] = max(seen[1], -(-used.completion_tokens // max(1, n)))
         size = prompt_size(request)
         if size and not used.estimated:
             self._per_byte = max(self._per_byte, used.prompt_tokens / size)
+
+    def _learn_bill(self, used: Usage) -> None:
+        """Learns from a provider's bill what a token costs at most."""
+        if used.cost_usd is not None and used.tokens:
+            self._dearest = max(self._dearest or 0.0, used.cost_usd / used.tokens)
 
 
 LEAST_OF_PRICE = 0.01

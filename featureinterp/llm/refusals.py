@@ -1,4 +1,4 @@
-"""What an endpoint means when it refuses: one table of cases, each with its source, and the endpoint's own words.
+"""What an endpoint means when it refuses, and the endpoint's own words (the tables are in :mod:`featureinterp.llm.refusal_tables`).
 
 A refusal is first about the request as such (money, key, place, filter, length, model: ``CASES``), then perhaps about one of its parameters
 (``PARAMETERS``), and otherwise what its status says. Nothing here knows a provider by its name: one provider's words come through many gateways.
@@ -10,14 +10,12 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 from featureinterp.llm.accepts import Accepts, ReplyForm
+from featureinterp.llm.refusal_tables import CASES, GENERIC, GENERIC_ORDER, PARAMETERS, Kind, kind_of_status
 from featureinterp.llm.waiting import wait_s
 
-Kind = Literal[
-    "busy", "content", "credit", "failing", "firewall", "key", "loading", "long", "model", "page", "path", "permission", "place", "quota", "redirect", "request"
-]
 MAX_WORDS, MAX_ABOUT = 300, 4000
 
 
@@ -42,128 +40,14 @@ class Refusal:
         if self.page and self.status == 200:
             return "page"
         for case in CASES:
-            if case.fits(self):
+            if case.fits(self.status, self.about):
                 return case.kind
-        return _kind_of_status(self.status)
+        return kind_of_status(self.status)
 
     @property
     def wait(self) -> float | None:
         """Seconds that the endpoint asks to wait."""
         return wait_s(self.headers or {}, self.value, self.words)
-
-
-class Case(NamedTuple):
-    """``statuses``: empty for all. ``words``: must be found. ``but``: must not. ``source``: where such a body was seen."""
-
-    kind: Kind
-    statuses: tuple[int, ...]
-    words: str
-    source: str
-    but: str = ""
-
-    def fits(self, refusal: Refusal) -> bool:
-        """Whether a refusal is such a case."""
-        if self.statuses and refusal.status not in self.statuses:
-            return False
-        return bool(re.search(self.words, refusal.about)) and not (self.but and re.search(self.but, refusal.about))
-
-
-_PER_MINUTE = r"per[ _-]?(minute|second|hour)|perminute|\brpm\b|\btpm\b|retrydelay"
-CASES: tuple[Case, ...] = (
-    Case("firewall", (403, 503), r"attention required|cloudflare|error code: 10\d\d|you have been blocked|<html", "Cloudflare's pages for blocked clients"),
-    Case(
-        "quota",
-        (),
-        r"per[ _-]?day|perday|\brpd\b|\btpd\b|daily (limit|quota)|per[ _-]?month|monthly (limit|quota)|weekly limit",
-        "OpenRouter free-models-per-day; Gemini quotaId GenerateRequestsPerDayPerProjectPerModel; Groq 'requests per day (RPD)'",
-        but=r"per[ _-]?minute|perminute",
-    ),
-    Case(
-        "credit",
-        (400, 401, 402, 403, 429),
-        r"insufficient[_ ](quota|balance|credit|funds)|credit balance|billing|more credits|out of credits|no credits|"
-        r"exceeded your current quota|spend(ing)? limit|arrearage|overdue|account is not active|prepaid|top up|payment required",
-        "OpenAI 429 insufficient_quota; Anthropic 400 'credit balance is too low'; DeepSeek 402 'Insufficient Balance'; OpenRouter 402; DashScope Arrearage",
-        but=_PER_MINUTE,
-    ),
-    Case("credit", (402,), r"", "RFC 9110: 402 Payment Required; openrouter.ai/docs/errors"),
-    Case(
-        "place",
-        (),
-        r"(country|region|territory|location).{0,40}(not (supported|available)|unsupported)|unsupported_country|not available in your (country|region)",
-        "OpenAI 403 unsupported_country_region_territory; Gemini 400 FAILED_PRECONDITION 'User location is not supported'",
-    ),
-    Case(
-        "loading",
-        (),
-        r"loading model|model.{0,80}(is )?(currently |still )?(loading|being loaded|warming up|starting)|cold start|failed_to_load_in_time",
-        "llama.cpp 503 'Loading model' (llama-swap#146); Hugging Face 503 'is currently loading' with estimated_time",
-        but=r"error loading|failed to load|unable to load",
-    ),
-    Case(
-        "permission",
-        (404,),
-        r"guardrail restrictions|data policy|privacy",
-        "OpenRouter 404 'No endpoints available matching your guardrail restrictions and data policy'",
-    ),
-    Case(
-        "content",
-        (),
-        r"content[_ -]?(filter|policy|management)|responsibleai|moderation|flagged|safety (system|filter|setting|reason)|usage polic|"
-        r"prohibited[_ ]content|data_?inspection_?failed|inappropriate content|content exists risk|sensitive (content|information|words)|"
-        r"invalid_prompt|guardrail|blocked (by|due|because)|\bno_?image\b|recitation|policy violation",
-        "Azure 400 content_filter (compl-ai#20); OpenRouter 403 flagged_input (openrouter.ai/docs/errors); DeepSeek 400 'Content Exists Risk'; "
-        "DashScope data_inspection_failed; OpenAI invalid_prompt",
-        but=r"not valid json|unsupported (value|parameter)",
-    ),
-    Case(
-        "long",
-        (400, 413, 422, 500),
-        r"context[_ ]?(length|size|window)|maximum context|prompt is too long|too many (input |prompt )?tokens|input (is )?too long|"
-        r"exceeds? the (available|maximum|model'?s?) (context|number of tokens|input)|exceed_context_size|string_above_max_length|"
-        r"maximum (input|prompt) (length|tokens)|longer than the (model|maximum)|input token count|too large for model",
-        "OpenAI context_length_exceeded; llama.cpp exceed_context_size_error; vLLM 'maximum context length'; Gemini 'input token count'; Groq 413",
-    ),
-    Case(
-        "model",
-        (400, 404, 422),
-        r"model[_ ]not[_ ]found|not a valid model|invalid model|unknown model|no such model|model not exist|model_?decommissioned|"
-        r"(model|deployment)\b.{0,120}(does not exist|not found|not exist|is not (available|supported|found|loaded|deployed)|unavailable|decommissioned|"
-        r"deprecated|no longer)|deploymentnotfound|no endpoints found for|try pulling it|no models? loaded|no route for model",
-        "OpenAI 404 model_not_found; Ollama 404 'model not found, try pulling it first'; OpenRouter 'No endpoints found for' (nodejs-api-boilerplate#16); "
-        "DeepSeek 400 'Model Not Exist'; Groq 400 model_decommissioned; Azure DeploymentNotFound",
-        but=r"is not supported (with|by|for) th(is|e) model|not supported when|response_format|logprob",
-    ),
-    Case(
-        "key",
-        (400, 401, 403),
-        r"api[_ -]?key|invalid[_ ](authentication|token|credential)|incorrect key|unauthori[sz]ed|authentication|bearer|access token|invalid x-api-key",
-        "OpenAI 401 invalid_api_key; Gemini 400 API_KEY_INVALID; vLLM 401 Unauthorized; Azure 401 'invalid subscription key'",
-    ),
-    Case("key", (401,), r"", "RFC 9110: 401 Unauthorized"),
-    Case(
-        "busy",
-        (),
-        r"rate[_ -]?limit|too many requests|resource[_ ]?exhausted|overloaded|over capacity|capacity exceeded|server is busy|throttl|"
-        r"concurrency limit|queue is full|no available (model )?provider",
-        "OpenAI 429; Gemini 429 RESOURCE_EXHAUSTED (page-assist#406); Anthropic 529 overloaded_error",
-    ),
-    Case(
-        "path",
-        (404, 405),
-        r"\A\s*\Z|<html|\bnot found\b|no route|unknown (endpoint|path|url|request url)|invalid url|cannot post|method not allowed|(resource|page) not found",
-        "FastAPI {'detail': 'Not Found'}; Express 'Cannot POST'; OpenAI 'Invalid URL (POST /v1/...)'",
-    ),
-    Case("path", (), r"unexpected endpoint or method", "LM Studio answers 200 with such an error"),
-)
-
-
-def _kind_of_status(status: int) -> Kind:
-    if status in (425, 429, 498, 503, 529):  # 498: Groq's flex capacity; 529: Anthropic's overloaded_error
-        return "busy"
-    if status in (408, 409) or status >= 500:
-        return "failing"
-    return {403: "permission", 404: "path", 405: "path"}.get(status, "request")  # type: ignore[return-value]
 
 
 def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
@@ -226,7 +110,7 @@ def _dicts(value: Any, depth: int = 5) -> Iterator[dict[str, Any]]:
 
 
 _WORDS = ("message", "detail", "error_description", "description", "msg", "error_msg", "title", "reason")
-_NAMES = ("code", "type", "status", "quotaId", "reasons", "@type", "retryDelay", "object")
+_NAMES = ("code", "type", "status", "quotaId", "reasons", "@type", "retryDelay", "object", "limit_source")
 _INSIDE = ("error", "errors", "metadata", "details", "innererror", "inner_error", "violations", "fieldViolations", "upstream_error", "choices", "headers")
 
 
@@ -291,76 +175,6 @@ def _line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text[: 10 * MAX_WORDS]).split())[:MAX_WORDS]
 
 
-class Parameter(NamedTuple):
-    """``field``: of :class:`Accepts`. ``names``: as an endpoint calls it in ``param``. ``sent``: in a body. ``words``: what a refusal of it says."""
-
-    field: str
-    names: str
-    sent: str
-    words: str
-    source: str
-
-
-_NOT = r"(not|n't|un|only|must|cannot|invalid|extra|forbidden|refus|remove|requires?|ignored|greater|exceed|at most|maximum)"
-PARAMETERS: tuple[Parameter, ...] = (
-    Parameter(
-        "stream",
-        "stream",
-        "messages",
-        r"only supports? stream|stream(ing)? (mode )?(only|is required|required|must)|non-?stream|must (be )?stream|enable the stream",
-        "DashScope 400 'This model only support stream mode' (OpenManus#330); 'enable_thinking must be set to false for non-streaming calls'",
-    ),
-    Parameter("length_field", r"max_tokens", "max_tokens", r"max_completion_tokens", "OpenAI 400 unsupported_parameter (ai_automation_suggester#38)"),
-    Parameter(
-        "logprobs",
-        r"(top_)?logprobs",
-        "logprobs",
-        r"log_?\s?prob(s|abilit)",
-        "OpenAI 403 'not allowed to request logprobs'; Gemini 400 'Logprobs is not enabled' (generative-ai#135); vLLM 'max allowed: 5' (vllm#5299); "
-        "Together \"5 is greater than the maximum of 1 - 'logprobs'\" (helm#2325)",
-    ),
-    Parameter(
-        "seed", "seed", "seed", r"\bseed\b", "Mistral 422 extra_forbidden for seed (its name is random_seed); FastAPI's detail with loc ['body', 'seed']"
-    ),
-    Parameter(
-        "several",
-        "n|candidate_?count",
-        "n",
-        r"['\"`]n['\"`]|\bn ?(=|>|<|!=|must|should|is not|is un|greater|value|parameter)|only n\b|one completion|"
-        r"(multiple|several|number of) (choices|completions|candidates)|candidate_?count|best_of",
-        "llama.cpp 'Only one completion choice is allowed'; Groq 400 \"'n' : number must be at most 1\"; Ollama ignores it; vLLM \"n must be 1\"",
-    ),
-    Parameter(
-        "temperature", "temperature", "temperature", r"\btemperature\b", "OpenAI 400 unsupported_value 'Only the default (1) value is supported' (cline#341)"
-    ),
-    Parameter(
-        "stop",
-        "stop|stop_sequences",
-        "stop",
-        r"['\"`]stop['\"`]|\bstop (sequence|parameter|is not)",
-        "OpenAI o-series 400 \"'stop' is not supported with this model\"",
-    ),
-    Parameter(
-        "system",
-        r"messages\[\d+\]\.role",
-        "messages",
-        r"(system|developer) ?(role|message|prompt|instruction)s?.{0,40}" + _NOT + r"|does not support 'system'|"
-        r"roles? must alternate|only user(,| and) (assistant|model) roles",
-        "vLLM, llama.cpp: Gemma's template 'System role not supported'; Gemini 400 'Developer instruction is not enabled'; o1-mini 'messages[0].role'",
-    ),
-    Parameter(
-        "reply_form",
-        r"response_format.*|text\.format.*|.*schema.*|guided_json",
-        "response_format",
-        r"response_?format|response mime|json_?schema|json_?object|json mode|structured[ _]output|grammar|guided|schema|additional_?properties|prefix_?items|"
-        r"\b(min|max)_?items\b|propert(y|ies) ['\"]?(minimum|maximum)|the word 'json'",
-        "OpenAI 400 'Invalid schema for response_format'; Gemini \"Unknown name 'additionalProperties'\" (zed#44875); llama.cpp 'failed to parse grammar'; "
-        "OpenAI \"must contain the word 'json'\"",
-    ),
-)
-_GENERIC = r"requested parameters|unsupported parameter|unknown parameter|extra (inputs|fields)|unrecogni[sz]ed (request )?(argument|parameter|field)"
-_GENERIC_ORDER = ("seed", "several", "logprobs", "reply_form", "temperature", "stop")
-"""A refusal that names nothing (OpenRouter 404 'No endpoints found that can handle the requested parameters', buzz#3018) is tried without each in turn."""
 _LEARNABLE = (200, 400, 403, 404, 415, 422, 500, 501, 502)
 _LEAST = re.compile(
     r"(?:max\w*_tokens|maxoutputtokens)\D{0,80}?(?:>=|at least|greater than or equal to|minimum value[^0-9]*|minimum (?:is|of))\s*(\d+)|"
@@ -410,9 +224,9 @@ def _step(refusal: Refusal, sent: Mapping[str, Any], by: Accepts) -> dict[str, A
     ours = {p.sent for p in PARAMETERS} | {"model", "top_logprobs", "stream_options", by.length_field}
     if named or any(re.search(rf"\b{re.escape(name)}\b", about) for name in sent.keys() - ours):  # a field that the user asked for
         return {}
-    if re.search(_GENERIC, about):
+    if re.search(GENERIC, about):
         carried = {p.field for p in PARAMETERS if p.sent in sent}
-        return next((_without(field, about, sent, by) for field in _GENERIC_ORDER if field in carried), {})
+        return next((_without(field, about, sent, by) for field in GENERIC_ORDER if field in carried), {})
     return {}
 
 

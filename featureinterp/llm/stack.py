@@ -30,9 +30,10 @@ PROBE = Request((Message("user", "Say yes."),), max_tokens=4)
 
 @dataclass(frozen=True)
 class Stack:
-    """An endpoint that is open. ``limited``: its requests within their limits and tried again. ``bare``: the adapter alone. ``own``: whether it is a
-    model of this machine, which needs no check. ``max_wait_s``: how long a check waits for an endpoint that is busy."""
+    """An endpoint that is open. ``once``: its requests metered and within their limits. ``limited``: these, tried again. ``bare``: the adapter alone.
+    ``own``: whether it is a model of this machine, which needs no check. ``max_wait_s``: how long a check waits for an endpoint that is busy."""
 
+    once: LanguageModel
     limited: LanguageModel
     bare: Any
     own: bool
@@ -46,10 +47,10 @@ class Stack:
         asked = Cached(self.limited, replies, identity=self.bare.identity, room=room, retry_failed=retry_failed)
         return Answering(Tallied(asked))
 
-    async def check(self) -> None:
-        """One small request, so that a wrong key, name or address is known before any work. A model that is loading is waited for."""
-        if not self.own:
-            await Retrying(self.bare, attempts=1, max_seconds=self.max_wait_s).complete(PROBE)
+    async def check(self) -> Reply | None:
+        """One small request, so that a wrong key, name or address is known before any work; None for a model of this machine, which is not asked.
+        A model that is loading is waited for. It counts like every other request: towards the limits, the budget and the bill."""
+        return None if self.own else await Retrying(self.once, attempts=1, max_seconds=self.max_wait_s).complete(PROBE)
 
 
 class Answering:
@@ -109,9 +110,8 @@ async def open_stack(
         limited = Limited(
             Metered(bare, meter, price=price, count=await _counter(endpoint, tokenizer)), Limits(endpoint.concurrency, rpm=endpoint.rpm, tpm=endpoint.tpm)
         )
-        yield Stack(
-            Retrying(limited, attempts=endpoint.max_attempts, max_seconds=endpoint.max_wait_s), bare, endpoint.base_url in (None, LOCAL), endpoint.max_wait_s
-        )
+        retrying = Retrying(limited, attempts=endpoint.max_attempts, max_seconds=endpoint.max_wait_s)
+        yield Stack(limited, retrying, bare, endpoint.base_url in (None, LOCAL), endpoint.max_wait_s)
     finally:
         await bare.aclose()
 
