@@ -356,7 +356,7 @@ def test_the_end_of_the_command_says_what_failed_and_why(tmp_path: Path, subject
     def answer(body: dict) -> dict:
         nonlocal number
         number += 1
-        texts = texts_reply([f"{TINY_TEXTS[0]} {body['seed']} {len(str(body['messages']))}"]) if number % 2 else "no"
+        texts = texts_reply([f"{TINY_TEXTS[0]} {body.get('seed')} {len(str(body['messages']))}"]) if number % 2 else "no"
         return {k: v for k, v in completion(texts).items() if k != "usage"}
 
     config = tmp_path / "c.toml"
