@@ -21,7 +21,7 @@ from typing import Any
 import filelock
 
 from featureinterp.errors import DamagedStoreError, FolderInUseError, IncompatibleError
-from featureinterp.files import content_key, explained_storage, write_json
+from featureinterp.files import content_key, explained_storage, parse_json, write_json
 from featureinterp.stored.sums import read_marker, write_marker
 from featureinterp.visible import visible
 
@@ -101,7 +101,7 @@ def _owner(folder: Path) -> dict[str, Any] | None:
     end = time.monotonic() + _STALE_S
     while True:
         with suppress(OSError, ValueError, KeyError, TypeError):
-            found = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+            found = parse_json((folder / OWNER).read_text(encoding="utf-8"))
             owner: dict[str, Any] = {"pid": int(found["pid"]), "since": float(found["since"]), "host": visible(str(found["host"])[:64])}
             owner["verb"] = visible(str(found["verb"])[:40])
             if owner["host"] != socket.gethostname() or _lives(owner["pid"]):

@@ -8,13 +8,15 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+import tomllib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from featureinterp.errors import StorageError
 
+Read = TypeVar("Read")
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -65,6 +67,36 @@ def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` as readable JSON, atomically. Half characters (lone surrogates) are written as JSON's escapes."""
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     write_atomic(path, _HALF.sub(lambda m: f"\\u{ord(m[0]):04x}", text))
+
+
+class UnparsedError(ValueError):
+    """A text that is not what it should be. ``says``: why, to go on after the name of what was read."""
+
+    def __init__(self, says: str) -> None:
+        super().__init__(f"it {says}")
+        self.says = says
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a text that may be anybody's. Raises ``UnparsedError`` for what is no JSON, is nested too
+    deeply, or holds a number of thousands of digits."""
+    return _parsed(json.loads, text, "JSON")
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a text that may be anybody's. Raises ``UnparsedError`` as :func:`parse_json`."""
+    return _parsed(tomllib.loads, text, "TOML")
+
+
+def _parsed(read: Callable[[Any], Read], text: str | bytes, kind: str) -> Read:
+    try:
+        return read(text)
+    except RecursionError as error:
+        raise UnparsedError("is nested too deeply to be read: remove or flatten it") from error
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UnparsedError(f"is not {kind} ({getattr(error, 'msg', error)})") from error
+    except ValueError as error:  # of int(), beyond the limit of digits
+        raise UnparsedError("holds a number that is too long to be read: remove or shorten it") from error
 
 
 def sha256_of(path: Path, chunk_bytes: int = 1 << 22) -> str:

@@ -8,7 +8,6 @@ folder.
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import platform
 import sys
@@ -23,7 +22,7 @@ import torch
 
 from featureinterp.assets.fetch import cache_folder
 from featureinterp.errors import StorageError, UnknownNameError
-from featureinterp.files import write_json
+from featureinterp.files import parse_json, write_json
 
 AUTO = "auto"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -183,7 +182,7 @@ def _known(name: str, what: str, measure: Callable[[], float], *, again: bool = 
     limits = [f"{limit}={os.environ[limit]}" for limit in _LIMITS if limit in os.environ]
     key = " ".join([key, *limits])
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = parse_json(path.read_text(encoding="utf-8"))
         known = kept if isinstance(kept, dict) else {}
     except (OSError, ValueError):
         known = {}

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from featureinterp.errors import InputError, UnknownNameError
+from featureinterp.files import parse_json
 from featureinterp.resources import prompts_folder
 from featureinterp.visible import UNSEEN
 
@@ -53,14 +54,14 @@ class Prompt:
 
     def json(self, file: str) -> Any:
         """A JSON file's value."""
-        return json.loads(self.files[file])
+        return parse_json(self.files[file])
 
     def with_examples(self, file: str, path: Path) -> Prompt:
         """The prompt with the JSON list of worked examples at ``path`` in place of ``file``; its hash is another. Raises ``InputError`` when
         it cannot be read or its examples lack a field that those of ``file`` have."""
         try:
             text = path.read_text(encoding="utf-8")
-            examples = json.loads(text)
+            examples = parse_json(text)
         except (OSError, ValueError) as error:
             raise InputError(f"the worked examples {path} cannot be read: {error}") from error
         wanted = set(self.json(file)[0])

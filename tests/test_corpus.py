@@ -213,6 +213,29 @@ def test_a_finished_table_is_reused_and_a_changed_request_is_not(tmp_path: Path)
         WindowTable.open(tmp_path / "w")
 
 
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_corpus_that_lies_elsewhere_now_is_the_same(tmp_path: Path, as_folder: bool):
+    before, after = (tmp_path / "a", tmp_path / "elsewhere" / "b") if as_folder else (tmp_path / "a.jsonl", tmp_path / "renamed.jsonl")
+    if as_folder:
+        before.mkdir()
+        for i, text in enumerate(TINY_TEXTS):
+            (before / f"{i}.txt").write_text(text)
+    else:
+        before.write_text("".join(json.dumps({"text": text}) + "\n" for text in TINY_TEXTS))
+    policy = WindowPolicy(8, 2)
+    first = build_windows(load_corpus(str(before)), ENCODER, policy, tmp_path / "w")
+    written = (tmp_path / "w" / "windows.json").stat()
+    after.parent.mkdir(exist_ok=True)
+    before.rename(after)
+    again = build_windows(load_corpus(str(after)), ENCODER, policy, tmp_path / "w")
+    now = (tmp_path / "w" / "windows.json").stat()
+    assert (now.st_mtime_ns, now.st_ino) == (written.st_mtime_ns, written.st_ino) and again.fingerprint == first.fingerprint
+    changed = after / "0.txt" if as_folder else after
+    changed.write_text(changed.read_text().replace("army", "navy"))
+    with pytest.raises(IncompatibleError, match="other text"):
+        build_windows(load_corpus(str(after)), ENCODER, policy, tmp_path / "w")
+
+
 def test_an_unfinished_table_says_so_and_a_failed_one_leaves_nothing(tmp_path: Path):
     with pytest.raises(CorpusError, match="no window"):
         table_of(tmp_path / "w", "", "")

@@ -22,7 +22,7 @@ ALLOWED = {
     "resources": set(),
     "quiet": set(),
     "visible": set(),
-    "prompts": {"errors", "resources", "visible"},
+    "prompts": {"errors", "resources", "visible", "files"},
     "machine": {"assets", "errors", "files"},
     "replies": {"replies", "errors"},
     "tasks": set(),
@@ -92,7 +92,7 @@ ALLOWED = {
         "visible",
         "__version__",
         "machine",
-    },
+    , "files"},
 }
 TORCH_ROOMS = {"subject", "sae", "codes", "training"}
 TORCH_FILES = {

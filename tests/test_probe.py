@@ -20,15 +20,19 @@ from tiny import make_subject_folder
 
 import featureinterp as fi
 from featureinterp.codes import dense as dense_module
+from featureinterp.codes.collect import collect
 from featureinterp.codes.dense import dense_twin
 from featureinterp.codes.store import CodesStore
+from featureinterp.corpus.text import load_corpus
+from featureinterp.corpus.windows import WindowPolicy
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.errors import DamagedStoreError, IncompatibleError, InputError
-from featureinterp.probing import ActivationBuffer, Annotation, RunTokens, domain_f1, split_indices
+from featureinterp.probing import ActivationBuffer, Annotation, RunTokens, domain_f1, load_labels, split_indices
 from featureinterp.probing.agreement import agreement_with, agreements
 from featureinterp.probing.study import Study, StudySettings, study
 from featureinterp.report.probing import read_annotations, study_table, write_study
 from featureinterp.report.render import render_report
+from featureinterp.sae.load import load_sae
 from featureinterp.subject.load import Subject, load_subject
 
 SETTINGS = StudySettings(n_shifts=40, top=3)
@@ -83,6 +87,47 @@ def test_a_study_without_decoders_and_without_documents_is_possible():
     assert bare.concepts[0].codes_auroc is None and bare.concepts[0].auroc_interval is None and bare.n_documents == 1
     with pytest.raises(InputError, match="0 features per concept"):
         StudySettings(top=0)
+
+
+def repeated(seed: int = 0, n_documents: int = 40, length: int = 12) -> ActivationBuffer:
+    """Noise that a decoder can learn by heart: every document stands there twice, and all begin with the same window."""
+    rng = np.random.default_rng(seed)
+    of = np.concatenate([np.arange(n_documents), rng.permutation(n_documents)])
+    rows = np.concatenate([np.r_[:4, 4 + d * length : 4 + (d + 1) * length] for d in of])  # of what differs
+    n = 4 + n_documents * length
+    texts = np.repeat(np.arange(1 + 2 * n_documents), [4, *[length // 2] * (2 * n_documents)])[rows]
+    codes = random_codes(rng, n, 10, 0.3, 100)[rows]
+    labels, dense = (rng.random((n, 1)) < 0.3)[rows], rng.normal(size=(n, n)).astype(np.float32)[rows]
+    documents = np.repeat(np.arange(2 * n_documents), 4 + length)
+    return ActivationBuffer(codes, labels, ("noise",), dense, {}, documents, texts)  # type: ignore[arg-type]
+
+
+def test_what_is_learnt_by_heart_is_not_found_again_in_the_test():
+    buffer = repeated()
+    naive = study(replace(buffer, texts=None), StudySettings(n_shifts=20))
+    assert naive.concepts[0].dense_auroc is not None and naive.concepts[0].dense_auroc > 0.8 and naive.n_repeated == 0
+    found = study(buffer, StudySettings(n_shifts=20))
+    assert found.concepts[0].dense_auroc is not None and 0.35 < found.concepts[0].dense_auroc < 0.65
+    train, test = split_indices(len(buffer), 0.4, 0, buffer.documents, buffer.texts)
+    assert found.n_test == len(test) and found.n_repeated == len(buffer) - len(train) - len(test)
+    n_held_out = len(np.unique(buffer.documents[np.setdiff1d(np.arange(len(buffer)), train)]))  # type: ignore[index]
+    assert found.n_repeated == 4 * n_held_out, "the common window of every held-out document"
+
+
+def test_copies_make_an_interval_no_narrower():
+    buffer = repeated()
+    assert buffer.groups is not None and len(np.unique(buffer.groups)) == 40
+    assert {len(set(buffer.groups[buffer.texts == text].tolist())) for text in np.unique(buffer.texts)[1:]} == {1}  # type: ignore[call-overload]
+
+
+def test_texts_are_kept_with_the_buffer(tmp_path: Path):
+    buffer = repeated(n_documents=4)
+    buffer.save(tmp_path / "b.npz")
+    again = ActivationBuffer.load(tmp_path / "b.npz")
+    assert again.texts is not None and again.texts.dtype == np.uint64
+    np.testing.assert_array_equal(again.texts, buffer.texts)
+    with pytest.raises(IncompatibleError, match="texts of shape"):
+        replace(buffer, texts=np.arange(3))
 
 
 def test_tables_page_and_what_reports_read(found: Study, tmp_path: Path):
@@ -163,6 +208,31 @@ def test_the_verb(run_copy: Path, subject_folder: Path, tmp_path: Path):
     refused(cli("probe", str(run_copy), "--labels", str(labels), "--corpus", "sotu-2"), "sotu-2")
     refused(cli("probe", str(tmp_path / "nowhere")), "no run folder")
     refused(cli("probe", str(run_copy), "--labels", str(labels), "--no-decoders", "--shifts", "5"), "cannot be seen in 5 shifts")
+
+
+def test_a_run_of_repeated_documents(tmp_path: Path, subject: Subject, sae_folder: Path, subject_folder: Path):
+    header = "Trade with the islands grew; the harbour was deepened. " * 2
+    rng = np.random.default_rng(0)
+    bodies = [header + " ".join(rng.permutation(["March", "tax", "army", "peace", "May", "fleet", "ports", "door"] * 4)) for _ in range(20)]
+    corpus = tmp_path / "c.jsonl"
+    corpus.write_text("".join(json.dumps({"text": t}) + "\n" for t in [*bodies, *bodies[:10]]))
+    collect(subject, load_sae(str(sae_folder)), load_corpus(str(corpus)), tmp_path / "run", WindowPolicy(16, 8))
+    tokens = RunTokens(CodesStore.open(tmp_path / "run"))
+    (tmp_path / "l.toml").write_text("months = 'March|May'\n")
+    done = cli("probe", str(tmp_path / "run"), "--labels", str(tmp_path / "l.toml"), "--no-decoders", "--shifts", "30")
+    assert done.returncode == 0, done.stderr
+    train, test = split_indices(len(tokens.positions), 0.4, 0, tokens.documents, tokens.texts)
+    n = len(tokens.positions) - len(train) - len(test)
+    assert n > 0 and f"{n:,} tokens of held-out documents are left out" in done.stdout
+    table, length = tokens.windows, tokens.windows.length
+    sides = [{table.text(row) for row in np.unique(tokens.positions[side] // length).tolist()} for side in (train, test)]
+    assert all(sides) and not sides[0] & sides[1]
+    corpus.rename(tmp_path / "renamed.jsonl")
+    labels = load_labels(tmp_path / "l.toml")
+    assert tokens.labelled(labels, load_corpus(str(tmp_path / "renamed.jsonl"))).n_spans == sum(t.count("March") + t.count("May") for t in bodies + bodies[:10])
+    (tmp_path / "renamed.jsonl").write_text(json.dumps({"text": "other"}) + "\n")
+    with pytest.raises(IncompatibleError, match="give the same corpus"):
+        tokens.labelled(labels, load_corpus(str(tmp_path / "renamed.jsonl")))
 
 
 def test_labels_from_python(run_copy: Path, subject_folder: Path):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -177,6 +177,27 @@ def test_no_document_is_on_both_sides(n_documents: int, seed: int, fraction: flo
     assert not set(documents[train]) & set(documents[test])
     again = split_indices(len(documents), fraction, seed, documents)
     assert (again[0] == train).all() and (again[1] == test).all()
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=4), min_size=2, max_size=12), st.integers(0, 3))
+def test_no_text_is_on_two_sides(documents: list[list[int]], seed: int):
+    """Documents are lists of windows of two tokens each."""
+    owners = np.repeat(np.arange(len(documents)), [2 * len(d) for d in documents])
+    texts = np.repeat([t for d in documents for t in d], 2)
+    try:
+        train, test = split_indices(len(texts), 0.4, seed, owners, texts)
+    except InputError:
+        return
+    assert not set(texts[train].tolist()) & set(texts[test].tolist()) and not set(owners[train].tolist()) & set(owners[test].tolist())
+    held_out = set(range(len(documents))) - set(owners[train].tolist())
+    for i in held_out:
+        assert all(j in held_out for j, d in enumerate(documents) if d == documents[i]), "copies are on one side"
+    missing = np.setdiff1d(np.flatnonzero(~np.isin(owners, owners[train])), test)
+    assert set(texts[missing].tolist()) <= set(texts[train].tolist()), "nothing else is left out"
+    if len(np.unique(texts)) == sum(map(len, documents)):
+        for mine, plain in zip((train, test), split_indices(len(texts), 0.4, seed, owners), strict=True):
+            np.testing.assert_array_equal(mine, plain)
 
 
 def test_a_split_of_tokens_has_the_share_that_was_asked_for():

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import gc
 import json
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from endpoint import completion, endpoint, play
 from test_cli import cli, refused
 from test_jobs import records, run  # noqa: F401 (a fixture)
 from test_trials import answers
 
+import featureinterp
 import featureinterp as fi
 from featureinterp.api import job_in
 from featureinterp.cli.endpoint import endpoint_of
+from featureinterp.cli.main import app
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import InputError
@@ -203,22 +208,92 @@ def test_a_service_tells_its_address_as_json(tmp_path: Path):
     refused(cli("serve", "--runs", str(tmp_path / "nowhere"), "--json"), "nowhere")
 
 
-ADVICE = {
-    "--text-field": ("collect", "extract", "train", "layers", "doctor", "probe", "sensitivity"),
-    "--dtype": ("collect", "extract", "train", "layers", "doctor", "sensitivity", "explain"),
-    "--held-out": ("extract", "train"),
-    "--store-dtype": ("extract", "train"),
-    "--value-dtype": ("collect", "sensitivity"),
-    "--replace": ("collect", "extract", "train", "layers", "sensitivity", "explain", "run", "demo"),
-    "--retry-failed": ("explain", "falsify", "steer", "run", "sensitivity", "demo"),
-    "--timeout-s": ("explain", "falsify", "steer", "sensitivity"),
-    "--tpm": ("explain", "falsify", "steer", "sensitivity"),
-    "--api-key-env": ("explain", "falsify", "steer", "sensitivity"),
-    "--reply-tokens": ("explain", "falsify", "steer", "sensitivity"),
+CORPUS_VERBS = frozenset({"collect", "extract", "train", "layers", "doctor", "probe", "sensitivity"})
+ENDPOINT_VERBS = frozenset({"explain", "falsify", "steer", "sensitivity"})
+ROOMS: dict[str, frozenset[str]] = {
+    "corpus": CORPUS_VERBS,
+    "llm": ENDPOINT_VERBS,
+    "explain": ENDPOINT_VERBS - {"sensitivity", "steer"},
+    "falsify": ENDPOINT_VERBS,
+    "simulate": frozenset({"explain", "falsify"}),
+    "training": frozenset({"extract", "train"}),
+    "claims": frozenset({"collect", "extract", "train", "layers", "sensitivity", "explain", "run", "demo"}),
 }
+"""Verbs that the errors of a room are read at, where those of all verbs are not."""
+OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z0-9-]+)")
+OTHERS = {"--nproc-per-node", "--debug", "--version"}
+"""Of another program, or of this one before the verb."""
+AT_SOME = {"--simulator", "--base-url", "--llm-model", "--concurrency", "--held-out", "--use-saebench-examples"}
+"""Named only where the verb that was called has them: a stand-in of a model, a client of an endpoint."""
+AT_SOME |= {"--replace", "--store-dtype"}
 
 
-@pytest.mark.parametrize("option", ADVICE)
-def test_verbs_have_the_options_that_their_errors_name(option: str):
-    for verb in ADVICE[option]:
-        assert option in cli(verb, "--help").stdout, verb
+def options_of(command: Any, name: str = "") -> dict[str, set[str]]:
+    """Verb → its options, as the program has them."""
+    if hasattr(command, "commands"):
+        found: dict[str, set[str]] = {}
+        for sub, below in command.commands.items():
+            found |= options_of(below, f"{name} {sub}".strip())
+        return found
+    return {name: {option for p in command.params for option in (*p.opts, *p.secondary_opts)} | {"--help"}}
+
+
+def said(path: Path) -> Iterator[tuple[int, str]]:
+    """Texts of a module with the lines that they stand in, without docstrings."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, documented)]
+    skipped = {id(s.value) for body in bodies for s in body if isinstance(s, ast.Expr)}
+    inside = {id(v) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for v in node.values}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield node.lineno, "".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not {id(node)} & (skipped | inside):
+            yield node.lineno, node.value
+
+
+def advice() -> Iterator[tuple[str, str, frozenset[str], bool]]:
+    """(place, option, verbs that must have it, whether all of them) of every option that the source names."""
+    verbs = options_of(typer.main.get_command(app))
+    package = Path(featureinterp.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        for line, text in said(path):
+            for match in OPTION.finditer(text):
+                option, before, after = match[1], text[: match.start()], text[match.end() :]
+                named = re.findall(r"featureinterp ([a-z]+(?: [a-z]+)?)", before)[-1:]
+                of = re.match(r" (?:of|to) '?([a-z]+)'?", after)
+                place = f"{'/'.join(parts)}:{line}"
+                if option in OTHERS:
+                    continue
+                if of and of[1] in verbs:
+                    yield place, option, frozenset({of[1]}), True
+                elif named and (verb := next((v for v in (named[0], named[0].split()[0]) if v in verbs), None)):
+                    yield place, option, frozenset({verb, *after_verbs(before, verbs)}), False
+                else:
+                    yield place, option, ROOMS.get(parts[0], frozenset(verbs)), parts[0] in ROOMS and option not in AT_SOME
+
+
+def after_verbs(before: str, verbs: Iterable[str]) -> set[str]:
+    """Verbs in quotes that stand before an option."""
+    return {v for v in verbs if f"'{v}" in before or f"featureinterp {v}" in before}
+
+
+def test_options_that_errors_name_exist_where_they_are_read():
+    verbs = options_of(typer.main.get_command(app))
+    assert len(verbs) > 20 and "--text-field" in verbs["train"] and "--merge" not in verbs["train"]
+    wrong, n = [], 0
+    for place, option, expected, everywhere in advice():
+        n += 1
+        lacking = {verb for verb in expected if option not in verbs[verb]}
+        if lacking and (everywhere or lacking == expected):
+            wrong.append(f"{place}: {option} is no option of {', '.join(sorted(lacking))}")
+    assert not wrong, "\n".join(wrong)
+    assert n > 60
+
+
+def test_every_option_of_a_verb_is_in_its_help():
+    for verb in ("collect", "train", "sensitivity"):
+        shown = cli(verb, "--help").stdout
+        named = options_of(typer.main.get_command(app))[verb]
+        assert all(option in shown for option in named), verb

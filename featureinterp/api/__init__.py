@@ -450,6 +450,7 @@ def probe(
     dense: bool = True,
     corpus: str | None = None,
     text_field: str | None = None,
+    document_separator: str | None = None,
     model: str | None = None,
     device: str | None = None,
     steps: Steps = _silent,
@@ -458,7 +459,8 @@ def probe(
 
     ``labels``: a ``.jsonl`` file of spans, a ``.toml`` file or a mapping of regular expressions, a function of a document's text that gives
     (start, end, label), names of ready concepts, or None for all of those. ``dense``: also decodes the activations that the SAE read, for which the model
-    (``model``: where it is now, when not by the name that the run recorded) runs over the windows once. ``corpus``, ``text_field``: where the documents'
+    (``model``: where it is now, when not by the name that the run recorded) runs over the windows once. ``corpus``,
+    ``text_field``, ``document_separator``: where the documents'
     text is now, when not as the run recorded; labels from a file of spans do not need it.
     Writes tables, plots and a page to ``out`` (the run's folder ``probe`` when not given), from
     which reports on the run's explanations take the annotations.
@@ -476,8 +478,7 @@ def probe(
     store = open_run(run)
     wanted = load_labels(labels)
     reading = dict(store.windows.meta.get("reading", {}))
-    if text_field is not None:
-        reading["text_field"] = text_field
+    reading |= {name: value for name, value in (("text_field", text_field), ("document_separator", document_separator)) if value is not None}
     texts = None if wanted.listed is not None else load_corpus(corpus or store.meta["corpus"]["name"], **reading)
     tokens = RunTokens(store)
     found = tokens.labelled(wanted, texts)
@@ -492,7 +493,7 @@ def probe(
         if dense:
             with owned(Path(run) / "dense", "probe", waiting=_silent):
                 twin = dense_twin(store, Path(run), subject, progress=lambda done, total: steps("tokens read again", done, total))
-        buffer = ActivationBuffer(tokens.codes, found.labels, found.names, twin, found.instances, tokens.documents)
+        buffer = ActivationBuffer(tokens.codes, found.labels, found.names, twin, found.instances, tokens.documents, tokens.texts)
         judged = study(buffer, settings, steps=steps)
         positions = {name: tokens.positions[found.labels[:, i]] for i, name in enumerate(found.names)}
         page = write_study(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from featureinterp.api.local import EXPLAINER
 from featureinterp.errors import InputError
-from featureinterp.files import write_json
+from featureinterp.files import parse_json, write_json
 
 if TYPE_CHECKING:
     from featureinterp.codes.store import CodesStore
@@ -86,7 +85,7 @@ def planned(out: Path, features: int, seed: int, max_tokens: int | None, n_test:
     asked = {"features": features, "seed": seed, "max_tokens": max_tokens, "n_test": n_test}
     path = out / PLAN_FILE
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = parse_json(path.read_text(encoding="utf-8"))
         if kept["asked"] == asked:
             return DemoPlan(**kept["plan"])
         same_corpus = kept["plan"]["max_tokens"] if max_tokens is None else max_tokens

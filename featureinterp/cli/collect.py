@@ -6,6 +6,7 @@ from pathlib import Path
 
 import typer
 
+from featureinterp.cli.options import DOCUMENT_SEPARATOR
 from featureinterp.cli.screen import Screen, put
 
 
@@ -18,7 +19,7 @@ def collect(
     window: int = typer.Option(32, help="Tokens per window."),
     max_per_document: int = typer.Option(None, help="At most so many windows of one document."),
     text_field: str = typer.Option("text", help="Field or column that holds the text."),
-    document_separator: str = typer.Option(None, help="Between documents of a text file: lines, blank-lines, none, or a text; recognised when not given."),
+    document_separator: str = DOCUMENT_SEPARATOR,
     device: str = typer.Option(None, help="auto (the GPU when there is one), cpu, cuda or mps."),
     dtype: str = typer.Option(None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."),
     value_dtype: str = typer.Option("float16", help="How codes are stored: float16 or float32."),

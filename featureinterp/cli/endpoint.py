@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -69,11 +68,12 @@ def endpoint_of(
 
 def _fields(text: str | None) -> dict[str, Any]:
     from featureinterp.errors import InputError
+    from featureinterp.files import UnparsedError, parse_json
 
     try:
-        found = json.loads(text) if text else {}
-    except ValueError as error:
-        raise InputError(f"--extra-body is no JSON ({error}): give an object such as '{{\"top_p\": 0.9}}'") from None
+        found = parse_json(text) if text else {}
+    except UnparsedError as error:
+        raise InputError(f"--extra-body {error.says}: give an object such as '{{\"top_p\": 0.9}}'") from None
     if not isinstance(found, dict):
         raise InputError("--extra-body is no JSON object: give one such as '{\"top_p\": 0.9}'")
     return found

@@ -13,6 +13,7 @@ CONCURRENCY = typer.Option(None, help="Requests in flight at most; 16, or what t
 FEATURES_AT_ONCE = typer.Option(None, help="Features that are worked on at once.")
 SUBJECT_DEVICE = typer.Option(None, help="Device of the subject and the SAE: auto, cpu, cuda or mps.")
 SIMULATOR_DEVICE = typer.Option(None, help="Device of models of this process that simulate and judge: auto, cpu, cuda or mps.")
+DOCUMENT_SEPARATOR = typer.Option(None, help="Between documents of a text file: lines, blank-lines, none, or a text; recognised when not given.")
 DEVICE = typer.Option(None, help="Both devices, where they are not named.")
 
 

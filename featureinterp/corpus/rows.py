@@ -6,7 +6,6 @@ import bz2
 import csv
 import gzip
 import io
-import json
 import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from featureinterp.errors import CorpusError
-from featureinterp.files import explained_storage
+from featureinterp.files import UnparsedError, explained_storage, parse_json
 
 MAX_DOCUMENT_BYTES = 512 * 2**20
 _COMPRESSED: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -37,6 +36,7 @@ _KINDS = {
     ".feather": "arrow",
 }
 READABLE = "text (.txt, .md), JSON lines (.jsonl), JSON, CSV, TSV, parquet or Arrow, all but the last two also as .gz, .bz2 or .xz"
+RIGHT_FIELD = "name the right one with --text-field (corpus.text_field of a recipe)"
 Numbered = tuple[int, str | None]
 """The number of a row in its file, and its text; None where the row has none."""
 
@@ -113,19 +113,15 @@ def _listed(names: Iterable[Any]) -> str:
 
 def lacks(where: str, field: str, have: Iterable[Any]) -> CorpusError:
     """What a user reads when the text is not where it was looked for."""
-    return CorpusError(f"{where} has no text in the field {field!r} (it has: {_listed(have)}): name the right one with --text-field")
+    return CorpusError(f"{where} has no text in the field {field!r} (it has: {_listed(have)}): {RIGHT_FIELD}")
 
 
 def parsed(text: str, where: str) -> Any:
     """JSON. Raises ``CorpusError`` for what is none, is nested too deeply, or holds a number of thousands of digits."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise CorpusError(f"{where} is not JSON ({error.msg})") from error
-    except RecursionError as error:
-        raise CorpusError(f"{where} is nested too deeply to be read: remove or flatten it") from error
-    except ValueError as error:
-        raise CorpusError(f"{where} holds a number that is too long to be read: remove or shorten it") from error
+        return parse_json(text)
+    except UnparsedError as error:
+        raise CorpusError(f"{where} {error.says}") from error
 
 
 def _text_in(row: Any, field: str, where: str) -> str | None:
@@ -176,8 +172,8 @@ def _json(path: Path, field: str) -> Iterator[Numbered]:
 def _is_row(line: bytes, field: str) -> bool:
     """Whether a line alone is an object with text."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line)
+    except UnparsedError:
         return False
     return isinstance(row, dict) and isinstance(row.get(field), str | None) and field in row
 
@@ -268,11 +264,11 @@ def _check_column(path: Path, schema: Any, field: str) -> None:
     import pyarrow as pa
 
     if field not in schema.names:
-        raise CorpusError(f"{path} has no column {field!r} (it has: {_listed(schema.names)}): name the right one with --text-field")
+        raise CorpusError(f"{path} has no column {field!r} (it has: {_listed(schema.names)}): {RIGHT_FIELD}")
     kind = schema.field(field).type
     inner = kind.value_type if pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(inner) or pa.types.is_large_string(inner) or pa.types.is_string_view(inner)):
-        raise CorpusError(f"the column {field!r} of {path} holds {kind}, not text: name the right one with --text-field")
+        raise CorpusError(f"the column {field!r} of {path} holds {kind}, not text: {RIGHT_FIELD}")
 
 
 def _texts(column: Any, path: Path) -> list[str | None]:

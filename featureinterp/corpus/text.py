@@ -98,7 +98,8 @@ def load_corpus(name: str, *, text_field: str = "text", document_separator: str 
 
 def _only_for_text(document_separator: str | None, name: str) -> None:
     if document_separator is not None:
-        raise InputError(f"--document-separator is for plain text, and every row of {name} is a document: leave it out")
+        key = "corpus.document_separator of a recipe"
+        raise InputError(f"--document-separator is for plain text, and every row of {name} is a document: leave it out ({key}, too)")
 
 
 def _of_texts(path: Path, files: Sequence[Path], document_separator: str | None) -> Corpus:

@@ -37,7 +37,7 @@ from featureinterp.corpus.cut import Available, TextEncoder, cuts
 from featureinterp.corpus.quota import UNKNOWN, Plan, Seen, lacks_much, next_plan
 from featureinterp.corpus.text import Corpus
 from featureinterp.errors import CorpusError, DamagedStoreError, IncompatibleError, IncompleteStoreError, InputError
-from featureinterp.files import content_key, explained_storage
+from featureinterp.files import content_key, explained_storage, parse_json
 from featureinterp.stored.arrays import mapped, read_whole, rising, within
 from featureinterp.stored.sums import SummedFile, Sums, checked_bytes, described, read_marker, write_marker
 
@@ -191,7 +191,7 @@ class WindowTable:
         path, remedy = self.folder / "documents.jsonl", _remedy(self.folder)
         content = checked_bytes(path, None if self._files is None else self._files.get(path.name), remedy)
         with described(path, remedy):
-            names = [json.loads(line) for line in content.decode().splitlines()]
+            names = [parse_json(line) for line in content.decode().splitlines()]
         if len(names) != self.meta["n_documents"]:
             raise DamagedStoreError(f"{path} names {len(names):,} documents instead of {self.meta['n_documents']:,}: {remedy}")
         return names
@@ -259,7 +259,8 @@ def check_documents(windows: WindowTable, n_splits: int, at_least: int = 0) -> N
     name = windows.meta["corpus"]
     raise InputError(
         f"the {windows.n_tokens:,} tokens of {name} are read as {n} document{'s' * (n != 1)}, and {n_splits} are needed so that training and test share"
-        " none: say what separates documents (--document-separator lines, blank-lines or the text between them), or give a folder or rows"
+        " none: say what separates documents (--document-separator lines, blank-lines or the text between them; corpus.document_separator of a"
+        " recipe), or give a folder or rows"
     )
 
 

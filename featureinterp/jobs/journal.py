@@ -29,6 +29,7 @@ from typing import Any
 from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.score import Failure
 from featureinterp.domain.usage import Usage
+from featureinterp.files import parse_json
 from featureinterp.stored.sums import described
 from featureinterp.stored.tables import Table, Tables
 
@@ -95,7 +96,7 @@ class Journal:
 
     def _read(self, text: str | bytes) -> Any:
         with described(Path(self.path), _REMEDY):
-            return json.loads(text)
+            return parse_json(text)
 
     def stage(
         self,
@@ -148,8 +149,8 @@ class Journal:
             rows = (row for i in wanted for row in list(self._tables.rows("features", one, (job, i))))
         for row in rows:
             with described(Path(self.path), _REMEDY):
-                windows = json.loads(zlib.decompress(row["windows"]))
-                found = FeatureResult.from_json(json.loads(row["summary"]) | {"windows": windows})
+                windows = parse_json(zlib.decompress(row["windows"]))
+                found = FeatureResult.from_json(parse_json(row["summary"]) | {"windows": windows})
             yield found
 
     def start(self, job: str, wanted: int) -> int:

@@ -25,7 +25,7 @@ from featureinterp.explain.one_shot import OneShot
 from featureinterp.explain.tree import Tree
 from featureinterp.falsify.counterexamples import Falsifier
 from featureinterp.falsify.intervention import Interventions
-from featureinterp.files import explained_storage
+from featureinterp.files import explained_storage, parse_json
 from featureinterp.interfaces import Activator, Explainer, LanguageModel, Simulator, Steerer
 from featureinterp.jobs.budget import check_endpoint
 from featureinterp.jobs.explain import ExplainJob, settings_of
@@ -157,7 +157,7 @@ def claim_job(job: Job, store: CodesStore, *, replace: bool = False) -> None:
 
     def earlier() -> dict[str, str] | None:
         try:
-            run = Path(json.loads((job.folder / "job.json").read_text(encoding="utf-8"))["job"]["run"])
+            run = Path(parse_json((job.folder / "job.json").read_text(encoding="utf-8"))["job"]["run"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return asked if run.resolve() == job.run.resolve() else None

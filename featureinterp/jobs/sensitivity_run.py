@@ -38,7 +38,8 @@ Steps = Callable[[str, int, int], None]
 class SensitivityJobSpec:
     """What is measured. ``saes``: names, all of ``model``. ``features``: how many alive ones at random, or which (``3,17``, ``0:50``). ``dataset``,
     ``total_tokens``, ``context_size``: the corpus, about how much of it, and tokens per window. ``examples``: from the corpus, or from the results that
-    SAEBench published."""
+    SAEBench published. ``text_field``, ``document_separator``: how
+    the corpus is read."""
 
     model: str
     saes: tuple[str, ...]
@@ -54,6 +55,7 @@ class SensitivityJobSpec:
     device: str | None = None
     dtype: str | None = None
     text_field: str = "text"
+    document_separator: str | None = None
     value_dtype: str = "float16"
     max_failure_rate: float = 0.5
     retry_failed: bool = False
@@ -109,7 +111,9 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
     price = config.price(endpoint)
     check_free(spec.out)
     published = [_published(spec, name) for name in spec.saes]
-    corpus = load_corpus(spec.dataset, text_field=spec.text_field) if spec.examples == "corpus" else None
+    corpus = None
+    if spec.examples == "corpus":
+        corpus = load_corpus(spec.dataset, text_field=spec.text_field, document_separator=spec.document_separator)
     policy = WindowPolicy(spec.context_size, min(8, spec.context_size), spec.total_tokens)
     saes = [load_sae(name, device=pick_device(spec.device), steps=steps) for name in spec.saes]
     subject = load_subject(spec.model, device=spec.device, dtype=spec.dtype)

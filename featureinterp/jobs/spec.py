@@ -14,7 +14,6 @@ usd = 2.5
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from featureinterp.explain.styles import Style, style
 from featureinterp.explain.tree import TreeSettings
 from featureinterp.falsify.counterexamples import TrialSettings
 from featureinterp.falsify.intervention import SteeringSettings
+from featureinterp.files import UnparsedError, parse_toml
 from featureinterp.jobs.budget import Budget
 from featureinterp.jobs.plan import Plan
 from featureinterp.llm.config import EMBEDDED, LOCAL, Endpoint, load_config
@@ -210,8 +210,8 @@ def job_of(folder: Path) -> Job:
 def load_job(path: Path) -> Job:
     """A job from a TOML file; relative paths in it start from the file's folder. Raises ``InputError`` that names what is wrong."""
     try:
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        fields = parse_toml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, UnparsedError) as error:
         raise InputError(f"the job {path} cannot be read: {error}") from error
     for name in ("run", "out", "few_shot"):
         if isinstance(fields.get(name), str):

@@ -13,7 +13,7 @@ import anyio
 
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import LanguageModelError
-from featureinterp.files import content_key
+from featureinterp.files import content_key, parse_json
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Reply, Request
 from featureinterp.stored.sums import described
@@ -46,7 +46,7 @@ class ReplyStore:
         """The reply under a key."""
         for row in self._tables.rows("replies", "WHERE key = ?", (key,)):
             with described(self.path or Path(), _REMEDY):
-                return _reply_from(json.loads(row["reply"]))
+                return _reply_from(parse_json(row["reply"]))
         return None
 
     def put(self, key: str, model: str, reply: Reply) -> None:

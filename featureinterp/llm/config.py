@@ -20,7 +20,6 @@ output = 4.0
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any
 import pydantic
 
 from featureinterp.errors import InputError, UnknownNameError
+from featureinterp.files import UnparsedError, parse_toml
 from featureinterp.llm.address import check_headers
 from featureinterp.llm.prices import FREE, PRICES, Price, price_of
 from featureinterp.llm.secrets import check_address, check_fields, check_variable
@@ -135,8 +135,8 @@ def load_config() -> Config:
     if not path.is_file():
         return Config(path, {}, {})
     try:
-        found = _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        found = _File.model_validate(parse_toml(path.read_text(encoding="utf-8")))
+    except (UnparsedError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"the configuration {path} cannot be read: {error}") from error
     except pydantic.ValidationError as error:
         raise InputError(f"the configuration {path} has a mistake: {first_problem(error)}") from error

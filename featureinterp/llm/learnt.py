@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import asdict, fields, replace
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from featureinterp.errors import StorageError
-from featureinterp.files import content_key, write_json
+from featureinterp.files import content_key, parse_json, write_json
 from featureinterp.llm.accepts import Accepts, ReplyForm
 
 VARIABLE = "FEATUREINTERP_LEARNT"
@@ -35,7 +34,7 @@ def recall(base_url: str, model: str, now: float | None = None) -> Accepts | Non
     if path is None:
         return None
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = parse_json(path.read_text(encoding="utf-8"))
         age = (time.time() if now is None else now) - float(kept["at"])
         known = {f.name for f in fields(Accepts)}
         found = Accepts(**{name: value for name, value in kept["accepts"].items() if name in known})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ import pydantic
 
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import LanguageModelError, MalformedReplyError
-from featureinterp.files import content_key, write_json
+from featureinterp.files import content_key, parse_json, write_json
 from featureinterp.llm.accepts import Accepts
 from featureinterp.llm.config import LOCAL, Endpoint
 from featureinterp.llm.learnt import forget
@@ -183,7 +182,7 @@ def _has_colour(text: str) -> bool:
 def recall(endpoint: Endpoint) -> Probed | None:
     """What the last :func:`probe` of an endpoint found; None when there was none."""
     try:
-        return Probed.from_json(json.loads(_file(endpoint).read_text(encoding="utf-8")))
+        return Probed.from_json(parse_json(_file(endpoint).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError):
         return None
 

@@ -13,7 +13,7 @@ from featureinterp.probing.auroc import auroc_all
 from featureinterp.probing.columns import Columns, as_columns, as_labels
 from featureinterp.probing.domain_f1 import domain_f1
 from featureinterp.probing.nulls import N_SHIFTS, auroc_null, f1_null, p_values
-from featureinterp.probing.splits import split_indices
+from featureinterp.probing.splits import joined, split_indices
 
 Method = Literal["auroc", "domain_f1"]
 
@@ -50,6 +50,7 @@ def annotate_features(
     method: Method = "auroc",
     min_f1: float = 0.5,
     documents: Any = None,
+    texts: Any = None,
     instances: Mapping[str, Any] | None = None,
     split: tuple[np.ndarray, np.ndarray] | None = None,
     alpha: float | None = 0.05,
@@ -59,7 +60,8 @@ def annotate_features(
     """Per feature the concept that it fires on: chosen on the training tokens, scored on the test tokens, kept where that score is at least ``min_auroc``
     (by ``method="domain_f1"``: ``min_f1``) and beyond chance. Features in order; those that are not kept are left out.
 
-    ``labels`` bool ``[token, label]`` with ``names``; ``documents`` ``[token]`` are what :func:`split_indices` keeps together and what labels are shifted in;
+    ``labels`` bool ``[token, label]`` with ``names``; ``documents`` ``[token]`` are what :func:`split_indices` keeps together and what labels are shifted in
+    (those of the same ``texts`` as one);
     ``instances``: concept → ids as in :func:`domain_f1` (a concept without: each run of labelled tokens of a document is an instance).
 
     Beyond chance: of all features that chose a label in training, the largest test score in each of ``n_shifts`` circular shifts of the test labels is taken;
@@ -73,9 +75,10 @@ def annotate_features(
         raise IncompatibleError(f"there are {len(names)} names ({len(set(names))} different) for {labels.shape[1]} labels: give each label its own")
     if alpha is not None and not 1 / (n_shifts + 1) <= alpha <= 1:
         raise InputError(f"a chance of {alpha:g} cannot be seen in {n_shifts} shifts: use at least {int(np.ceil(1 / max(alpha, 1e-9))) - 1}")
-    train, test = split or split_indices(columns.n_rows, seed=seed, groups=documents)
-    groups = None if documents is None else np.asarray(documents)
-    judge = _by_auroc if method == "auroc" else _by_f1(names, instances or {}, groups) if method == "domain_f1" else None
+    train, test = split or split_indices(columns.n_rows, seed=seed, groups=documents, texts=texts)
+    by_run = None if documents is None else np.asarray(documents)
+    groups = by_run if texts is None else joined(by_run, texts)
+    judge = _by_auroc if method == "auroc" else _by_f1(names, instances or {}, by_run) if method == "domain_f1" else None
     if judge is None:
         raise UnknownNameError(f"there is no method {method!r}: choose auroc or domain_f1")
     judged = judge(columns, labels, train, test)

@@ -119,14 +119,21 @@ class BestSingle:
 
 
 def best_single_train_test(
-    codes: Any, labels: Any, *, split: tuple[np.ndarray, np.ndarray] | None = None, groups: Any = None, test_fraction: float = 0.4, seed: int = 0
+    codes: Any,
+    labels: Any,
+    *,
+    split: tuple[np.ndarray, np.ndarray] | None = None,
+    groups: Any = None,
+    texts: Any = None,
+    test_fraction: float = 0.4,
+    seed: int = 0,
 ) -> BestSingle:
     """Per label the feature and sign with the best AUROC on the training tokens, and the AUROC of that choice on the test tokens: choosing the best of
     thousands makes the training value too good, and the test value is free of that. ``split``: (training rows, test rows); otherwise
-    :func:`split_indices` with ``groups`` (documents), ``test_fraction`` and ``seed``."""
+    :func:`split_indices` with ``groups`` (documents), ``texts``, ``test_fraction`` and ``seed``."""
     columns = as_columns(codes)
     labels = as_labels(labels, columns.n_rows)
-    train, test = split or split_indices(columns.n_rows, test_fraction, seed, groups)
+    train, test = split or split_indices(columns.n_rows, test_fraction, seed, groups, texts)
     found = auroc_all(columns.take(train), labels[train])
     return chosen_on(found, columns.take(test), labels[test])
 

@@ -14,6 +14,7 @@ import numpy as np
 from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
 from featureinterp.files import replaced_atomically
 from featureinterp.probing.columns import Columns, as_columns, as_labels, checked_columns, is_torch
+from featureinterp.probing.splits import joined
 
 _INSTANCES = "inst_"
 
@@ -22,7 +23,8 @@ _INSTANCES = "inst_"
 class ActivationBuffer:
     """What probing needs of N tokens. ``codes`` ``[N, F]`` ≥ 0 (any form of :func:`as_columns`; held by feature); ``labels`` bool ``[N, L]``; ``label_names`` L
     different strings; ``dense`` float16 ``[N, D]``, the activations that the codes were made from; ``instances``: concept → int32 ``[N]``, or ``[N, depth]``
-    where instances of one concept overlap, −1 outside every instance; ``documents`` int32 ``[N]``.
+    where instances of one concept overlap, −1 outside every instance; ``documents`` int32 ``[N]``; ``texts`` ``[N]``: a whole number for the text of each
+    token's window, the same for the same text (uint64), so that no text is in training and in test.
 
     Raises ``InputError`` or ``IncompatibleError``, naming the shapes, for parts that do not fit.
     """
@@ -33,6 +35,7 @@ class ActivationBuffer:
     dense: np.ndarray | None = None
     instances: Mapping[str, np.ndarray] = field(default_factory=dict)
     documents: np.ndarray | None = None
+    texts: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         codes = as_columns(self.codes)
@@ -53,7 +56,9 @@ class ActivationBuffer:
             if dense.ndim != 2 or len(dense) != codes.n_rows or not np.issubdtype(dense.dtype, np.floating):
                 raise IncompatibleError(f"dense activations of shape {dense.shape} and type {dense.dtype} do not fit {codes.n_rows} tokens")
         documents = None if self.documents is None else _whole_numbers(self.documents, codes.n_rows, "documents", (1,))
-        for name, value in (("codes", codes), ("labels", labels), ("label_names", names), ("dense", dense), ("instances", instances), ("documents", documents)):
+        texts = None if self.texts is None else _whole_numbers(self.texts, codes.n_rows, "texts", (1,), np.uint64)
+        checked = {"codes": codes, "labels": labels, "label_names": names, "dense": dense, "instances": instances}
+        for name, value in {**checked, "documents": documents, "texts": texts}.items():
             object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
@@ -63,6 +68,11 @@ class ActivationBuffer:
     def name_idx(self) -> dict[str, int]:
         """Label name → its column."""
         return {name: i for i, name in enumerate(self.label_names)}
+
+    @cached_property
+    def groups(self) -> np.ndarray | None:
+        """What splits, resamples and shifts keep together, ``[N]``: documents, those of the same text as one."""
+        return self.documents if self.texts is None else joined(self.documents, self.texts)
 
     def instances_of(self, name: str) -> np.ndarray:
         """The instance ids of a concept: as given, or else each run of its tokens within a document."""
@@ -75,7 +85,7 @@ class ActivationBuffer:
 
     def save(self, path: str | Path) -> None:
         """Writes one ``.npz`` file: ``codes_offsets``, ``codes_rows``, ``codes_values``, ``labels``, ``label_names``, and where they are there ``dense``,
-        ``inst_CONCEPT`` and ``documents``. The file appears under its name when it is whole."""
+        ``inst_CONCEPT``, ``documents`` and ``texts``. The file appears under its name when it is whole."""
         arrays = {
             "codes_offsets": self.codes.offsets,
             "codes_rows": self.codes.rows,
@@ -84,6 +94,7 @@ class ActivationBuffer:
             "label_names": np.array(self.label_names, dtype=np.str_),
             **({} if self.dense is None else {"dense": self.dense}),
             **({} if self.documents is None else {"documents": self.documents}),
+            **({} if self.texts is None else {"texts": self.texts}),
             **{_INSTANCES + name: ids for name, ids in self.instances.items()},
         }
         with replaced_atomically(Path(path)) as file:
@@ -110,7 +121,8 @@ class ActivationBuffer:
             raise InputError(f"{path} has no array {missing[0]!r} (it has: {', '.join(held) or 'nothing'})")
         codes: Any = _columns(held, path) if own else held["codes"]
         instances = {name.removeprefix(_INSTANCES): ids for name, ids in held.items() if name.startswith(_INSTANCES)}
-        return cls(codes, held["labels"], tuple(_text(n) for n in held["label_names"].ravel()), held.get("dense"), instances, held.get("documents"))
+        names = tuple(_text(n) for n in held["label_names"].ravel())
+        return cls(codes, held["labels"], names, held.get("dense"), instances, held.get("documents"), held.get("texts"))
 
 
 def _array(file: Any, name: str, path: Path) -> np.ndarray:
@@ -143,8 +155,8 @@ def _text(name: Any) -> str:
     return name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
 
 
-def _whole_numbers(values: Any, n: int, what: str, dimensions: tuple[int, ...]) -> np.ndarray:
+def _whole_numbers(values: Any, n: int, what: str, dimensions: tuple[int, ...], dtype: Any = np.int32) -> np.ndarray:
     array = values.detach().cpu().numpy() if is_torch(values) else np.asarray(values)
     if array.ndim not in dimensions or len(array) != n or not np.issubdtype(array.dtype, np.integer):
         raise IncompatibleError(f"{what} of shape {array.shape} and type {array.dtype} do not fit {n} tokens: give whole numbers, one per token")
-    return array.astype(np.int32)
+    return array.astype(dtype)

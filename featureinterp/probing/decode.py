@@ -52,20 +52,25 @@ def standardize(x: Any, train: Any, epsilon: float = EPSILON) -> np.ndarray:
     return centred
 
 
-def fit_logreg(x: Any, labels: Any, train: Any = None, *, l2: float | Sequence[float] = LAMBDAS, groups: Any = None, seed: int = 0) -> LinearDecoder:
+def fit_logreg(
+    x: Any, labels: Any, train: Any = None, *, l2: float | Sequence[float] = LAMBDAS, groups: Any = None, texts: Any = None, seed: int = 0
+) -> LinearDecoder:
     """A logistic regression per label, on the rows ``train`` (all when not given).
 
     ``x``: codes in any form of :func:`as_columns`, or a dense array or tensor ``[token, input]`` of any sign. ``labels`` bool ``[token, label]``. With several
-    ``l2`` a fifth of the training rows (whole ``groups``) is held out to choose by the log loss there, and the chosen one is fitted on all of them.
+    ``l2`` a fifth of the training rows (whole ``groups``, and none of the ``texts`` that the others have, as in :func:`split_indices`) is held out to choose by
+    the log loss there, and the chosen one is fitted on all of them.
     """
-    return _fitted(x, as_labels(labels, len_of(x)), train, _sigmoid_loss, l2, groups, seed)
+    return _fitted(x, as_labels(labels, len_of(x)), train, _sigmoid_loss, l2, groups, texts, seed)
 
 
-def fit_softmax(x: Any, classes: Any, train: Any = None, *, l2: float | Sequence[float] = LAMBDAS, groups: Any = None, seed: int = 0) -> LinearDecoder:
+def fit_softmax(
+    x: Any, classes: Any, train: Any = None, *, l2: float | Sequence[float] = LAMBDAS, groups: Any = None, texts: Any = None, seed: int = 0
+) -> LinearDecoder:
     """One multinomial regression over the classes 0 to K − 1 of ``classes`` ``[token]``; the rest as in :func:`fit_logreg`."""
     numbers = _classes(classes, len_of(x))
     wanted = np.eye(int(numbers.max()) + 1)[numbers]
-    return _fitted(x, wanted, train, _softmax_loss, l2, groups, seed)
+    return _fitted(x, wanted, train, _softmax_loss, l2, groups, texts, seed)
 
 
 def macro_auroc(scores: Any, classes: Any) -> tuple[float, int]:
@@ -85,17 +90,18 @@ def decode_eval(
     *,
     split: tuple[np.ndarray, np.ndarray] | None = None,
     groups: Any = None,
+    texts: Any = None,
     l2: float | Sequence[float] = LAMBDAS,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
     """Softmax decoders of ``classes`` ``[token]`` from codes and from their dense twin (None: codes alone), side by side: per input ``accuracy``,
     ``macro_auroc``, ``n_classes`` (those that could be scored) and ``l2``, on test tokens."""
-    train, test = split or split_indices(len_of(codes), seed=seed, groups=groups)
+    train, test = split or split_indices(len_of(codes), seed=seed, groups=groups, texts=texts)
     numbers = _classes(classes, len_of(codes))
     found = {}
     for name, x in (("codes", codes), ("dense", dense)):
         if x is not None:
-            decoder = fit_softmax(x, numbers, train, l2=l2, groups=groups, seed=seed)
+            decoder = fit_softmax(x, numbers, train, l2=l2, groups=groups, texts=texts, seed=seed)
             logits = decoder.predict(x, test)
             area, n = macro_auroc(logits, numbers[test])
             found[name] = {"accuracy": float((logits.argmax(1) == numbers[test]).mean()), "macro_auroc": area, "n_classes": n, "l2": decoder.l2}
@@ -118,6 +124,7 @@ def _fitted(
     loss: _Loss,
     l2: float | Sequence[float],
     groups: Any,
+    texts: Any,
     seed: int,
 ) -> LinearDecoder:
     rows = np.arange(len(wanted)) if train is None else np.asarray(train)
@@ -129,7 +136,8 @@ def _fitted(
     inputs, labels = _Standardised(_rows_of(x, rows)), wanted[rows]
     steps, w = 0, np.zeros((inputs.n_inputs + 1, wanted.shape[1]))
     if len(path) > 1:
-        inner, held = split_indices(len(rows), 0.2, seed, None if groups is None else np.asarray(groups)[rows])
+        kept_together, same = (None if part is None else np.asarray(part)[rows] for part in (groups, texts))
+        inner, held = split_indices(len(rows), 0.2, seed, kept_together, same)
         solutions: list[np.ndarray] = []
         values: list[float] = []
         for strength in path:  # from the strongest, each from the solution of the one before, until it gets worse

@@ -5,7 +5,6 @@ Spans are in characters of the document's text, from ``start`` to before ``end``
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,7 +15,7 @@ from typing import Any
 
 from featureinterp.corpus.rows import decode_utf8
 from featureinterp.errors import InputError, UnknownNameError
-from featureinterp.files import explained_storage
+from featureinterp.files import UnparsedError, explained_storage, parse_json, parse_toml
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,9 +121,9 @@ def _toml(path: Path) -> Labels:
     with explained_storage(path):
         text = decode_utf8(path.read_bytes(), str(path))
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(f"{path} is not TOML ({error})") from error
+        table = parse_toml(text)
+    except UnparsedError as error:
+        raise InputError(f"{path} {error.says}") from error
     patterns: dict[str, Any] = {name: value.get("pattern") if isinstance(value, dict) else value for name, value in table.items()}
     if not patterns:
         raise InputError(f"{path} holds no label: write name = 'regular expression', one per line")
@@ -140,9 +139,9 @@ def _jsonl(path: Path) -> Labels:
             if not line.strip():
                 continue
             try:
-                row = json.loads(decode_utf8(line, where))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{where} is not JSON ({error.msg}): each line must be one object") from error
+                row = parse_json(decode_utf8(line, where))
+            except UnparsedError as error:
+                raise InputError(f"{where} {error.says}; each line must be one object") from error
             span = _listed(row, where)
             listed.setdefault(row["document"], []).append(span)
             names[span.label] = None

@@ -90,7 +90,8 @@ class Concept:
 
 @dataclass(frozen=True)
 class Study:
-    """``annotations``: by AUROC, then by F1. ``n_tokens``, ``n_documents``: those of both sides together; ``n_test``: test tokens."""
+    """``annotations``: by AUROC, then by F1. ``n_tokens``, ``n_documents``: of all tokens; ``n_test``: test tokens. ``n_repeated``: tokens that are on neither
+    side, as windows of training documents have their text."""
 
     concepts: tuple[Concept, ...]
     annotations: tuple[Annotation, ...]
@@ -99,6 +100,7 @@ class Study:
     n_documents: int
     n_features: int
     settings: StudySettings
+    n_repeated: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable form."""
@@ -108,8 +110,8 @@ class Study:
 def study(buffer: ActivationBuffer, settings: StudySettings | None = None, *, steps: Steps = lambda *_: None) -> Study:
     """Judges every feature and decoder by every label of a buffer. Raises ``InputError`` when its documents cannot be split."""
     settings = settings or StudySettings()
-    documents = None if buffer.documents is None else np.asarray(buffer.documents)
-    train, test = split_indices(len(buffer), settings.test_fraction, settings.seed, documents)
+    documents, groups = buffer.documents, buffer.groups
+    train, test = split_indices(len(buffer), settings.test_fraction, settings.seed, documents, buffer.texts)
     sides = _Sides.of(buffer, train, test)
     n_labels = len(buffer.label_names)
     train_table, test_table = auroc_all(sides.learnt, buffer.labels[train]), auroc_all(sides.held, buffer.labels[test])
@@ -149,17 +151,17 @@ def study(buffer: ActivationBuffer, settings: StudySettings | None = None, *, st
         ranked = tuple(of(int(f), i) for f in choices[i])
         first, by_f1 = ranked[0], of(best_f1[i], i)
         scores = first.sign * sides.held.dense(np.array([first.feature]))[:, 0]
-        groups = None if documents is None else documents[test]
+        held = None if groups is None else groups[test]
         at = THRESHOLDS.index(by_f1.threshold or THRESHOLDS[0])
         concepts.append(
             Concept(
                 **concept,
                 by_auroc=ranked,
-                auroc_interval=auroc_interval(scores, buffer.labels[test, i], groups, seed=settings.seed),
+                auroc_interval=auroc_interval(scores, buffer.labels[test, i], held, seed=settings.seed),
                 auroc_null=nulls.auroc[i],
                 auroc_p=nulls.p(first.auroc, i, "auroc"),
                 by_f1=by_f1,
-                f1_interval=f1_interval(sides.fires(by_f1.feature, at), buffer.labels[test, i], ids[test], groups, seed=settings.seed),
+                f1_interval=f1_interval(sides.fires(by_f1.feature, at), buffer.labels[test, i], ids[test], held, seed=settings.seed),
                 f1_null=nulls.f1[i],
                 f1_p=nulls.p(by_f1.f1, i, "f1"),
                 **decoded.get(i, {}),
@@ -167,7 +169,8 @@ def study(buffer: ActivationBuffer, settings: StudySettings | None = None, *, st
         )
     annotations = _annotations(buffer, (train, test), settings, steps)
     n_documents = len(np.unique(as_documents(documents, len(buffer))))
-    return Study(tuple(concepts), annotations, len(buffer), len(test), n_documents, buffer.codes.n_features, settings)
+    n_repeated = len(buffer) - len(train) - len(test)
+    return Study(tuple(concepts), annotations, len(buffer), len(test), n_documents, buffer.codes.n_features, settings, n_repeated)
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ class _Sides:
 
     def nulls(self, by_auroc: list[int], table: np.ndarray, by_f1: list[int], tried: DomainF1, settings: StudySettings) -> _Nulls:
         """Scores of each label's chosen feature with the labels of the test tokens shifted."""
-        labels, groups = self.buffer.labels[self.test], None if self.buffer.documents is None else self.buffer.documents[self.test]
+        labels, groups = self.buffer.labels[self.test], None if self.buffer.groups is None else self.buffer.groups[self.test]
         each = np.eye(len(by_auroc), dtype=bool)
         options: dict[str, Any] = {"among": each, "n_shifts": settings.n_shifts, "seed": settings.seed}
         signs = np.where(table[by_auroc, np.arange(len(by_auroc))] >= 0.5, 1, -1)
@@ -238,13 +241,13 @@ def _ranked(column: np.ndarray, n: int) -> np.ndarray:
 
 def _decoders(buffer: ActivationBuffer, train: np.ndarray, test: np.ndarray, settings: StudySettings, steps: Steps) -> dict[int, dict[str, Any]]:
     """Per label the AUROC of linear decoders on the test tokens."""
-    groups = buffer.documents
+    groups = buffer.groups
     usable = [i for i in range(len(buffer.label_names)) if 0 < buffer.labels[train, i].sum() < len(train)]
     out: dict[int, dict[str, Any]] = {i: {} for i in usable}
     inputs = {"codes": buffer.codes, **({} if buffer.dense is None else {"dense": buffer.dense})}
     for place, (name, x) in enumerate(inputs.items()):
         for number, i in enumerate(usable):  # one after the other, so that each has the penalty that suits it
-            decoder = fit_logreg(x, buffer.labels[:, i], train, l2=LAMBDAS, groups=groups, seed=settings.seed)
+            decoder = fit_logreg(x, buffer.labels[:, i], train, l2=LAMBDAS, groups=groups, texts=buffer.texts, seed=settings.seed)
             logits = decoder.predict(x, test)[:, 0]
             wanted = buffer.labels[test, i]
             out[i][f"{name}_auroc"] = _known(auroc_vec(logits, wanted))
@@ -266,6 +269,7 @@ def _annotations(buffer: ActivationBuffer, split: tuple[np.ndarray, np.ndarray],
             method=method,  # type: ignore[arg-type]
             min_f1=settings.min_f1,
             documents=buffer.documents,
+            texts=buffer.texts,
             instances=ids,
             split=split,
             alpha=settings.alpha,

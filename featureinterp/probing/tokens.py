@@ -14,7 +14,6 @@ from itertools import islice
 import numpy as np
 
 from featureinterp.codes.store import CodesStore
-from featureinterp.corpus.contents import same_texts
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
@@ -36,10 +35,10 @@ class TableTokens:
         return numbers
 
     @property
-    def same_texts(self) -> np.ndarray:
-        """Of every row the first document with the text of its own, int64 ``[token]``: what a split must not part."""
-        groups: np.ndarray = same_texts(self.windows.contents, np.asarray(self.windows.documents))[self.positions // self.windows.length]
-        return groups
+    def texts(self) -> np.ndarray:
+        """A hash of the text of every row's window, uint64 ``[token]``: what may not be on two sides of a split."""
+        hashes: np.ndarray = self.windows.contents[self.positions // self.windows.length]
+        return hashes
 
     @cached_property
     def row_of_position(self) -> np.ndarray:
@@ -183,9 +182,9 @@ def _spans(table: WindowTable, labels: Labels, corpus: Corpus | None) -> Iterato
     n_read = 0
     for number, document in enumerate(islice(corpus, len(ids))):
         text = valid_unicode(document.text)
-        if document.id != ids[number] or not all(text.startswith(table.text(w), int(table.chars[w])) for w in range(edges[number], edges[number + 1])):
+        if not all(text.startswith(table.text(w), int(table.chars[w])) for w in range(edges[number], edges[number + 1])):
             raise IncompatibleError(f"the document {ids[number]!r} of the corpus {corpus.name} is not the one that the run was made from: give the same corpus")
-        yield number, list(labels.of(document.id, text))
+        yield number, list(labels.of(ids[number], text))
         n_read += 1
     if n_read < len(ids):
         raise IncompatibleError(f"the corpus {corpus.name} has fewer documents than the run was made from: give the same corpus")

@@ -55,7 +55,7 @@ def about_study(codes: Mapping[str, Any], labels: str, study: Study, n_spans: in
             "Labels": f"{labels}; {n_spans:,} spans, {n_outside:,} of them outside the run's windows",
             "Corpus": codes["corpus"]["name"],
             "Hook": codes["sae"]["hook"],
-            "Tokens": f"{study.n_tokens:,} scored, in {study.n_documents:,} documents",
+            "Tokens": f"{study.n_tokens:,} scored, in {study.n_documents:,} documents{_left_out(study)}",
             "Annotated": f"AUROC of at least {s.min_auroc:g}, or F1 of at least {s.min_f1:g}, on held-out documents, and more than any feature that chose the "
             f"label reaches in {100 * (1 - s.alpha):g} % of {s.n_shifts} shifts of the labels",
             "Seed": s.seed,
@@ -69,6 +69,10 @@ _TABLE = """<table><thead><tr><th>concept</th><th>best feature</th><th>AUROC</th
 {% if f is none %}<td colspan="6" style="text-align:left">{{ c.undefined }}</td>{% else %}<td>{{ f.feature }}</td><td>{{ f.auroc | number }}</td>
 <td>{% if c.auroc_interval %}{{ c.auroc_interval.low | number }} to {{ c.auroc_interval.high | number }}{% endif %}</td><td>{{ c.auroc_null | number }}</td>
 <td>{{ c.codes_auroc | number(3) }}</td><td>{{ c.dense_auroc | number(3) }}</td>{% endif %}</tr>{% endfor %}</tbody></table>"""
+
+
+def _left_out(study: Study) -> str:
+    return f"; {study.n_repeated:,} left out of the test, whose text is in training" if study.n_repeated else ""
 
 
 def study_table(study: Study) -> str:

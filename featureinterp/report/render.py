@@ -16,7 +16,7 @@ from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Score
 from featureinterp.domain.trial import TrialText
 from featureinterp.errors import DamagedStoreError, InputError
-from featureinterp.files import explained_storage, replaced_atomically
+from featureinterp.files import explained_storage, parse_json, replaced_atomically
 from featureinterp.probing.agreement import Agreement
 from featureinterp.stored.sums import SummedFile, read_marker, write_marker
 from featureinterp.visible import visible as seen
@@ -305,7 +305,7 @@ class StoredResults(Sequence[FeatureResult]):
 
     def _result(self, line: bytes) -> FeatureResult:
         try:
-            return FeatureResult.from_json(json.loads(line))
+            return FeatureResult.from_json(parse_json(line))
         except (KeyError, TypeError, ValueError) as error:
             raise _unreadable(self.path, error) from error
 

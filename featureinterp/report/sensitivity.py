@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from featureinterp.domain.rate import Rate
 from featureinterp.domain.record import Window
 from featureinterp.falsify.sensitivity import MARK_ABOVE, RELIABLE, FeatureSensitivity
 from featureinterp.falsify.writing import without_marks
-from featureinterp.files import write_atomic
+from featureinterp.files import replaced_atomically
 from featureinterp.prompts import marked
 from featureinterp.report.figures import figure
 from featureinterp.stored.sums import Sums, write_marker
@@ -29,7 +29,7 @@ Row = dict[str, Any]
 def write_sensitivity(folder: Path, features: Sequence[FeatureSensitivity], about: Mapping[str, Any], *, per_call: int) -> Row:
     """Writes the six tables and ``summary.json`` of one SAE into ``folder``, and returns the summary. ``about``: what is known of the SAE; ``sae_name``
     is needed."""
-    tables: dict[str, tuple[Sequence[str], list[Row]]] = {
+    tables: dict[str, tuple[Sequence[str], Iterator[Row]]] = {
         "feature_examples": (("feature_index", "Top_act", "Sequence"), _examples(features)),
         "generation_queries_with_responses": (
             ("sae_name", "eval_name", "feature_index", "system_prompt", "user_prompt", "separator", "num_per_call", "llm_response", "status"),
@@ -41,14 +41,16 @@ def write_sensitivity(folder: Path, features: Sequence[FeatureSensitivity], abou
             ("feature_index", "sample_index", "text", *_ACTIVATIONS, "corpus_activation", "held_out", "same_tokens"),
             _originals_read(features),
         ),
-        "feature_stats": (_stats_columns(features), [stats(f) for f in features]),
+        "feature_stats": (_stats_columns(features), map(stats, features)),
     }
     for name, (columns, rows) in tables.items():
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, list(columns))
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(folder / f"{name}.csv", text.getvalue())
+        with replaced_atomically(folder / f"{name}.csv") as file:
+            text = io.TextIOWrapper(file, "utf-8", newline="")
+            writer = csv.DictWriter(text, list(columns))
+            writer.writeheader()
+            writer.writerows(rows)
+            text.flush()
+            text.detach()
     found = {**about, "num_per_call": per_call, **summarise(features)}
     names = [f"{name}.csv" for name in tables]
     write_marker(folder / SUMMARY, found, {name: Sums.of(folder / name) for name in names})
@@ -77,12 +79,12 @@ def _stats_columns(features: Sequence[FeatureSensitivity]) -> list[str]:
     return list(stats(features[0])) if features else ["feature_index", "generated_sensitivity", "original_sensitivity"]
 
 
-def _examples(features: Sequence[FeatureSensitivity]) -> list[Row]:
-    return [{"feature_index": f.feature, "Top_act": e.activation, "Sequence": e.shown} for f in features for e in f.examples if not e.held_out]
+def _examples(features: Sequence[FeatureSensitivity]) -> Iterator[Row]:
+    return ({"feature_index": f.feature, "Top_act": e.activation, "Sequence": e.shown} for f in features for e in f.examples if not e.held_out)
 
 
-def _queries(features: Sequence[FeatureSensitivity], sae: str) -> list[Row]:
-    return [
+def _queries(features: Sequence[FeatureSensitivity], sae: str) -> Iterator[Row]:
+    return (
         {
             "sae_name": sae,
             "eval_name": EVAL_NAME,
@@ -96,23 +98,23 @@ def _queries(features: Sequence[FeatureSensitivity], sae: str) -> list[Row]:
         }
         for f in features
         for c in f.calls
-    ]
+    )
 
 
-def _samples(features: Sequence[FeatureSensitivity]) -> list[Row]:
-    return [{"feature_index": f.feature, "sample_index": i, "text": text} for f in features for i, text in enumerate(f.texts)]
+def _samples(features: Sequence[FeatureSensitivity]) -> Iterator[Row]:
+    return ({"feature_index": f.feature, "sample_index": i, "text": text} for f in features for i, text in enumerate(f.texts))
 
 
-def _samples_read(features: Sequence[FeatureSensitivity]) -> list[Row]:
-    return [
+def _samples_read(features: Sequence[FeatureSensitivity]) -> Iterator[Row]:
+    return (
         {"feature_index": f.feature, "sample_index": i, "text": text, **_read(window, without_marks(text), f.scale)}
         for f in features
         for i, (text, window) in enumerate(zip(f.texts, f.samples, strict=False))
-    ]
+    )
 
 
-def _originals_read(features: Sequence[FeatureSensitivity]) -> list[Row]:
-    return [
+def _originals_read(features: Sequence[FeatureSensitivity]) -> Iterator[Row]:
+    return (
         {
             "feature_index": f.feature,
             "sample_index": i,
@@ -124,7 +126,7 @@ def _originals_read(features: Sequence[FeatureSensitivity]) -> list[Row]:
         }
         for f in features
         for i, (e, window) in enumerate(zip(f.examples, f.originals, strict=False))
-    ]
+    )
 
 
 def _read(window: Window, text: str, scale: float) -> Row:

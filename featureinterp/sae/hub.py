@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import logging
 import re
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from featureinterp.errors import ChecksumError, DownloadError, FeatureInterpError, InputError, UnknownNameError
+from featureinterp.files import parse_json
 from featureinterp.sae.layouts.untrusted import read_json
 from featureinterp.sae.names import RESULTS_REPOSITORY, SaeSpec, interpretability_results
 
@@ -81,8 +81,8 @@ def fetch_results(name: str) -> Any:
     """SAEBench's published interpretability evaluation of an SAE. Raises what :func:`fetch` raises, and ``UnknownNameError`` where there is none."""
     path = _download(RESULTS_REPOSITORY, interpretability_results(name), "main", name)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise DownloadError(f"the published results of {name!r} are not JSON ({error}): leave --use-saebench-examples out") from error
 
 

@@ -179,7 +179,7 @@ def described(path: Path, remedy: str) -> Iterator[None]:
     """Turns errors of wrong data in a stored part into one sentence. Keep the block to what reads the data."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError, zlib.error) as error:
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError, RecursionError, zlib.error) as error:
         raise DamagedStoreError(f"{path} is damaged: {type(error).__name__} {error} while reading it; {remedy}") from error
 
 

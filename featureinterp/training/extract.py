@@ -15,7 +15,6 @@ import torch
 
 from featureinterp.claims import claim, owned
 from featureinterp.codes.collect import BATCH_TOKENS, mask_of, scored_tokens, windows_request
-from featureinterp.corpus.contents import same_texts
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
 from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
@@ -208,14 +207,12 @@ def window_splits(windows: WindowTable, settings: ExtractSettings) -> np.ndarray
     found = np.zeros(len(windows), np.int8)
     if settings.held_out:
         try:
-            groups = same_texts(windows.contents, np.asarray(windows.documents))
-            test = split_indices(len(windows), settings.held_out, settings.seed, groups)[1]
+            documents = np.asarray(windows.documents)
+            train, test = split_indices(len(windows), settings.held_out, settings.seed, documents, windows.contents)
         except InputError as error:
             raise InputError(f"no document can be held out ({error}); corpus.held_out = 0 (--held-out 0 of extract) keeps all for training") from error
-        found[test] = 1
-        found[(found == 1) & np.isin(windows.contents, windows.contents[found == 0])] = -1
-        if not (found == 1).any():
-            raise InputError("no document can be held out (all of its windows have the text of training windows); --held-out 0 keeps all for training")
+        found[:] = -1
+        found[train], found[test] = 0, 1
     return found
 
 

@@ -20,7 +20,7 @@ from featureinterp.intervals import interval_of, resample_counts
 from featureinterp.probing.auroc import auroc_vec
 from featureinterp.probing.decode import fit_logreg
 from featureinterp.probing.labels import Labels
-from featureinterp.probing.splits import split_indices
+from featureinterp.probing.splits import joined, split_indices
 from featureinterp.probing.tokens import TableTokens
 from featureinterp.subject.load import Subject
 
@@ -109,7 +109,8 @@ def choose_layer(
         tokens = TableTokens(windows, positions)
         arrays, scored = _activations(subject, hooks, windows, tokens, Path(folder), batch_tokens, steps)
         found = tokens.labelled(labels, corpus)
-        train, test = split_indices(len(positions), test_fraction, seed, tokens.same_texts)
+        train, test = split_indices(len(positions), test_fraction, seed, tokens.documents, tokens.texts)
+        groups = joined(tokens.documents, tokens.texts)
         concepts = [i for i in range(len(found.names)) if all(LEAST <= found.labels[rows, i].sum() <= len(rows) - LEAST for rows in (train, test))]
         if not concepts:
             raise InputError(f"no concept has {LEAST} tokens in training and in test: take more tokens")
@@ -117,7 +118,7 @@ def choose_layer(
         names = tuple(found.names[i] for i in concepts)
         layers, resampled = [], []
         for number, (block, x) in enumerate(zip(chosen, arrays, strict=True)):
-            layer, by_document = _measure(block, x, scored[number], wanted, names, train, test, tokens.documents, seed)
+            layer, by_document = _measure(block, x, scored[number], wanted, names, train, test, groups, tokens.texts, seed)
             layers.append(layer)
             resampled.append(by_document)
             steps("layers", number + 1, len(chosen))
@@ -158,14 +159,15 @@ def _measure(
     names: Sequence[str],
     train: np.ndarray,
     test: np.ndarray,
-    documents: np.ndarray,
+    groups: np.ndarray,
+    texts: np.ndarray,
     seed: int,
 ) -> tuple[Layer, np.ndarray]:
-    """A layer, and its mean AUROC over concepts in resamples of the test documents. Probes read scored tokens; spectra all of them."""
+    """A layer, and its mean AUROC over concepts in resamples of the test documents (``groups``). Probes read scored tokens; spectra all of them."""
     train, test = train[scored[train]], test[scored[test]]
-    logits = fit_logreg(x, wanted, train, l2=(0.04, 0.004), groups=documents, seed=seed).predict(x, test)
+    logits = fit_logreg(x, wanted, train, l2=(0.04, 0.004), groups=groups, texts=texts, seed=seed).predict(x, test)
     aurocs = {name: float(auroc_vec(logits[:, i], wanted[test, i])) for i, name in enumerate(names)}
-    resampled = _resampled(logits, wanted[test], documents[test], seed)
+    resampled = _resampled(logits, wanted[test], groups[test], seed)
     norms = np.linalg.norm(x, axis=1)
     layer = Layer(
         block,

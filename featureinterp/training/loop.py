@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from featureinterp.errors import DamagedStoreError, FeatureInterpError, IncompatibleError, InputError
-from featureinterp.files import content_key, explained_storage, replaced_atomically
+from featureinterp.files import content_key, explained_storage, parse_json, replaced_atomically
 from featureinterp.stored.sums import is_sealed
 from featureinterp.training.architectures import TRAINABLE, Normalizer, Trainable, geometric_median
 from featureinterp.training.batches import Batches, as_tensor
@@ -299,7 +299,7 @@ def _checkpoint(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor], in
         with safe_open(os.fspath(path), "pt") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            step, cursors = int(about["step"]), json.loads(about["cursors"])
+            step, cursors = int(about["step"]), parse_json(about["cursors"])
     except (SafetensorError, KeyError, ValueError, OSError, RuntimeError) as error:
         raise IncompatibleError(f"the checkpoint {path} cannot be read ({error}): {_FROM_THE_START}") from error
     checked = set(about) == {"key", "step", "cursors", "checksum"}

@@ -19,7 +19,6 @@ samples = 3_600_000
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from itertools import pairwise
@@ -29,6 +28,7 @@ from typing import Any, Literal, get_args
 import pydantic
 
 from featureinterp.errors import InputError, UnknownNameError
+from featureinterp.files import UnparsedError, parse_toml
 from featureinterp.resources import data_folder
 from featureinterp.validation import first_problem
 
@@ -258,10 +258,10 @@ def load_recipe(name: str | Path) -> Recipe:
     """A recipe by the name of an embedded one (``demo``) or from a TOML file; a relative ``store.folder`` starts from the file's folder."""
     path = data_folder() / "recipes" / f"{name}.toml" if str(name) in embedded() else Path(name)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = parse_toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UnknownNameError(f"there is no recipe {str(name)!r}: give a TOML file, or {' or '.join(embedded())}") from error
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, UnparsedError) as error:
         raise InputError(f"the recipe {path} cannot be read: {error}") from error
     recipe = make_recipe(tables, f"the recipe {path}")
     folder = recipe.store.folder
@@ -304,8 +304,8 @@ def _nearest(name: str, known: list[str], elsewhere: list[str]) -> str:
 def value_of(text: str) -> Any:
     """A value as TOML would read it; what is none is a string."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return parse_toml(f"value = {text}")["value"]
+    except UnparsedError:
         return text
 
 

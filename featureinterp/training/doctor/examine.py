@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from featureinterp.corpus.text import load_corpus
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import InputError
+from featureinterp.files import parse_json
 from featureinterp.stored.sums import read_marker
 from featureinterp.subject.load import Subject
 from featureinterp.training.doctor.activations import look_at_split, look_at_store, look_at_windows
@@ -123,7 +123,7 @@ def recorded(activations: Path) -> dict[str, Any] | None:
     """What activations say that they were made of; None when they do not."""
     for path in (activations / "train" / METADATA, activations / "test" / METADATA, activations / METADATA):
         try:
-            source = json.loads(path.read_text(encoding="utf-8"))["source"]
+            source = parse_json(path.read_text(encoding="utf-8"))["source"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if isinstance(source, dict):
