@@ -92,7 +92,8 @@ ALLOWED = {
         "visible",
         "__version__",
         "machine",
-    , "files"},
+        "files",
+    },
 }
 TORCH_ROOMS = {"subject", "sae", "codes", "training"}
 TORCH_FILES = {
