@@ -215,5 +215,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     ),
 )
 GENERIC = r"requested parameters|unsupported parameter|unknown parameter|extra (inputs|fields)|unrecogni[sz]ed (request )?(argument|parameter|field)"
+NAMELESS = "requested parameters"
+"""Of these, what names no field, though a word of it may be the name of one ("provider routing")."""
 GENERIC_ORDER = ("seed", "several", "logprobs", "reply_form", "temperature", "stop")
 """A refusal that names nothing (OpenRouter 404 'No endpoints found that can handle the requested parameters', buzz#3018) is tried without each in turn."""

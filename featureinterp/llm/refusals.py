@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from featureinterp.llm.accepts import Accepts, ReplyForm
-from featureinterp.llm.refusal_tables import CASES, GENERIC, GENERIC_ORDER, PARAMETERS, Kind, kind_of_status
+from featureinterp.llm.refusal_tables import CASES, GENERIC, GENERIC_ORDER, NAMELESS, PARAMETERS, Kind, kind_of_status
 from featureinterp.llm.waiting import wait_s
 
 MAX_WORDS, MAX_ABOUT = 300, 4000
@@ -222,7 +222,8 @@ def _step(refusal: Refusal, sent: Mapping[str, Any], by: Accepts) -> dict[str, A
         if said and (found := _without(parameter.field, about, sent, by)):
             return found
     ours = {p.sent for p in PARAMETERS} | {"model", "top_logprobs", "stream_options", by.length_field}
-    if named or any(re.search(rf"\b{re.escape(name)}\b", about) for name in sent.keys() - ours):  # a field that the user asked for
+    theirs = any(re.search(rf"\b{re.escape(name)}\b", about) for name in sent.keys() - ours)  # a field that the user asked for
+    if named or (theirs and not re.search(NAMELESS, about)):
         return {}
     if re.search(GENERIC, about):
         carried = {p.field for p in PARAMETERS if p.sent in sent}
