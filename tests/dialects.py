@@ -429,7 +429,9 @@ FINAL: dict[str, Final] = {
     "content-kimi": Final(
         400, {"error": {"type": "content_filter", "message": "The request was rejected because it was considered high risk"}}, _CONTENT, "high risk"
     ),
-    "long-kimi": Final(400, {"error": {"type": "invalid_request_error", "message": "Input token length too long"}}, "RequestRefusedError", "finds the prompt too long"),
+    "long-kimi": Final(
+        400, {"error": {"type": "invalid_request_error", "message": "Input token length too long"}}, "RequestRefusedError", "finds the prompt too long"
+    ),
     "busy-dashscope-tokens": Final(
         429,
         openai(
