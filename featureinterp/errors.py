@@ -10,6 +10,7 @@
     ├── StorageError               the disk is full, or a file cannot be written or read
     │   └── IncompleteStoreError   a store whose writing never finished, or that is not whole any more
     │       └── DamagedStoreError  what a store holds is not what was written
+    ├── DeviceMemoryError          the smallest piece of work does not fit into a GPU's memory
     ├── DownloadError              no source delivered the file
     │   └── ChecksumError          a file arrived whole and is not the one that was declared
     ├── JobStoppedError            a job ended before it was through; what is finished is kept
@@ -73,6 +74,10 @@ class IncompleteStoreError(StorageError):
 
 class DamagedStoreError(IncompleteStoreError):
     """What a store holds is not what was written."""
+
+
+class DeviceMemoryError(FeatureInterpError):
+    """The smallest piece of work does not fit into the memory of the device."""
 
 
 class DownloadError(FeatureInterpError):

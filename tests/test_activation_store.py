@@ -19,8 +19,8 @@ from featureinterp.corpus.text import Corpus, Document, load_corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
 from featureinterp.errors import DamagedStoreError, FeatureInterpError, IncompatibleError, IncompleteStoreError, InputError, StorageError, UnknownNameError
 from featureinterp.probing.splits import split_indices
+from featureinterp.subject import reading
 from featureinterp.subject.load import HubTokenizer, SkipFirst, Subject, load_subject
-from featureinterp.training import extract as extraction
 from featureinterp.training.batches import OnlineBatches, Share, StoreBatches
 from featureinterp.training.extract import Extracted, ExtractSettings, extract, merge, window_splits
 from featureinterp.training.store import ActivationStore, StoreWriter, merge_stores, shard_path
@@ -138,7 +138,7 @@ def test_rows_are_those_of_a_plain_forward_pass(tmp_path: Path, bos: bool, subje
 
 def test_an_extraction_that_was_cut_off_goes_on(tmp_path: Path, subject: Subject, corpus_file: Path, monkeypatch: pytest.MonkeyPatch):
     corpus, wanted = load_corpus(str(corpus_file)), ExtractSettings(0.2, "float32", shard_rows=300)
-    monkeypatch.setattr(extraction, "CHUNK_TOKENS", 640)
+    monkeypatch.setattr(reading, "CHUNK_TOKENS", 640)
     steps: list[int] = []
     whole = extract(subject, HOOK, corpus, tmp_path / "whole", POLICY, wanted, batch_tokens=128, progress=lambda done, total: steps.append(done))
     calls = 0
@@ -288,7 +288,7 @@ def test_online_batches_are_the_rows_of_a_store_in_bounded_memory(tmp_path: Path
     stream = OnlineBatches(subject, HOOK, found.windows, rows, 64, buffer=512, batch_tokens=256)
     n = len(found.train)
     seen = [stream.next() for _ in range(n // 64)]
-    assert stream._held is None or len(stream._held) < 512 + extraction.CHUNK_TOKENS
+    assert stream._held is None or len(stream._held) < 512 + reading.CHUNK_TOKENS
     epoch, stored = np.concatenate(seen), found.train.read(np.arange(n))
     assert len(epoch) == n // 64 * 64
     known = {r.tobytes() for r in np.round(stored, 2)}
@@ -298,7 +298,7 @@ def test_online_batches_are_the_rows_of_a_store_in_bounded_memory(tmp_path: Path
 
 
 def test_online_batches_go_on_from_any_place(subject: Subject, tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(extraction, "CHUNK_TOKENS", 256)
+    monkeypatch.setattr(reading, "CHUNK_TOKENS", 256)
     found = extract(subject, HOOK, load_corpus(str(corpus_file)), tmp_path, POLICY, ExtractSettings(0.9, "float32"))
     assert found.train is not None
     rows = np.unique(found.train.windows)

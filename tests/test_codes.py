@@ -24,6 +24,7 @@ from featureinterp.corpus.text import load_corpus
 from featureinterp.corpus.windows import WindowPolicy
 from featureinterp.errors import FeatureRangeError, IncompatibleError, IncompleteStoreError, InputError, StorageError, UnknownNameError
 from featureinterp.sae.load import load_sae, save_sae
+from featureinterp.subject import reading
 from featureinterp.subject.load import Subject, load_subject
 
 POLICY = WindowPolicy(16, 8)
@@ -86,7 +87,7 @@ class Killed(BaseException):
 def test_a_killed_collection_is_gone_on_with(
     tmp_path: Path, subject: Subject, sae_folder: Path, corpus_file: Path, store: CodesStore, monkeypatch: pytest.MonkeyPatch, after: int
 ):
-    monkeypatch.setattr(collect_module, "CHUNK_TOKENS", 128)
+    monkeypatch.setattr(reading, "CHUNK_TOKENS", 128)
     monkeypatch.setattr(RunWriter.__init__, "__kwdefaults__", {"flush_nonzeros": 100})
     real, calls = collect_module.encode_windows, []
 

@@ -166,21 +166,21 @@ def test_the_dense_twin_is_what_the_sae_read(tmp_path: Path, run: Path, store: C
 
     np.testing.assert_array_equal(dense_twin(store, tmp_path, forbidden), found)
     calls = []
-    real = dense_module.residual_of
+    real = dense_module.positions_of
 
-    def dies(*args: object) -> torch.Tensor:
+    def dies(*args: object) -> np.ndarray:
         calls.append(1)
         if len(calls) > 6:
             raise KeyboardInterrupt
         return real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("featureinterp.codes.collect.CHUNK_TOKENS", 128)
-    monkeypatch.setattr(dense_module, "residual_of", dies)
+    monkeypatch.setattr("featureinterp.subject.reading.CHUNK_TOKENS", 128)
+    monkeypatch.setattr(dense_module, "positions_of", dies)
     with pytest.raises(KeyboardInterrupt):
         dense_twin(store, tmp_path / "cut", lambda: subject, batch_tokens=64)
     done = json.loads((tmp_path / "cut" / "dense" / "dense.json").read_text())["next_window"]
     assert 0 < done < len(store.windows)
-    monkeypatch.setattr(dense_module, "residual_of", lambda *a: calls.append(int(a[3].min())) or real(*a))
+    monkeypatch.setattr(dense_module, "positions_of", lambda *a: calls.append(int(a[1].min())) or real(*a))
     calls.clear()
     np.testing.assert_allclose(dense_twin(store, tmp_path / "cut", lambda: subject, batch_tokens=64), found, rtol=1e-4, atol=1e-5)
     assert min(calls) >= done, "what was done is not done again"

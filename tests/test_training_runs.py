@@ -232,8 +232,8 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path: Path, subjec
 KILL_EXTRACTION = """
 import os, signal, sys
 from featureinterp.api import training
-from featureinterp.training import extract
-extract.CHUNK_TOKENS = 1024
+from featureinterp.subject import reading
+reading.CHUNK_TOKENS = 1024
 def step(what, done, total):
     if done >= int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -162,7 +162,6 @@ def collect(
     ``FolderInUseError`` when another process works in ``out``.
     """
     from featureinterp.claims import check_free
-    from featureinterp.codes.collect import BATCH_TOKENS
     from featureinterp.codes.collect import collect as run_collect
     from featureinterp.codes.fit import check_fit
     from featureinterp.corpus.text import load_corpus
@@ -170,6 +169,7 @@ def collect(
     from featureinterp.machine import pick_device
     from featureinterp.sae.load import load_sae
     from featureinterp.subject.load import load_subject
+    from featureinterp.subject.reading import BATCH_TOKENS
 
     policy = WindowPolicy(window, min(8, window), max_tokens, max_per_document)
     check_free(Path(out))

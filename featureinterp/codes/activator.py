@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import anyio.to_thread
 import numpy as np
 import torch
 
-from featureinterp.codes.collect import check_sae, check_subject, scored_tokens
+from featureinterp.accelerator import fit_of, in_parts, on_gpu, to_host
+from featureinterp.codes.collect import check_finite, check_sae, check_subject, rows_where, scored_by_norm
 from featureinterp.codes.fit import check_fit
 from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.cut import piece_ends
@@ -18,8 +19,7 @@ from featureinterp.domain.record import Window
 from featureinterp.errors import IncompatibleError
 from featureinterp.sae.load import LoadedSae
 from featureinterp.subject.load import PrependToken, Subject
-
-BATCH_TOKENS = 2048
+from featureinterp.subject.reading import BATCH_TOKENS, CHUNK_TOKENS
 
 
 class TextActivator:
@@ -46,10 +46,8 @@ class TextActivator:
         ids = [encoding.ids[: self.max_tokens] for encoding in encodings]
         order = sorted((i for i, row in enumerate(ids) if row), key=lambda i: len(ids[i]))
         with self._busy:
-            while order:
-                longest = len(ids[order[-1]])
-                batch = [order.pop() for _ in range(min(len(order), max(1, BATCH_TOKENS // longest)))]
-                for i, dense in zip(batch, self._activations([ids[i] for i in batch], list(features)), strict=True):
+            for batch, activations in self._batches(ids, order, list(features)):
+                for i, dense in zip(batch, activations, strict=True):
                     n = len(ids[i])
                     ends = piece_ends(texts[i], encodings[i].offsets)[:n].tolist()
                     pieces = tuple(texts[i][a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True))
@@ -57,19 +55,35 @@ class TextActivator:
                         found[place][i] = Window(i, i, np.asarray(ids[i], np.int32), pieces, dense[place])
         return found
 
+    def _batches(self, ids: Sequence[Sequence[int]], order: list[int], features: list[int]) -> Iterator[tuple[list[int], list[np.ndarray]]]:
+        """(Texts, their activations), the last of ``order`` first; ``order`` is used up."""
+        device, fit = self.subject.device, fit_of(self.subject.model, "reading texts")
+        wanted = CHUNK_TOKENS if on_gpu(device) else BATCH_TOKENS
+        while order:
+            longest = len(ids[order[-1]])
+            batch = [order.pop() for _ in range(min(len(order), fit.rows(longest, wanted)))]
+
+            def work(part: slice, batch: list[int] = batch) -> list[np.ndarray]:
+                return self._activations([ids[i] for i in batch[part]], features)
+
+            for part, found in in_parts(len(batch), longest, wanted, fit, device, work):
+                yield batch[part], found
+
     @torch.inference_mode()
     def _activations(self, rows: Sequence[Sequence[int]], features: list[int]) -> list[np.ndarray]:
         """For each row of ids, float32 ``[feature, token]``. Rows are filled up on the right, which no token before can see."""
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows])
         residual = self.subject.residual(ids, self.sae.hook)
-        out = []
-        for row, states in zip(rows, residual, strict=True):
-            states = states[: len(row)]
-            scored = scored_tokens(states[None], self.subject)[0]
-            codes = self.sae.sae.encode(states).to_dense()[:, features]
-            out.append(torch.where(scored[:, None], codes, 0).T.float().cpu().numpy())
-        return out
+        norms = torch.from_numpy(to_host(residual.float().norm(dim=-1))[0])
+        scored = np.zeros(ids.shape, bool)
+        for row, own, found in zip(rows, norms, scored, strict=True):
+            check_finite(bool(torch.isfinite(own[: len(row)]).all()), self.subject)
+            found[: len(row)] = scored_by_norm(own[None, : len(row)], self.subject)[0].numpy()
+        dense = np.zeros((*ids.shape, len(features)), np.float32)
+        codes = self.sae.sae.encode(rows_where(residual, scored))
+        dense[scored] = to_host(codes.columns(features).float())[0]
+        return [values[: len(row)].T for row, values in zip(rows, dense, strict=True)]
 
 
 def live_settings(store: CodesStore, dtype: str | None = None) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from featureinterp.accelerator import to_device, to_host
 from featureinterp.claims import check_free, claim, owned
 from featureinterp.codes.fit import check_fit
 from featureinterp.codes.store import MARKER, CodesStore, RunWriter
@@ -20,17 +21,15 @@ from featureinterp.domain.record import SPLITS
 from featureinterp.errors import FeatureInterpError, IncompatibleError, InputError
 from featureinterp.files import content_key
 from featureinterp.machine import choice
-from featureinterp.sae.codes import SparseCodes
 from featureinterp.sae.load import LoadedSae
 from featureinterp.subject.load import PrependToken, SkipFirst, Subject, check_same_model
+from featureinterp.subject.reading import BATCH_TOKENS, Batch, read_windows
 
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all)."""
 
-BATCH_TOKENS = 2048
 MANY_TOKENS = 5000
 """A text of so many tokens should have documents for every split."""
-CHUNK_TOKENS = 16_384
 SINK_FACTOR = 10.0
 PARTS = ("codes", "windows", "embeddings", "dense", "records.jsonl")
 """What a run folder holds that is of its windows."""
@@ -106,12 +105,17 @@ def _encode_targets(
         groups.setdefault((target.sae.hook, target.writer.next_window), []).append(target)
     total = windows.n_tokens * max(1, len(groups))
     for number, ((_, start), group) in enumerate(groups.items()):
-        done = windows.n_tokens * number + int(np.sum(windows.lengths[:start]))
-        for found, unscored, n_tokens, end_window in _encode_all(subject, [target.sae for target in group], windows, start, batch_tokens):
-            for target, (positions, codes) in zip(group, found, strict=True):
-                features, values = codes.features.cpu().numpy(), codes.values.float().cpu().numpy()
-                target.writer.add(positions, features, values, n_scored=n_tokens - len(unscored), end_window=end_window, unscored=unscored)
-            done += n_tokens
+        done, through = windows.n_tokens * number + int(np.sum(windows.lengths[:start])), start
+
+        def encode(batch: Batch, found: list[torch.Tensor], saes: Sequence[LoadedSae] = [target.sae for target in group]) -> Encoded:
+            return encode_windows(subject, saes, windows, batch.rows, found[0])
+
+        for batch, (codes, unscored) in read_windows(subject, [group[0].sae.hook], windows, encode, first=start, batch_tokens=batch_tokens):
+            through = through if batch.through is None else batch.through
+            for target, (positions, features, values) in zip(group, codes, strict=True):
+                n_scored = batch.n_tokens - len(unscored)
+                target.writer.add(positions, features, values, n_scored=n_scored, end_window=through, unscored=unscored)
+            done += batch.n_tokens
             if progress:
                 progress(min(done, total), total)
         for target in group:
@@ -201,51 +205,29 @@ def mask_of(subject: Subject) -> dict[str, Any]:
             return {"first": "skipped", "sink_factor": SINK_FACTOR}
 
 
-def _encode_all(
-    subject: Subject, saes: Sequence[LoadedSae], windows: WindowTable, first: int, batch_tokens: int
-) -> Iterator[tuple[list[tuple[np.ndarray, SparseCodes]], np.ndarray, int, int]]:
-    """Batches of windows of one length, as (for each SAE the positions of the codes and the codes, positions that were not scored, tokens, end of the
-    finished windows)."""
-    for length, rows, end in batches_of(windows, first, batch_tokens):
-        found, unscored = encode_windows(subject, saes, windows, rows, length)
-        yield found, unscored, length * len(rows), end
-
-
-def batches_of(windows: WindowTable, first: int, batch_tokens: int) -> Iterator[tuple[int, np.ndarray, int]]:
-    """Windows of one length, batch by batch: (their length, their rows, the window before which all are done when this batch is)."""
-    rows_at_once = max(1, batch_tokens // windows.length)
-    chunk_rows = max(rows_at_once, CHUNK_TOKENS // windows.length // rows_at_once * rows_at_once)
-    for start in range(first, len(windows), chunk_rows):
-        end = min(start + chunk_rows, len(windows))
-        lengths = np.asarray(windows.lengths[start:end])
-        batches = []
-        for length in np.unique(lengths)[::-1]:
-            rows = start + np.flatnonzero(lengths == length)
-            batches += [(int(length), rows[i : i + rows_at_once]) for i in range(0, len(rows), rows_at_once)]
-        for number, (length, rows) in enumerate(batches, 1):
-            yield length, rows, end if number == len(batches) else start
+Encoded = tuple[list[tuple[np.ndarray, np.ndarray, np.ndarray]], np.ndarray]
+"""For each SAE the positions, features and values (float32) of the codes; and the positions of the tokens that are not scored."""
 
 
 @torch.inference_mode()
-def encode_windows(
-    subject: Subject, saes: Sequence[LoadedSae], windows: WindowTable, rows: np.ndarray, length: int
-) -> tuple[list[tuple[np.ndarray, SparseCodes]], np.ndarray]:
-    """Windows of one length, by SAEs at one hook: for each the position of every code and the codes, and the positions of the tokens that are not scored."""
-    residual = residual_of(subject, saes[0].hook, windows, rows, length)
-    scored = scored_tokens(residual, subject)
-    place = positions_of(windows, rows, length)
-    mask = scored.cpu().numpy()
-    kept, at = residual[scored], place[mask]
+def encode_windows(subject: Subject, saes: Sequence[LoadedSae], windows: WindowTable, rows: np.ndarray, residual: torch.Tensor) -> Encoded:
+    """The codes of windows of one length by SAEs at one hook, from their ``residual [window, token, d_model]``."""
+    scored = scored_on_host(residual, subject)
+    place = positions_of(windows, rows, residual.shape[1])
+    kept, at = rows_where(residual, scored), place[scored]
     found = []
     for sae in saes:
         codes = sae.sae.encode(kept)
-        found.append((at[codes.rows.cpu().numpy()], codes))
-    return found, place[~mask]
+        token, features, values = to_host(codes.rows, codes.features, codes.values.float())
+        found.append((at[token], features, values))
+    return found, place[~scored]
 
 
-def residual_of(subject: Subject, hook: str, windows: WindowTable, rows: np.ndarray, length: int) -> torch.Tensor:
-    """The activations at a hook in windows of one length: ``[window, token, d_model]``."""
-    return subject.residual(torch.from_numpy(np.array(windows.tokens[rows, :length], np.int64)), hook)
+def rows_where(residual: torch.Tensor, wanted: np.ndarray) -> torch.Tensor:
+    """The activations of the tokens that are wanted, bool ``[window, token]``, in order: ``[row, d_model]``. Their number is known on the host, so that nobody
+    waits for a GPU to count them."""
+    index = to_device(torch.from_numpy(np.flatnonzero(wanted)), residual.device)
+    return residual.reshape(-1, residual.shape[-1]).index_select(0, index)
 
 
 def positions_of(windows: WindowTable, rows: np.ndarray, length: int) -> np.ndarray:
@@ -260,9 +242,22 @@ def scored_tokens(residual: torch.Tensor, subject: Subject) -> torch.Tensor:
     median of their window and who would stand at the top of every feature.
     """
     norms = residual.float().norm(dim=-1)
-    if not bool(torch.isfinite(norms).all()):
-        raise FeatureInterpError(f"{subject.name} gives activations that are not finite: run it in float32 or bfloat16 (--dtype, or subject.dtype of a recipe)")
+    check_finite(bool(torch.isfinite(norms).all()), subject)
     return scored_by_norm(norms, subject)
+
+
+def scored_on_host(residual: torch.Tensor, subject: Subject) -> np.ndarray:
+    """The same as an array, with one wait for a GPU."""
+    norms = residual.float().norm(dim=-1)
+    scored, finite = to_host(scored_by_norm(norms, subject), torch.isfinite(norms).all())
+    check_finite(bool(finite), subject)
+    return scored
+
+
+def check_finite(finite: bool, subject: Subject) -> None:
+    """Raises ``FeatureInterpError`` when a subject's activations are not ``finite``."""
+    if not finite:
+        raise FeatureInterpError(f"{subject.name} gives activations that are not finite: run it in float32 or bfloat16 (--dtype, or subject.dtype of a recipe)")
 
 
 def scored_by_norm(norms: torch.Tensor, subject: Subject) -> torch.Tensor:

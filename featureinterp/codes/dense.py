@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from featureinterp.codes.collect import BATCH_TOKENS, Progress, batches_of, check_subject, positions_of, residual_of
+from featureinterp.accelerator import to_host
+from featureinterp.codes.collect import Progress, check_subject, positions_of
 from featureinterp.codes.store import CodesStore
 from featureinterp.errors import IncompatibleError
 from featureinterp.files import explained_storage
 from featureinterp.stored.arrays import mapped
 from featureinterp.stored.sums import Sums, block_for, described, read_marker, write_marker
 from featureinterp.subject.load import Subject
+from featureinterp.subject.reading import BATCH_TOKENS, read_windows
 
 _MARK = "dense.json"
 
@@ -45,16 +47,22 @@ def dense_twin(store: CodesStore, run: Path, load: Callable[[], Subject], *, bat
             mode = "r+" if path.exists() and state["next_window"] else "w+"
             out = np.memmap(path, np.float32, mode, shape=(n, subject.d_model))
             done = int(np.sum(store.windows.lengths[: state["next_window"]]))
-            for length, rows, end in batches_of(store.windows, state["next_window"], batch_tokens):
-                places = store.row_of_position[positions_of(store.windows, rows, length)]
-                values = residual_of(subject, store.meta["sae"]["hook"], store.windows, rows, length).float().cpu().numpy()
+            for batch, values in read_windows(
+                subject,
+                [store.meta["sae"]["hook"]],
+                store.windows,
+                lambda _, found: to_host(found[0].float())[0],
+                first=state["next_window"],
+                batch_tokens=batch_tokens,
+            ):
+                places = store.row_of_position[positions_of(store.windows, batch.rows, batch.length)]
                 out[places[places >= 0]] = values[places >= 0]
-                done += length * len(rows)
-                if end != state["next_window"]:
+                done += batch.n_tokens
+                if batch.through is not None:
                     out.flush()
-                    edges = (rows_before(w * store.windows.length) for w in (state["next_window"], end))
+                    edges = (rows_before(w * store.windows.length) for w in (state["next_window"], batch.through))
                     sums.add(np.asarray(out[slice(*edges)]).data)
-                    state["next_window"] = end
+                    state["next_window"] = batch.through
                     write_marker(mark, state, {path.name: sums})
                 if progress:
                     progress(done, store.windows.n_tokens)

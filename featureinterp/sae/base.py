@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -117,17 +118,22 @@ class SparseAutoencoder:
     @cached_property
     def _gain(self) -> float:
         """How much longer than an input a code can be at most: the largest norm of an encoder's column."""
-        return max((float(part.double().norm(dim=0).max()) for part in self.W_enc.split(4096, dim=1)), default=0.0)
+        wide = torch.float32 if self.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+        return max((float(part.to(wide).norm(dim=0).max()) for part in self.W_enc.split(4096, dim=1)), default=0.0)
 
     def _checked(self, x: torch.Tensor) -> SparseCodes:
         """The codes of normalised activations. Raises ``IncompatibleError`` when one is beyond what the dtype can hold.
 
-        By Cauchy and Schwarz no product exceeds the input's norm times ``_gain``; below the limit none needs to be looked at.
+        By Cauchy and Schwarz no product exceeds the input's norm times ``_gain``; below the limit none needs to be looked at. A GPU is waited for once.
         """
         codes = self._encode(x)
-        reach = float(x.detach().float().norm(dim=1).max()) * self._gain if len(x) else 0.0
-        fits = reach < torch.finfo(x.dtype).max / 4 or all_finite(x @ self.W_enc)
-        if not fits or not all_finite(codes.values):
+        if not len(x):
+            return codes
+        exact = torch.promote_types(x.dtype, torch.float32)
+        ends = codes.values.aminmax() if codes.values.numel() else (codes.values.new_zeros(()),) * 2
+        longest, *sizes = torch.stack([end.detach().to(exact) for end in (x.to(exact).norm(dim=1).max(), *ends)]).tolist()
+        fits = longest * self._gain < torch.finfo(x.dtype).max / 4 or all_finite(x @ self.W_enc)
+        if not fits or not all(map(math.isfinite, sizes)):
             raise IncompatibleError(
                 f"the SAE's codes are not finite in {str(x.dtype).removeprefix('torch.')}: its weights or the activations are too "
                 "large or damaged; use a wider dtype or another SAE",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,17 @@ class SparseCodes:
         dense = self.values.new_zeros(self.n_rows, self.n_features)
         dense[self.rows, self.features] = self.values
         return dense
+
+    def columns(self, features: Sequence[int]) -> torch.Tensor:
+        """The codes of a few features, dense: ``[n_rows, len(features)]``. No matrix of all features is made."""
+        known = sorted(set(features))
+        place = torch.full((self.n_features,), -1, dtype=torch.int64)
+        place[known] = torch.arange(len(known))
+        column = place.to(self.features.device)[self.features]
+        wanted = torch.nonzero(column >= 0).squeeze(1)
+        dense = self.values.new_zeros(self.n_rows, len(known))
+        dense[self.rows[wanted], column[wanted]] = self.values[wanted]
+        return dense[:, [known.index(feature) for feature in features]]
 
     def matmul(self, matrix: torch.Tensor) -> torch.Tensor:
         """``codes @ matrix`` for a matrix ``[n_features, d]``, reading only the rows of features that fire: ``[n_rows, d]``."""

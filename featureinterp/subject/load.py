@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from featureinterp.accelerator import to_device
 from featureinterp.corpus.cut import Encoding
 from featureinterp.errors import IncompatibleError, UnknownNameError
 from featureinterp.machine import DTYPES, pick_device, pick_dtype
@@ -130,7 +131,7 @@ class Subject:
             raise IncompatibleError(
                 f"the tokenizer of {self.name} gives the token {highest}, and its embedding has {self.n_embeddings:,} rows: they are not of one model"
             )
-        return ids.to(self.device), lead
+        return to_device(ids, self.device), lead
 
     @cached_property
     def n_embeddings(self) -> int:

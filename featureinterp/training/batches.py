@@ -14,7 +14,7 @@ import torch
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import InputError
 from featureinterp.subject.load import Subject
-from featureinterp.training.extract import read_windows
+from featureinterp.training.extract import read_scored
 from featureinterp.training.store import ActivationStore
 
 
@@ -207,10 +207,10 @@ class OnlineBatches:
         """At least ``n`` rows from a place in an order of windows on, or what is left of it; and the place behind them."""
         parts: list[np.ndarray] = []
         end = first
-        for after, _, residual, scored in read_windows(self.subject, self.hook, self.windows, order, first, self.batch_tokens):
-            parts.append(residual[scored].float().cpu().numpy())
-            end = after if after is not None else end
-            if after is not None and sum(map(len, parts)) >= n:
+        for batch, (values, _) in read_scored(self.subject, self.hook, self.windows, order, first, self.batch_tokens, torch.float32):
+            parts.append(values)
+            end = batch.through if batch.through is not None else end
+            if batch.through is not None and sum(map(len, parts)) >= n:
                 break
         found = np.concatenate(parts)
         if not len(found):

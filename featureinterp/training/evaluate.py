@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from featureinterp.accelerator import fit_of, in_parts, on_gpu, to_host
 from featureinterp.codes.collect import scored_tokens
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.domain.score import Interval
@@ -24,6 +25,8 @@ from featureinterp.subject.load import Subject, as_subject
 from featureinterp.training.store import ActivationStore
 
 ROWS = 4096
+WINDOWS, WINDOWS_ON_GPU = 8, 64
+"""Windows whose predictions are compared at once."""
 DECILES = 10
 Progress = Callable[[int, int], None]
 
@@ -248,22 +251,35 @@ def held_out_windows(test: ActivationStore, n: int, seed: int = 0) -> np.ndarray
 
 @torch.inference_mode()
 def loss_recovered(
-    model: Any, tokenizer: Any, hook: str, sae: SparseAutoencoder, windows: WindowTable, rows: np.ndarray, *, batch: int = 8, progress: Progress | None = None
+    model: Any,
+    tokenizer: Any,
+    hook: str,
+    sae: SparseAutoencoder,
+    windows: WindowTable,
+    rows: np.ndarray,
+    *,
+    batch: int | None = None,
+    progress: Progress | None = None,
 ) -> Loss:
     """Cross-entropy over windows of a table, with the residual stream at ``hook`` as it is, reconstructed, and zero. Tokens that are not scored (a BOS,
     attention sinks) stay as they are in all three; predictions are those made at scored tokens, of the token that follows in the window."""
     subject = as_subject("the model", model, tokenizer)
     sums, n, done = np.zeros(3), 0, 0
+    wanted = batch or (WINDOWS_ON_GPU if on_gpu(subject.device) else WINDOWS)
+    fit = fit_of(model, "reading windows in three ways")
     lengths = np.asarray(windows.lengths)[rows]
     for length in np.unique(lengths):
         same = rows[lengths == length]
-        for start in range(0, len(same), batch):
-            picked = same[start : start + batch]
-            ids = torch.from_numpy(np.array(windows.tokens[picked, :length], np.int64))
-            losses, scored = _losses(model, subject, hook, sae, ids)
-            sums += [float(loss[scored].sum()) for loss in losses]
-            n += int(scored.sum())
-            done += len(picked)
+        ids = torch.from_numpy(np.array(windows.tokens[same, :length], np.int64))
+
+        def work(part: slice, ids: torch.Tensor = ids) -> list[np.ndarray]:
+            losses, scored = _losses(model, subject, hook, sae, ids[part])
+            return to_host(*(loss.where(scored, 0).sum() for loss in losses), scored.sum())
+
+        for part, found in in_parts(len(same), 1, wanted, fit, subject.device, work):
+            sums += [float(loss) for loss in found[:3]]
+            n += int(found[3])
+            done += part.stop - part.start
             if progress:
                 progress(done, len(rows))
     if not n:

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from featureinterp.accelerator import to_host
 from featureinterp.claims import claim, owned
-from featureinterp.codes.collect import BATCH_TOKENS, mask_of, scored_tokens, windows_request
+from featureinterp.codes.collect import mask_of, rows_where, scored_on_host, windows_request
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
 from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
@@ -22,9 +23,9 @@ from featureinterp.files import explained_storage
 from featureinterp.probing.splits import split_indices
 from featureinterp.stored.sums import described, read_marker, write_marker
 from featureinterp.subject.load import Subject
+from featureinterp.subject.reading import BATCH_TOKENS, Batch, read_windows
 from featureinterp.training.store import METADATA, ActivationStore, StoreWriter, merge_stores, remedy_for, store_key
 
-CHUNK_TOKENS = 16_384
 STATE = "extracting.json"
 TRAIN, TEST = "train", "test"
 PARTS = (TRAIN, TEST, "windows", STATE)
@@ -160,13 +161,14 @@ def _extract(
     lengths = np.asarray(windows.lengths)[order]
     total, done = int(lengths.sum()), int(lengths[: state["next"]].sum())
     with _Commits(out / STATE, list(writers.values())) as commits:
-        for end, rows, residual, scored in read_windows(subject, hook, windows, order, state["next"], batch_tokens):
+        kept = torch.float16 if settings.dtype == "float16" else torch.float32
+        for batch, (values, scored) in read_scored(subject, hook, windows, order, state["next"], batch_tokens, kept):
             for number, name in enumerate(names):
-                mine = splits[rows] == number
+                mine = splits[batch.rows] == number
                 if mine.any():
-                    _append(writers[name], state[name], windows, rows, residual, scored, mine)
-            done += rows.size * residual.shape[1]
-            if end is not None:
+                    _append(writers[name], state[name], windows, batch, values, scored, mine)
+            done += batch.n_tokens
+            if (end := batch.through) is not None:
                 for name in names:
                     state[name] |= {"n_rows": writers[name].n_rows, "sums": writers[name].sums}
                 state["next"] = end
@@ -226,39 +228,28 @@ def window_order(windows: WindowTable, settings: ExtractSettings) -> np.ndarray:
     return mine
 
 
-def read_windows(
-    subject: Subject, hook: str, windows: WindowTable, order: np.ndarray, first: int, batch_tokens: int
-) -> Iterator[tuple[int | None, np.ndarray, torch.Tensor, torch.Tensor]]:
-    """Windows of one length batch by batch, from ``order[first:]``: (when all before a place in ``order`` are through that place, else None; their rows; their
-    activations ``[window, token, d_model]``; which tokens are scored, bool ``[window, token]``)."""
-    at_once = max(1, batch_tokens // windows.length)
-    chunk = max(at_once, CHUNK_TOKENS // windows.length // at_once * at_once)
-    for start in range(first, len(order), chunk):
-        rows = order[start : start + chunk]
-        lengths = np.asarray(windows.lengths)[rows]
-        batches = []
-        for length in np.unique(lengths)[::-1]:
-            same = rows[lengths == length]
-            batches += [(int(length), same[i : i + at_once]) for i in range(0, len(same), at_once)]
-        for number, (length, batch) in enumerate(batches, 1):
-            with torch.inference_mode():
-                residual = subject.residual(torch.from_numpy(np.array(windows.tokens[batch, :length], np.int64)), hook)
-                scored = scored_tokens(residual, subject)
-            yield (start + len(rows) if number == len(batches) else None), batch, residual, scored
+def read_scored(
+    subject: Subject, hook: str, windows: WindowTable, order: np.ndarray, first: int, batch_tokens: int, dtype: torch.dtype
+) -> Iterator[tuple[Batch, tuple[np.ndarray, np.ndarray]]]:
+    """Windows batch by batch, from ``order[first:]``: (the batch, (activations of its scored tokens ``[row, d_model]``, which tokens those are, bool
+    ``[window, token]``))."""
+
+    def finish(_: Batch, found: list[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        scored = scored_on_host(found[0], subject)
+        return to_host(rows_where(found[0], scored).to(dtype))[0], scored
+
+    return read_windows(subject, [hook], windows, finish, order=order, first=first, batch_tokens=batch_tokens)
 
 
-def _append(
-    writer: StoreWriter, counts: dict[str, int], windows: WindowTable, rows: np.ndarray, residual: torch.Tensor, scored: torch.Tensor, mine: np.ndarray
-) -> None:
-    """Puts the scored tokens of the windows that are ``mine`` into a store, and counts the others."""
-    length = residual.shape[1]
-    mask = scored.cpu().numpy() & mine[:, None]
+def _append(writer: StoreWriter, counts: dict[str, int], windows: WindowTable, batch: Batch, values: np.ndarray, scored: np.ndarray, mine: np.ndarray) -> None:
+    """Puts the scored tokens of the windows that are ``mine`` into a store, and counts the others. ``values``: of all scored tokens."""
+    rows, length = batch.rows, batch.length
+    mask = scored & mine[:, None]
     place = np.broadcast_to(np.arange(length), mask.shape)
     window = np.broadcast_to(rows[:, None], mask.shape)
     tokens = np.asarray(windows.tokens[rows, :length])
     documents = np.broadcast_to(np.asarray(windows.documents)[rows][:, None], mask.shape)
-    kept = residual[torch.from_numpy(mask).to(residual.device)]
-    values = (kept.half() if writer.dtype == np.float16 else kept.float()).cpu().numpy()
+    values = values if mine.all() else values[mask[scored]]
     writer.append(values, documents=documents[mask], windows=window[mask], offsets=place[mask], tokens=tokens[mask])
     left_out = mine[:, None] & ~mask
     counts["n_tokens"] += int(mine.sum()) * length

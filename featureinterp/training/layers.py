@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from featureinterp.codes.collect import scored_by_norm
+from featureinterp.accelerator import to_host
+from featureinterp.codes.collect import positions_of, scored_by_norm
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
 from featureinterp.domain.score import Interval
@@ -23,6 +24,7 @@ from featureinterp.probing.labels import Labels
 from featureinterp.probing.splits import joined, split_indices
 from featureinterp.probing.tokens import TableTokens
 from featureinterp.subject.load import Subject
+from featureinterp.subject.reading import BATCH_TOKENS, Batch, read_windows
 
 Steps = Callable[[str, int, int], None]
 TRIMS = (0.0, 0.01, 0.05)
@@ -92,7 +94,7 @@ def choose_layer(
     *,
     blocks: Sequence[int] | None = None,
     test_fraction: float = 0.4,
-    batch_tokens: int = 2048,
+    batch_tokens: int = BATCH_TOKENS,
     seed: int = 0,
     steps: Steps = lambda *_: None,
 ) -> LayerStudy:
@@ -134,20 +136,18 @@ def _activations(
     arrays = [np.memmap(folder / f"{i}.bin", np.float32, "w+", shape=(n, subject.d_model)) for i in range(len(hooks))]
     scored = [np.zeros(n, bool) for _ in hooks]
     done = 0
-    lengths = np.asarray(windows.lengths)
-    for length in np.unique(lengths):
-        rows = np.flatnonzero(lengths == length)
-        at_once = max(1, batch_tokens // int(length))
-        for start in range(0, len(rows), at_once):
-            batch = rows[start : start + at_once]
-            ids = torch.from_numpy(np.array(windows.tokens[batch, :length], np.int64))
-            places = tokens.row_of_position[batch[:, None] * windows.length + np.arange(length)].ravel()
-            for i, residual in enumerate(subject.residuals(ids, hooks)):
-                values = residual.float()
-                arrays[i][places] = values.reshape(-1, subject.d_model).cpu().numpy()
-                scored[i][places] = scored_by_norm(values.norm(dim=-1), subject).reshape(-1).cpu().numpy()
-            done += ids.numel()
-            steps("tokens", done, n)
+
+    def finish(_: Batch, found: list[torch.Tensor]) -> list[np.ndarray]:
+        floats = [residual.float() for residual in found]
+        return to_host(*floats, *(scored_by_norm(values.norm(dim=-1), subject) for values in floats))
+
+    for batch, found in read_windows(subject, hooks, windows, finish, batch_tokens=batch_tokens):
+        places = tokens.row_of_position[positions_of(windows, batch.rows, batch.length)].ravel()
+        for i in range(len(hooks)):
+            arrays[i][places] = found[i].reshape(-1, subject.d_model)
+            scored[i][places] = found[len(hooks) + i].reshape(-1)
+        done += batch.n_tokens
+        steps("tokens", done, n)
     return [np.asarray(a) for a in arrays], scored
 
 
