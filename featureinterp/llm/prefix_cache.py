@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -104,10 +105,39 @@ def _merge(one: _Attended, other: _Attended) -> _Attended:
 
 
 def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, causal: bool, mask: torch.Tensor | None = None) -> _Attended:
-    """Attention and its log-sum-exp: ``[…, n, d]`` and ``[…, n]``. ``mask`` is added to the scores."""
-    if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-        return out, lse
+    """Attention and its log-sum-exp (natural): ``[…, n, d]`` and ``[…, n]``. ``mask`` is added to the scores."""
+    if q.shape[-1] != v.shape[-1]:
+        return _matmul_attention(q, k, v, scale, causal, mask)
+    return _kernel(q.device, q.dtype, q.shape[-1], causal, mask is not None)(q, k, v, scale, causal, mask)
+
+
+_Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, bool, torch.Tensor | None], _Attended]
+
+
+def _cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, mask: torch.Tensor | None) -> _Attended:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    return out, lse
+
+
+def _flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, mask: torch.Tensor | None) -> _Attended:
+    if mask is not None:
+        raise ValueError("flash attention takes no mask")
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+    return out, lse[..., : q.shape[-2]]
+
+
+def _efficient_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, mask: torch.Tensor | None) -> _Attended:
+    """Its log-sum-exp has rows up to a multiple of 32, and its mask must begin every row at a multiple of 16 bytes."""
+    if mask is not None:
+        n = k.shape[-2]
+        room = mask.new_zeros(*mask.shape[:-1], -(-n // 16) * 16)
+        room[..., :n] = mask
+        mask = room[..., :n].expand(q.shape[0], q.shape[1], q.shape[2], n)
+    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, causal, scale=scale)[:2]
+    return out, lse[..., : q.shape[-2]]
+
+
+def _matmul_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, mask: torch.Tensor | None) -> _Attended:
     scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
     if mask is not None:
         scores = scores + mask
@@ -116,6 +146,37 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, 
         scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
     lse = torch.logsumexp(scores, -1)
     return torch.matmul(torch.exp(scores - lse.unsqueeze(-1)).to(v.dtype), v), lse
+
+
+_KERNELS: dict[str, tuple[_Kernel, ...]] = {"cpu": (_cpu_attention,), "cuda": (_flash_attention, _efficient_attention)}
+_KERNEL_TOLERANCE = {torch.float32: 0.01, torch.float16: 0.01, torch.bfloat16: 0.05}
+
+
+@lru_cache(64)
+def _kernel(device: torch.device, dtype: torch.dtype, width: int, causal: bool, masked: bool) -> _Kernel:
+    """The first kernel of a device that computes, on a few tokens, the attention and the log-sum-exp that plain products give; else the products."""
+    for kernel in _KERNELS.get(device.type, ()):
+        if _agrees(kernel, device, dtype, width, causal, masked):
+            return kernel
+    return _matmul_attention
+
+
+def _agrees(kernel: _Kernel, device: torch.device, dtype: torch.dtype, width: int, causal: bool, masked: bool) -> bool:
+    """Queries and keys are no multiple of what kernels work on at once, so that what they fill up shows."""
+    n, others = (37, 37) if causal else (37, 53)
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, rows, width, generator=random).to(device, dtype) for rows in (n, others, others))
+    mask = None
+    if masked:
+        hidden = torch.arange(others) >= torch.tensor([11, others])[:, None]
+        mask = torch.zeros(2, 1, 1, others).masked_fill_(hidden[:, None, None], -torch.inf).to(device, dtype)
+    wanted = _matmul_attention(q, k, v, width**-0.5, causal, mask)
+    try:
+        found = kernel(q, k, v, width**-0.5, causal, mask)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    near = _KERNEL_TOLERANCE.get(dtype, 0.01)
+    return all(a.shape == b.shape and bool(((a.float() - b.float()).abs() <= near).all()) for a, b in zip(found, wanted, strict=True))
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
