@@ -20,10 +20,13 @@ from featureinterp.stored.sums import SummedFile, Sums, block_for, read_marker, 
 EMBEDDED = "all-minilm-l6-v2"
 MAX_QUERIES = 400
 FIRST_DEPTH = 256
+BATCH, BATCH_ON_GPU = 64, 512
+"""Texts that are embedded at once; fewer where they do not fit."""
 
 
 class SentenceEmbedder:
-    """A sentence-transformers model by the name of the embedded part, a hub name or a folder."""
+    """A sentence-transformers model by the name of the embedded part, a hub name or a folder; on the GPU when there is one, unless ``device`` says
+    otherwise."""
 
     def __init__(self, name: str = EMBEDDED, *, device: str | None = None) -> None:
         self.name = name
@@ -39,8 +42,19 @@ class SentenceEmbedder:
         """Normalised embeddings, float32 ``[text, d]``."""
         if self._model is None:
             self._model = self._load()
-        vectors = self._model.encode(list(texts), batch_size=64, normalize_embeddings=True, show_progress_bar=False, convert_to_numpy=True)
-        return np.ascontiguousarray(vectors, np.float32)
+        from featureinterp.accelerator import fit_of, on_gpu
+
+        device, fit = self._model.device, fit_of(self._model, "embedding texts")
+        wanted = BATCH_ON_GPU if on_gpu(device) else BATCH
+        options = {"normalize_embeddings": True, "show_progress_bar": False, "convert_to_numpy": True}
+        while True:
+            size = fit.rows(1, wanted)
+            try:
+                vectors = self._model.encode(list(texts), batch_size=size, **options)
+            except RuntimeError as error:
+                fit.less(min(size, len(texts)), 1, error, device)
+                continue
+            return np.ascontiguousarray(vectors, np.float32)
 
     def _load(self) -> Any:
         from sentence_transformers import SentenceTransformer
