@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from featureinterp.claims import claim
 from featureinterp.cli.endpoint import endpoint_of
 from featureinterp.corpus.text import load_corpus
-from featureinterp.errors import FeatureInterpError, IncompatibleError
+from featureinterp.errors import DamagedStoreError, FeatureInterpError
 from featureinterp.explain.styles import FEW_SHOT
 from featureinterp.files import UnparsedError, parse_json, parse_toml
 from featureinterp.jobs.spec import load_job
@@ -90,7 +90,7 @@ def test_what_was_kept_and_cannot_be_read_is_as_if_it_were_not_there(text: str, 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "request.json").write_text(text)
     (tmp_path / "out" / "part").write_text("hours of work")
-    with pytest.raises(IncompatibleError):
+    with pytest.raises(DamagedStoreError, match="is damaged"):
         claim(tmp_path / "out", "a thing", {"a": 1}, parts=("part",))
     assert (tmp_path / "out" / "part").read_text() == "hours of work"
 

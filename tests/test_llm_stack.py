@@ -505,7 +505,7 @@ def test_the_whole_stack_over_http(tmp_path: Path):
 
     with endpoint() as server:
         meter, one, two = anyio.run(go, server.url)
-    assert one == two and json.loads(one.text)["a"] and len(server.ledger) == 2 and meter.usage.requests == 1
+    assert one == two and json.loads(one.text)["a"] and len(server.ledger) == 2 and meter.usage.requests == 2
 
 
 CONFIG = """
