@@ -179,6 +179,7 @@ def _target(
     n_positions = len(windows) * windows.length
     writer = RunWriter(folder, n_features=sae.n_features, n_positions=n_positions, value_dtype=value_dtype)
     made_on = choice(asked["dtype"], str(subject.device))
+    del made_on["why"]  # the dtype is resolved by now, and whoever asked for it is not known here
     return _Target(sae, writer, {"key": content_key(asked), **provenance, "window_length": windows.length, "made_on": made_on})
 
 
