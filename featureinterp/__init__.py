@@ -1,4 +1,5 @@
-"""featureinterp explains features of sparse autoencoders with language models, and then tries to prove the explanations wrong.
+"""featureinterp explains features of sparse autoencoders with language models, and then tries to prove the
+explanations wrong.
 
     import featureinterp as fi
 
@@ -6,7 +7,8 @@
     results = fi.explain("run", "random:10")        # in a notebook, `results` draws itself as a table
     fi.report(results.folder)                       # one HTML file
 
-Names are loaded when they are first used, so that importing the package is quick and brings in neither torch nor transformers.
+Names are loaded when they are first used, so that importing the package is quick and brings in neither torch
+nor transformers.
 """
 
 from __future__ import annotations
@@ -113,7 +115,9 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'featureinterp' has no attribute {name!r}")
     value = getattr(import_module(f"featureinterp.{_HOME[name]}"), name)
-    return globals().setdefault(name, value)  # importing may have put a room of that name there, which is callable too
+    return globals().setdefault(
+        name, value
+    )  # importing may have put a room of that name there, which is callable too
 
 
 def __dir__() -> list[str]:
@@ -121,7 +125,9 @@ def __dir__() -> list[str]:
 
 
 class _Room(ModuleType):
-    """A package that shares its name with a function, such as ``report``: importing it puts it in the function's place, so it can be called."""
+    """A package that shares its name with a function, such as ``report``: importing it puts it in the
+    function's place, so it can be called.
+    """
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         name = self.__name__.rpartition(".")[2]

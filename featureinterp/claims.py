@@ -1,8 +1,8 @@
 """Folders that work is kept in: who writes there now, and what was asked for.
 
-:func:`owned` holds a folder for this process (``.owner.lock``, a lock of the system that ends with the process, however it ends;
-``.owner.json`` says who holds it). :func:`claim` writes down what a folder's content is of (``request.json``), and refuses a folder whose
-content is of something else.
+:func:`owned` holds a folder for this process (``.owner.lock``, a lock of the system that ends with the
+process, however it ends; ``.owner.json`` says who holds it). :func:`claim` writes down what a folder's
+content is of (``request.json``), and refuses a folder whose content is of something else.
 """
 
 from __future__ import annotations
@@ -34,17 +34,22 @@ _WAIT_S = 0.25
 
 @contextmanager
 def owned(folder: Path, verb: str, *, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Holds ``folder`` for the block; it is made when it does not exist. Processes that die, by whatever signal, hold nothing.
+    """Holds ``folder`` for the block; it is made when it does not exist. Processes that die, by whatever
+    signal, hold nothing.
 
-    Raises ``FolderInUseError`` with host, process and time when another process, or another block of this one, holds it; with ``waiting``
-    it waits until the folder is free, and tells ``waiting`` once who holds it (for what one process makes for all of them).
+    Raises ``FolderInUseError`` with host, process and time when another process, or another block of this
+    one, holds it; with ``waiting`` it waits until the folder is free, and tells ``waiting`` once who holds it
+    (for what one process makes for all of them).
     """
     lock = _lock(folder)
     with explained_storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _acquire(lock, folder, waiting)
     try:
-        write_json(folder / OWNER, {"host": socket.gethostname(), "pid": os.getpid(), "verb": verb, "since": time.time()})
+        write_json(
+            folder / OWNER,
+            {"host": socket.gethostname(), "pid": os.getpid(), "verb": verb, "since": time.time()},
+        )
         yield
     finally:
         with suppress(OSError):
@@ -70,7 +75,9 @@ def _acquire(lock: filelock.BaseFileLock, folder: Path, waiting: Callable[[str],
 
 
 def check_free(folder: Path) -> None:
-    """Raises ``FolderInUseError`` when a process holds ``folder``; writes nothing. For saying so before long work."""
+    """Raises ``FolderInUseError`` when a process holds ``folder``; writes nothing. For saying so before long
+    work.
+    """
     if not (folder / LOCK).exists():
         return
     lock = _lock(folder)
@@ -93,16 +100,25 @@ def _refusal(folder: Path, owner: Mapping[str, Any] | None) -> str:
     if owner is None:
         return f"{folder} is in use by another process: {advice}"
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["since"]))
-    return f"{folder} is in use: process {owner['pid']} on {owner['host']} ({owner['verb']}) holds it since {since}; {advice}"
+    return (
+        f"{folder} is in use: process {owner['pid']} on {owner['host']} ({owner['verb']}) holds it "
+        f"since {since}; {advice}"
+    )
 
 
 def _owner(folder: Path) -> dict[str, Any] | None:
-    """Who holds a folder, as it says itself; None when it does not say it in time, or what is there is of one that is dead."""
+    """Who holds a folder, as it says itself; None when it does not say it in time, or what is there is of one
+    that is dead.
+    """
     end = time.monotonic() + _STALE_S
     while True:
         with suppress(OSError, ValueError, KeyError, TypeError):
             found = parse_json((folder / OWNER).read_text(encoding="utf-8"))
-            owner: dict[str, Any] = {"pid": int(found["pid"]), "since": float(found["since"]), "host": visible(str(found["host"])[:64])}
+            owner: dict[str, Any] = {
+                "pid": int(found["pid"]),
+                "since": float(found["since"]),
+                "host": visible(str(found["host"])[:64]),
+            }
             owner["verb"] = visible(str(found["verb"])[:40])
             if owner["host"] != socket.gethostname() or _lives(owner["pid"]):
                 return owner
@@ -134,14 +150,15 @@ def claim(
 ) -> None:
     """Writes down what the content of ``folder`` is of, or finds the same request there.
 
-    ``what``: the content in words ("codes"). ``asked``: all that the content depends on, as plain data, by names that a person reads; hashes for
-    what is large. ``about``: names that may change while the content stays. ``parts``: files and folders in ``folder`` that are of the request;
-    with ``replace`` those of another request are deleted, and nothing else. ``earlier``: the request of a folder that an earlier version wrote,
-    None when it cannot be known. ``anew``: what starts anew there.
+    ``what``: the content in words ("codes"). ``asked``: all that the content depends on, as plain data, by
+    names that a person reads; hashes for what is large. ``about``: names that may change while the content
+    stays. ``parts``: files and folders in ``folder`` that are of the request; with ``replace`` those of
+    another request are deleted, and nothing else. ``earlier``: the request of a folder that an earlier
+    version wrote, None when it cannot be known. ``anew``: what starts anew there.
 
-    Raises ``IncompatibleError`` that says what differs when ``folder`` holds another request's parts and ``replace`` is off, and
-    ``DamagedStoreError`` when ``request.json`` is damaged and the parts do not say themselves what they are of. Call it within
-    :func:`owned`.
+    Raises ``IncompatibleError`` that says what differs when ``folder`` holds another request's parts and
+    ``replace`` is off, and ``DamagedStoreError`` when ``request.json`` is damaged and the parts do not say
+    themselves what they are of. Call it within :func:`owned`.
     """
     wanted = json.loads(json.dumps(dict(asked)))
     there = [folder / name for name in parts if (folder / name).exists() or (folder / name).is_symlink()]
@@ -169,7 +186,8 @@ def claim(
 
 
 def _request(path: Path, remedy: str) -> dict[str, Any] | None:
-    """A request as :func:`claim` wrote it; None when there is none, or one that an earlier version wrote in another form.
+    """A request as :func:`claim` wrote it; None when there is none, or one that an earlier version wrote in
+    another form.
 
     Raises ``DamagedStoreError`` for one that is not what was written: its checksum says so, or its key.
     """
@@ -184,10 +202,15 @@ def _request(path: Path, remedy: str) -> dict[str, Any] | None:
     return asked
 
 
-def _difference(folder: Path, what: str, found: dict[str, Any] | None, wanted: dict[str, Any], anew: str) -> str:
+def _difference(
+    folder: Path, what: str, found: dict[str, Any] | None, wanted: dict[str, Any], anew: str
+) -> str:
     advice = f"give another folder, or start anew with {anew}"
     if found is None:
-        return f"{folder} holds {what}, and does not say of which request (an earlier version wrote them): {advice}"
+        return (
+            f"{folder} holds {what}, and does not say of which request (an earlier version wrote them): "
+            f"{advice}"
+        )
     differences = list(_differences(found, wanted))
     more = f", and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
     return f"{folder} holds {what} of another request ({'; '.join(differences[:_SHOWN])}{more}): {advice}"
@@ -201,7 +224,10 @@ def _differences(found: Any, wanted: Any, place: str = "") -> Iterator[str]:
         for name in dict.fromkeys((*wanted, *found)):
             yield from _differences(found.get(name), wanted.get(name), f"{place} {name}".strip())
     elif _is_plain(found) and _is_plain(wanted):
-        yield f"{place} {json.dumps(found, ensure_ascii=False)} there, {json.dumps(wanted, ensure_ascii=False)} asked for"
+        yield (
+            f"{place} {json.dumps(found, ensure_ascii=False)} there, "
+            f"{json.dumps(wanted, ensure_ascii=False)} asked for"
+        )
     else:
         yield f"another {place}"
 

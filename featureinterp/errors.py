@@ -17,13 +17,13 @@
     │   ├── BudgetReachedError     a limit of money, tokens or time
     │   └── TooManyFailuresError   too large a share of the stages failed
     └── LanguageModelError         an endpoint or a local model did not give a usable reply
-        ├── EndpointUnavailableError   cannot be reached, timed out, failing (can succeed later)
-        │   └── EndpointBusyError      a limit per minute, an overload, a model that loads (it passes with time)
-        ├── EndpointRefusedError       the key or the model's name is wrong (no request will succeed)
-        ├── RequestRefusedError        this one request is wrong, too long for example (others can succeed)
-        │   └── ContentRefusedError    a filter or the model itself refuses what the request is about
-        ├── TruncatedReplyError        the reply was cut by the token limit
-        └── MalformedReplyError        the reply does not have the form that was asked for
+        ├── EndpointUnavailableError   cannot be reached, timed out, failing (can succeed later) │   └──
+        EndpointBusyError      a limit per minute, an overload, a model that loads (it passes with time) ├──
+        EndpointRefusedError       the key or the model's name is wrong (no request will succeed) ├──
+        RequestRefusedError        this one request is wrong, too long for example (others can succeed) │
+        └── ContentRefusedError    a filter or the model itself refuses what the request is about ├──
+        TruncatedReplyError        the reply was cut by the token limit └── MalformedReplyError        the
+        reply does not have the form that was asked for
             └── EmptyReplyError        it holds no choice at all (once more can help)
 
 The message of each is one sentence that says what was wrong, which value, and what to do.
@@ -103,7 +103,8 @@ class TooManyFailuresError(JobStoppedError):
 class LanguageModelError(FeatureInterpError):
     """An endpoint or a local model did not give a usable reply.
 
-    ``billed``: whether it did work that it is likely to bill all the same. ``usage``: the ``Usage`` of that, where it is known.
+    ``billed``: whether it did work that it is likely to bill all the same. ``usage``: the ``Usage`` of that,
+    where it is known.
     """
 
     billed = False
@@ -124,11 +125,15 @@ class EndpointUnavailableError(LanguageModelError):
 
 
 class EndpointBusyError(EndpointUnavailableError):
-    """A limit per minute, an overload or a model that is loading: it passes with time, however often one has to ask."""
+    """A limit per minute, an overload or a model that is loading: it passes with time, however often one has
+    to ask.
+    """
 
 
 class EndpointRefusedError(LanguageModelError):
-    """The key or the model's name is wrong, or the endpoint cannot do what is asked at all; no request will succeed."""
+    """The key or the model's name is wrong, or the endpoint cannot do what is asked at all; no request will
+    succeed.
+    """
 
 
 class RequestRefusedError(LanguageModelError):
@@ -136,7 +141,9 @@ class RequestRefusedError(LanguageModelError):
 
 
 class ContentRefusedError(RequestRefusedError):
-    """A filter of the endpoint, or the model itself, refuses what the request is about; asking again changes nothing."""
+    """A filter of the endpoint, or the model itself, refuses what the request is about; asking again changes
+    nothing.
+    """
 
 
 class TruncatedReplyError(LanguageModelError):

@@ -23,8 +23,12 @@ _HALF = re.compile("[\ud800-\udfff]")
 def storage_error(path: Path, error: OSError) -> StorageError:
     """The error that a user reads when the system refused to write or read ``path``."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(f"the disk is full while writing {path}: free some space and run the same command again")
-    return StorageError(f"{path} cannot be written or read ({error.strerror or error}): check the path and its permissions")
+        return StorageError(
+            f"the disk is full while writing {path}: free some space and run the same command again"
+        )
+    return StorageError(
+        f"{path} cannot be written or read ({error.strerror or error}): check the path and its permissions"
+    )
 
 
 @contextmanager
@@ -40,7 +44,8 @@ def explained_storage(path: Path) -> Iterator[None]:
 def replaced_atomically(path: Path) -> Iterator[IO[bytes]]:
     """A temporary file beside ``path`` that takes its place when the block ends well, and is gone otherwise.
 
-    Raises ``StorageError`` when the disk is full or the folder cannot be written; ``path`` is then as it was before.
+    Raises ``StorageError`` when the disk is full or the folder cannot be written; ``path`` is then as it was
+    before.
     """
     with explained_storage(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -64,7 +69,9 @@ def write_atomic(path: Path, content: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` as readable JSON, atomically. Half characters (lone surrogates) are written as JSON's escapes."""
+    """Writes ``value`` as readable JSON, atomically. Half characters (lone surrogates) are written as JSON's
+    escapes.
+    """
     text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
     write_atomic(path, _HALF.sub(lambda m: f"\\u{ord(m[0]):04x}", text))
 
@@ -109,7 +116,9 @@ def sha256_of(path: Path, chunk_bytes: int = 1 << 22) -> str:
 
 
 def content_key(value: Any) -> str:
-    """A hash of a JSON-serialisable value: equal for equal content, whatever the order of keys. 32 hexadecimal digits."""
+    """A hash of a JSON-serialisable value: equal for equal content, whatever the order of keys. 32
+    hexadecimal digits.
+    """
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -39,7 +39,9 @@ class Reviser(Protocol):
     """Improves an explanation that was contradicted."""
 
     async def revise(self, record: FeatureRecord, explanation: Explanation) -> Explanation:
-        """The improved explanation, or the given one when none is better. ``record`` holds the counterexamples among its windows."""
+        """The improved explanation, or the given one when none is better. ``record`` holds the
+        counterexamples among its windows.
+        """
         ...
 
 
@@ -79,10 +81,18 @@ class Steerer(Protocol):
     """The subject model as a writer whose residual stream is pushed along a direction."""
 
     async def write(
-        self, feature: int, amount: float, openings: Sequence[str], *, random: int | None = None, max_tokens: int, temperature: float, seed: int
+        self,
+        feature: int,
+        amount: float,
+        openings: Sequence[str],
+        *,
+        random: int | None = None,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
     ) -> list[str]:
-        """One continuation per opening, with ``amount`` times the feature's decoder row added (``random``: a random direction of that length, by its
-        number); 0: the model as it is."""
+        """One continuation per opening, with ``amount`` times the feature's decoder row added (``random``: a
+        random direction of that length, by its number); 0: the model as it is."""
         ...
 
 

@@ -16,7 +16,8 @@ _ONE_AT_A_TIME = threading.RLock()
 def quiet_transformers() -> Iterator[None]:
     """Within the block transformers draws no bars and prints nothing; its settings are put back afterwards.
 
-    What it changes belongs to the whole process, so that threads take turns, and whoever prints meanwhile needs a stream of their own.
+    What it changes belongs to the whole process, so that threads take turns, and whoever prints meanwhile
+    needs a stream of their own.
     """
     with _ONE_AT_A_TIME:
         yield from _quiet()

@@ -15,7 +15,8 @@ Result = TypeVar("Result")
 async def each(work: Callable[[Item], Awaitable[Result]], items: Iterable[Item]) -> list[Result]:
     """``work`` on every item, all at once; the results in the order of the items.
 
-    After an error no further work begins, what is under way is let finish (it may be paid for), and the first error is raised as it is.
+    After an error no further work begins, what is under way is let finish (it may be paid for), and the first
+    error is raised as it is.
     """
     results: dict[int, Result] = {}
     errors: list[Exception] = []
@@ -39,8 +40,9 @@ async def each(work: Callable[[Item], Awaitable[Result]], items: Iterable[Item])
 class Turns:
     """Tasks that reach ``take`` at the same time go on one after the other.
 
-    An event loop gives every ready task one step, then all of them their next: of many requests that are prepared together even the first is
-    written only after nearly all work for the last. So each goes on alone for ``STEPS`` steps, in which a request is written.
+    An event loop gives every ready task one step, then all of them their next: of many requests that are
+    prepared together even the first is written only after nearly all work for the last. So each goes on alone
+    for ``STEPS`` steps, in which a request is written.
     """
 
     STEPS = 2

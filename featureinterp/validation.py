@@ -13,4 +13,6 @@ def first_problem(error: pydantic.ValidationError) -> str:
         return f"{place} is no known field"
     value = repr(first["input"])
     message = first["msg"].removeprefix("Value error, ")
-    return f"{place}: {message}" + (f" (it is {value})" if first["type"] != "missing" and len(value) <= 60 else "")
+    return f"{place}: {message}" + (
+        f" (it is {value})" if first["type"] != "missing" and len(value) <= 60 else ""
+    )

@@ -1,10 +1,12 @@
-"""Compares prompts of the explainer and simulators on features of a run, so that the defaults are chosen by figures.
+"""Compares prompts of the explainer and simulators on features of a run, so that the defaults are chosen by
+figures.
 
-    python scripts/compare_prompts.py --run RUN --explainer v2 --simulator token-wise/v1 all-at-once/v2 --features 20 --seed 1
+    python scripts/compare_prompts.py --run RUN --explainer v2 --simulator token-wise/v1 all-at-once/v2
+    --features 20 --seed 1
 
-Explains features of a run (``featureinterp collect``) and simulates every explanation on held-out top and random windows. What is done is kept in
-``--work`` and not done again. Prints a Markdown table. How simulators rank true explanations above wrong ones is measured by
-``scripts/bench/truth.py``.
+Explains features of a run (``featureinterp collect``) and simulates every explanation on held-out top and
+random windows. What is done is kept in ``--work`` and not done again. Prints a Markdown table. How simulators
+rank true explanations above wrong ones is measured by ``scripts/bench/truth.py``.
 """
 
 from __future__ import annotations
@@ -35,7 +37,17 @@ from featureinterp.subject.load import load_causal_lm
 
 async def compare_features(args: argparse.Namespace, put: Callable[[tuple[str, ...]], None]) -> None:
     """Rows of the table of explainers and simulators."""
-    put(("explainer prompt", "simulator and prompt", "window", "mean r", "mean null r", "above the null's interval", "above top tokens"))
+    put(
+        (
+            "explainer prompt",
+            "simulator and prompt",
+            "window",
+            "mean r",
+            "mean null r",
+            "above the null's interval",
+            "above top tokens",
+        )
+    )
     store = api.open_run(args.run)
     chosen = random_features(store, args.features, seed=args.seed, min_windows=api.DEMO_MIN_WINDOWS)
     policy = RecordPolicy({"top": (10, 10, 10), "random": (0, 0, 10)})
@@ -51,8 +63,12 @@ async def compare_features(args: argparse.Namespace, put: Callable[[tuple[str, .
         for explainer_version in args.explainer:
             for simulator_name in args.simulator:
                 kind, _, version = simulator_name.partition("/")
-                simulator = (TokenWise if kind == "token-wise" else AllAtOnce)(load, name=api.EXPLAINER, version=version)
-                plan = Plan(n_test=args.windows, n_valid=0, negatives=("random",), concurrency=1, seed=args.seed)
+                simulator = (TokenWise if kind == "token-wise" else AllAtOnce)(
+                    load, name=api.EXPLAINER, version=version
+                )
+                plan = Plan(
+                    n_test=args.windows, n_valid=0, negatives=("random",), concurrency=1, seed=args.seed
+                )
                 start = time.monotonic()
                 with Journal(args.work / "journal.sqlite") as journal:
                     job = ExplainJob(
@@ -60,7 +76,10 @@ async def compare_features(args: argparse.Namespace, put: Callable[[tuple[str, .
                         OneShot(model, SentenceStyle(explainer_version)),
                         simulator,
                         plan=plan,
-                        on_event=lambda e: say(f"{e.stage} {e.done}/{e.total}: {e.result.feature} {e.result.explanation and e.result.explanation.text}"),
+                        on_event=lambda e: say(
+                            f"{e.stage} {e.done}/{e.total}: {e.result.feature} "
+                            f"{e.result.explanation and e.result.explanation.text}"
+                        ),
                     )
                     await job.run(chosen, lambda features: iter([records[f] for f in features]))
                     results = list(journal.features(job.key, chosen))
@@ -73,10 +92,17 @@ def figures_of(results: list[FeatureResult]) -> tuple[str, ...]:
     scores = [(r.score("correlation"), r.baseline_score("correlation")) for r in results]
     known = [(s, b) for s, b in scores if s and s.value is not None]
     above = sum(s.clear_of_null for s, _ in known)
-    beats = sum(bool(b and b.value is not None and s.value is not None and s.value > b.value) for s, b in known)
+    beats = sum(
+        bool(b and b.value is not None and s.value is not None and s.value > b.value) for s, b in known
+    )
     nulls = [s.null for s, _ in known if s.null is not None]
     values = [s.value for s, _ in known if s.value is not None]
-    return (f"{mean(values):.2f}", f"{mean(nulls):.2f}", f"{above} of {len(results)}", f"{beats} of {len(results)}")
+    return (
+        f"{mean(values):.2f}",
+        f"{mean(nulls):.2f}",
+        f"{above} of {len(results)}",
+        f"{beats} of {len(results)}",
+    )
 
 
 def say(text: str) -> None:
@@ -93,11 +119,20 @@ def row(cells: tuple[str, ...], header: list[bool]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("compare-prompts"))
-    parser.add_argument("--explainer", nargs="+", default=["v1", "v2"], help="versions of prompts/explain-sentence")
-    parser.add_argument("--simulator", nargs="+", default=["token-wise/v1", "all-at-once/v2"], help="simulators and versions of their prompts")
+    parser.add_argument(
+        "--explainer", nargs="+", default=["v1", "v2"], help="versions of prompts/explain-sentence"
+    )
+    parser.add_argument(
+        "--simulator",
+        nargs="+",
+        default=["token-wise/v1", "all-at-once/v2"],
+        help="simulators and versions of their prompts",
+    )
     parser.add_argument("--windows", type=int, default=8, help="windows of each kind")
     parser.add_argument("--features", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)

@@ -1,4 +1,6 @@
-"""Parts shared by the tests: tiny real models, tokenizers and SAEs, built in memory. No test reaches a network."""
+"""Parts shared by the tests: tiny real models, tokenizers and SAEs, built in memory. No test reaches a
+network.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def corpus_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run(tmp_path_factory: pytest.TempPathFactory, subject: Subject, sae_folder: Path, corpus_file: Path) -> Path:
+def run(
+    tmp_path_factory: pytest.TempPathFactory, subject: Subject, sae_folder: Path, corpus_file: Path
+) -> Path:
     folder = tmp_path_factory.mktemp("run")
     collect(subject, load_sae(str(sae_folder)), load_corpus(str(corpus_file)), folder, WindowPolicy(16, 8))
     return folder

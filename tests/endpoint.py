@@ -1,12 +1,14 @@
-"""A local HTTP server that plays an OpenAI-compatible endpoint, with latency and faults on demand, and a ledger of what it was asked
-and would have billed.
+"""A local HTTP server that plays an OpenAI-compatible endpoint, with latency and faults on demand, and a
+ledger of what it was asked and would have billed.
 
-In a test: ``with endpoint(answer) as server``. As a program of its own, for benchmarks and for tests that kill processes:
+In a test: ``with endpoint(answer) as server``. As a program of its own, for benchmarks and for tests that
+kill processes:
 
     python tests/endpoint.py --latency 0.02 --fault 500=0.3 --ledger FILE
 
-prints its address, and writes the ledger as JSON lines. Without ``answer`` it replies by the request alone, so that the same request
-always has the same answer. The protocol is written by hand because a server that is slower than the client would measure itself.
+prints its address, and writes the ledger as JSON lines. Without ``answer`` it replies by the request alone,
+so that the same request always has the same answer. The protocol is written by hand because a server that is
+slower than the client would measure itself.
 """
 
 from __future__ import annotations
@@ -30,13 +32,27 @@ from typing import Any, TextIO
 Answer = Callable[[dict[str, Any]], Any]
 Dialect = Callable[["Entry", dict[str, Any]], Any]
 KEY = "secret-key-of-the-test"
-FAULTS = ("429", "429-date", "500", "503", "drop", "truncate", "malformed", "schema", "length", "stall", "drip")
+FAULTS = (
+    "429",
+    "429-date",
+    "500",
+    "503",
+    "drop",
+    "truncate",
+    "malformed",
+    "schema",
+    "length",
+    "stall",
+    "drip",
+)
 STALL_S = 2.0
 
 
 @dataclass
 class Entry:
-    """One request as the server saw it. ``whole``: its answer left the server complete, with status 200, and would have been billed."""
+    """One request as the server saw it. ``whole``: its answer left the server complete, with status 200, and
+    would have been billed.
+    """
 
     number: int
     path: str
@@ -57,8 +73,10 @@ class Entry:
 
 @dataclass
 class Endpoint:
-    """``dialect`` gets a request's entry and body first, and answers it or leaves it (None) to ``answer``, which gets the body and returns a text, a (status, headers, body) triple, or a whole completion; status 0 drops
-    the connection. ``faults``: how often each of ``FAULTS`` happens, 0 to 1; every request has its own luck, drawn from ``seed``."""
+    """``dialect`` gets a request's entry and body first, and answers it or leaves it (None) to ``answer``,
+    which gets the body and returns a text, a (status, headers, body) triple, or a whole completion; status 0
+    drops the connection. ``faults``: how often each of ``FAULTS`` happens, 0 to 1; every request has its own
+    luck, drawn from ``seed``."""
 
     answer: Answer
     latency_s: float = 0.0
@@ -94,15 +112,37 @@ class Endpoint:
 
 
 def completion(
-    text: str, *, finish: str = "stop", logprobs: dict[str, float] | None = None, prompt_tokens: int = 11, completion_tokens: int = 3
+    text: str,
+    *,
+    finish: str = "stop",
+    logprobs: dict[str, float] | None = None,
+    prompt_tokens: int = 11,
+    completion_tokens: int = 3,
 ) -> dict[str, Any]:
     """A chat completion in OpenAI's wire format."""
-    choice: dict[str, Any] = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": finish}
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": finish,
+    }
     if logprobs is not None:
         top = [{"token": t, "logprob": p, "bytes": None} for t, p in logprobs.items()]
-        choice["logprobs"] = {"content": [{"token": text, "logprob": -0.1, "bytes": None, "top_logprobs": top}]}
-    usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens, "total_tokens": prompt_tokens + completion_tokens}
-    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+        choice["logprobs"] = {
+            "content": [{"token": text, "logprob": -0.1, "bytes": None, "top_logprobs": top}]
+        }
+    usage = {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [choice],
+        "usage": usage,
+    }
 
 
 def digest_of(body: dict[str, Any]) -> str:
@@ -111,22 +151,34 @@ def digest_of(body: dict[str, Any]) -> str:
 
 
 def play(body: dict[str, Any]) -> dict[str, Any]:
-    """A well-formed answer that depends on the request alone: an instance of its schema, or a word with its probabilities."""
+    """A well-formed answer that depends on the request alone: an instance of its schema, or a word with its
+    probabilities.
+    """
     luck = random.Random(digest_of(body))
     size = len(json.dumps(body.get("messages", ""))) // 4
     form = body.get("response_format") or {}
     if form.get("type") == "json_schema":
         n = body.get("n", 1)
-        whole = completion(json.dumps(instance(form["json_schema"]["schema"], luck)), prompt_tokens=size, completion_tokens=12 * n)
+        whole = completion(
+            json.dumps(instance(form["json_schema"]["schema"], luck)),
+            prompt_tokens=size,
+            completion_tokens=12 * n,
+        )
         for index in range(1, n):
             more = completion(json.dumps(instance(form["json_schema"]["schema"], luck)))["choices"][0]
             whole["choices"].append(more | {"index": index})
         return whole
-    words = {"Yes": -luck.random() * 3, "No": -luck.random() * 3, **{str(i): -luck.random() * 5 for i in range(6)}}
+    words = {
+        "Yes": -luck.random() * 3,
+        "No": -luck.random() * 3,
+        **{str(i): -luck.random() * 5 for i in range(6)},
+    }
     shots = [m["content"] for m in body.get("messages", ()) if m.get("role") == "assistant"]
     levels = bool(shots) and all(s in "012345" for s in shots)  # the worked examples say what is asked for
     word = max("012345" if levels else ("Yes", "No"), key=words.__getitem__)
-    return completion(word, logprobs=words if body.get("logprobs") else None, prompt_tokens=size, completion_tokens=1)
+    return completion(
+        word, logprobs=words if body.get("logprobs") else None, prompt_tokens=size, completion_tokens=1
+    )
 
 
 def instance(schema: dict[str, Any], luck: random.Random) -> Any:
@@ -137,14 +189,20 @@ def instance(schema: dict[str, Any], luck: random.Random) -> Any:
     if kind == "array" and "prefixItems" in schema:
         return [instance(item, luck) for item in schema["prefixItems"]]
     if kind == "array":
-        return [instance(schema["items"], luck) for _ in range(luck.randint(schema.get("minItems", 1), schema.get("maxItems", 3)))]
+        return [
+            instance(schema["items"], luck)
+            for _ in range(luck.randint(schema.get("minItems", 1), schema.get("maxItems", 3)))
+        ]
     if kind == "integer":
         return luck.randint(schema.get("minimum", 0), schema.get("maximum", 5))
     if kind == "number":
         return luck.random()
     if kind == "boolean":
         return luck.random() < 0.5
-    return f"words about {luck.choice(['the sea', 'money', 'war', 'law', 'time', 'farms', 'schools'])} {luck.randint(0, 999)}"
+    return (
+        f"words about {luck.choice(['the sea', 'money', 'war', 'law', 'time', 'farms', 'schools'])} "
+        f"{luck.randint(0, 999)}"
+    )
 
 
 _WRONG_SCHEMA = '{"answer": [{"nothing": "that was asked for"}]}'
@@ -166,12 +224,16 @@ class _Connection(asyncio.Protocol):
             if not found:
                 return
             lines = head.decode("latin-1").split("\r\n")
-            headers = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:])}
+            headers = {
+                k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines[1:])
+            }
             length = int(headers.get("content-length", 0))
             if len(rest) < length:
                 return
             self.buffer = rest[length:]
-            task = asyncio.get_running_loop().create_task(self.serve(lines[0].split(" ")[1], headers, rest[:length]))
+            task = asyncio.get_running_loop().create_task(
+                self.serve(lines[0].split(" ")[1], headers, rest[:length])
+            )
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
 
@@ -182,7 +244,14 @@ class _Connection(asyncio.Protocol):
         fault = state.draw() if state.faults else None
         body = json.loads(raw) if raw else {}
         entry = Entry(
-            len(state.ledger), path, headers.get("authorization"), body if state.keep_bodies else {}, digest_of(body), time.time(), fault, headers=headers
+            len(state.ledger),
+            path,
+            headers.get("authorization"),
+            body if state.keep_bodies else {},
+            digest_of(body),
+            time.time(),
+            fault,
+            headers=headers,
         )
         state.ledger.append(entry)
         try:
@@ -190,7 +259,8 @@ class _Connection(asyncio.Protocol):
             if wait:
                 await asyncio.sleep(wait)
             status, extra, payload = self.reply(entry, body)
-        except Exception as error:  # a mistake of the player's own: answered, so that nobody waits, and raised when the block ends
+        except Exception as error:
+            # A mistake of the player's own: answered, so that nobody waits, and raised when the block ends.
             state.mistakes.append(error)
             status, extra, payload = 500, {}, repr(error).encode()
         finally:
@@ -208,21 +278,34 @@ class _Connection(asyncio.Protocol):
         if fault == "429":
             return 429, {"Retry-After": f"{state.retry_after_s:g}"}, b"{}"
         if fault == "429-date":
-            return 429, {"Retry-After": email.utils.formatdate(time.time() + state.retry_after_s, usegmt=True)}, b"{}"
+            return (
+                429,
+                {"Retry-After": email.utils.formatdate(time.time() + state.retry_after_s, usegmt=True)},
+                b"{}",
+            )
         if fault in ("500", "503"):
             return int(fault), {}, b"{}"
         answer = state.dialect(entry, body) if state.dialect is not None else None
         answer = state.answer(body) if answer is None else answer
         if isinstance(answer, tuple):
             status, extra, payload = answer
-            entry.free = status != 200 or not (payload if isinstance(payload, bytes) else payload.get("choices") if isinstance(payload, dict) else None)
+            entry.free = status != 200 or not (
+                payload
+                if isinstance(payload, bytes)
+                else payload.get("choices")
+                if isinstance(payload, dict)
+                else None
+            )
             return status, extra, payload if isinstance(payload, bytes) else json.dumps(payload).encode()
         answer = completion(answer) if isinstance(answer, str) else answer
         if fault == "schema":
             answer["choices"][0]["message"]["content"] = _WRONG_SCHEMA
         if fault == "length":
             choice = answer["choices"][0]
-            choice["message"]["content"], choice["finish_reason"] = choice["message"]["content"][: len(choice["message"]["content"]) // 2], "length"
+            choice["message"]["content"], choice["finish_reason"] = (
+                choice["message"]["content"][: len(choice["message"]["content"]) // 2],
+                "length",
+            )
         if fault == "malformed":
             return 200, {}, b'{"id": "x", "choices": [{"index": 0, "message": {"role": "assis'
         entry.tokens = (answer.get("usage") or {}).get("total_tokens", 0)
@@ -254,7 +337,9 @@ class _Connection(asyncio.Protocol):
 
 
 async def _serve(state: Endpoint, port: int, ready: Callable[[], None]) -> None:
-    server = await asyncio.get_running_loop().create_server(lambda: _Connection(state), "127.0.0.1", port, backlog=2048)
+    server = await asyncio.get_running_loop().create_server(
+        lambda: _Connection(state), "127.0.0.1", port, backlog=2048
+    )
     state.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
     ready()
     async with server:
@@ -295,10 +380,14 @@ def endpoint(answer: Answer = play, **settings: Any) -> Iterator[Endpoint]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--latency", type=float, default=0.0, help="seconds per reply")
-    parser.add_argument("--fault", action="append", default=[], metavar="NAME=SHARE", help=f"one of {', '.join(FAULTS)}")
+    parser.add_argument(
+        "--fault", action="append", default=[], metavar="NAME=SHARE", help=f"one of {', '.join(FAULTS)}"
+    )
     parser.add_argument("--retry-after", type=float, default=0.0, help="seconds that a 429 asks for")
     parser.add_argument("--dialect", help="one of those of dialects.py, by name")
     parser.add_argument("--key", help="the only key that is let in")

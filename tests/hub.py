@@ -14,9 +14,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """``files``: (repository, path) → bytes. ``cut``: paths whose body ends early once, in the middle of a connection; ``short``: paths whose body
-    is shorter than declared; ``broken``: paths answered with 503; ``lies``: paths whose declared hash is
-    another one. ``requests``: (method, path) of everything that was asked."""
+    """``files``: (repository, path) → bytes. ``cut``: paths whose body ends early once, in the middle of a
+    connection; ``short``: paths whose body is shorter than declared; ``broken``: paths answered with 503;
+    ``lies``: paths whose declared hash is another one. ``requests``: (method, path) of everything that was
+    asked."""
 
     def __init__(self) -> None:
         self.files: dict[tuple[str, str], bytes] = {}
@@ -93,8 +94,13 @@ def serving(hub: Hub) -> Iterator[Hub]:
             if not rest or rest[0] != "tree":
                 return self.json({"id": repository, "sha": COMMIT, "siblings": []})
             folder = "/".join(rest[2:])
-            below = {p[len(folder) + 1 :] for r, p in hub.files if r == repository and p.startswith(f"{folder}/")}
-            entries = [{"type": "directory", "path": f"{folder}/{name}", "oid": "0" * 40} for name in sorted({b.split("/")[0] for b in below if "/" in b})]
+            below = {
+                p[len(folder) + 1 :] for r, p in hub.files if r == repository and p.startswith(f"{folder}/")
+            }
+            entries = [
+                {"type": "directory", "path": f"{folder}/{name}", "oid": "0" * 40}
+                for name in sorted({b.split("/")[0] for b in below if "/" in b})
+            ]
             return self.json(entries) if entries else self.refuse(404, "EntryNotFound")
 
         def json(self, value: object) -> None:

@@ -16,7 +16,9 @@ def change_marker(path: Path, **changes: Any) -> None:
     if marker.files is None:
         path.write_text(json.dumps({**marker.value, **changes}))
         return
-    there = [p for p in path.parent.iterdir() if p.is_file() and (p.name in marker.files or p.suffix == ".bin")]
+    there = [
+        p for p in path.parent.iterdir() if p.is_file() and (p.name in marker.files or p.suffix == ".bin")
+    ]
     write_marker(path, {**marker.value, **changes}, {p.name: Sums.of(p) for p in there})
 
 

@@ -1,4 +1,6 @@
-"""Replies as models and servers of the world write them: whole ones in many dresses, and broken ones, from a seed."""
+"""Replies as models and servers of the world write them: whole ones in many dresses, and broken ones, from a
+seed.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 MARKERS = (
-    "```", "```json", "~~~", "<think>", "</think>", "[THINK]", "[/THINK]", "<|channel|>final<|message|>", "<|channel|>analysis<|message|>",
-    "<|end|>", "<|im_end|>", "<|return|>", "</s>", "assistantfinal", "analysis", "{", "}", "[", "]", '{"rules": []}', '{"explanation": "no"}',
-    '"', "'", "“q”", "\\", "\n", "\t", "\n```\n", "1. ", ", ", ": ", '", "', '"}', "]}", "// no", "...", "null", "true", "NaN", "é", "😀", "\u2028",
+    "```", "```json", "~~~", "<think>", "</think>", "[THINK]", "[/THINK]", "<|channel|>final<|message|>",
+    "<|channel|>analysis<|message|>",
+    "<|end|>", "<|im_end|>", "<|return|>", "</s>", "assistantfinal", "analysis", "{", "}", "[", "]",
+    '{"rules": []}', '{"explanation": "no"}',
+    '"', "'", "“q”", "\\", "\n", "\t", "\n```\n", "1. ", ", ", ": ", '", "', '"}', "]}", "// no", "...",
+    "null", "true", "NaN", "é", "😀", "\u2028",
 )  # fmt: skip
 """Everything that the reading of replies gives a meaning to, put into texts."""
 DRESSES: dict[str, Callable[[str], str]] = {
@@ -32,11 +37,16 @@ THOUGHTS: dict[str, Callable[[str, str], str]] = {
     "empty think": lambda _, answer: f"<think>\n\n</think>\n\n{answer}",
     "magistral": lambda thought, answer: f"[THINK]{thought}[/THINK]{answer}",
     "kimi": lambda thought, answer: f"◁think▷{thought}◁/think▷{answer}",
-    "cohere": lambda thought, answer: f"<|START_THINKING|>{thought}<|END_THINKING|><|START_RESPONSE|>{answer}<|END_RESPONSE|>",
+    "cohere": lambda thought, answer: (
+        f"<|START_THINKING|>{thought}<|END_THINKING|><|START_RESPONSE|>{answer}<|END_RESPONSE|>"
+    ),
     "seed": lambda thought, answer: f"<seed:think>{thought}</seed:think>{answer}",
-    "harmony": lambda thought, answer: f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant<|channel|>final<|message|>{answer}<|return|>",
+    "harmony": lambda thought, answer: (
+        f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant<|channel|>final<|message|>{answer}<|return|>"
+    ),
     "harmony with a form": lambda thought, answer: (
-        f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant<|channel|>final <|constrain|>json<|message|>{answer}"
+        f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant<|channel|>final "
+        f"<|constrain|>json<|message|>{answer}"
     ),
     "harmony without marks": lambda thought, answer: f"analysis{thought}assistantfinal{answer}",
     "gemma": lambda thought, answer: f"<|channel>thought\n{thought}<channel|>{answer}",
@@ -47,7 +57,9 @@ THOUGHTS: dict[str, Callable[[str, str], str]] = {
 
 @dataclass(frozen=True)
 class Played:
-    """A reply. ``said``: the texts of its answer, with their strengths where they are rules. ``last``: its answer alone, as it is written."""
+    """A reply. ``said``: the texts of its answer, with their strengths where they are rules. ``last``: its
+    answer alone, as it is written.
+    """
 
     reply: str
     kind: str
@@ -76,7 +88,9 @@ def _written(luck: random.Random, kind: str, said: list[tuple[str, int]]) -> str
     ascii_only, indent = luck.random() < 0.3, luck.choice((None, None, 1, 2))
     if kind == "explanation":
         return dump({"explanation": said[0][0]})
-    items: list[Any] = [{"activates_on": t, "strength": s} for t, s in said] if kind == "rules" else [t for t, _ in said]
+    items: list[Any] = (
+        [{"activates_on": t, "strength": s} for t, s in said] if kind == "rules" else [t for t, _ in said]
+    )
     way = luck.random()
     if way < 0.15 and len(items) > 1:  # several objects where one was asked for
         at = luck.randint(1, len(items) - 1)
@@ -90,7 +104,12 @@ def _written(luck: random.Random, kind: str, said: list[tuple[str, int]]) -> str
 
 def _dressed(luck: random.Random, kind: str, said: list[tuple[str, int]], answer: str) -> Played:
     draft = luck.choice(
-        ("Let me see.", '{"explanation": "beta draft"}', 'Perhaps {"rules": [{"activates_on": "beta draft", "strength": 4}]}', '{"texts": ["beta')
+        (
+            "Let me see.",
+            '{"explanation": "beta draft"}',
+            'Perhaps {"rules": [{"activates_on": "beta draft", "strength": 4}]}',
+            '{"texts": ["beta',
+        )
     )
     dress = luck.choice(list(DRESSES)) if luck.random() < 0.6 else "plain"
     thought = luck.choice(list(THOUGHTS)) if luck.random() < 0.5 else "none"
@@ -98,7 +117,9 @@ def _dressed(luck: random.Random, kind: str, said: list[tuple[str, int]], answer
 
 
 def broken(luck: random.Random) -> Played:
-    """A reply whose answer was damaged at one to three places: cut, or with characters taken out, put in or exchanged."""
+    """A reply whose answer was damaged at one to three places: cut, or with characters taken out, put in or
+    exchanged.
+    """
     good = whole(luck)
     answer = good.last
     for _ in range(luck.randint(1, 3)):
@@ -140,28 +161,54 @@ _DAMAGES = (_cut, _cut, _front, _out, _out, _in, _in, _quotes, _unescaped, _trai
 
 
 YES_NO: dict[str, bool | None] = {
-    "Yes": True, "yes.": True, " No\n": False, "**Yes**": True, '"Yes"': True, "Answer: Yes": True, "(No)": False, "`no`": False, "Final answer: No.": False,
-    "The answer is **No**": False, "<answer>Yes</answer>": True, '{"answer": "Yes"}': True, "\\boxed{No}": False, "No, it does not": False, "Yes - it does": True,
-    "YES!": True, "“Yes”": True, "No mention of it": False, "<think>No? Yes.</think>No": False, "hm</think>\n\nYes": True,
-    "Yesterday": None, "Not sure": None, "None": None, "Nothing fits": None, "No idea": None, "Yes and no": None, "Yes/No": None, "yes or no": None,
-    "Maybe": None, "": None, "It does": None, "I cannot say yes": None, "no-one": None, "Nope": None, "<think>Yes": None, "Norway": None,
+    "Yes": True, "yes.": True, " No\n": False, "**Yes**": True, '"Yes"': True, "Answer: Yes": True,
+    "(No)": False, "`no`": False, "Final answer: No.": False,
+    "The answer is **No**": False, "<answer>Yes</answer>": True, '{"answer": "Yes"}': True,
+    "\\boxed{No}": False, "No, it does not": False, "Yes - it does": True,
+    "YES!": True, "“Yes”": True, "No mention of it": False, "<think>No? Yes.</think>No": False,
+    "hm</think>\n\nYes": True,
+    "Yesterday": None, "Not sure": None, "None": None, "Nothing fits": None, "No idea": None,
+    "Yes and no": None, "Yes/No": None, "yes or no": None,
+    "Maybe": None, "": None, "It does": None, "I cannot say yes": None, "no-one": None, "Nope": None,
+    "<think>Yes": None, "Norway": None,
 }  # fmt: skip
 """Replies to a question and what they say; None: neither."""
 RATINGS: dict[str, int | None] = {
-    "3": 3, "3.": 3, " 0\n": 0, "**4**": 4, '"2"': 2, "(5)": 5, "Rating: 3": 3, "Complexity: 3": 3, "The rating is 2.": 2, "4/5": 4, "4 out of 5": 4, "- 3": 3,
+    "3": 3, "3.": 3, " 0\n": 0, "**4**": 4, '"2"': 2, "(5)": 5, "Rating: 3": 3, "Complexity: 3": 3,
+    "The rating is 2.": 2, "4/5": 4, "4 out of 5": 4, "- 3": 3,
     "3, a kind of word": 3, "3 (a topic)": 3, "<think>5?</think>1": 1, "Level 4": 4,
-    "10": None, "4.5": None, "-1": None, "−1": None, "+1": None, "6": None, "3-4": None, "3 to 4": None, "2 or 3": None, "7/10": None, "3/10": None, "3rd": None,
+    "10": None, "4.5": None, "-1": None, "−1": None, "+1": None, "6": None, "3-4": None, "3 to 4": None,
+    "2 or 3": None, "7/10": None, "3/10": None, "3rd": None,
     "3%": None, "30": None, "0.5": None, "": None, "high": None, "<think>3": None, "1,5": None, "not 3": None,
 }  # fmt: skip
 """Replies to a request for a rating and what they say; None: nothing that could be used."""
 
 
 def logged(text: str, *tokens: tuple[str, dict[str, float]]) -> dict[str, Any]:
-    """A chat completion with log-probabilities: of each token, what it is and how probable what could stand in its place is (0 to 1)."""
+    """A chat completion with log-probabilities: of each token, what it is and how probable what could stand
+    in its place is (0 to 1).
+    """
     content = [
-        {"token": t, "logprob": -0.1, "bytes": None, "top_logprobs": [{"token": a, "logprob": math.log(p), "bytes": None} for a, p in others.items()]}
+        {
+            "token": t,
+            "logprob": -0.1,
+            "bytes": None,
+            "top_logprobs": [{"token": a, "logprob": math.log(p), "bytes": None} for a, p in others.items()],
+        }
         for t, others in tokens
     ]
-    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop", "logprobs": {"content": content}}
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": text},
+        "finish_reason": "stop",
+        "logprobs": {"content": content},
+    }
     usage = {"prompt_tokens": 9, "completion_tokens": len(tokens), "total_tokens": 9 + len(tokens)}
-    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "m",
+        "choices": [choice],
+        "usage": usage,
+    }

@@ -17,9 +17,22 @@ from endpoint import KEY
 class Running:
     """A service in a process of its own; ``descriptors``: how many the system lets it have."""
 
-    def __init__(self, runs: Path, jobs: Path, config: Path, *options: str, descriptors: int | None = None, **env: str) -> None:
+    def __init__(
+        self, runs: Path, jobs: Path, config: Path, *options: str, descriptors: int | None = None, **env: str
+    ) -> None:
         self.descriptors = descriptors
-        self.args = [sys.executable, "-m", "featureinterp.cli.main", "serve", "--runs", str(runs), "--jobs", str(jobs), "--endpoint", "played"]
+        self.args = [
+            sys.executable,
+            "-m",
+            "featureinterp.cli.main",
+            "serve",
+            "--runs",
+            str(runs),
+            "--jobs",
+            str(jobs),
+            "--endpoint",
+            "played",
+        ]
         self.args += options
         self.env = os.environ | {"FEATUREINTERP_CONFIG": str(config), "TEST_KEY": KEY, **env}
         self.start()
@@ -31,7 +44,9 @@ class Running:
         args: list[str] = [*self.args, "--port", str(port)]
         if self.descriptors is not None:
             args = ["bash", "-c", f'ulimit -n {self.descriptors}; exec "$@"', "service", *args]
-        self.process = subprocess.Popen(args, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(
+            args, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         assert self.process.stdout is not None
         self.url = f"http://127.0.0.1:{port}"
         assert self.url in self.process.stdout.readline()
@@ -50,5 +65,8 @@ class Running:
 
 
 def configured(path: Path, url: str) -> Path:
-    path.write_text(f'[endpoints.played]\nbase_url = "{url}"\nmodel = "m"\napi_key_env = "TEST_KEY"\nconcurrency = 2\nprice = {{ input = 1, output = 1 }}\n')
+    path.write_text(
+        f'[endpoints.played]\nbase_url = "{url}"\nmodel = "m"\napi_key_env = "TEST_KEY"\nconcurrency = '
+        f"2\nprice = {{ input = 1, output = 1 }}\n"
+    )
     return path

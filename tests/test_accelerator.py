@@ -1,4 +1,6 @@
-"""Batches that fit by trying, and copies that wait once: memory errors and queues are injected, since no GPU is needed to be right."""
+"""Batches that fit by trying, and copies that wait once: memory errors and queues are injected, since no GPU
+is needed to be right.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,13 @@ def same_bytes(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("ahead", [False, True])
 def test_codes_are_the_same_whatever_fits(
-    tmp_path: Path, limited: tuple[Subject, list[int]], subject: Subject, sae_folder: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool
+    tmp_path: Path,
+    limited: tuple[Subject, list[int]],
+    subject: Subject,
+    sae_folder: Path,
+    corpus_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ahead: bool,
 ):
     small, given = limited
     sae, corpus = load_sae(str(sae_folder)), load_corpus(str(corpus_file))
@@ -63,9 +71,18 @@ def test_codes_are_the_same_whatever_fits(
 
 
 def test_memory_that_is_short_later_is_met_too(
-    tmp_path: Path, subject_folder: Path, subject: Subject, sae_folder: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    subject_folder: Path,
+    subject: Subject,
+    sae_folder: Path,
+    corpus_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    own, sae, corpus = load_subject(str(subject_folder), dtype="float32"), load_sae(str(sae_folder)), load_corpus(str(corpus_file))
+    own, sae, corpus = (
+        load_subject(str(subject_folder), dtype="float32"),
+        load_sae(str(sae_folder)),
+        load_corpus(str(corpus_file)),
+    )
     collect(subject, sae, corpus, tmp_path / "whole", POLICY)
     real, calls = sae.sae._encode, []
 
@@ -81,9 +98,14 @@ def test_memory_that_is_short_later_is_met_too(
     same_bytes(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_texts_are_read_in_parts_that_fit(limited: tuple[Subject, list[int]], subject: Subject, sae_folder: Path):
+def test_texts_are_read_in_parts_that_fit(
+    limited: tuple[Subject, list[int]], subject: Subject, sae_folder: Path
+):
     small, _ = limited
-    sae, texts = load_sae(str(sae_folder)), ["The army marched in March.", "a", "", "In 1849 the treaty of peace was signed.", "Trade"] * 3
+    sae, texts = (
+        load_sae(str(sae_folder)),
+        ["The army marched in March.", "a", "", "In 1849 the treaty of peace was signed.", "Trade"] * 3,
+    )
     whole, parts = (TextActivator(model, sae).read([5, 0, 5], texts) for model in (subject, small))
     for one, other in zip(whole, parts, strict=True):
         for a, b in zip(one, other, strict=True):

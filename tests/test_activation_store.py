@@ -1,4 +1,6 @@
-"""Activation stores: rows are the model's, every row knows its token, what is cut off goes on, what is incomplete is refused."""
+"""Activation stores: rows are the model's, every row knows its token, what is cut off goes on, what is
+incomplete is refused.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ from tiny import tokenizer
 from featureinterp.codes.collect import SINK_FACTOR
 from featureinterp.corpus.text import Corpus, Document, load_corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
-from featureinterp.errors import DamagedStoreError, FeatureInterpError, IncompatibleError, IncompleteStoreError, InputError, StorageError, UnknownNameError
+from featureinterp.errors import (
+    DamagedStoreError,
+    FeatureInterpError,
+    IncompatibleError,
+    IncompleteStoreError,
+    InputError,
+    StorageError,
+    UnknownNameError,
+)
 from featureinterp.probing.splits import split_indices
 from featureinterp.subject import reading
 from featureinterp.subject.load import HubTokenizer, SkipFirst, Subject, load_subject
@@ -29,7 +39,9 @@ HOOK = "blocks.1.hook_resid_post"
 POLICY = WindowPolicy(16, 4)
 
 
-def filled(folder: Path, n: int, *, dtype: str = "float32", shard_rows: int = 7, d: int = 3) -> ActivationStore:
+def filled(
+    folder: Path, n: int, *, dtype: str = "float32", shard_rows: int = 7, d: int = 3
+) -> ActivationStore:
     """A store of rows that say their own number."""
     writer = StoreWriter(folder, d, dtype, shard_rows=shard_rows)
     for a in range(0, n, 5):
@@ -37,12 +49,24 @@ def filled(folder: Path, n: int, *, dtype: str = "float32", shard_rows: int = 7,
         side = dict.fromkeys(("documents", "windows", "offsets", "tokens"), numbers)
         writer.append(numbers[:, None] + np.arange(d) / 10, **side)
     counts = {"n_tokens": n, "n_first": 0, "n_sinks": 0}
-    return writer.finish({"key": "k", "source": {}, "part": {"number": 0, "of": 1}, "counts": counts, "hook": HOOK, "model": {}, "split": {}})
+    return writer.finish(
+        {
+            "key": "k",
+            "source": {},
+            "part": {"number": 0, "of": 1},
+            "counts": counts,
+            "hook": HOOK,
+            "model": {},
+            "split": {},
+        }
+    )
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 12), st.data())
-def test_rows_come_back_as_they_were_written(tmp_path_factory: pytest.TempPathFactory, n: int, shard_rows: int, data: st.DataObject):
+def test_rows_come_back_as_they_were_written(
+    tmp_path_factory: pytest.TempPathFactory, n: int, shard_rows: int, data: st.DataObject
+):
     store = filled(tmp_path_factory.mktemp("s"), n, shard_rows=shard_rows)
     assert len(store) == n and len(store.shards) == -(-n // shard_rows)
     wanted = np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=20)), np.int64)
@@ -100,7 +124,9 @@ def by_hand(subject: Subject, windows: WindowTable, row: int) -> tuple[np.ndarra
     ids = torch.from_numpy(windows.ids(row).astype(np.int64))[None]
     bos = [] if isinstance(subject.sink, SkipFirst) else [subject.sink.token_id]
     with torch.no_grad():
-        full = subject.model(torch.cat([torch.tensor([bos], dtype=torch.int64), ids], 1), output_hidden_states=True).hidden_states[2][0, len(bos) :]
+        full = subject.model(
+            torch.cat([torch.tensor([bos], dtype=torch.int64), ids], 1), output_hidden_states=True
+        ).hidden_states[2][0, len(bos) :]
     norms = full.float().norm(dim=-1)
     scored = norms <= SINK_FACTOR * norms.median()
     if not bos:
@@ -109,12 +135,21 @@ def by_hand(subject: Subject, windows: WindowTable, row: int) -> tuple[np.ndarra
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_rows_are_those_of_a_plain_forward_pass(tmp_path: Path, bos: bool, subject: Subject, corpus_file: Path):
+def test_rows_are_those_of_a_plain_forward_pass(
+    tmp_path: Path, bos: bool, subject: Subject, corpus_file: Path
+):
     if not bos:
         from tiny import make_subject_folder
 
         subject = load_subject(str(make_subject_folder(tmp_path / "m", "llama", bos=False)), dtype="float32")
-    found = extract(subject, HOOK, load_corpus(str(corpus_file)), tmp_path / "a", POLICY, ExtractSettings(0.2, "float32", shard_rows=500))
+    found = extract(
+        subject,
+        HOOK,
+        load_corpus(str(corpus_file)),
+        tmp_path / "a",
+        POLICY,
+        ExtractSettings(0.2, "float32", shard_rows=500),
+    )
     assert found.test is not None and found.train is not None
     seen = set()
     for store in (found.train, found.test):
@@ -133,14 +168,28 @@ def test_rows_are_those_of_a_plain_forward_pass(tmp_path: Path, bos: bool, subje
     counts = [s.meta["counts"] for s in (found.train, found.test)]
     assert sum(c["n_tokens"] for c in counts) == n_tokens
     assert len(found.train) + len(found.test) + sum(c["n_first"] + c["n_sinks"] for c in counts) == n_tokens
-    assert counts[1]["n_tokens"] == lengths[splits == 1].sum() and abs(lengths[splits != 0].sum() / lengths.sum() - 0.2) < 0.05
+    assert (
+        counts[1]["n_tokens"] == lengths[splits == 1].sum()
+        and abs(lengths[splits != 0].sum() / lengths.sum() - 0.2) < 0.05
+    )
 
 
-def test_an_extraction_that_was_cut_off_goes_on(tmp_path: Path, subject: Subject, corpus_file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_extraction_that_was_cut_off_goes_on(
+    tmp_path: Path, subject: Subject, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+):
     corpus, wanted = load_corpus(str(corpus_file)), ExtractSettings(0.2, "float32", shard_rows=300)
     monkeypatch.setattr(reading, "CHUNK_TOKENS", 640)
     steps: list[int] = []
-    whole = extract(subject, HOOK, corpus, tmp_path / "whole", POLICY, wanted, batch_tokens=128, progress=lambda done, total: steps.append(done))
+    whole = extract(
+        subject,
+        HOOK,
+        corpus,
+        tmp_path / "whole",
+        POLICY,
+        wanted,
+        batch_tokens=128,
+        progress=lambda done, total: steps.append(done),
+    )
     calls = 0
 
     def cut(done: int, total: int) -> None:
@@ -155,7 +204,9 @@ def test_an_extraction_that_was_cut_off_goes_on(tmp_path: Path, subject: Subject
         with pytest.raises(IncompleteStoreError, match="never finished"):
             ActivationStore.open(tmp_path / "cut" / "train")
     before = calls
-    cut_again = extract(subject, HOOK, corpus, tmp_path / "cut", POLICY, wanted, batch_tokens=128, progress=cut)
+    cut_again = extract(
+        subject, HOOK, corpus, tmp_path / "cut", POLICY, wanted, batch_tokens=128, progress=cut
+    )
     assert calls - before < len(steps) - 10  # what was done is not done again
     for a, b in ((whole.train, cut_again.train), (whole.test, cut_again.test)):
         assert a is not None and b is not None and a.meta == b.meta
@@ -163,19 +214,27 @@ def test_an_extraction_that_was_cut_off_goes_on(tmp_path: Path, subject: Subject
         for side in ("documents", "windows", "offsets", "tokens"):
             np.testing.assert_array_equal(getattr(a, side), getattr(b, side))
     calls = 100
-    assert extract(subject, HOOK, corpus, tmp_path / "cut", POLICY, wanted, progress=cut).folder == cut_again.folder and calls == 100
+    assert (
+        extract(subject, HOOK, corpus, tmp_path / "cut", POLICY, wanted, progress=cut).folder
+        == cut_again.folder
+        and calls == 100
+    )
 
 
 def test_another_request_for_the_same_folder_is_refused(tmp_path: Path, subject: Subject, corpus_file: Path):
     corpus = load_corpus(str(corpus_file))
     extract(subject, HOOK, corpus, tmp_path, POLICY)
-    with pytest.raises(IncompatibleError, match='hook "blocks.1.hook_resid_post" there, "blocks.0.hook_resid_post" asked for'):
+    with pytest.raises(
+        IncompatibleError, match='hook "blocks.1.hook_resid_post" there, "blocks.0.hook_resid_post" asked for'
+    ):
         extract(subject, "blocks.0.hook_resid_post", corpus, tmp_path, POLICY)
     with pytest.raises(IncompatibleError, match="settings seed 0 there, 1 asked for"):
         extract(subject, HOOK, corpus, tmp_path, POLICY, ExtractSettings(seed=1))
 
 
-def test_parts_of_several_workers_are_merged_and_a_missing_one_is_not_overlooked(tmp_path: Path, subject: Subject, corpus_file: Path):
+def test_parts_of_several_workers_are_merged_and_a_missing_one_is_not_overlooked(
+    tmp_path: Path, subject: Subject, corpus_file: Path
+):
     corpus = load_corpus(str(corpus_file))
     whole = extract(subject, HOOK, corpus, tmp_path / "whole", POLICY, ExtractSettings(0.2, shard_rows=400))
     folders = [tmp_path / f"part{i}" for i in range(3)]
@@ -186,10 +245,21 @@ def test_parts_of_several_workers_are_merged_and_a_missing_one_is_not_overlooked
     with pytest.raises(InputError, match="named twice"):
         merge_stores([f / "train" for f in (*folders, folders[0])], tmp_path / "no")
     with pytest.raises(IncompatibleError, match="different extractions"):
-        extract(subject, "blocks.0.hook_resid_post", corpus, tmp_path / "other", POLICY, ExtractSettings(0.2, part=1, parts=3))
+        extract(
+            subject,
+            "blocks.0.hook_resid_post",
+            corpus,
+            tmp_path / "other",
+            POLICY,
+            ExtractSettings(0.2, part=1, parts=3),
+        )
         merge([folders[0], tmp_path / "other", folders[2]], tmp_path / "no")
-    with pytest.raises(IncompatibleError, match="different extractions"):  # another split would put a document on both sides
-        extract(subject, HOOK, corpus, tmp_path / "split", POLICY, ExtractSettings(0.2, part=1, parts=3, seed=1))
+    with pytest.raises(
+        IncompatibleError, match="different extractions"
+    ):  # another split would put a document on both sides
+        extract(
+            subject, HOOK, corpus, tmp_path / "split", POLICY, ExtractSettings(0.2, part=1, parts=3, seed=1)
+        )
         merge([folders[0], tmp_path / "split", folders[2]], tmp_path / "no")
     found = merge([folders[2], folders[0], folders[1]], tmp_path / "merged")
     for a, b in ((whole.train, found.train), (whole.test, found.test)):
@@ -256,7 +326,9 @@ def test_a_full_disk_shows_when_a_shard_is_begun(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "posix_fallocate", full)
     writer = StoreWriter(tmp_path, 2, "float16", shard_rows=4)
     with pytest.raises(StorageError, match="disk is full"):
-        writer.append(np.zeros((1, 2)), **dict.fromkeys(("documents", "windows", "offsets", "tokens"), np.zeros(1, int)))
+        writer.append(
+            np.zeros((1, 2)), **dict.fromkeys(("documents", "windows", "offsets", "tokens"), np.zeros(1, int))
+        )
 
 
 def test_one_document_cannot_be_held_out(tmp_path: Path, subject: Subject):
@@ -281,8 +353,12 @@ def test_settings_that_cannot_be(change: dict, message: str):
         ExtractSettings(**change)
 
 
-def test_online_batches_are_the_rows_of_a_store_in_bounded_memory(tmp_path: Path, subject: Subject, corpus_file: Path):
-    found = extract(subject, HOOK, load_corpus(str(corpus_file)), tmp_path, POLICY, ExtractSettings(0.2, "float32"))
+def test_online_batches_are_the_rows_of_a_store_in_bounded_memory(
+    tmp_path: Path, subject: Subject, corpus_file: Path
+):
+    found = extract(
+        subject, HOOK, load_corpus(str(corpus_file)), tmp_path, POLICY, ExtractSettings(0.2, "float32")
+    )
     assert found.train is not None
     rows = np.unique(found.train.windows)
     stream = OnlineBatches(subject, HOOK, found.windows, rows, 64, buffer=512, batch_tokens=256)
@@ -297,9 +373,13 @@ def test_online_batches_are_the_rows_of_a_store_in_bounded_memory(tmp_path: Path
     assert not np.array_equal(np.sort(epoch[:64, 0]), epoch[:64, 0])
 
 
-def test_online_batches_go_on_from_any_place(subject: Subject, tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_online_batches_go_on_from_any_place(
+    subject: Subject, tmp_path: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(reading, "CHUNK_TOKENS", 256)
-    found = extract(subject, HOOK, load_corpus(str(corpus_file)), tmp_path, POLICY, ExtractSettings(0.9, "float32"))
+    found = extract(
+        subject, HOOK, load_corpus(str(corpus_file)), tmp_path, POLICY, ExtractSettings(0.9, "float32")
+    )
     assert found.train is not None
     rows = np.unique(found.train.windows)
 
@@ -321,7 +401,9 @@ def test_online_batches_go_on_from_any_place(subject: Subject, tmp_path: Path, c
 def test_only_what_is_held_out(tmp_path: Path, subject: Subject, corpus_file: Path):
     corpus = load_corpus(str(corpus_file))
     both = extract(subject, HOOK, corpus, tmp_path / "both", POLICY, ExtractSettings(0.2))
-    found = extract(subject, HOOK, corpus, tmp_path / "test", POLICY, ExtractSettings(0.2, only_held_out=True))
+    found = extract(
+        subject, HOOK, corpus, tmp_path / "test", POLICY, ExtractSettings(0.2, only_held_out=True)
+    )
     assert found.train is None and found.test is not None and both.test is not None
     assert set(np.unique(found.test.windows)) == set(np.unique(both.test.windows))
     with pytest.raises(UnknownNameError, match="no extraction"):
@@ -340,7 +422,10 @@ def test_no_text_is_on_both_sides_of_the_split(tmp_path: Path, subject: Subject)
     corpus = Corpus("repeated", lambda: (Document(str(i), t) for i, t in enumerate(texts)), len(texts))
     found = extract(subject, HOOK, corpus, tmp_path, POLICY, ExtractSettings(0.2))
     assert found.train is not None and found.test is not None
-    sides = [{found.windows.ids(int(row)).tobytes() for row in np.unique(store.windows)} for store in (found.train, found.test)]
+    sides = [
+        {found.windows.ids(int(row)).tobytes() for row in np.unique(store.windows)}
+        for store in (found.train, found.test)
+    ]
     assert sides[1] and not sides[0] & sides[1]
     twins = [{i, i + 30} for i in range(20)]
     for store in (found.train, found.test):
@@ -349,7 +434,9 @@ def test_no_text_is_on_both_sides_of_the_split(tmp_path: Path, subject: Subject)
     splits = window_splits(found.windows, ExtractSettings(0.2))
     n = int((splits == -1).sum())
     assert n and found.test.meta["split"]["n_repeated"] == n
-    assert found.notes == [f"{n} windows of held-out documents have the text of training windows and are left out"]
+    assert found.notes == [
+        f"{n} windows of held-out documents have the text of training windows and are left out"
+    ]
     kept = np.unique(np.concatenate([found.train.windows, found.test.windows]))
     np.testing.assert_array_equal(kept, np.flatnonzero(splits >= 0))
 
@@ -363,4 +450,6 @@ def test_splits_of_texts_that_differ_are_those_of_their_documents(tmp_path: Path
     np.testing.assert_array_equal(window_splits(windows, ExtractSettings(0.3, seed=5)), expected)
     same = Corpus("same", lambda: (Document(str(i), texts[0]) for i in range(4)), 4)
     with pytest.raises(InputError, match="no document can be held out"):
-        window_splits(build_windows(same, HubTokenizer(tokenizer()), POLICY, tmp_path / "s"), ExtractSettings(0.3))
+        window_splits(
+            build_windows(same, HubTokenizer(tokenizer()), POLICY, tmp_path / "s"), ExtractSettings(0.3)
+        )

@@ -1,4 +1,6 @@
-"""New texts through model and SAE: the same activations as collecting gave, whatever stands beside them in a batch."""
+"""New texts through model and SAE: the same activations as collecting gave, whatever stands beside them in a
+batch.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def test_a_long_text_is_cut(subject: object, sae_folder: object):
     assert len(window.pieces) == len(window.activations) == 5
 
 
-def test_several_saes_share_one_pass(subject: object, corpus_file: object, tmp_path: object, monkeypatch: pytest.MonkeyPatch):
+def test_several_saes_share_one_pass(
+    subject: object, corpus_file: object, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+):
     from tiny import make_sae
 
     import featureinterp.codes.collect as module
@@ -73,19 +77,37 @@ def test_several_saes_share_one_pass(subject: object, corpus_file: object, tmp_p
     saes = []
     for number, (kind, hook) in enumerate((("topk", 1), ("relu", 1), ("jumprelu", 0))):
         folder = tmp_path / f"sae{number}"
-        save_sae(folder, make_sae(kind, subject.d_model, 16 + number), hook=f"blocks.{hook}.hook_resid_post", model="tiny")
+        save_sae(
+            folder,
+            make_sae(kind, subject.d_model, 16 + number),
+            hook=f"blocks.{hook}.hook_resid_post",
+            model="tiny",
+        )
         saes.append(load_sae(str(folder)))
     corpus, policy = load_corpus(str(corpus_file)), WindowPolicy(16, 8, 2000)
-    alone = [module.collect(subject, sae, corpus, tmp_path / f"alone{i}", policy) for i, sae in enumerate(saes)]
+    alone = [
+        module.collect(subject, sae, corpus, tmp_path / f"alone{i}", policy) for i, sae in enumerate(saes)
+    ]
     passes = []
     real = type(subject).residual
-    monkeypatch.setattr(type(subject), "residual", lambda self, ids, hook: passes.append(hook) or real(self, ids, hook))
-    together = collect_shared(subject, [(sae, tmp_path / f"run{i}") for i, sae in enumerate(saes)], corpus, policy)
-    assert passes.count("blocks.1.hook_resid_post") == passes.count("blocks.0.hook_resid_post"), "two SAEs at one hook, one pass"
+    monkeypatch.setattr(
+        type(subject), "residual", lambda self, ids, hook: passes.append(hook) or real(self, ids, hook)
+    )
+    together = collect_shared(
+        subject, [(sae, tmp_path / f"run{i}") for i, sae in enumerate(saes)], corpus, policy
+    )
+    assert passes.count("blocks.1.hook_resid_post") == passes.count("blocks.0.hook_resid_post"), (
+        "two SAEs at one hook, one pass"
+    )
     for a, b in zip(alone, together, strict=True):
         for name in ("offsets", "positions", "values"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
         assert a.meta == b.meta and a.windows.fingerprint == b.windows.fingerprint
     passes.clear()
-    assert [s.meta for s in collect_shared(subject, [(sae, tmp_path / f"run{i}") for i, sae in enumerate(saes)], corpus, policy)] == [s.meta for s in together]
+    assert [
+        s.meta
+        for s in collect_shared(
+            subject, [(sae, tmp_path / f"run{i}") for i, sae in enumerate(saes)], corpus, policy
+        )
+    ] == [s.meta for s in together]
     assert not passes and isinstance(CodesStore.open(tmp_path / "run2"), CodesStore)

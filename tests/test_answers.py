@@ -1,4 +1,6 @@
-"""What completions mean: their content in any form, every way in which they end, what they cost, and what a second run asks."""
+"""What completions mean: their content in any form, every way in which they end, what they cost, and what a
+second run asks.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ from featureinterp.llm.types import Message, Reply, Request
 ASK = Request((Message("user", "hi"),), 300, seed=0)
 
 
-def asked(server: Any, store: Path | None = None, request: Request = ASK, work: Any = None, **options: Any) -> tuple[Any, Meter]:
+def asked(
+    server: Any, store: Path | None = None, request: Request = ASK, work: Any = None, **options: Any
+) -> tuple[Any, Meter]:
     """What comes of a request through the whole stack, an error as itself, and what was spent."""
 
     async def go() -> tuple[Any, Meter]:
@@ -50,20 +54,37 @@ def asked(server: Any, store: Path | None = None, request: Request = ASK, work: 
 def one(text: Any = "Yes", reason: str | None = "stop", **message: Any) -> dict[str, Any]:
     """A completion with one choice."""
     whole = completion("x", finish=reason or "")
-    whole["choices"][0] |= {"message": {"role": "assistant", "content": text, **message}, "finish_reason": reason}
+    whole["choices"][0] |= {
+        "message": {"role": "assistant", "content": text, **message},
+        "finish_reason": reason,
+    }
     return whole
 
 
 CONTENTS: dict[str, tuple[dict[str, Any], str]] = {
     "text": (one("Yes"), "Yes"),
     "parts": (one([{"type": "text", "text": "Y"}, {"type": "text", "text": "es"}]), "Yes"),
-    "parts-mistral-magistral": (one([{"type": "thinking", "thinking": [{"type": "text", "text": "No?"}]}, {"type": "text", "text": "Yes"}]), "Yes"),
+    "parts-mistral-magistral": (
+        one(
+            [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "No?"}]},
+                {"type": "text", "text": "Yes"},
+            ]
+        ),
+        "Yes",
+    ),
     "parts-output-text": (one([{"type": "output_text", "text": "Yes", "annotations": []}]), "Yes"),
     "parts-plain": (one(["Y", "es"]), "Yes"),
     "parts-value": (one([{"type": "text", "text": {"value": "Yes"}}]), "Yes"),
     "one-part": (one({"type": "text", "text": "Yes"}), "Yes"),
     "reasoning-beside-it": (one("Yes", reasoning_content="No, or"), "Yes"),
-    "old-completion": ({"choices": [{"text": "Yes", "finish_reason": "stop"}], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}, "Yes"),
+    "old-completion": (
+        {
+            "choices": [{"text": "Yes", "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 1, "completion_tokens": 1},
+        },
+        "Yes",
+    ),
     "no-reason": (one("Yes", None), "Yes"),
     "unknown-reason": (one("Yes", "because"), "Yes"),
     "end-turn": (one("Yes", "end_turn"), "Yes"),
@@ -80,10 +101,17 @@ def test_content_is_read_in_every_form(name: str):
     body, text = CONTENTS[name]
     with endpoint(lambda _: body) as server:
         reply, meter = asked(server)
-    assert reply.texts == (text,) and reply.truncated == (False,) and len(server.ledger) == 1 and meter.usage.requests == 1
+    assert (
+        reply.texts == (text,)
+        and reply.truncated == (False,)
+        and len(server.ledger) == 1
+        and meter.usage.requests == 1
+    )
 
 
-@pytest.mark.parametrize("reason", ["length", "max_tokens", "MAX_TOKENS", "model_length", "model_context_window_exceeded"])
+@pytest.mark.parametrize(
+    "reason", ["length", "max_tokens", "MAX_TOKENS", "model_length", "model_context_window_exceeded"]
+)
 def test_a_reply_that_was_cut_is_asked_again_only_with_more_room(reason: str, tmp_path: Path):
     """Not in the same run, not in the next one; and what is whole stays known when there is more room."""
 
@@ -99,7 +127,11 @@ def test_a_reply_that_was_cut_is_asked_again_only_with_more_room(reason: str, tm
     with endpoint(answer) as server:
         for _ in range(2):
             error, _ = asked(server, tmp_path / "r.sqlite", work=work)
-            assert isinstance(error, TruncatedReplyError) and "after 300 tokens" in str(error) and "--reply-tokens" in str(error)
+            assert (
+                isinstance(error, TruncatedReplyError)
+                and "after 300 tokens" in str(error)
+                and "--reply-tokens" in str(error)
+            )
             assert len(server.ledger) == 1
         for _ in range(2):
             texts, _ = asked(server, tmp_path / "r.sqlite", work=work, reply_tokens=500)
@@ -180,7 +212,12 @@ def test_a_reply_that_broke_off_is_asked_for_again(reason: str):
 def test_a_reply_without_an_answer_says_what_it_has_instead(body: dict[str, Any], words: str):
     with endpoint(lambda _: body) as server:
         error, meter = asked(server)
-    assert type(error) is MalformedReplyError and words in str(error) and len(server.ledger) == 1 and meter.usage.completion_tokens == 3
+    assert (
+        type(error) is MalformedReplyError
+        and words in str(error)
+        and len(server.ledger) == 1
+        and meter.usage.completion_tokens == 3
+    )
 
 
 def test_thoughts_that_only_the_usage_shows_are_room_that_is_missing():
@@ -189,13 +226,21 @@ def test_thoughts_that_only_the_usage_shows_are_room_that_is_missing():
     def answer(body: dict[str, Any]) -> dict[str, Any]:
         if body["max_tokens"] > 1000:
             return one("Yes")
-        spent = {"prompt_tokens": 11, "completion_tokens": 300, "completion_tokens_details": {"reasoning_tokens": 300}}
+        spent = {
+            "prompt_tokens": 11,
+            "completion_tokens": 300,
+            "completion_tokens_details": {"reasoning_tokens": 300},
+        }
         return one("", "length") | {"usage": spent}
 
     with endpoint(answer) as server:
         reply, meter = asked(server)
     assert reply.text == "Yes" and [e.body["max_tokens"] for e in server.ledger] == [300, 4396]
-    assert meter.usage.completion_tokens == 303 and meter.usage.requests == 2 and reply.usage.completion_tokens == 303
+    assert (
+        meter.usage.completion_tokens == 303
+        and meter.usage.requests == 2
+        and reply.usage.completion_tokens == 303
+    )
 
 
 def test_what_was_learnt_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -209,7 +254,9 @@ def test_what_was_learnt_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: p
         n = len(server.ledger)
         reply, _ = asked(server, request=Request((Message("user", "other"),), 300, seed=0))
         assert len(server.ledger) == n + 1 == 3 and isinstance(reply, Reply)
-        other, _ = asked(server, store=None, request=Request((Message("user", "third"),), 4, seed=0, top_logprobs=5))
+        other, _ = asked(
+            server, store=None, request=Request((Message("user", "third"),), 4, seed=0, top_logprobs=5)
+        )
         assert isinstance(other, Reply)
         for file in (tmp_path / "learnt").iterdir():
             file.write_text(file.read_text().replace('"seed": false', '"seed": "perhaps"'))
@@ -225,7 +272,10 @@ def test_what_was_learnt_is_forgotten_after_a_week(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("FEATUREINTERP_LEARNT", str(tmp_path))
     remember("http://x/v1", "m", Accepts(seed=False, prompt_logprobs=None), now=1e9)
     assert recall("http://x/v1", "m", now=1e9 + 6 * 86400) == Accepts(seed=False)
-    assert recall("http://x/v1", "m", now=1e9 + 8 * 86400) is None and recall("http://x/v1", "n", now=1e9) is None
+    assert (
+        recall("http://x/v1", "m", now=1e9 + 8 * 86400) is None
+        and recall("http://x/v1", "n", now=1e9) is None
+    )
     forget("http://x/v1", "m")
     assert recall("http://x/v1", "m", now=1e9) is None
     monkeypatch.setenv("FEATUREINTERP_LEARNT", "")
@@ -239,19 +289,36 @@ def test_every_reason_has_a_meaning():
     assert {end_of(r) for r in ("content_filter", "SAFETY", "refusal")} == {"filtered"}
     assert {end_of(r) for r in ("error", "abort", "insufficient_system_resource")} == {"broken"}
     stated = [r for row in REASONS for r in row.reasons]
-    assert len(stated) == len(set(stated)) and all(r == r.lower() and row.source for row in REASONS for r in row.reasons)
+    assert len(stated) == len(set(stated)) and all(
+        r == r.lower() and row.source for row in REASONS for r in row.reasons
+    )
 
 
 def test_texts_of_contents_and_streams():
-    assert text_of(None) == "" and text_of([{"type": "image_url"}, {"type": "text", "text": None}, 3]) == "" and text_of(7) == "7"
+    assert (
+        text_of(None) == ""
+        and text_of([{"type": "image_url"}, {"type": "text", "text": None}, 3]) == ""
+        and text_of(7) == "7"
+    )
     body = play({"messages": [{"content": "x" * 40}], "logprobs": True})
-    assert collect(events(body))["choices"][0]["message"]["content"] == body["choices"][0]["message"]["content"]
+    assert (
+        collect(events(body))["choices"][0]["message"]["content"] == body["choices"][0]["message"]["content"]
+    )
     assert collect(events(body))["usage"] == body["usage"]
     made: Callable[[str], bytes] = lambda text: f"data: {text}\n\n".encode()  # noqa: E731
-    two = made('{"choices": [{"index": 1, "delta": {"content": "b"}}, {"index": 0, "delta": {"content": "a", "reasoning_content": "h"}}]}')
-    end = made('{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}, {"index": 1, "delta": {}, "finish_reason": "length"}]}')
+    two = made(
+        '{"choices": [{"index": 1, "delta": {"content": "b"}}, {"index": 0, "delta": {"content": "a", '
+        '"reasoning_content": "h"}}]}'
+    )
+    end = made(
+        '{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}, {"index": 1, "delta": {}, '
+        '"finish_reason": "length"}]}'
+    )
     choices = collect(two + end)["choices"]
-    assert [(c["message"]["content"], c["finish_reason"]) for c in choices] == [("a", "stop"), ("b", "length")]
+    assert [(c["message"]["content"], c["finish_reason"]) for c in choices] == [
+        ("a", "stop"),
+        ("b", "length"),
+    ]
     for broken in (two, two + b"data: {", b""):
         with pytest.raises(ValueError, match="broke off") if broken else pytest.raises(ValueError):
             if not collect(broken)["choices"]:

@@ -74,7 +74,10 @@ class Server:
         file = f"{name.replace('-', '_')}-{version}-py3-none-any.whl"
         self.files[f"/files/{file}"] = data
         digest = hashlib.sha256(data).hexdigest() if digest is None else digest
-        self.files[f"/simple/{name}/"] = f'<a href="/files/old-0.1-py3-none-any.whl">o</a><a href="../../files/{file}#sha256={digest}">{file}</a>'.encode()
+        self.files[f"/simple/{name}/"] = (
+            '<a href="/files/old-0.1-py3-none-any.whl">o</a><a '
+            f'href="../../files/{file}#sha256={digest}">{file}</a>'.encode()
+        )
 
 
 @pytest.fixture
@@ -159,7 +162,9 @@ def test_a_server_without_ranges_starts_clean(server: Server, monkeypatch: pytes
 
 
 @pytest.mark.parametrize("source", [HUB, PIECES])
-def test_a_wrong_hash_names_both_and_leaves_nothing(server: Server, monkeypatch: pytest.MonkeyPatch, source: Any):
+def test_a_wrong_hash_names_both_and_leaves_nothing(
+    server: Server, monkeypatch: pytest.MonkeyPatch, source: Any
+):
     wrong = "0" * 64
     declare(monkeypatch, source, sha=wrong)
     server.files[HUB_PATH] = CONTENT
@@ -189,7 +194,12 @@ def test_every_source_that_failed_is_named(server: Server, monkeypatch: pytest.M
     with pytest.raises(DownloadError) as caught:
         fetch("thing")
     message = str(caught.value)
-    assert "hub org/repo/thing.bin" in message and "no wheel of piece-1==0.2.0" in message and "package whole==1.0" in message and "\n" not in message
+    assert (
+        "hub org/repo/thing.bin" in message
+        and "no wheel of piece-1==0.2.0" in message
+        and "package whole==1.0" in message
+        and "\n" not in message
+    )
 
 
 def test_too_many_bytes_and_odd_wheels_are_refused(server: Server, monkeypatch: pytest.MonkeyPatch):
@@ -205,7 +215,9 @@ def test_too_many_bytes_and_odd_wheels_are_refused(server: Server, monkeypatch: 
 
 def test_a_json_index_works_as_well(server: Server, monkeypatch: pytest.MonkeyPatch):
     data = wheel("a/b.txt", b"x")
-    declare(monkeypatch, WheelFile("Some-Corpus", "1.0"), sha=hashlib.sha256(data).hexdigest(), size=len(data))
+    declare(
+        monkeypatch, WheelFile("Some-Corpus", "1.0"), sha=hashlib.sha256(data).hexdigest(), size=len(data)
+    )
     server.package("Some-Corpus", "1.0", data)
     assert fetch("thing").file.read_bytes() == data
 
@@ -222,7 +234,13 @@ def test_a_changed_file_is_found_by_verify(server: Server, monkeypatch: pytest.M
 
 
 def test_the_catalogue():
-    assert {p.name for p in PARTS} == {"smollm2-135m-instruct", "all-minilm-l6-v2", "qwen2.5-coder-1.5b-instruct", "qwen2.5-coder-0.5b-instruct", "sotu"}
+    assert {p.name for p in PARTS} == {
+        "smollm2-135m-instruct",
+        "all-minilm-l6-v2",
+        "qwen2.5-coder-1.5b-instruct",
+        "qwen2.5-coder-0.5b-instruct",
+        "sotu",
+    }
     for p in PARTS:
         assert p.licence and all(len(f.sha256) == 64 and f.size > 0 and f.sources for f in p.files)
     assert isinstance(part("smollm2-135m-instruct").files[0].sources[0], HubSource)

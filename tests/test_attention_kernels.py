@@ -1,4 +1,6 @@
-"""Which kernel attends behind a shared prefix: the first of the device that computes what plain products do, its log-sum-exp included."""
+"""Which kernel attends behind a shared prefix: the first of the device that computes what plain products do,
+its log-sum-exp included.
+"""
 
 from __future__ import annotations
 

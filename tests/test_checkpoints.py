@@ -1,4 +1,6 @@
-"""Published checkpoints: what names stand for, and every layout from a local model hub to codes, against formulas in plain numpy."""
+"""Published checkpoints: what names stand for, and every layout from a local model hub to codes, against
+formulas in plain numpy.
+"""
 
 from __future__ import annotations
 
@@ -68,27 +70,63 @@ def test_every_saebench_name_is_what_the_publication_says():
                 seen.append(name)
                 spec = resolve(name)
                 if repository.startswith("canrager"):
-                    folder = f"gemma-2-2b_{snake}_width-2pow{ {'16k': 14, '65k': 16}[width] }_date-0107/resid_post_layer_12"
+                    power = {"16k": 14, "65k": 16}[width]
+                    folder = f"gemma-2-2b_{snake}_width-2pow{power}_date-0107/resid_post_layer_12"
                 else:
-                    folder = f"{camel}_pythia-160m-deduped__0108/resid_post_layer_8" if model == "py" else f"{camel}_gemma-2-2b__0108/resid_post_layer_12"
-                assert (spec.repository, spec.file, spec.config_file) == (repository, f"{folder}/trainer_{n}/ae.pt", f"{folder}/trainer_{n}/config.json"), name
+                    folder = (
+                        f"{camel}_pythia-160m-deduped__0108/resid_post_layer_8"
+                        if model == "py"
+                        else f"{camel}_gemma-2-2b__0108/resid_post_layer_12"
+                    )
+                assert (spec.repository, spec.file, spec.config_file) == (
+                    repository,
+                    f"{folder}/trainer_{n}/ae.pt",
+                    f"{folder}/trainer_{n}/config.json",
+                ), name
                 assert (spec.model, spec.layer, spec.hook, spec.d_in) == (
-                    (PYTHIA, 8, "blocks.8.hook_resid_post", 768) if model == "py" else (GEMMA, 12, "blocks.12.hook_resid_post", 2304)
+                    (PYTHIA, 8, "blocks.8.hook_resid_post", 768)
+                    if model == "py"
+                    else (GEMMA, 12, "blocks.12.hook_resid_post", 2304)
                 )
-                assert (spec.d_sae, spec.architecture, spec.trainer, spec.revision) == (WIDTHS[width], kind, n, "main")
+                assert (spec.d_sae, spec.architecture, spec.trainer, spec.revision) == (
+                    WIDTHS[width],
+                    kind,
+                    n,
+                    "main",
+                )
                 assert spec.l0 == (L0[n] if arch in ("btopk", "matbtopk", "topk", "jumprelu") else None)
     assert sorted(seen) == sorted(saebench_names()) and len(set(seen)) == 252
 
 
 def test_gemma_scope_names():
     spec = resolve("gscope_16k_l0_82")
-    assert (spec.repository, spec.file, spec.config_file) == ("google/gemma-scope-2b-pt-res", "layer_12/width_16k/average_l0_82/params.npz", None)
-    assert (spec.d_in, spec.d_sae, spec.layer, spec.l0, spec.architecture, spec.model) == (2304, 16384, 12, 82, "jumprelu", GEMMA)
+    assert (spec.repository, spec.file, spec.config_file) == (
+        "google/gemma-scope-2b-pt-res",
+        "layer_12/width_16k/average_l0_82/params.npz",
+        None,
+    )
+    assert (spec.d_in, spec.d_sae, spec.layer, spec.l0, spec.architecture, spec.model) == (
+        2304,
+        16384,
+        12,
+        82,
+        "jumprelu",
+        GEMMA,
+    )
     assert resolve("gscope_layer20_65k_l0_114").file == "layer_20/width_65k/average_l0_114/params.npz"
-    assert resolve("gscope_128k_l0_67").file == resolve("gscope_131k_l0_67").file == "layer_12/width_131k/average_l0_67/params.npz"
+    assert (
+        resolve("gscope_128k_l0_67").file
+        == resolve("gscope_131k_l0_67").file
+        == "layer_12/width_131k/average_l0_67/params.npz"
+    )
     assert resolve("gscope_1m_l0_107").d_sae == 1_048_576 and resolve("gscope_layer5_1m_l0_21").layer == 5
-    assert len(gemma_scope_names()) == 5 + 6 + 5 + 6 + 6 + 6 + 6 and all(resolve(n).name == n for n in all_names())
-    assert resolve("py_4k_topk_s0@v1.2").revision == "v1.2" and resolve(f"gscope_16k_l0_82@{COMMIT}").revision == COMMIT
+    assert len(gemma_scope_names()) == 5 + 6 + 5 + 6 + 6 + 6 + 6 and all(
+        resolve(n).name == n for n in all_names()
+    )
+    assert (
+        resolve("py_4k_topk_s0@v1.2").revision == "v1.2"
+        and resolve(f"gscope_16k_l0_82@{COMMIT}").revision == COMMIT
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,7 +163,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with serving(Hub()) as running:
         monkeypatch.setattr(constants, "ENDPOINT", running.url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         for module in ("huggingface_hub.utils._http.time", "huggingface_hub.file_download.time"):
             monkeypatch.setattr(module, SimpleNamespace(sleep=lambda _: None, time=time.time))
@@ -149,13 +189,28 @@ def checkpoint(arch: str, d_in: int, d_sae: int, seed: int = 0, k: int = 20) -> 
     top = {"b_dec": vector(rng, d_in), "k": np.array(k), "threshold": np.array(0.8, np.float32)}
     if arch in ("relu", "pan"):
         sizes = rng.uniform(0.5, 2, d_sae).astype(np.float32)
-        return {**linear, "decoder.weight": (decoder * sizes[:, None]).T.copy(), "encoder.bias": vector(rng, d_sae), "bias": vector(rng, d_in)}
+        return {
+            **linear,
+            "decoder.weight": (decoder * sizes[:, None]).T.copy(),
+            "encoder.bias": vector(rng, d_sae),
+            "bias": vector(rng, d_in),
+        }
     if arch in ("topk", "btopk"):
         return {**linear, "encoder.bias": vector(rng, d_sae), **top}
     if arch == "matbtopk":
-        return {"W_enc": encoder.T.copy(), "W_dec": decoder, "b_enc": vector(rng, d_sae), "group_sizes": np.array([d_sae // 2, d_sae // 2]), **top}
+        return {
+            "W_enc": encoder.T.copy(),
+            "W_dec": decoder,
+            "b_enc": vector(rng, d_sae),
+            "group_sizes": np.array([d_sae // 2, d_sae // 2]),
+            **top,
+        }
     if arch == "gated":
-        return {**linear, "decoder_bias": vector(rng, d_in), **{n: vector(rng, d_sae) for n in ("r_mag", "gate_bias", "mag_bias")}}
+        return {
+            **linear,
+            "decoder_bias": vector(rng, d_in),
+            **{n: vector(rng, d_sae) for n in ("r_mag", "gate_bias", "mag_bias")},
+        }
     return {
         "W_enc": encoder.T.copy(),
         "W_dec": decoder,
@@ -196,7 +251,15 @@ def saved(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def configuration(arch: str, **changes: object) -> bytes:
-    trainer = {"trainer_class": TRAINERS[arch], "activation_dim": 768, "dict_size": 4096, "layer": 8, "lm_name": PYTHIA, "k": 20, **changes}
+    trainer = {
+        "trainer_class": TRAINERS[arch],
+        "activation_dim": 768,
+        "dict_size": 4096,
+        "layer": 8,
+        "lm_name": PYTHIA,
+        "k": 20,
+        **changes,
+    }
     return json.dumps({"trainer": trainer, "buffer": {"ctx_len": 1024}}).encode()
 
 
@@ -218,17 +281,25 @@ def test_every_architecture_from_the_hub_to_codes(arch: str, hub: Hub):
     found = loaded.sae.encode(torch.from_numpy(x))
     np.testing.assert_allclose(found.to_dense().numpy(), codes, atol=1e-5)
     np.testing.assert_allclose(loaded.sae.decode(found).numpy(), decoded, atol=1e-4)
-    assert 0 < (codes > 0).mean() < 0.9 and (loaded.hook, loaded.model, loaded.n_features) == ("blocks.8.hook_resid_post", PYTHIA, 4096)
+    assert 0 < (codes > 0).mean() < 0.9 and (loaded.hook, loaded.model, loaded.n_features) == (
+        "blocks.8.hook_resid_post",
+        PYTHIA,
+        4096,
+    )
     assert float((loaded.sae.W_dec.norm(dim=1) - 1).abs().max()) < 1e-5
 
 
-def test_a_second_load_asks_for_no_file_again_and_offline_none_at_all(hub: Hub, monkeypatch: pytest.MonkeyPatch):
+def test_a_second_load_asks_for_no_file_again_and_offline_none_at_all(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+):
     from huggingface_hub import constants
 
     name = "py_4k_btopk_s0"
     steps: list[tuple[str, int, int]] = []
     publish(hub, name, saved(checkpoint("btopk", 768, 4096)), configuration("btopk"))
-    hub.add(resolve(name).repository, resolve(name).file.replace("ae.pt", "eval_results.json"), b'{"l0": 19.5}')
+    hub.add(
+        resolve(name).repository, resolve(name).file.replace("ae.pt", "eval_results.json"), b'{"l0": 19.5}'
+    )
     assert cached(resolve(name)) is None
     first = load_sae(name, steps=lambda *step: steps.append(step))
     assert steps[-1][0] == f"fetch {name}" and steps[-1][1] == steps[-1][2] > 1_000_000
@@ -262,7 +333,9 @@ def test_gemma_scope_from_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp
     loaded = load_sae("gscope_16k_l0_82")
     codes, decoded = by_hand("jumprelu", arrays, x.astype(np.float64))
     np.testing.assert_allclose(loaded.sae.encode(torch.from_numpy(x)).to_dense().numpy(), codes, atol=1e-5)
-    np.testing.assert_allclose(loaded.sae.decode(loaded.sae.encode(torch.from_numpy(x))).numpy(), decoded, atol=1e-5)
+    np.testing.assert_allclose(
+        loaded.sae.decode(loaded.sae.encode(torch.from_numpy(x))).numpy(), decoded, atol=1e-5
+    )
     with pytest.raises(UnknownNameError, match="average_l0_82"):
         load_sae("gscope_layer12_16k_l0_41")
     for bad, message in (
@@ -287,7 +360,11 @@ def test_a_trainer_that_is_numbered_otherwise_is_found_by_its_k(hub: Hub, caplog
     folder = str(Path(spec.file).parent.parent)
     for number, k in ((6, 80), (7, 20), (8, 40)):
         hub.add(spec.repository, f"{folder}/trainer_{number}/config.json", configuration("btopk", k=k))
-        hub.add(spec.repository, f"{folder}/trainer_{number}/ae.pt", saved(checkpoint("btopk", 768, 4096, seed=number, k=k)))
+        hub.add(
+            spec.repository,
+            f"{folder}/trainer_{number}/ae.pt",
+            saved(checkpoint("btopk", 768, 4096, seed=number, k=k)),
+        )
     with caplog.at_level(logging.WARNING, "featureinterp"):
         loaded = load_sae("py_4k_btopk_s1")
     assert loaded.config["trainer"]["k"] == 40 and "trainer_8" in caplog.text and "k = 40" in caplog.text
@@ -318,12 +395,24 @@ def test_what_is_not_what_it_should_be_is_refused(hub: Hub, tmp_path: Path):
         (pickle.dumps(Bomb(str(mark))), configuration("topk"), "would run code|cut or damaged"),
         (saved(arrays)[:-2000], configuration("topk"), "cut or damaged"),
         (b"not a file of tensors", configuration("topk"), "cut or damaged"),
-        (saved({**arrays, "b_dec": arrays["b_dec"][:5]}), configuration("topk"), r"'b_dec' of .* is \[5\] instead of \[768\]"),
+        (
+            saved({**arrays, "b_dec": arrays["b_dec"][:5]}),
+            configuration("topk"),
+            r"'b_dec' of .* is \[5\] instead of \[768\]",
+        ),
         (saved({k: v for k, v in arrays.items() if k != "k"}), configuration("topk"), "no tensor 'k'"),
         (saved({**arrays, "decoder.weight": long}), configuration("topk"), "decoder row 77 .* norm 1.5"),
         (saved(nan), configuration("topk"), "not finite"),
-        (saved({**arrays, "b_dec": np.zeros(768, np.int64)}), configuration("topk"), "int64 instead of a float"),
-        (saved(arrays), configuration("topk", lm_name=GEMMA), "lm_name = 'google/gemma-2-2b' where the name promises"),
+        (
+            saved({**arrays, "b_dec": np.zeros(768, np.int64)}),
+            configuration("topk"),
+            "int64 instead of a float",
+        ),
+        (
+            saved(arrays),
+            configuration("topk", lm_name=GEMMA),
+            "lm_name = 'google/gemma-2-2b' where the name promises",
+        ),
         (saved(arrays), configuration("topk", layer=9), "layer = 9 where the name promises 8"),
         (saved(arrays), configuration("topk", dict_size=8192), "dict_size = 8192"),
         (saved(arrays), configuration("topk", activation_dim=2304), "activation_dim = 2304"),
@@ -349,7 +438,12 @@ def test_what_is_not_what_it_should_be_is_refused(hub: Hub, tmp_path: Path):
 
 
 def test_an_untrained_threshold_and_code_in_a_threshold_are_refused(hub: Hub):
-    publish(hub, "py_4k_btopk_s0", saved({**checkpoint("btopk", 768, 4096), "threshold": np.array(-1, np.float32)}), configuration("btopk"))
+    publish(
+        hub,
+        "py_4k_btopk_s0",
+        saved({**checkpoint("btopk", 768, 4096), "threshold": np.array(-1, np.float32)}),
+        configuration("btopk"),
+    )
     with pytest.raises(IncompatibleError, match="never learned"):
         load_sae("py_4k_btopk_s0")
 
@@ -372,13 +466,17 @@ def test_bodies_that_are_cut_or_other_than_declared_are_not_kept(hub: Hub):
 def test_a_hub_that_is_not_there_is_one_sentence(hub: Hub, monkeypatch: pytest.MonkeyPatch):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
     with pytest.raises(DownloadError, match="the hub cannot be reached"):
         load_sae("py_4k_topk_s0")
 
 
 def norms_of(folder: Path) -> np.ndarray:
-    """The lengths of the decoder's rows: SAELens gives codes in units of them, this project in units of the residual stream."""
+    """The lengths of the decoder's rows: SAELens gives codes in units of them, this project in units of the
+    residual stream.
+    """
     from safetensors.numpy import load_file
 
     return np.linalg.norm(load_file(folder / "sae_weights.safetensors")["W_dec"], axis=1)
@@ -391,7 +489,9 @@ def test_saelens_folders_encode_as_saelens_does(form: str):
     found = loaded.sae.encode(torch.tensor(expected["x"]))
     codes = np.array(expected["codes"]) * (1 if form.startswith("topk") else norms_of(SAELENS / form))
     np.testing.assert_allclose(found.to_dense().numpy(), codes, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(loaded.sae.decode(found).numpy(), np.array(expected["decoded"]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        loaded.sae.decode(found).numpy(), np.array(expected["decoded"]), rtol=1e-5, atol=1e-5
+    )
     assert (loaded.hook, loaded.model) == ("blocks.8.hook_resid_post", "pythia-160m-deduped")
 
 
@@ -406,7 +506,9 @@ def exported_sae(form: str) -> SparseAutoencoder:
 
 @pytest.mark.parametrize("form", sorted(p.name for p in EXPORTED.iterdir()))
 def test_what_is_exported_for_saelens_encodes_there_as_here(form: str, tmp_path: Path):
-    """The folders that SAELens loaded are those that are exported now, to the byte; its codes and reconstructions are ours."""
+    """The folders that SAELens loaded are those that are exported now, to the byte; its codes and
+    reconstructions are ours.
+    """
     sae = exported_sae(form)
     save_saelens(tmp_path, sae, hook="blocks.8.hook_resid_post", model="pythia-160m-deduped")
     for name in ("cfg.json", "sae_weights.safetensors"):
@@ -420,7 +522,10 @@ def test_what_is_exported_for_saelens_encodes_there_as_here(form: str, tmp_path:
 
 def test_saelens_folders_that_mean_something_else_are_refused(tmp_path: Path):
     for change, message in (
-        ({"normalize_activations": "constant_norm_rescale"}, "normalize_activations = 'constant_norm_rescale'"),
+        (
+            {"normalize_activations": "constant_norm_rescale"},
+            "normalize_activations = 'constant_norm_rescale'",
+        ),
         ({"reshape_activations": "hook_z"}, "reshape_activations"),
         ({"architecture": "temporal"}, "temporal"),
         ({"d_sae": 11}, "instead of"),
@@ -430,20 +535,38 @@ def test_saelens_folders_that_mean_something_else_are_refused(tmp_path: Path):
         folder.mkdir()
         source = SAELENS / "standard"
         (folder / "sae_weights.safetensors").write_bytes((source / "sae_weights.safetensors").read_bytes())
-        (folder / "cfg.json").write_text(json.dumps({**json.loads((source / "cfg.json").read_text()), **change}))
+        (folder / "cfg.json").write_text(
+            json.dumps({**json.loads((source / "cfg.json").read_text()), **change})
+        )
         with pytest.raises(IncompatibleError, match=message):
             load_sae(str(folder))
 
 
 def test_older_saelens_configurations_are_read(tmp_path: Path):
-    """Before version 6, hook and model stood beside the sizes, and a TopK SAE was a standard one with another activation."""
+    """Before version 6, hook and model stood beside the sizes, and a TopK SAE was a standard one with another
+    activation.
+    """
     for name in ("sae_weights.safetensors", "expected.json"):
         (tmp_path / name).write_bytes((SAELENS / "topk" / name).read_bytes())
-    old = {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}, "d_in": 6, "d_sae": 10, "apply_b_dec_to_input": True}
-    (tmp_path / "cfg.json").write_text(json.dumps({**old, "hook_name": "blocks.3.hook_resid_pre", "model_name": "gpt2"}))
+    old = {
+        "architecture": "standard",
+        "activation_fn_str": "topk",
+        "activation_fn_kwargs": {"k": 3},
+        "d_in": 6,
+        "d_sae": 10,
+        "apply_b_dec_to_input": True,
+    }
+    (tmp_path / "cfg.json").write_text(
+        json.dumps({**old, "hook_name": "blocks.3.hook_resid_pre", "model_name": "gpt2"})
+    )
     loaded = load_sae(str(tmp_path))
     expected = json.loads((tmp_path / "expected.json").read_text())
-    np.testing.assert_allclose(loaded.sae.encode(torch.tensor(expected["x"])).to_dense().numpy(), np.array(expected["codes"]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        loaded.sae.encode(torch.tensor(expected["x"])).to_dense().numpy(),
+        np.array(expected["codes"]),
+        rtol=1e-5,
+        atol=1e-5,
+    )
     assert loaded.hook == "blocks.2.hook_resid_post"
 
 
@@ -470,12 +593,17 @@ def test_a_release_of_saelens_is_what_its_package_loads(monkeypatch: pytest.Monk
             if (release, sae_id) != ("my-release", "layer_8/canonical"):
                 raise ValueError(f"ID {sae_id} not found in release {release}.")
             config = json.loads((form / "cfg.json").read_text())
-            return SimpleNamespace(state_dict=lambda: load_file(form / "sae_weights.safetensors"), cfg=SimpleNamespace(to_dict=lambda: config))
+            return SimpleNamespace(
+                state_dict=lambda: load_file(form / "sae_weights.safetensors"),
+                cfg=SimpleNamespace(to_dict=lambda: config),
+            )
 
     monkeypatch.setitem(sys.modules, "sae_lens", SimpleNamespace(SAE=SAE))
     loaded = load_sae("saelens:my-release/layer_8/canonical")
     codes = np.array(expected["codes"]) * norms_of(form)
-    np.testing.assert_allclose(loaded.sae.encode(torch.tensor(expected["x"])).to_dense().numpy(), codes, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        loaded.sae.encode(torch.tensor(expected["x"])).to_dense().numpy(), codes, rtol=1e-5, atol=1e-5
+    )
     assert load_sae("saelens:my-release/layer_8/canonical").fingerprint == loaded.fingerprint
     with pytest.raises(UnknownNameError, match="not found in release"):
         load_sae("saelens:my-release/other")
@@ -486,7 +614,9 @@ def test_a_release_of_saelens_is_what_its_package_loads(monkeypatch: pytest.Monk
 def test_local_folders_of_the_neighbours(tmp_path: Path):
     arrays = checkpoint("gated", 768, 64)
     (tmp_path / "ae.pt").write_bytes(saved(arrays))
-    (tmp_path / "config.json").write_bytes(configuration("gated", dict_size=64, submodule_name="resid_post_layer_8"))
+    (tmp_path / "config.json").write_bytes(
+        configuration("gated", dict_size=64, submodule_name="resid_post_layer_8")
+    )
     loaded = load_sae(str(tmp_path))
     assert loaded.sae.architecture == "gated" and loaded.n_features == 64
     scope = tmp_path / "gemma-scope-2b-pt-res" / "layer_7" / "width_16k" / "average_l0_9"
@@ -504,7 +634,9 @@ def test_local_folders_of_the_neighbours(tmp_path: Path):
 def featureinterp(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command, in a process of its own."""
     command = [sys.executable, "-m", "featureinterp", *args]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
 
 
 def test_the_command_lists_shows_and_fetches(tmp_path: Path):
@@ -513,20 +645,37 @@ def test_the_command_lists_shows_and_fetches(tmp_path: Path):
         shown = featureinterp("saes", "show", "gem_16k_btopk_s3", "--json", **environment)
         found = json.loads(shown.stdout)
         assert shown.returncode == 0 and not hub.requests, "nothing is asked of the network"
-        assert found["repository"] == "canrager/saebench_gemma-2-2b_width-2pow14_date-0107" and found["cached"] is False and found["d_sae"] == 16384
+        assert (
+            found["repository"] == "canrager/saebench_gemma-2-2b_width-2pow14_date-0107"
+            and found["cached"] is False
+            and found["d_sae"] == 16384
+        )
         assert {"file", "revision", "model", "layer", "hook", "architecture", "l0"} <= set(found)
         publish(hub, "py_4k_topk_s0", saved(checkpoint("topk", 768, 4096)), configuration("topk"))
         fetched = featureinterp("saes", "fetch", "py_4k_topk_s0", **environment)
         assert fetched.returncode == 0, fetched.stderr
-        assert json.loads(featureinterp("saes", "show", "py_4k_topk_s0", "--json", **environment).stdout)["cached"] is True
-        assert json.loads(featureinterp("saes", "fetch", "py_4k_topk_s0", "--json", **{**environment, "HF_HUB_OFFLINE": "1"}).stdout)["fetched"]
+        assert (
+            json.loads(featureinterp("saes", "show", "py_4k_topk_s0", "--json", **environment).stdout)[
+                "cached"
+            ]
+            is True
+        )
+        assert json.loads(
+            featureinterp(
+                "saes", "fetch", "py_4k_topk_s0", "--json", **{**environment, "HF_HUB_OFFLINE": "1"}
+            ).stdout
+        )["fetched"]
         listed = featureinterp("saes", "list", "--json", **environment)
         rows = json.loads(listed.stdout)["saes"]
-        assert len(rows) == 1 + 252 + len(gemma_scope_names()) and sum(r["cached"] for r in rows) == 2, "the demo's and the one that was fetched"
+        assert len(rows) == 1 + 252 + len(gemma_scope_names()) and sum(r["cached"] for r in rows) == 2, (
+            "the demo's and the one that was fetched"
+        )
         narrow = featureinterp("saes", "list", "py_4k", **environment).stdout
         assert "py_4k_topk_s0" in narrow and "gem_" not in narrow
         wrong = featureinterp("saes", "show", "py_4k_topk_s9", **environment)
-        assert wrong.returncode == 2 and "'s9' is no number" in wrong.stderr and "Traceback" not in wrong.stderr
+        assert (
+            wrong.returncode == 2 and "'s9' is no number" in wrong.stderr and "Traceback" not in wrong.stderr
+        )
 
 
 def test_an_sae_of_another_model_is_refused_with_those_that_fit(subject: object):
@@ -535,27 +684,43 @@ def test_an_sae_of_another_model_is_refused_with_those_that_fit(subject: object)
     from featureinterp.codes.fit import check_fit
     from featureinterp.sae.load import LoadedSae
 
-    mine = LoadedSae("py_4k_topk_s0", make_sae("topk", subject.d_model, 8), "blocks.0.hook_resid_post", PYTHIA, {}, "x")
+    mine = LoadedSae(
+        "py_4k_topk_s0", make_sae("topk", subject.d_model, 8), "blocks.0.hook_resid_post", PYTHIA, {}, "x"
+    )
     check_fit(replace(subject, name="pythia-160m-deduped"), mine)
     check_fit(replace(subject, name="someone/pythia-160m-deduped-chat"), mine)
-    check_fit(replace(subject, name="openai-community/gpt2"), replace(mine, name="saelens:gpt2-small-res-jb/x", model="gpt2-small"))
-    check_fit(replace(subject, name="unsloth/Llama-3.1-8B"), replace(mine, model="meta-llama/Meta-Llama-3.1-8B"))
+    check_fit(
+        replace(subject, name="openai-community/gpt2"),
+        replace(mine, name="saelens:gpt2-small-res-jb/x", model="gpt2-small"),
+    )
+    check_fit(
+        replace(subject, name="unsloth/Llama-3.1-8B"), replace(mine, model="meta-llama/Meta-Llama-3.1-8B")
+    )
     with pytest.raises(InputError, match=r"made for EleutherAI/pythia-160m-deduped.*gem_4k_btopk_s0"):
         check_fit(replace(subject, name="google/gemma-2-2b"), mine)
     folder = replace(mine, name="/saes/one")
-    for model, other in (("gpt2-small", "Qwen/Qwen2.5-0.5B"), ("pythia-160m", PYTHIA), ("tiny", "tiny-2/other"), ("gpt2", "gpt-neo-125m")):
+    for model, other in (
+        ("gpt2-small", "Qwen/Qwen2.5-0.5B"),
+        ("pythia-160m", PYTHIA),
+        ("tiny", "tiny-2/other"),
+        ("gpt2", "gpt-neo-125m"),
+    ):
         with pytest.raises(InputError, match=f"was made for {model}, and not for {other}"):
             check_fit(replace(subject, name=other), replace(folder, model=model))
 
 
 def test_the_family_of_a_model_in_a_folder_is_compared(subject: object, subject_folder: Path):
-    """A folder may have any name; the model in it is a Llama, and so are those of the names that it may be."""
+    """A folder may have any name; the model in it is a Llama, and so are those of the names that it may
+    be.
+    """
     from dataclasses import replace
 
     from featureinterp.codes.fit import check_fit
     from featureinterp.sae.load import LoadedSae
 
-    mine = LoadedSae("/saes/one", make_sae("topk", subject.d_model, 8), "blocks.0.hook_resid_post", "tiny", {}, "x")
+    mine = LoadedSae(
+        "/saes/one", make_sae("topk", subject.d_model, 8), "blocks.0.hook_resid_post", "tiny", {}, "x"
+    )
     assert subject.name == str(subject_folder) and subject.model.config.model_type == "llama"
     for model in ("tiny", "", "/somewhere/else", "meta-llama/Llama-3.1-8B", "smollm2-135m-instruct"):
         check_fit(subject, replace(mine, model=model))
@@ -564,7 +729,9 @@ def test_the_family_of_a_model_in_a_folder_is_compared(subject: object, subject_
             check_fit(subject, replace(mine, model=model))
 
 
-def test_an_sae_that_saw_no_bos_is_refused_where_one_is_read(subject: object, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_an_sae_that_saw_no_bos_is_refused_where_one_is_read(
+    subject: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     from dataclasses import replace
 
     from tiny import make_subject_folder
@@ -573,11 +740,15 @@ def test_an_sae_that_saw_no_bos_is_refused_where_one_is_read(subject: object, tm
     from featureinterp.sae.load import LoadedSae
     from featureinterp.subject.load import load_subject
 
-    mine = LoadedSae("/saes/one", make_sae("topk", subject.d_model, 8), "blocks.0.hook_resid_post", "tiny", {}, "x")
+    mine = LoadedSae(
+        "/saes/one", make_sae("topk", subject.d_model, 8), "blocks.0.hook_resid_post", "tiny", {}, "x"
+    )
     check_fit(subject, replace(mine, prepend_bos=True))
     with pytest.raises(InputError, match="without a BOS in front"):
         check_fit(subject, replace(mine, prepend_bos=False))
-    plain = load_subject(str(make_subject_folder(tmp_path, "llama", bos=False)), device="cpu", dtype="float32")
+    plain = load_subject(
+        str(make_subject_folder(tmp_path, "llama", bos=False)), device="cpu", dtype="float32"
+    )
     check_fit(plain, replace(mine, prepend_bos=False))
     assert not caplog.records
     check_fit(plain, replace(mine, prepend_bos=True))

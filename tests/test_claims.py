@@ -1,4 +1,6 @@
-"""Folders that work is kept in: one process at a time, one request, and nothing deleted that nobody asked to delete."""
+"""Folders that work is kept in: one process at a time, one request, and nothing deleted that nobody asked to
+delete.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ with owned(Path(sys.argv[1]), "test"):
 @contextmanager
 def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds a folder."""
-    child = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     assert child.stdout is not None and child.stdin is not None
     try:
         assert child.stdout.readline() == "held\n"
@@ -56,14 +60,19 @@ def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_folder_has_one_owner_who_is_named_and_whose_death_frees_it(tmp_path: Path):
     with holder(tmp_path / "run") as child:
         for ask in (check_free, lambda folder: owned(folder, "second").__enter__()):
-            with pytest.raises(FolderInUseError, match=rf"process {child.pid} on {os.uname().nodename} \(test\) .* since 20"):
+            with pytest.raises(
+                FolderInUseError, match=rf"process {child.pid} on {os.uname().nodename} \(test\) .* since 20"
+            ):
                 ask(tmp_path / "run")
         child.send_signal(signal.SIGKILL)
         child.wait()
         check_free(tmp_path / "run")
         with owned(tmp_path / "run", "third"):
             assert json.loads((tmp_path / "run" / OWNER).read_text())["pid"] == os.getpid()
-            with pytest.raises(FolderInUseError, match=f"process {os.getpid()} "), owned(tmp_path / "run", "fourth"):
+            with (
+                pytest.raises(FolderInUseError, match=f"process {os.getpid()} "),
+                owned(tmp_path / "run", "fourth"),
+            ):
                 pass
     check_free(tmp_path / "run")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {LOCK}
@@ -91,7 +100,9 @@ def test_a_claim_says_what_differs_and_deletes_its_own_parts_alone(tmp_path: Pat
     (tmp_path / "notes").write_text("mine")
     claim(tmp_path, "codes", {**asked, "corpus": "1" * 32}, parts=("codes",), about={"corpus": "moved.txt"})
     other = {"corpus": "2" * 32, "window": {"length": 32, "min": 8}}
-    with pytest.raises(IncompatibleError, match=r"another corpus; window length 16 there, 32 asked for\).*--replace"):
+    with pytest.raises(
+        IncompatibleError, match=r"another corpus; window length 16 there, 32 asked for\).*--replace"
+    ):
         claim(tmp_path, "codes", other, parts=("codes",))
     assert (tmp_path / "codes").is_dir()
     with owned(tmp_path / "codes", "at work"), pytest.raises(FolderInUseError):
@@ -140,7 +151,10 @@ def test_every_byte_of_a_request_is_guarded_and_a_damaged_one_throws_nothing_awa
 
 def texts(path: Path, seed: int) -> Path:
     rng = np.random.default_rng(seed)
-    rows = [[" ".join(TINY_TEXTS[i] for i in rng.integers(len(TINY_TEXTS), size=8)) for _ in range(2)] for _ in range(30)]
+    rows = [
+        [" ".join(TINY_TEXTS[i] for i in rng.integers(len(TINY_TEXTS), size=8)) for _ in range(2)]
+        for _ in range(30)
+    ]
     path.write_text("".join(json.dumps({"text": a, "other": b}) + "\n" for a, b in rows), encoding="utf-8")
     return path
 
@@ -149,7 +163,9 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_codes_are_of_one_request_and_what_is_finished_is_never_lost(tmp_path: Path, subject: Subject, sae_folder: Path):
+def test_codes_are_of_one_request_and_what_is_finished_is_never_lost(
+    tmp_path: Path, subject: Subject, sae_folder: Path
+):
     file, run, sae = texts(tmp_path / "c.jsonl", 0), tmp_path / "run", load_sae(str(sae_folder))
     collect(subject, sae, load_corpus(str(file)), run, POLICY)
     (run / "records.jsonl").write_text("rows of these windows")
@@ -167,7 +183,9 @@ def test_codes_are_of_one_request_and_what_is_finished_is_never_lost(tmp_path: P
     with pytest.raises(IncompatibleError, match="another corpus"):
         collect(subject, sae, load_corpus(str(file)), run, POLICY)
     assert files_of(run) == before
-    assert len(collect(subject, sae, load_corpus(str(moved)), run, POLICY).positions)  # the same text elsewhere
+    assert len(
+        collect(subject, sae, load_corpus(str(moved)), run, POLICY).positions
+    )  # the same text elsewhere
     old = CodesStore.open(run).windows.fingerprint
     found = collect(subject, sae, load_corpus(str(file)), run, POLICY, replace=True)
     assert found.windows.fingerprint != old and not (run / "records.jsonl").exists()
@@ -187,10 +205,22 @@ def test_an_extraction_is_of_one_request(tmp_path: Path, subject: Subject):
     assert again.train is not None and files_of(out) != before
 
 
-def test_every_verb_says_who_holds_the_folder_that_it_would_write(tmp_path: Path, run: Path, subject_folder: Path, sae_folder: Path, corpus_file: Path):
+def test_every_verb_says_who_holds_the_folder_that_it_would_write(
+    tmp_path: Path, run: Path, subject_folder: Path, sae_folder: Path, corpus_file: Path
+):
     """Whichever verb the holder runs, it holds the folder by the same lock."""
     folder = shutil.copytree(run, tmp_path / "run")
-    explained = ("explain", str(folder), "--features", "3", "--explainer", "top-tokens", "--simulator", "lexical", "--no-questions")
+    explained = (
+        "explain",
+        str(folder),
+        "--features",
+        "3",
+        "--explainer",
+        "top-tokens",
+        "--simulator",
+        "lexical",
+        "--no-questions",
+    )
     model, corpus = ("--model", str(subject_folder)), ("--corpus", str(corpus_file))
     assert cli(*explained, "--negatives", "random").returncode == 0
     acts, hook = tmp_path / "acts", ("--hook", HOOK, "--window", "16")
@@ -207,21 +237,33 @@ def test_every_verb_says_who_holds_the_folder_that_it_would_write(tmp_path: Path
             ("export", str(folder), "--to", "csv"),
         ),
         folder / "probe": (("probe", str(folder), "--labels", "months", "--no-dense", *corpus),),
-        acts: (("extract", *model, *hook, *corpus, "--out", str(acts)), ("layers", *model, *corpus, "--out", str(acts))),
-        tmp_path / "sens": (("sensitivity", *model, "--sae-names", str(sae_folder), "--out", str(tmp_path / "sens")),),
-        tmp_path / "trained": (("train", "--set", f"subject.model={subject_folder}", "--out", str(tmp_path / "trained")),),
+        acts: (
+            ("extract", *model, *hook, *corpus, "--out", str(acts)),
+            ("layers", *model, *corpus, "--out", str(acts)),
+        ),
+        tmp_path / "sens": (
+            ("sensitivity", *model, "--sae-names", str(sae_folder), "--out", str(tmp_path / "sens")),
+        ),
+        tmp_path / "trained": (
+            ("train", "--set", f"subject.model={subject_folder}", "--out", str(tmp_path / "trained")),
+        ),
     }
     for held, commands in verbs.items():
         with holder(held) as child:
             before = files_of(held)
             for command in commands:
                 done = cli(*command)
-                assert done.returncode == 2 and f"process {child.pid} on " in done.stderr, (command, done.stderr)
+                assert done.returncode == 2 and f"process {child.pid} on " in done.stderr, (
+                    command,
+                    done.stderr,
+                )
             assert files_of(held) == before
     assert cli(*explained, "--negatives", "random").returncode == 0
 
 
-def test_a_verb_holds_its_folder_while_it_works(tmp_path: Path, subject: Subject, sae_folder: Path, corpus_file: Path):
+def test_a_verb_holds_its_folder_while_it_works(
+    tmp_path: Path, subject: Subject, sae_folder: Path, corpus_file: Path
+):
     run, seen = tmp_path / "run", []
 
     def progress(done: int, total: int) -> None:
@@ -237,7 +279,12 @@ def test_a_verb_holds_its_folder_while_it_works(tmp_path: Path, subject: Subject
         seen.append(-1)
 
     plan = fi.Plan(3, 2, negatives=("random",))
-    fields = {"explainer": "top-tokens", "simulator": "lexical", "stages": ("explain", "simulate"), "plan": plan}
+    fields = {
+        "explainer": "top-tokens",
+        "simulator": "lexical",
+        "stages": ("explain", "simulate"),
+        "plan": plan,
+    }
     fi.explain(run, (3, 5), on_event=event, **fields)
     assert seen[0] > 0 and seen[-1] == -1
     check_free(run)
@@ -248,7 +295,12 @@ def test_a_job_is_of_its_run_s_codes(tmp_path: Path, subject: Subject, sae_folde
     run, corpus = tmp_path / "run", load_corpus(str(corpus_file))
     collect(subject, load_sae(str(sae_folder)), corpus, run, POLICY)
     plan = fi.Plan(3, 2, negatives=("random",))
-    fields = {"explainer": "top-tokens", "simulator": "lexical", "stages": ("explain", "simulate"), "plan": plan}
+    fields = {
+        "explainer": "top-tokens",
+        "simulator": "lexical",
+        "stages": ("explain", "simulate"),
+        "plan": plan,
+    }
     fi.explain(run, (3, 5), **fields)
     assert len(fi.explain(run, (3, 5, 9), **fields)) == 3, "other features of the same codes go on there"
     collect(subject, load_sae(str(sae_folder)), corpus, run, WindowPolicy(16, 8, 4000), replace=True)

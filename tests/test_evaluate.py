@@ -25,7 +25,14 @@ HOOK = "blocks.1.hook_resid_post"
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory: pytest.TempPathFactory, subject: Subject, corpus_file: Path) -> Extracted:
     settings = ExtractSettings(0.3, "float32", shard_rows=700)
-    return extract(subject, HOOK, load_corpus(str(corpus_file)), tmp_path_factory.mktemp("acts"), WindowPolicy(16, 4), settings)
+    return extract(
+        subject,
+        HOOK,
+        load_corpus(str(corpus_file)),
+        tmp_path_factory.mktemp("acts"),
+        WindowPolicy(16, 4),
+        settings,
+    )
 
 
 def by_hand(x: np.ndarray, guess: np.ndarray) -> tuple[float, float]:
@@ -52,7 +59,9 @@ def test_figures_are_those_of_the_formulas(extracted: Extracted, architecture: s
         assert getattr(found, way).raw == pytest.approx(raw, rel=1e-4, abs=1e-5)
         assert getattr(found, way).normalised == pytest.approx(normalised, rel=1e-4, abs=1e-3)
     model = PCA(5, svd_solver="full").fit(sample)
-    assert found.pca is not None and found.pca.raw == pytest.approx(by_hand(x, model.inverse_transform(model.transform(x)))[0], rel=1e-4)
+    assert found.pca is not None and found.pca.raw == pytest.approx(
+        by_hand(x, model.inverse_transform(model.transform(x)))[0], rel=1e-4
+    )
     assert found.l0 == pytest.approx((dense > 0).sum(1).mean())
     assert found.dead == pytest.approx((~(dense > 0).any(0)).mean())
     assert sum(found.frequency) == int((dense > 0).any(0).sum()) and found.n_rows == len(x)
@@ -67,7 +76,9 @@ def test_figures_are_those_of_the_formulas(extracted: Extracted, architecture: s
 
 
 def test_per_token_normalisation_is_undone_and_free(extracted: Extracted):
-    """All codes zero still explain raw variance, because undoing the normalisation costs nothing; the normalised figure shows it."""
+    """All codes zero still explain raw variance, because undoing the normalisation costs nothing; the
+    normalised figure shows it.
+    """
     assert extracted.test is not None
     plain = make_sae("topk", 32, 48)
     sae = type(plain)({**plain.tensors, "b_dec": torch.zeros(32)}, normalize="layer_norm", k=4)
@@ -81,7 +92,14 @@ def test_per_token_normalisation_is_undone_and_free(extracted: Extracted):
 def perfect(d: int) -> ReLU:
     """Reconstructs everything: a feature for each direction of each axis."""
     eye = torch.eye(d)
-    return ReLU({"W_enc": torch.cat([eye, -eye], 1), "W_dec": torch.cat([eye, -eye]), "b_enc": torch.zeros(2 * d), "b_dec": torch.zeros(d)})
+    return ReLU(
+        {
+            "W_enc": torch.cat([eye, -eye], 1),
+            "W_dec": torch.cat([eye, -eye]),
+            "b_enc": torch.zeros(2 * d),
+            "b_dec": torch.zeros(d),
+        }
+    )
 
 
 def test_loss_recovered_of_the_perfect_and_of_the_empty_sae(extracted: Extracted, subject_folder: Path):
@@ -99,7 +117,12 @@ def test_loss_recovered_of_the_perfect_and_of_the_empty_sae(extracted: Extracted
     # the clean loss against the library's own, window by window
     total = n = 0.0
     for row in windows:
-        ids = torch.cat([torch.tensor([tokenizer.bos_token_id]), torch.from_numpy(extracted.windows.ids(int(row)).astype(np.int64))])
+        ids = torch.cat(
+            [
+                torch.tensor([tokenizer.bos_token_id]),
+                torch.from_numpy(extracted.windows.ids(int(row)).astype(np.int64)),
+            ]
+        )
         logits = model(ids[None]).logits[0, 1:-1]
         total += float(torch.nn.functional.cross_entropy(logits, ids[2:], reduction="sum"))
         n += len(ids) - 2
@@ -107,7 +130,9 @@ def test_loss_recovered_of_the_perfect_and_of_the_empty_sae(extracted: Extracted
 
 
 def test_loss_recovered_is_undefined_where_zeros_cost_nothing():
-    assert Loss(3.0, 3.5, 8.0, 10).recovered == pytest.approx(0.9) and Loss(3.0, 3.5, 8.0, 10).undefined is None
+    assert (
+        Loss(3.0, 3.5, 8.0, 10).recovered == pytest.approx(0.9) and Loss(3.0, 3.5, 8.0, 10).undefined is None
+    )
     assert Loss(3.0, 9.0, 8.0, 10).recovered == pytest.approx(-0.2), "worse than zeros is said as it is"
     for loss in (Loss(3.0, 3.5, 2.9, 10), Loss(3.0, 2.0, 2.5, 10), Loss(3.0, 3.5, 3.0, 10)):
         assert loss.recovered is None and "no worse when it reads zeros" in (loss.undefined or "")
@@ -120,9 +145,16 @@ def test_the_right_part_of_the_model_reads_the_reconstruction(extracted: Extract
     model, tokenizer = load_causal_lm(str(subject_folder), dtype="float32")
     assert extracted.test is not None
     row = held_out_windows(extracted.test, 1)
-    constant = ReLU({**perfect(32).tensors, "b_enc": torch.full((64,), -1e9), "b_dec": torch.linspace(-1, 1, 32)})
+    constant = ReLU(
+        {**perfect(32).tensors, "b_enc": torch.full((64,), -1e9), "b_dec": torch.linspace(-1, 1, 32)}
+    )
     found = loss_recovered(model, tokenizer, HOOK, constant, extracted.windows, row)
-    ids = torch.cat([torch.tensor([tokenizer.bos_token_id]), torch.from_numpy(extracted.windows.ids(int(row[0])).astype(np.int64))])
+    ids = torch.cat(
+        [
+            torch.tensor([tokenizer.bos_token_id]),
+            torch.from_numpy(extracted.windows.ids(int(row[0])).astype(np.int64)),
+        ]
+    )
 
     def replace(module, args, output):
         out = (output[0] if isinstance(output, tuple) else output).clone()
@@ -137,7 +169,9 @@ def test_the_right_part_of_the_model_reads_the_reconstruction(extracted: Extract
 
 def test_a_subset_of_rows_and_more_components_than_there_are(extracted: Extracted):
     assert extracted.test is not None and extracted.train is not None
-    found = evaluate(make_sae("topk", 32, 48), extracted.test, extracted.train.sample(500), max_rows=200, pca=99)
+    found = evaluate(
+        make_sae("topk", 32, 48), extracted.test, extracted.train.sample(500), max_rows=200, pca=99
+    )
     assert found.n_rows == 200 and found.pca_k == 32
     assert found.pca is not None and found.pca.raw == pytest.approx(1)
 

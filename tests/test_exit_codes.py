@@ -1,5 +1,5 @@
-"""What a user gets of each kind of trouble, by the command line: exit code, sentence, what the same command asks again, and
-what was billed."""
+"""What a user gets of each kind of trouble, by the command line: exit code, sentence, what the same command
+asks again, and what was billed."""
 
 from __future__ import annotations
 
@@ -71,8 +71,9 @@ def unmetered(entry: Entry, body: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Kind:
-    """``first``: exit code. ``says``: on standard error. ``second``: exit code of the same command, at an endpoint that is well by
-    then; ``asks``: how many requests it sends, None for whatever was not answered."""
+    """``first``: exit code. ``says``: on standard error. ``second``: exit code of the same command, at an
+    endpoint that is well by then; ``asks``: how many requests it sends, None for whatever was not answered.
+    """
 
     dialect: Dialect
     first: int
@@ -100,13 +101,19 @@ def billed(server: Endpoint) -> int:
     return sum(e.tokens for e in server.ledger)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in KINDS])
-def test_each_kind_of_trouble_ends_as_it_is_documented(name: str, run: Path, features: list[int], tmp_path: Path):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in KINDS]
+)
+def test_each_kind_of_trouble_ends_as_it_is_documented(
+    name: str, run: Path, features: list[int], tmp_path: Path
+):
     kind = KINDS[name]
     with endpoint(dialect=kind.dialect) as server:
         file = written(tmp_path / "job.toml", run, features, server.url, kind.extra)
         first = cli("run", str(file), TEST_KEY=KEY)
-        assert first.returncode == kind.first and kind.says in first.stderr and "Traceback" not in first.stderr, first.stderr
+        assert (
+            first.returncode == kind.first and kind.says in first.stderr and "Traceback" not in first.stderr
+        ), first.stderr
         assert KEY not in first.stderr + first.stdout
         answered = {e.digest for e in server.ledger if e.whole}
         sent, cost = len(server.ledger), billed(server)
@@ -116,7 +123,9 @@ def test_each_kind_of_trouble_ends_as_it_is_documented(name: str, run: Path, fea
         second = cli("run", str(file), TEST_KEY=KEY)
         assert second.returncode == kind.second, second.stderr
         again = server.ledger[sent:]
-        assert not answered & {e.digest for e in again} and not server.paid_twice(), "what was answered is asked again"
+        assert not answered & {e.digest for e in again} and not server.paid_twice(), (
+            "what was answered is asked again"
+        )
         assert kind.asks is None or len(again) == kind.asks
         if kind.first == 2:
             refused = [e for e in server.ledger[:sent] if e.status != 200]
@@ -129,7 +138,10 @@ def test_each_kind_of_trouble_ends_as_it_is_documented(name: str, run: Path, fea
 def priced(body: dict[str, Any]) -> Any:
     """OpenRouter: each reply with its bill, in USD."""
     whole = play(body)
-    return whole | {"usage": whole["usage"] | {"cost": whole["usage"]["total_tokens"] * 2e-6, "cost_details": {"upstream_inference_cost": None}}}
+    return whole | {
+        "usage": whole["usage"]
+        | {"cost": whole["usage"]["total_tokens"] * 2e-6, "cost_details": {"upstream_inference_cost": None}}
+    }
 
 
 def test_a_budget_in_usd_is_kept_by_the_bills_of_the_provider(run: Path, features: list[int], tmp_path: Path):
@@ -145,9 +157,16 @@ def test_a_budget_in_usd_is_kept_by_the_bills_of_the_provider(run: Path, feature
         assert not server.paid_twice()
 
 
-def test_a_budget_in_usd_without_price_and_bill_is_refused_before_any_work(run: Path, features: list[int], tmp_path: Path):
+def test_a_budget_in_usd_without_price_and_bill_is_refused_before_any_work(
+    run: Path, features: list[int], tmp_path: Path
+):
     with endpoint() as server:
         file = written(tmp_path / "job.toml", run, features, server.url, "[budget]\nusd = 1", "")
         first = cli("run", str(file), TEST_KEY=KEY)
-        assert first.returncode == 2 and "the price of 'm'" in first.stderr and "[prices." in first.stderr and len(server.ledger) == 1
+        assert (
+            first.returncode == 2
+            and "the price of 'm'" in first.stderr
+            and "[prices." in first.stderr
+            and len(server.ledger) == 1
+        )
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,6 @@
-"""The experiments against a played endpoint: every arm in the tables, figures written, and nothing asked twice."""
+"""The experiments against a played endpoint: every arm in the tables, figures written, and nothing asked
+twice.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +43,20 @@ tree = {{ roots = 2, depth = 1, width = 1, branching = 1, negatives = ["random_n
 """
 
 
-def go(module: ModuleType, monkeypatch: pytest.MonkeyPatch, out: Path, server: Any, *arguments: str, **fields: Any) -> tuple[list[dict[str, str]], Path]:
+def go(
+    module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    out: Path,
+    server: Any,
+    *arguments: str,
+    **fields: Any,
+) -> tuple[list[dict[str, str]], Path]:
     """Runs an experiment twice, of which the second asks nothing, and returns its table and its folder."""
     config = out / "config.toml"
-    config.write_text(JOB.format(**({"size": "full", "url": server.url, "negatives": '["random"]', "own": ""} | fields)), encoding="utf-8")
+    config.write_text(
+        JOB.format(**({"size": "full", "url": server.url, "negatives": '["random"]', "own": ""} | fields)),
+        encoding="utf-8",
+    )
     monkeypatch.setattr(sys, "argv", ["experiment", "--config", str(config), "--out", str(out), *arguments])
     module.main()
     n = len(server.ledger)
@@ -64,17 +76,41 @@ def chosen(run: Path) -> list[int]:
     return [int(f) for f in alive_features(fi.open_run(run))[:3]]
 
 
-def test_sources_has_every_kind_for_every_feature(run: Path, chosen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_sources_has_every_kind_for_every_feature(
+    run: Path, chosen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     kinds = ["random", "random_negative", "coactive_negative"]
     with endpoint() as server:
-        rows, folder = go(sources, monkeypatch, tmp_path, server, "--run", str(run), features=chosen, negatives=str(kinds).replace("'", '"'))
+        rows, folder = go(
+            sources,
+            monkeypatch,
+            tmp_path,
+            server,
+            "--run",
+            str(run),
+            features=chosen,
+            negatives=str(kinds).replace("'", '"'),
+        )
     assert [(int(r["feature"]), r["source"]) for r in rows] == [(f, k) for f in chosen for k in kinds]
     assert all((r["false positives per window"] == "") == (r["source"] == "random") for r in rows)
-    results = {r.feature: r for r in fi.run(fi.Job(run=run, out=folder / "job-again", features=tuple(chosen), explainer="top-tokens", stages=("explain",)))}
+    results = {
+        r.feature: r
+        for r in fi.run(
+            fi.Job(
+                run=run,
+                out=folder / "job-again",
+                features=tuple(chosen),
+                explainer="top-tokens",
+                stages=("explain",),
+            )
+        )
+    }
     assert set(results) == set(chosen)
 
 
-def test_explainers_are_eight_and_a_baseline(run: Path, chosen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_explainers_are_eight_and_a_baseline(
+    run: Path, chosen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     with endpoint() as server:
         rows, folder = go(
             explainers,
@@ -88,25 +124,56 @@ def test_explainers_are_eight_and_a_baseline(run: Path, chosen: list[int], tmp_p
             own='holistic = "gradient"',
         )
     arms = list(dict.fromkeys(r["explainer"] for r in rows))
-    assert len(arms) == 9 and len(rows) == 18 and arms[-1] == "top tokens" and sum("tree" in a for a in arms) == sum("holistic" in a for a in arms) == 4
+    assert (
+        len(arms) == 9
+        and len(rows) == 18
+        and arms[-1] == "top tokens"
+        and sum("tree" in a for a in arms) == sum("holistic" in a for a in arms) == 4
+    )
     asked = {a: sum(float(r["requests"] or 0) for r in rows if r["explainer"] == a) for a in arms}
     assert asked["top tokens"] == 0 < asked["one-shot, rules"] < asked["tree, rules"]
     with (folder / "explainers-summary.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            values = [float(r["correlation"]) for r in rows if r["explainer"] == row["explainer"] and r["correlation"]]
-            assert int(row["features"]) == len(values) and (not values or float(row["correlation"]) == pytest.approx(np.mean(values)))
+            values = [
+                float(r["correlation"])
+                for r in rows
+                if r["explainer"] == row["explainer"] and r["correlation"]
+            ]
+            assert int(row["features"]) == len(values) and (
+                not values or float(row["correlation"]) == pytest.approx(np.mean(values))
+            )
 
 
-def test_polysemanticity_never_has_more_rules_than_the_cap(run: Path, chosen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_polysemanticity_never_has_more_rules_than_the_cap(
+    run: Path, chosen: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     with endpoint() as server:
-        rows, _ = go(polysemanticity, monkeypatch, tmp_path, server, "--run", str(run), features=chosen, own="caps = [1, 2, 5]")
+        rows, _ = go(
+            polysemanticity,
+            monkeypatch,
+            tmp_path,
+            server,
+            "--run",
+            str(run),
+            features=chosen,
+            own="caps = [1, 2, 5]",
+        )
     assert [int(r["rule cap"]) for r in rows] == [1, 1, 1, 2, 2, 2, 5, 5, 5]
-    assert all(1 <= float(r["rules"]) <= int(r["rule cap"]) and 0 <= float(r["complexity"]) <= 5 for r in rows)
+    assert all(
+        1 <= float(r["rules"]) <= int(r["rule cap"]) and 0 <= float(r["complexity"]) <= 5 for r in rows
+    )
 
 
-def test_layers_collects_each_sae(subject_folder: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_layers_collects_each_sae(
+    subject_folder: Path, corpus_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for layer in (0, 1):
-        save_sae(tmp_path / f"sae{layer}", make_sae("topk", 32, 64), hook=HOOK.replace("1", str(layer)), model="tiny")
+        save_sae(
+            tmp_path / f"sae{layer}",
+            make_sae("topk", 32, 64),
+            hook=HOOK.replace("1", str(layer)),
+            model="tiny",
+        )
     entries = ", ".join(f'{{ layer = {layer}, sae = "{tmp_path}/sae{layer}" }}' for layer in (0, 1))
     own = f'model = "{subject_folder}"\ncorpus = "{corpus_file}"\nmax_tokens = 3000\nlayers = [{entries}]'
     with endpoint() as server:

@@ -43,7 +43,9 @@ JUNE = window(2, ["by", " June", " or", " so"], [0, 6, 2.5, 0])
 SECRET = window(9, [" held", " out"], [0, 8])
 
 
-def explain(answer: Any, style: Any = None, rec: FeatureRecord | None = None, **options: Any) -> tuple[Explanation, FunctionModel]:
+def explain(
+    answer: Any, style: Any = None, rec: FeatureRecord | None = None, **options: Any
+) -> tuple[Explanation, FunctionModel]:
     model = FunctionModel(answer)
     explainer = OneShot(model, style or SentenceStyle(), **options)
     return anyio.run(explainer.explain, rec or record(MAY, JUNE, test=(SECRET,))), model
@@ -53,23 +55,36 @@ def test_a_sentence_with_its_provenance():
     found, model = explain(lambda _: '{"explanation": "Names of months."}')
     assert found.text == "Names of months" and not found.structured
     p = found.provenance
-    assert (p.method, p.model, p.prompt, p.examples, p.usage.requests) == ("one-shot", "function", "explain-sentence/v2", (1, 2), 1)
+    assert (p.method, p.model, p.prompt, p.examples, p.usage.requests) == (
+        "one-shot",
+        "function",
+        "explain-sentence/v2",
+        (1, 2),
+        1,
+    )
     assert p.prompt_hash == SentenceStyle().prompt.hash
     assert Explanation.from_json(json.loads(json.dumps(found.to_json()))) == found
     request = model.requests[0]
     last = request.messages[-1].content
-    assert "Tokens:  May |  June" in last and "- In<< May>> we sailed" in last and "- by<< June>> or so" in last
+    assert (
+        "Tokens:  May |  June" in last and "- In<< May>> we sailed" in last and "- by<< June>> or so" in last
+    )
     assert request.schema is not None and "held" not in "".join(m.content for m in request.messages)
 
 
 def test_rules_show_levels_and_repeat_rare_ones():
     long = window(3, ["x"] * 9 + [" July"], [0] * 9 + [10])
     found, model = explain(
-        lambda _: json.dumps({"rules": [{"activates_on": "months", "strength": 3}, {"activates_on": "summer", "strength": 5}]}),
+        lambda _: json.dumps(
+            {"rules": [{"activates_on": "months", "strength": 3}, {"activates_on": "summer", "strength": 5}]}
+        ),
         RulesStyle(rule_cap=4),
         record(long, JUNE),
     )
-    assert [(r.activates_on, r.strength) for r in found.rules] == [("summer", 5), ("months", 3)] and found.structured
+    assert [(r.activates_on, r.strength) for r in found.rules] == [
+        ("summer", 5),
+        ("months", 3),
+    ] and found.structured
     text = model.requests[0].messages[-1].content
     assert " July\t5\nAgain, the tokens above 0:\n July\t5" in text
     assert "by\t0\n June\t3\n or\t1\n so\t0" in text and text.count("Again") == 1
@@ -120,7 +135,10 @@ def test_tolerant_parsing(reply: str, found: str):
     assert clean(parse_reply(reply, SentenceReply).explanation) == found
 
 
-@pytest.mark.parametrize("reply", ["", "{}", '{"explanation": ""}', '{"explanation": ["a"]}', '{"other": "a"}', "[1, 2", "x" * 30_000])
+@pytest.mark.parametrize(
+    "reply",
+    ["", "{}", '{"explanation": ""}', '{"explanation": ["a"]}', '{"other": "a"}', "[1, 2", "x" * 30_000],
+)
 def test_replies_of_another_form_are_refused(reply: str):
     with pytest.raises(MalformedReplyError):
         parse_reply(reply, SentenceReply)
@@ -137,16 +155,63 @@ def test_the_parser_never_fails_otherwise(text: str):
 
 PHRASES = st.one_of(
     st.text(min_size=1, max_size=40),
-    st.sampled_from(['words "in" quotes', "it's", 'a \\"b\\" c', "{not: json}", "[1, 2]", "a, b: c", "```json", "// no comment", "null", "NaN", "d" * 600]),
+    st.sampled_from(
+        [
+            'words "in" quotes',
+            "it's",
+            'a \\"b\\" c',
+            "{not: json}",
+            "[1, 2]",
+            "a, b: c",
+            "```json",
+            "// no comment",
+            "null",
+            "NaN",
+            "d" * 600,
+        ]
+    ),
 )
 ODD = st.one_of(
-    st.none(), st.booleans(), st.floats(), st.integers(), st.lists(st.integers(), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2)
+    st.none(),
+    st.booleans(),
+    st.floats(),
+    st.integers(),
+    st.lists(st.integers(), max_size=3),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
 RULES = st.lists(
-    st.fixed_dictionaries({"activates_on": st.one_of(PHRASES, PHRASES, ODD), "strength": st.one_of(st.integers(0, 5), st.integers(0, 5), ODD)}), max_size=6
+    st.fixed_dictionaries(
+        {
+            "activates_on": st.one_of(PHRASES, PHRASES, ODD),
+            "strength": st.one_of(st.integers(0, 5), st.integers(0, 5), ODD),
+        }
+    ),
+    max_size=6,
 )
 SPOILT = st.lists(
-    st.tuples(st.floats(0, 1), st.sampled_from(['"', "'", "\\", "{", "}", "[", "]", ",", ":", "\n", "\0", "“", "```", "NaN", '"strength": 3', "[" * 3000])),
+    st.tuples(
+        st.floats(0, 1),
+        st.sampled_from(
+            [
+                '"',
+                "'",
+                "\\",
+                "{",
+                "}",
+                "[",
+                "]",
+                ",",
+                ":",
+                "\n",
+                "\0",
+                "“",
+                "```",
+                "NaN",
+                '"strength": 3',
+                "[" * 3000,
+            ]
+        ),
+    ),
     max_size=4,
 )
 
@@ -221,7 +286,14 @@ def test_a_cut_escape_is_no_part_of_the_text(reply: str, read: str):
 
 
 def test_rules_are_capped_and_each_said_once():
-    reply = RulesReply.model_validate({"rules": [{"activates_on": t, "strength": s} for t, s in (("a", 2), ("A.", 5), ("b", 0), ("c", 3), ("d", 1))]})
+    reply = RulesReply.model_validate(
+        {
+            "rules": [
+                {"activates_on": t, "strength": s}
+                for t, s in (("a", 2), ("A.", 5), ("b", 0), ("c", 3), ("d", 1))
+            ]
+        }
+    )
     assert rules_of(reply, 2) == (Rule("A", 5), Rule("c", 3))
     with pytest.raises(MalformedReplyError):
         rules_of(RulesReply.model_validate({"rules": [{"activates_on": "b", "strength": 0}]}), 3)
@@ -237,9 +309,15 @@ def test_clean_by_hand():
     st.booleans(),
     st.floats(0, 2),
 )
-def test_explanations_round_trip_through_json(rules: list[tuple[str, int]], structured: bool, temperature: float):
+def test_explanations_round_trip_through_json(
+    rules: list[tuple[str, int]], structured: bool, temperature: float
+):
     provenance = Provenance("one-shot", "m", "p/v1", "h", temperature, 3, (1, 2), Usage(1, 2, 3, 0.5, None))
-    made = Explanation(tuple(Rule(*r) for r in rules), provenance) if structured else Explanation.sentence(rules[0][0], provenance)
+    made = (
+        Explanation(tuple(Rule(*r) for r in rules), provenance)
+        if structured
+        else Explanation.sentence(rules[0][0], provenance)
+    )
     assert Explanation.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 

@@ -28,7 +28,9 @@ HOOK = "blocks.1.hook_resid_post"
 
 
 def subject_of(model: torch.nn.Module, bos: bool = True, dtype: torch.dtype = torch.float32) -> Subject:
-    return Subject("tiny", model.base_model.to(dtype), tokenizer(bos), 3, 32, 2048, torch.device("cpu"), dtype)
+    return Subject(
+        "tiny", model.base_model.to(dtype), tokenizer(bos), 3, 32, 2048, torch.device("cpu"), dtype
+    )
 
 
 def sae_of(architecture: str = "topk", dtype: torch.dtype = torch.float32) -> LoadedSae:
@@ -72,7 +74,14 @@ def test_exact_equals_deleting_every_token(family: str, bos: bool):
     feature = busiest(subject, sae, ids)
     method = HolisticActivations(subject, sae)
     assert method._deletions is not None and method._deletions.packs
-    windows = [ids[0].numpy(), ids[1, :5].numpy(), ids[1].numpy(), ids[0, :1].numpy(), ids[0, :2].numpy(), ids[0, :0].numpy()]
+    windows = [
+        ids[0].numpy(),
+        ids[1, :5].numpy(),
+        ids[1].numpy(),
+        ids[0, :1].numpy(),
+        ids[0, :2].numpy(),
+        ids[0, :0].numpy(),
+    ]
     found = method.of(feature, windows)
     for window, values in zip(windows, found, strict=True):
         np.testing.assert_allclose(values, brute_force(subject, sae, feature, window.tolist()), atol=1e-4)
@@ -85,7 +94,9 @@ def test_every_architecture_and_long_windows_in_several_sequences(architecture: 
     ids = torch.randint(2, 400, (1, 14))
     feature = busiest(subject, sae, ids)
     np.testing.assert_allclose(
-        HolisticActivations(subject, sae).of(feature, [ids[0].numpy()])[0], brute_force(subject, sae, feature, ids[0].tolist()), atol=1e-4
+        HolisticActivations(subject, sae).of(feature, [ids[0].numpy()])[0],
+        brute_force(subject, sae, feature, ids[0].tolist()),
+        atol=1e-4,
     )
 
 
@@ -98,8 +109,18 @@ def test_groups_hold_every_deletion_once(short_sequences: None):
 @pytest.mark.parametrize("packs", [True, False])
 def test_a_sliding_window_shorter_than_the_text_takes_the_plain_way(packs: bool):
     torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = MistralForCausalLM(MistralConfig(vocab_size=512, **sizes, sliding_window=100 if packs else 4)).eval().requires_grad_(False)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = (
+        MistralForCausalLM(MistralConfig(vocab_size=512, **sizes, sliding_window=100 if packs else 4))
+        .eval()
+        .requires_grad_(False)
+    )
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:
@@ -109,7 +130,11 @@ def test_a_sliding_window_shorter_than_the_text_takes_the_plain_way(packs: bool)
     feature = busiest(subject, sae, ids)
     method = HolisticActivations(subject, sae)
     assert method._deletions is not None and method._deletions._fits(9) is packs
-    np.testing.assert_allclose(method.of(feature, [ids[0].numpy()])[0], brute_force(subject, sae, feature, ids[0].tolist()), atol=1e-4)
+    np.testing.assert_allclose(
+        method.of(feature, [ids[0].numpy()])[0],
+        brute_force(subject, sae, feature, ids[0].tolist()),
+        atol=1e-4,
+    )
 
 
 def test_a_model_that_takes_no_such_mask_takes_the_plain_way(monkeypatch: pytest.MonkeyPatch):
@@ -122,11 +147,17 @@ def test_a_model_that_takes_no_such_mask_takes_the_plain_way(monkeypatch: pytest
     monkeypatch.setattr(attribution.Deletions, "_run", refuses)
     method = HolisticActivations(subject, sae)
     assert method._deletions is not None and not method._deletions.packs
-    monkeypatch.setattr(attribution.Deletions, "_run", lambda self, **inputs: real(self, **inputs | {"attention_mask": None}))
+    monkeypatch.setattr(
+        attribution.Deletions, "_run", lambda self, **inputs: real(self, **inputs | {"attention_mask": None})
+    )
     assert not attribution.Deletions(subject, HOOK).packs
     ids = torch.randint(2, 400, (1, 8))
     feature = busiest(subject, sae, ids)
-    np.testing.assert_allclose(method.of(feature, [ids[0].numpy()])[0], brute_force(subject, sae, feature, ids[0].tolist()), atol=1e-4)
+    np.testing.assert_allclose(
+        method.of(feature, [ids[0].numpy()])[0],
+        brute_force(subject, sae, feature, ids[0].tolist()),
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("bos", [True, False])
@@ -144,12 +175,16 @@ def test_gradient_equals_the_derivative_along_the_embedding(family: str, bos: bo
     def mean(window: int, token: int, factor: float) -> float:
         moved = embedded.clone()
         moved[window, lead + token] *= factor
-        residual = residual_after(subject.model, block, {"inputs_embeds": moved, "use_cache": False})[window, lead:]
+        residual = residual_after(subject.model, block, {"inputs_embeds": moved, "use_cache": False})[
+            window, lead:
+        ]
         dense = sae.sae.encode(residual).to_dense()[:, feature]
         return float(dense[0 if bos else 1 :].sum()) / 7
 
     step = 1e-5 if family == "gpt2" else 2e-3  # the norms of the others compute in float32
-    expected = [[(mean(w, t, 1 + step) - mean(w, t, 1 - step)) / (2 * step) for t in range(7)] for w in range(2)]
+    expected = [
+        [(mean(w, t, 1 + step) - mean(w, t, 1 - step)) / (2 * step) for t in range(7)] for w in range(2)
+    ]
     np.testing.assert_allclose(found, expected, atol=1e-5 if family == "gpt2" else 1e-3)
     assert np.abs(found).max() > 0.01
 
@@ -157,7 +192,9 @@ def test_gradient_equals_the_derivative_along_the_embedding(family: str, bos: bo
 def test_a_feature_that_is_silent_has_no_causes():
     subject, sae = subject_of(make_model("llama")), sae_of()
     ids = torch.randint(2, 400, (1, 6))
-    quiet = int(torch.bincount(sae.sae.encode(subject.residual(ids, HOOK)[0]).features, minlength=64).argmin())
+    quiet = int(
+        torch.bincount(sae.sae.encode(subject.residual(ids, HOOK)[0]).features, minlength=64).argmin()
+    )
     assert not np.any(HolisticActivations(subject, sae, "gradient").of(quiet, [ids[0].numpy()])[0])
 
 
@@ -165,7 +202,11 @@ def test_records_get_causes_where_an_explainer_looks(store: CodesStore, subject:
     sae = load_sae(str(sae_folder))
     method = HolisticActivations.of_run(store, subject, sae)
     features = [i for i in range(64) if store.counts()[i] > 60][:2]
-    plain = list(RecordBuilder(store, RecordPolicy({"top": (3, 2, 2), "weighted": (2, 0, 0), "random": (2, 2, 2)})).build(features))
+    plain = list(
+        RecordBuilder(
+            store, RecordPolicy({"top": (3, 2, 2), "weighted": (2, 0, 0), "random": (2, 2, 2)})
+        ).build(features)
+    )
     records: list[FeatureRecord] = list(method.add(iter(plain)))
     for before, after in zip(plain, records, strict=True):
         assert after.holistic == "exact" and before.holistic is None

@@ -1,4 +1,6 @@
-"""JSON and TOML from anybody: nested without end, or with a number of thousands of digits, it is one sentence or nothing, wherever it is read."""
+"""JSON and TOML from anybody: nested without end, or with a number of thousands of digits, it is one sentence
+or nothing, wherever it is read.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +75,12 @@ def body(text: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [DEEP, LONG], ids=["deep", "long"])
-@pytest.mark.parametrize("read", [labels, patterns, corpus, job, recipe, endpoints, worked_examples, results, body])
-def test_what_a_user_gives_is_refused_in_one_sentence(read: Callable[[str, Path], None], text: str, tmp_path: Path):
+@pytest.mark.parametrize(
+    "read", [labels, patterns, corpus, job, recipe, endpoints, worked_examples, results, body]
+)
+def test_what_a_user_gives_is_refused_in_one_sentence(
+    read: Callable[[str, Path], None], text: str, tmp_path: Path
+):
     with pytest.raises(FeatureInterpError) as caught:
         read(text, tmp_path)
     assert len(str(caught.value)) < 600 and "\n" not in str(caught.value)
@@ -82,7 +88,9 @@ def test_what_a_user_gives_is_refused_in_one_sentence(read: Callable[[str, Path]
 
 
 @pytest.mark.parametrize("text", [DEEP, LONG], ids=["deep", "long"])
-def test_what_was_kept_and_cannot_be_read_is_as_if_it_were_not_there(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_was_kept_and_cannot_be_read_is_as_if_it_were_not_there(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(learnt, "_file", lambda *_: tmp_path / "kept.json")
     (tmp_path / "kept.json").write_text(text)
     assert learnt.recall("http://127.0.0.1:9/v1", "m") is None
@@ -96,7 +104,11 @@ def test_what_was_kept_and_cannot_be_read_is_as_if_it_were_not_there(text: str, 
 
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-JSON = st.recursive(PLAIN, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3), max_leaves=8)
+JSON = st.recursive(
+    PLAIN,
+    lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3),
+    max_leaves=8,
+)
 SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 

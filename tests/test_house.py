@@ -10,7 +10,19 @@ from pathlib import Path
 import featureinterp
 
 ROOT = Path(featureinterp.__file__).parent
-FOUNDATION = {"errors", "intervals", "files", "claims", "stored", "resources", "quiet", "domain", "tasks", "validation", "visible"}
+FOUNDATION = {
+    "errors",
+    "intervals",
+    "files",
+    "claims",
+    "stored",
+    "resources",
+    "quiet",
+    "domain",
+    "tasks",
+    "validation",
+    "visible",
+}
 LANGUAGE = FOUNDATION | {"prompts", "replies", "interfaces", "llm"}
 ALLOWED = {
     "errors": set(),
@@ -33,9 +45,46 @@ ALLOWED = {
     "corpus": {"corpus", "errors", "files", "stored", "assets"},
     "subject": {"subject", "accelerator", "corpus", "errors", "files", "assets", "quiet", "machine"},
     "sae": {"sae", "errors", "files", "resources"},
-    "codes": {"codes", "accelerator", "claims", "machine", "sae", "subject", "corpus", "domain", "errors", "files", "stored"},
-    "records": {"records", "accelerator", "machine", "claims", "codes", "corpus", "domain", "errors", "files", "stored", "assets", "quiet"},
-    "llm": {"llm", "accelerator", "domain", "errors", "files", "stored", "interfaces", "assets", "replies", "tasks", "validation"},
+    "codes": {
+        "codes",
+        "accelerator",
+        "claims",
+        "machine",
+        "sae",
+        "subject",
+        "corpus",
+        "domain",
+        "errors",
+        "files",
+        "stored",
+    },
+    "records": {
+        "records",
+        "accelerator",
+        "machine",
+        "claims",
+        "codes",
+        "corpus",
+        "domain",
+        "errors",
+        "files",
+        "stored",
+        "assets",
+        "quiet",
+    },
+    "llm": {
+        "llm",
+        "accelerator",
+        "domain",
+        "errors",
+        "files",
+        "stored",
+        "interfaces",
+        "assets",
+        "replies",
+        "tasks",
+        "validation",
+    },
     "explain": LANGUAGE | {"explain"},
     "simulate": LANGUAGE | {"simulate", "accelerator"},
     "score": LANGUAGE | {"score"},
@@ -62,7 +111,21 @@ ALLOWED = {
         "__version__",
     },
     "report": {"report", "falsify", "probing", "domain", "errors", "files", "stored", "prompts", "visible"},
-    "jobs": LANGUAGE | {"machine", "jobs", "explain", "simulate", "score", "falsify", "records", "codes", "sae", "subject", "corpus", "__version__"},
+    "jobs": LANGUAGE
+    | {
+        "machine",
+        "jobs",
+        "explain",
+        "simulate",
+        "score",
+        "falsify",
+        "records",
+        "codes",
+        "sae",
+        "subject",
+        "corpus",
+        "__version__",
+    },
     "__main__": {"cli"},
     "server": {
         "server",
@@ -155,15 +218,25 @@ def test_torch_stays_on_the_tensor_side():
         relative = str(path.relative_to(ROOT))
         if room_of(path) in TORCH_ROOMS or relative in TORCH_FILES or relative == "assets/gguf.py":
             continue
-        wrong += [relative for name in imports(path) if name.split(".")[0] in ("torch", "transformers") and relative != "quiet.py"]
+        wrong += [
+            relative
+            for name in imports(path)
+            if name.split(".")[0] in ("torch", "transformers") and relative != "quiet.py"
+        ]
     assert not wrong
 
 
 def test_façade_names():
-    names = """ActivationBuffer ActivationStore AllAtOnce Budget CodesStore Endpoint ExplainJob Explanation Failure FeatureId FeatureInterpError FeatureRecord FeatureResult
-        FunctionModel HolisticActivations InputError Interval Intervention Job LanguageModelError Lexical LoadedSae OneShot OpenAIModel Plan Probe PromptLogprobs Rated Recipe RecordPolicy Results Rule
-        RulesStyle Score SearchNode Sensitivity SensitivityPlan SentenceStyle Service Simulation SteeringSettings StorageError StudySettings Subject TokenWise TopTokens Tree TreeSettings Trial TrialSettings Usage Window WindowPolicy collect demo doctor dry_run evaluate explain
-        explain_async export extract falsify layers load_corpus load_job load_recipe load_sae load_subject local_simulator merge open_run probe records report run run_async sae_info saes save_sae save_saelens sensitivity status steer train"""
+    names = """ActivationBuffer ActivationStore AllAtOnce Budget CodesStore Endpoint ExplainJob Explanation
+        Failure FeatureId FeatureInterpError FeatureRecord FeatureResult FunctionModel HolisticActivations
+        InputError Interval Intervention Job LanguageModelError Lexical LoadedSae OneShot
+        OpenAIModel Plan Probe PromptLogprobs Rated Recipe RecordPolicy Results Rule RulesStyle
+        Score SearchNode Sensitivity SensitivityPlan SentenceStyle Service Simulation
+        SteeringSettings StorageError StudySettings Subject TokenWise TopTokens Tree TreeSettings
+        Trial TrialSettings Usage Window WindowPolicy collect demo doctor dry_run evaluate explain
+        explain_async export extract falsify layers load_corpus load_job load_recipe load_sae
+        load_subject local_simulator merge open_run probe records report run run_async sae_info saes
+        save_sae save_saelens sensitivity status steer train"""
     assert sorted(featureinterp.__all__) == names.split()
     for name in featureinterp.__all__:
         assert getattr(featureinterp, name) is not None
@@ -179,10 +252,13 @@ def test_functions_that_share_a_room_s_name_can_be_called_whatever_was_imported_
     code = (
         "import featureinterp as fi\n"
         "first = fi.records\n"
-        "import featureinterp.report.render as render, featureinterp.records.build, featureinterp.explain.one_shot\n"
+        "import featureinterp.report.render as render, featureinterp.records.build, "
+        "featureinterp.explain.one_shot\n"
         "from featureinterp.records import build\n"
-        "assert render.write_report and build.RecordBuilder and fi.records.build is build and callable(first)\n"
-        "for call in (lambda: fi.report('nowhere'), lambda: list(fi.records('nowhere')), lambda: fi.explain('nowhere', '0:1')):\n"
+        "assert render.write_report and build.RecordBuilder and fi.records.build is build and "
+        "callable(first)\n"
+        "for call in (lambda: fi.report('nowhere'), lambda: list(fi.records('nowhere')), lambda: "
+        "fi.explain('nowhere', '0:1')):\n"
         "    try:\n"
         "        call()\n"
         "    except fi.InputError as error:\n"
@@ -198,7 +274,8 @@ def test_importing_the_package_and_asking_for_help_brings_in_nothing_heavy():
         "import sys, featureinterp, featureinterp.cli.main\n"
         "from typer.testing import CliRunner\n"
         "assert CliRunner().invoke(featureinterp.cli.main.app, ['--help']).exit_code == 0\n"
-        "heavy = {'torch', 'transformers', 'openai', 'faiss', 'sentence_transformers', 'numpy', 'httpx'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'openai', 'faiss', 'sentence_transformers', 'numpy', 'httpx'} & "
+        "set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     run_alone(code)
@@ -214,6 +291,7 @@ def test_no_module_has_the_name_of_a_function_beside_it():
     code = (
         "import importlib, pathlib, featureinterp.api as api\n"
         "for path in pathlib.Path(api.__file__).parent.glob('*.py'):\n"
-        "    assert path.stem == '__init__' or not hasattr(api, path.stem) or not callable(getattr(api, path.stem)), path\n"
+        "    assert path.stem == '__init__' or not hasattr(api, path.stem) or not callable(getattr(api, "
+        "path.stem)), path\n"
     )
     run_alone(code)

@@ -45,7 +45,9 @@ class Levels:
         self.calls += 1
         rng = np.random.default_rng(len(explanation.text))
         good = 1.0 if explanation.text.startswith("good") else 0.0
-        return [Simulation(np.clip(good * w.activations + rng.random(len(w.activations)), 0, 5)) for w in windows]
+        return [
+            Simulation(np.clip(good * w.activations + rng.random(len(w.activations)), 0, 5)) for w in windows
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +63,15 @@ def answer(request: Request) -> str | Reply:
     return Reply(("Yes",), (False,), Usage(1, 5, 1, 0.0, None), (logprobs,))
 
 
-def run(folder: Path, records: list[FeatureRecord], reply: Any = answer, plan: Plan = PLAN, sim: Any = None) -> tuple[list[FeatureResult], FunctionModel, Any]:
+def run(
+    folder: Path, records: list[FeatureRecord], reply: Any = answer, plan: Plan = PLAN, sim: Any = None
+) -> tuple[list[FeatureResult], FunctionModel, Any]:
     model, simulator = FunctionModel(reply), sim or Levels()
 
     with Journal(folder / "j.sqlite") as journal:
-        results = go(ExplainJob(journal, OneShot(model, SentenceStyle()), simulator, judge=model, plan=plan), records)
+        results = go(
+            ExplainJob(journal, OneShot(model, SentenceStyle()), simulator, judge=model, plan=plan), records
+        )
     return results, model, simulator
 
 
@@ -83,11 +89,20 @@ def test_a_whole_job(tmp_path: Path, records: list[FeatureRecord]):
     for result in results:
         names = [s.name for s in result.scores]
         assert names[:2] == ["correlation", "correlation_random_negative"]
-        assert {"explained_variance", "deviation_explained", "false_positives_random_negative", "detection_auroc", "fuzzing_f1", "complexity"} <= set(names)
+        assert {
+            "explained_variance",
+            "deviation_explained",
+            "false_positives_random_negative",
+            "detection_auroc",
+            "fuzzing_f1",
+            "complexity",
+        } <= set(names)
         main = result.score("correlation")
         assert main is not None and main.value is not None and main.n_scored == 8 and main.null is not None
         judged = {s.name: s for s in result.scores if s.name != "complexity"}
-        assert all(s.null is not None or s.value is None for s in judged.values()), "every score stands beside that of another feature's explanation"
+        assert all(s.null is not None or s.value is None for s in judged.values()), (
+            "every score stands beside that of another feature's explanation"
+        )
         assert result.null_of in {r.feature for r in results} - {result.feature}
         assert result.baseline_score("correlation") is not None and not result.failures
         splits = {(w.split, w.source) for w in result.windows}
@@ -104,30 +119,49 @@ def test_a_second_run_asks_nothing_and_gives_the_same(tmp_path: Path, records: l
 
 def test_only_what_a_change_affects_runs_again(tmp_path: Path, records: list[FeatureRecord]):
     run(tmp_path, records)
-    _, model, simulator = run(tmp_path, records, plan=Plan(n_test=3, n_valid=3, negatives=("random", "random_negative")))
+    _, model, simulator = run(
+        tmp_path, records, plan=Plan(n_test=3, n_valid=3, negatives=("random", "random_negative"))
+    )
     assert simulator.calls == 2 * len(records)
     assert not [r for r in model.requests if r.schema is not None]
 
 
-def test_a_failure_is_a_row_and_stops_nothing_and_is_tried_again(tmp_path: Path, records: list[FeatureRecord]):
+def test_a_failure_is_a_row_and_stops_nothing_and_is_tried_again(
+    tmp_path: Path, records: list[FeatureRecord]
+):
     victim = records[1].get("train", "top")[0].pieces
 
     def sometimes(request: Request) -> str | Reply:
-        if request.schema is not None and "".join(victim[-4:]).strip()[:6] in request.messages[-1].content and len(seen) < 3:
+        if (
+            request.schema is not None
+            and "".join(victim[-4:]).strip()[:6] in request.messages[-1].content
+            and len(seen) < 3
+        ):
             seen.append(1)
             return "no json"
         return answer(request)
 
     seen: list[int] = []
-    results, _, _ = run(tmp_path, records, sometimes, plan=Plan(n_test=4, n_valid=3, negatives=("random", "random_negative"), concurrency=1))
+    results, _, _ = run(
+        tmp_path,
+        records,
+        sometimes,
+        plan=Plan(n_test=4, n_valid=3, negatives=("random", "random_negative"), concurrency=1),
+    )
     failed = [r for r in results if r.failures]
     assert len(failed) == 1 and failed[0].explanation is None and not failed[0].scores
     assert failed[0].failures[0].error == "MalformedReplyError" and failed[0].failures[0].stage == "explain"
-    rows = sqlite3.connect(tmp_path / "j.sqlite").execute("SELECT feature, stage, value FROM results WHERE status = 'failed'").fetchall()
+    rows = (
+        sqlite3.connect(tmp_path / "j.sqlite")
+        .execute("SELECT feature, stage, value FROM results WHERE status = 'failed'")
+        .fetchall()
+    )
     assert rows[0][:2] == (failed[0].feature, "explain") and "MalformedReplyError" in rows[0][2]
     again, model, _ = run(tmp_path, records)
     assert not any(r.failures for r in again) and [r for r in model.requests if r.schema is not None]
-    assert sqlite3.connect(tmp_path / "j.sqlite").execute("SELECT count(*) FROM results WHERE status = 'failed'").fetchone() == (0,)
+    assert sqlite3.connect(tmp_path / "j.sqlite").execute(
+        "SELECT count(*) FROM results WHERE status = 'failed'"
+    ).fetchone() == (0,)
 
 
 def test_a_refused_key_stops_everything_at_once(tmp_path: Path, records: list[FeatureRecord]):
@@ -158,7 +192,9 @@ def test_a_simulator_that_fails_leaves_no_scores(tmp_path: Path, records: list[F
         assert result.score("detection_auroc") is not None
 
 
-def test_a_single_feature_has_no_null_and_says_nothing_about_one(tmp_path: Path, records: list[FeatureRecord]):
+def test_a_single_feature_has_no_null_and_says_nothing_about_one(
+    tmp_path: Path, records: list[FeatureRecord]
+):
     results, _, simulator = run(tmp_path, records[:1])
     main = results[0].score("correlation")
     assert main is not None and main.null is None and results[0].null_of is None and simulator.calls == 1
@@ -180,17 +216,23 @@ def test_events_tell_what_happened(tmp_path: Path, records: list[FeatureRecord])
     seen = []
     model = FunctionModel(answer)
     with Journal(tmp_path / "j.sqlite") as journal:
-        job = ExplainJob(journal, OneShot(model, SentenceStyle()), Levels(), judge=model, plan=PLAN, on_event=seen.append)
+        job = ExplainJob(
+            journal, OneShot(model, SentenceStyle()), Levels(), judge=model, plan=PLAN, on_event=seen.append
+        )
         go(job, records)
     n = len(records)
     for stage in ("explained", "scored"):
-        assert [(e.done, e.total, e.reused) for e in seen if e.stage == stage] == [(i + 1, n, False) for i in range(n)]
+        assert [(e.done, e.total, e.reused) for e in seen if e.stage == stage] == [
+            (i + 1, n, False) for i in range(n)
+        ]
     assert seen[-1].progress.done == n and seen[-1].progress.failed == 0 and seen[-1].progress.left_s == 0
 
 
 def test_the_journal_survives_and_refuses_what_is_none(tmp_path: Path):
     with Journal(tmp_path / "j.sqlite") as journal:
-        journal.stage("k", 1, "explain", {"a": [1, "ü"]}, usage=Usage(2, 30, 4, 0.5, None), provenance={"model": "m"})
+        journal.stage(
+            "k", 1, "explain", {"a": [1, "ü"]}, usage=Usage(2, 30, 4, 0.5, None), provenance={"model": "m"}
+        )
         journal.failed("f", Failure(1, "explain", "E", "m"))
     with Journal(tmp_path / "j.sqlite") as journal:
         assert journal.get("k") == Row("done", {"a": [1, "ü"]}, Usage(2, 30, 4, 0.5, None))
@@ -213,7 +255,11 @@ def test_the_journal_survives_and_refuses_what_is_none(tmp_path: Path):
         ({"llm": Endpoint("http://localhost:1/v1")}, False),
     ],
 )
-def test_questions_go_to_the_simulator_s_model_when_it_is_the_embedded_one(fields: dict[str, Any], in_process: bool):
+def test_questions_go_to_the_simulator_s_model_when_it_is_the_embedded_one(
+    fields: dict[str, Any], in_process: bool
+):
     job = Job(run=Path("run"), **fields)
-    assert (job.judge_endpoint != job.endpoint) == in_process and (job.judge_endpoint.base_url == LOCAL) == in_process
+    assert (job.judge_endpoint != job.endpoint) == in_process and (
+        job.judge_endpoint.base_url == LOCAL
+    ) == in_process
     assert job.judge_endpoint.model == job.endpoint.model

@@ -29,20 +29,36 @@ def corpus_of(*texts: str) -> Corpus:
 
 def run_of(folder: Path, *texts: str, seed: int = 0, **policy: int) -> CodesStore:
     """Windows of some texts with random codes of four features, and every seventh token not scored."""
-    windows = build_windows(corpus_of(*texts), ENCODER, WindowPolicy(**{"length": 5, "min_length": 1, **policy}), folder / "windows")
-    writer = RunWriter(folder / "codes", n_features=4, n_positions=len(windows) * windows.length, value_dtype="float32")
+    windows = build_windows(
+        corpus_of(*texts),
+        ENCODER,
+        WindowPolicy(**{"length": 5, "min_length": 1, **policy}),
+        folder / "windows",
+    )
+    writer = RunWriter(
+        folder / "codes", n_features=4, n_positions=len(windows) * windows.length, value_dtype="float32"
+    )
     rng = np.random.default_rng(seed)
     there = np.flatnonzero(np.arange(windows.length) < np.asarray(windows.lengths)[:, None])
     unscored = there[::7]
     scored = np.setdiff1d(there, unscored)
     cells = rng.random((len(scored), 4)) < 0.4
     rows, features = np.nonzero(cells)
-    writer.add(scored[rows], features, rng.random(len(rows)) + 0.1, n_scored=len(scored), end_window=len(windows), unscored=unscored)
+    writer.add(
+        scored[rows],
+        features,
+        rng.random(len(rows)) + 0.1,
+        n_scored=len(scored),
+        end_window=len(windows),
+        unscored=unscored,
+    )
     writer.finish({})
     return CodesStore.open(folder)
 
 
-def by_character(store: CodesStore, texts: tuple[str, ...], spans: dict[int, list[tuple[int, int]]]) -> list[set[int]]:
+def by_character(
+    store: CodesStore, texts: tuple[str, ...], spans: dict[int, list[tuple[int, int]]]
+) -> list[set[int]]:
     """For every scored token the places in ``spans[document]`` that it belongs to."""
     table, out = store.windows, []
     for window in range(len(table)):
@@ -53,20 +69,40 @@ def by_character(store: CodesStore, texts: tuple[str, ...], spans: dict[int, lis
             ink = {c for c in characters if not text[c].isspace()}
             if window * table.length + offset not in store.unscored:
                 mine = spans.get(int(table.documents[window]), [])
-                out.append({i for i, (a, b) in enumerate(mine) if (ink & set(range(a, b)) if ink else a <= at and at + len(piece) <= b)})
+                out.append(
+                    {
+                        i
+                        for i, (a, b) in enumerate(mine)
+                        if (ink & set(range(a, b)) if ink else a <= at and at + len(piece) <= b)
+                    }
+                )
             at += len(piece)
     return out
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
-def test_tokens_belong_to_spans_as_characters_say(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject):
-    texts = tuple(data.draw(st.lists(st.one_of(st.sampled_from([*TINY_TEXTS, *NASTY]), st.text(min_size=1, max_size=40)), min_size=1, max_size=4)))
+def test_tokens_belong_to_spans_as_characters_say(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+):
+    texts = tuple(
+        data.draw(
+            st.lists(
+                st.one_of(st.sampled_from([*TINY_TEXTS, *NASTY]), st.text(min_size=1, max_size=40)),
+                min_size=1,
+                max_size=4,
+            )
+        )
+    )
     texts = tuple(t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts)
     store = run_of(tmp_path_factory.mktemp("run"), *texts)
     spans: dict[int, list[tuple[int, int]]] = {}
     for document, text in enumerate(texts):
-        ends = st.tuples(st.integers(0, len(text)), st.integers(0, len(text))).map(sorted).filter(lambda s: s[0] < s[1])
+        ends = (
+            st.tuples(st.integers(0, len(text)), st.integers(0, len(text)))
+            .map(sorted)
+            .filter(lambda s: s[0] < s[1])
+        )
         spans[document] = [tuple(s) for s in data.draw(st.lists(ends, max_size=6))]
     number = iter(range(len(texts)))
     labels = load_labels(lambda text: [(a, b, "x") for a, b in spans[next(number)]])
@@ -98,9 +134,14 @@ def test_tokens_belong_to_spans_as_characters_say(tmp_path_factory: pytest.TempP
 def test_codes_of_the_scored_tokens(tmp_path: Path):
     store = run_of(tmp_path, *TINY_TEXTS)
     tokens = RunTokens(store)
-    dense = np.stack([store.window_activations(f, np.arange(len(store.windows))) for f in range(4)], axis=2).reshape(-1, 4)
+    dense = np.stack(
+        [store.window_activations(f, np.arange(len(store.windows))) for f in range(4)], axis=2
+    ).reshape(-1, 4)
     np.testing.assert_array_equal(tokens.codes.dense(np.arange(4)), dense[tokens.positions])
-    assert set(tokens.positions.tolist()).isdisjoint(store.unscored.tolist()) and tokens.codes.n_rows == store.n_scored
+    assert (
+        set(tokens.positions.tolist()).isdisjoint(store.unscored.tolist())
+        and tokens.codes.n_rows == store.n_scored
+    )
 
 
 def test_overlapping_instances_keep_both_ids_and_parts_of_one_share_theirs(tmp_path: Path):
@@ -172,7 +213,11 @@ def test_patterns_from_a_file_and_what_is_wrong_with_them(tmp_path: Path):
 
 
 def test_a_function_that_gives_no_spans_is_told_so():
-    for found, message in ((5, "which is no span"), ((1, 2), "which is no span"), ((0, 99, "x"), "from 0 to 99 in the document 'd' of 3 characters")):
+    for found, message in (
+        (5, "which is no span"),
+        ((1, 2), "which is no span"),
+        ((0, 99, "x"), "from 0 to 99 in the document 'd' of 3 characters"),
+    ):
         with pytest.raises(InputError, match=message):
             list(load_labels(lambda text, found=found: [found]).of("d", "abc"))
     assert list(load_labels(lambda text: [(1, 1, "x")]).of("d", "abc")) == []
@@ -192,11 +237,20 @@ READY = {
     "years": ("In 1849 and 2001, not 12345 or 999.", ["1849", "2001"]),
     "numbers": ("In 1849 it cost 1,250.75 for 3 of v2.5 (40%).", ["1,250.75", "3", "40"]),
     "months": ("March on, May 3, May I? December.", ["March", "May", "December"]),
-    "money": ("It cost $1,500 million, 25 cents or 3.5 million dollars, not 7.", ["$1,500 million", "25 cents", "3.5 million dollars"]),
-    "names": ("The Congress of the United States met. Then he saw Lord North, a Tory.", ["Congress of the United States", "Lord North", "Tory"]),
+    "money": (
+        "It cost $1,500 million, 25 cents or 3.5 million dollars, not 7.",
+        ["$1,500 million", "25 cents", "3.5 million dollars"],
+    ),
+    "names": (
+        "The Congress of the United States met. Then he saw Lord North, a Tory.",
+        ["Congress of the United States", "Lord North", "Tory"],
+    ),
     "quotations": ('He said “no more”, and "never".', ["“no more”", '"never"']),
     "sentence starts": ("One. Two! “Three?” said he. four", ["One", "Two", "Three"]),
-    "negation": ("He didn't, and never will; nor can’t cannot. Knot nothing", ["never", "nor", "cannot", "nothing", "didn't", "can’t"]),
+    "negation": (
+        "He didn't, and never will; nor can’t cannot. Knot nothing",
+        ["never", "nor", "cannot", "nothing", "didn't", "can’t"],
+    ),
     "function words": ("The ship of it", ["The", "of", "it"]),
 }
 

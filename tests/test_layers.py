@@ -1,4 +1,6 @@
-"""Layer selection: spectra of known covariances, sinks that dominate and are found out, a recommendation that follows its rule."""
+"""Layer selection: spectra of known covariances, sinks that dominate and are found out, a recommendation that
+follows its rule.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,14 @@ def layer(block: int, auroc: float, ratio: float, *, with_sinks: float | None = 
         return Spectrum(r, 2.0, 1, 2, 3, 2.0, 0, 0.1, 0.01)
 
     return Layer(
-        block, f"blocks.{block}.hook_resid_post", {"a": auroc}, auroc, Interval(auroc, auroc), (one(with_sinks or ratio), one(ratio), one(ratio)), 1.0, 0.0
+        block,
+        f"blocks.{block}.hook_resid_post",
+        {"a": auroc},
+        auroc,
+        Interval(auroc, auroc),
+        (one(with_sinks or ratio), one(ratio), one(ratio)),
+        1.0,
+        0.0,
     )
 
 
@@ -71,22 +80,53 @@ def test_the_recommendation_follows_its_rule():
 
 
 def test_blocks():
-    assert parse_blocks("all") is None and parse_blocks("0:10:3") == [0, 3, 6, 9] and parse_blocks("4,2") == [4, 2]
+    assert (
+        parse_blocks("all") is None
+        and parse_blocks("0:10:3") == [0, 3, 6, 9]
+        and parse_blocks("4,2") == [4, 2]
+    )
     with pytest.raises(InputError, match="names no blocks"):
         parse_blocks("first")
 
 
 def test_the_command(tmp_path: Path, subject_folder: Path, corpus_file: Path):
-    args = ["layers", "--model", str(subject_folder), "--corpus", str(corpus_file), "--window", "16", "--max-tokens", "6000", "--dtype", "float32"]
+    args = [
+        "layers",
+        "--model",
+        str(subject_folder),
+        "--corpus",
+        str(corpus_file),
+        "--window",
+        "16",
+        "--max-tokens",
+        "6000",
+        "--dtype",
+        "float32",
+    ]
     done = cli(*args, "--out", str(tmp_path), "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert [x["block"] for x in found["layers"]] == [0, 1, 2] and found["best"] in (0, 1, 2) and found["reasons"]
-    assert all(0.4 < v <= 1 for x in found["layers"] for v in x["aurocs"].values()) and len(found["concepts"]) >= 3
-    assert {p.name for p in tmp_path.glob("[!.]*")} == {"layers.csv", "layers.json", "layers.png", "layers.svg", "request.json"}
+    assert (
+        [x["block"] for x in found["layers"]] == [0, 1, 2] and found["best"] in (0, 1, 2) and found["reasons"]
+    )
+    assert (
+        all(0.4 < v <= 1 for x in found["layers"] for v in x["aurocs"].values())
+        and len(found["concepts"]) >= 3
+    )
+    assert {p.name for p in tmp_path.glob("[!.]*")} == {
+        "layers.csv",
+        "layers.json",
+        "layers.png",
+        "layers.svg",
+        "request.json",
+    }
     shown = cli(*args, "--blocks", "1")
     assert "Recommended" in shown.stdout and " 1 *" in shown.stdout.replace("1 *", " 1 *")
-    for change, message in ((["--blocks", "7"], "no hook 'blocks.7"), (["--max-tokens", "64"], "take more tokens"), (["--corpus", "/nowhere"], "no corpus")):
+    for change, message in (
+        (["--blocks", "7"], "no hook 'blocks.7"),
+        (["--max-tokens", "64"], "take more tokens"),
+        (["--corpus", "/nowhere"], "no corpus"),
+    ):
         done = cli(*args, *change)
         assert done.returncode == 2 and message in done.stderr, done.stderr
 

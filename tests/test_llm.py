@@ -9,7 +9,14 @@ import anyio
 import pytest
 from endpoint import KEY, completion, endpoint
 
-from featureinterp.errors import EndpointRefusedError, EndpointUnavailableError, InputError, LanguageModelError, MalformedReplyError, RequestRefusedError
+from featureinterp.errors import (
+    EndpointRefusedError,
+    EndpointUnavailableError,
+    InputError,
+    LanguageModelError,
+    MalformedReplyError,
+    RequestRefusedError,
+)
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.limited import Limited
 from featureinterp.llm.metered import Metered
@@ -40,11 +47,24 @@ def ask(url: str, request: Request = ASK, wrap: Any = lambda m: m, **options: An
 def test_a_request_and_its_reply():
     with endpoint(lambda _: completion("Yes", logprobs={"Yes": -0.25, "No": -1.5})) as server:
         schema = {"type": "object"}
-        reply = ask(server.url, Request((Message("system", "s"), Message("user", "u")), 7, 0.5, 3, schema=schema, top_logprobs=5, stop=("x",)))
+        reply = ask(
+            server.url,
+            Request(
+                (Message("system", "s"), Message("user", "u")),
+                7,
+                0.5,
+                3,
+                schema=schema,
+                top_logprobs=5,
+                stop=("x",),
+            ),
+        )
     sent = server.ledger[0]
     assert sent["path"] == "/v1/chat/completions" and sent["key"] == f"Bearer {KEY}"
     assert sent["body"]["response_format"]["json_schema"]["schema"] == schema
-    assert {k: sent["body"][k] for k in ("model", "max_tokens", "temperature", "seed", "top_logprobs", "stop")} == {
+    assert {
+        k: sent["body"][k] for k in ("model", "max_tokens", "temperature", "seed", "top_logprobs", "stop")
+    } == {
         "model": "m",
         "max_tokens": 7,
         "temperature": 0.5,
@@ -52,7 +72,11 @@ def test_a_request_and_its_reply():
         "top_logprobs": 5,
         "stop": ["x"],
     }
-    assert reply.text == "Yes" and reply.first_token[0] == {"Yes": -0.25, "No": -1.5} and reply.truncated == (False,)
+    assert (
+        reply.text == "Yes"
+        and reply.first_token[0] == {"Yes": -0.25, "No": -1.5}
+        and reply.truncated == (False,)
+    )
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.cost_usd) == (11, 3, None)
 
 
@@ -68,11 +92,18 @@ def test_a_request_and_its_reply():
         (503, EndpointUnavailableError, "HTTP 503"),
     ],
 )
-def test_refusals_say_what_to_do_and_never_show_the_key(status: int, error: type[LanguageModelError], hint: str):
-    with endpoint(lambda _: (status, {}, {"error": {"message": "it is purple"}})) as server, pytest.raises(error, match=hint) as caught:
+def test_refusals_say_what_to_do_and_never_show_the_key(
+    status: int, error: type[LanguageModelError], hint: str
+):
+    with (
+        endpoint(lambda _: (status, {}, {"error": {"message": "it is purple"}})) as server,
+        pytest.raises(error, match=hint) as caught,
+    ):
         ask(server.url)
     assert KEY not in str(caught.value) and "\n" not in str(caught.value) and len(server.ledger) == 1
-    assert caught.value.__cause__ is None and KEY not in repr(OpenAIModel(server.url, "m", api_key_env="TEST_KEY"))
+    assert caught.value.__cause__ is None and KEY not in repr(
+        OpenAIModel(server.url, "m", api_key_env="TEST_KEY")
+    )
 
 
 def test_an_endpoint_that_is_down():
@@ -85,7 +116,10 @@ def test_an_endpoint_that_is_down():
 def test_a_dropped_connection_and_garbage_are_domain_errors():
     with endpoint(lambda _: (0, {}, b"")) as server, pytest.raises(EndpointUnavailableError):
         ask(server.url)
-    with endpoint(lambda _: {"object": "nothing"}) as server, pytest.raises(MalformedReplyError, match="OpenAI-compatible"):
+    with (
+        endpoint(lambda _: {"object": "nothing"}) as server,
+        pytest.raises(MalformedReplyError, match="OpenAI-compatible"),
+    ):
         ask(server.url)
 
 

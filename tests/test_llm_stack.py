@@ -1,4 +1,6 @@
-"""Everything around the adapter: limits per minute, the cache, what is learnt from refusals, prices, prompts that are read, the probe."""
+"""Everything around the adapter: limits per minute, the cache, what is learnt from refusals, prices, prompts
+that are read, the probe.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,15 @@ class Clock:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 7), st.integers(1, 5), st.integers(1, 40), st.lists(st.floats(0, 30), min_size=1, max_size=40))
-def test_no_minute_sees_more_requests_than_allowed(rpm: int, concurrency: int, n: int, durations: list[float]):
+@given(
+    st.integers(1, 7),
+    st.integers(1, 5),
+    st.integers(1, 40),
+    st.lists(st.floats(0, 30), min_size=1, max_size=40),
+)
+def test_no_minute_sees_more_requests_than_allowed(
+    rpm: int, concurrency: int, n: int, durations: list[float]
+):
     clock, sent = Clock(), []
 
     class Model:
@@ -81,7 +90,10 @@ def test_no_minute_sees_more_requests_than_allowed(rpm: int, concurrency: int, n
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 400), st.integers(0, 50)), min_size=1, max_size=30), st.integers(600, 2000))
+@given(
+    st.lists(st.tuples(st.integers(1, 400), st.integers(0, 50)), min_size=1, max_size=30),
+    st.integers(600, 2000),
+)
 def test_no_minute_sees_more_tokens_than_allowed(sizes: list[tuple[int, int]], tpm: int):
     clock, sent = Clock(), []
 
@@ -142,7 +154,9 @@ def cached(model: Any, path: Path, **options: Any) -> Cached:
 
 
 def test_what_was_answered_is_not_asked_again(tmp_path: Path):
-    reply = Reply(("é\n",), (True,), Usage(1, 5, 2, 0.5, 0.25), ({"a": -0.5, "b": -math.inf},), ({"c": -1.0},))
+    reply = Reply(
+        ("é\n",), (True,), Usage(1, 5, 2, 0.5, 0.25), ({"a": -0.5, "b": -math.inf},), ({"c": -1.0},)
+    )
     model = FunctionModel(lambda _: reply)
     assert anyio.run(cached(model, tmp_path / "r.sqlite").complete, asking()) == reply
     assert anyio.run(cached(model, tmp_path / "r.sqlite").complete, asking()) == reply
@@ -168,8 +182,12 @@ def test_everything_that_can_change_an_answer_is_in_the_key(change: dict[str, An
     one = cached(FunctionModel(lambda _: "x"), tmp_path / "r.sqlite", identity="a")
     assert one.key(asking()) == one.key(asking(check=len))
     assert one.key(asking()) != one.key(Request(**({"messages": asking().messages} | change)))
-    assert one.key(asking()) != cached(FunctionModel(lambda _: "x"), tmp_path / "r.sqlite", identity="b").key(asking())
-    assert one.key(asking()) != cached(FunctionModel(lambda _: "x", "other"), tmp_path / "r.sqlite", identity="a").key(asking())
+    assert one.key(asking()) != cached(FunctionModel(lambda _: "x"), tmp_path / "r.sqlite", identity="b").key(
+        asking()
+    )
+    assert one.key(asking()) != cached(
+        FunctionModel(lambda _: "x", "other"), tmp_path / "r.sqlite", identity="a"
+    ).key(asking())
 
 
 def test_equal_requests_at_once_are_one(tmp_path: Path):
@@ -212,7 +230,9 @@ def test_who_waits_for_a_request_that_is_cancelled_asks_anew(tmp_path: Path):
     assert [r.text for r in anyio.run(go)] == ["x"] and len(model.requests) == 2
 
 
-def test_a_reply_that_is_no_answer_settles_what_would_be_answered_the_same_and_is_asked_for_again_on_request(tmp_path: Path):
+def test_a_reply_that_is_no_answer_settles_what_would_be_answered_the_same_and_is_asked_for_again_on_request(
+    tmp_path: Path,
+):
     def check(reply: Reply) -> None:
         if reply.text != "good":
             raise MalformedReplyError("bad")
@@ -225,7 +245,9 @@ def test_a_reply_that_is_no_answer_settles_what_would_be_answered_the_same_and_i
     for request in (asking(check=check), asking(check=check, temperature=0.5, seed=3)):
         assert answers(request, "bad", "good") == ["bad", "bad", "bad"]
         assert answers(request, "unused") == ["bad", "bad", "bad"]
-        assert answers(request, "worse", "good", retry_failed=True) == ["worse", "worse", "worse"], "once in a run"
+        assert answers(request, "worse", "good", retry_failed=True) == ["worse", "worse", "worse"], (
+            "once in a run"
+        )
         assert answers(request, "good", "other", retry_failed=True) == ["good", "good", "good"]
         assert answers(request, "unused", retry_failed=True) == ["good", "good", "good"]
     assert answers(asking(check=check, temperature=0.5), "bad", "good") == ["bad", "good", "good"]
@@ -291,7 +313,12 @@ def test_a_form_of_reply_that_is_refused_gives_way_to_a_looser_one_once():
         return '{"a": "x"}'
 
     _, bodies, model = serve(answer, asking(schema=SCHEMA), asking("again", schema=SCHEMA))
-    assert [b.get("response_format", {}).get("type") for b in bodies] == ["json_schema", "json_object", None, None]
+    assert [b.get("response_format", {}).get("type") for b in bodies] == [
+        "json_schema",
+        "json_object",
+        None,
+        None,
+    ]
     assert model.accepts.reply_form == "text"
 
 
@@ -305,14 +332,31 @@ def test_a_form_of_reply_that_is_refused_gives_way_to_a_looser_one_once():
         ("n", "Only n = 1 is supported", {"n": 3}),
     ],
 )
-def test_a_parameter_that_is_refused_is_left_out_from_then_on(field: str, message: str, fields: dict[str, Any]):
-    replies, bodies, _ = serve(lambda b: (400, {}, {"error": {"message": message}}) if field in b else "fine", asking(**fields), asking("more", **fields))
-    assert [r.text for r in replies] == ["fine", "fine"] and [field in b for b in bodies] == [True, False, False]
+def test_a_parameter_that_is_refused_is_left_out_from_then_on(
+    field: str, message: str, fields: dict[str, Any]
+):
+    replies, bodies, _ = serve(
+        lambda b: (400, {}, {"error": {"message": message}}) if field in b else "fine",
+        asking(**fields),
+        asking("more", **fields),
+    )
+    assert [r.text for r in replies] == ["fine", "fine"] and [field in b for b in bodies] == [
+        True,
+        False,
+        False,
+    ]
     assert field != "max_tokens" or bodies[-1]["max_completion_tokens"] == 512
 
 
 def test_bodies_that_are_no_completion_are_errors_of_ours():
-    for body in (b"<html>hello</html>", b'"text"', b"[]", b'{"choices": [{"message": 3}]}', b'{"choices": 5}', b""):
+    for body in (
+        b"<html>hello</html>",
+        b'"text"',
+        b"[]",
+        b'{"choices": [{"message": 3}]}',
+        b'{"choices": 5}',
+        b"",
+    ):
         with pytest.raises((MalformedReplyError, EndpointUnavailableError, EndpointRefusedError)):
             serve(lambda _, body=body: (200, {}, body), asking())
 
@@ -320,9 +364,16 @@ def test_bodies_that_are_no_completion_are_errors_of_ours():
 def test_half_a_character_that_an_endpoint_sends_stops_no_job(tmp_path: Path):
     words = "half \ud83d of one"
     said = completion(words, logprobs={words: -0.1})
-    pieces = "".join(f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'content': half}}]})}\n\n" for half in ("\ud83d", "\ude00"))
+    pieces = "".join(
+        f"data: {json.dumps({'choices': [{'index': 0, 'delta': {'content': half}}]})}\n\n"
+        for half in ("\ud83d", "\ude00")
+    )
     stream = (200, {"content-type": "text/event-stream"}, (pieces + "data: [DONE]\n\n").encode())
-    (whole, cut), _, _ = serve(lambda body: stream if "stream" in str(body) else said, asking("stream"), asking("one", top_logprobs=2))
+    (whole, cut), _, _ = serve(
+        lambda body: stream if "stream" in str(body) else said,
+        asking("stream"),
+        asking("one", top_logprobs=2),
+    )
     assert whole.text == "😀" and cut.text == "half \ufffd of one" and cut.first_token[0] == {cut.text: -0.1}
     ReplyStore(tmp_path / "r.sqlite").put("key", "m", cut)
     with pytest.raises(RequestRefusedError, match="half \ufffd of one"):
@@ -351,7 +402,10 @@ def test_a_key_that_the_endpoint_quotes_is_not_repeated(monkeypatch: pytest.Monk
         finally:
             await model.aclose()
 
-    with endpoint(lambda _: (400, {}, {"error": {"message": f"the key {KEY} may not"}})) as server, pytest.raises(Exception, match=r"the key \*\*\*") as e:
+    with (
+        endpoint(lambda _: (400, {}, {"error": {"message": f"the key {KEY} may not"}})) as server,
+        pytest.raises(Exception, match=r"the key \*\*\*") as e,
+    ):
         anyio.run(go, server.url)
     assert KEY not in str(e.value) and KEY not in repr(vars(e.value))
 
@@ -367,11 +421,18 @@ def read_answer(way: str) -> Any:
         if "messages" in body:
             return completion('{"colour": "red"}', logprobs={"x": -0.1} if body.get("logprobs") else None)
         if way == "prompt_logprobs" and "prompt_logprobs" in body:
-            entry = {"17": {"logprob": -0.5, "rank": 1, "decoded_token": "3"}, "18": {"logprob": -1.5, "rank": 2, "decoded_token": "4"}}
+            entry = {
+                "17": {"logprob": -0.5, "rank": 1, "decoded_token": "3"},
+                "18": {"logprob": -1.5, "rank": 2, "decoded_token": "4"},
+            }
             choice["prompt_logprobs"] = [None] + [entry] * (len(body["prompt"]) - 1)
         if way == "echo" and body.get("echo"):
             n = len(body["prompt"])
-            choice["logprobs"] = {"tokens": ["t"] * n, "token_logprobs": [None] + [-1.0] * (n - 1), "text_offset": list(range(n))}
+            choice["logprobs"] = {
+                "tokens": ["t"] * n,
+                "token_logprobs": [None] + [-1.0] * (n - 1),
+                "text_offset": list(range(n)),
+            }
             choice["logprobs"]["top_logprobs"] = [None] + [{"3": -0.5, "4": -1.5}] * (n - 1)
         elif "echo" in body or way == "none":
             return 400, {}, {"error": {"message": "echo is not supported"}}
@@ -398,9 +459,16 @@ def test_the_probe_finds_what_an_endpoint_can_do(tmp_path: Path, monkeypatch: py
     with endpoint(read_answer("echo")) as server:
         there = Endpoint(server.url, "m", None)
         found = anyio.run(probe, there, Price(1, 10))
-    assert (found.reply_form, found.follows, found.logprobs, found.choices) == ("json_schema", True, True, False)
+    assert (found.reply_form, found.follows, found.logprobs, found.choices) == (
+        "json_schema",
+        True,
+        True,
+        False,
+    )
     assert found.prompt_logprobs == "echo" and found.order_matters is False
-    assert found.usage.cost_usd == pytest.approx((found.usage.prompt_tokens + 10 * found.usage.completion_tokens) / 1e6)
+    assert found.usage.cost_usd == pytest.approx(
+        (found.usage.prompt_tokens + 10 * found.usage.completion_tokens) / 1e6
+    )
     assert recall(there) == found and recall(Endpoint(server.url, "other", None)) is None
     assert dict(found.lines())["prompt logprobs"] == "yes (echo)"
 
@@ -428,7 +496,10 @@ def test_metering_prices_and_stops_what_was_refused():
 
 
 def test_prices():
-    assert price_of("openai/gpt-4o-mini") == price_of("gpt-4o-mini") == Price(0.15, 0.6, 0.075) and price_of("mine") is None
+    assert (
+        price_of("openai/gpt-4o-mini") == price_of("gpt-4o-mini") == Price(0.15, 0.6, 0.075)
+        and price_of("mine") is None
+    )
 
 
 def test_a_backoff_holds_no_slot():
@@ -469,7 +540,11 @@ def test_budgets():
     guard.before()
     used = Usage(1, 50, 49, 0.0, 0.99)
     guard.before()
-    for spent, later, word in ((Usage(1, 0, 0, 0.0, 1.0), 0.0, "\\$1"), (Usage(1, 60, 40), 0.0, "100 tokens"), (Usage(), 120.0, "2 minutes")):
+    for spent, later, word in (
+        (Usage(1, 0, 0, 0.0, 1.0), 0.0, "\\$1"),
+        (Usage(1, 60, 40), 0.0, "100 tokens"),
+        (Usage(), 120.0, "2 minutes"),
+    ):
         used, now[0] = spent, later
         with pytest.raises(BudgetReachedError, match=word):
             guard.before()
@@ -501,7 +576,11 @@ def test_the_whole_stack_over_http(tmp_path: Path):
         async with open_stack(Endpoint(url, "m", None, concurrency=4), meter, price=Price(1, 1)) as stack:
             await stack.check()
             model = stack.model(ReplyStore(tmp_path / "r.sqlite"))
-            return meter, await model.complete(asking(schema=SCHEMA)), await model.complete(asking(schema=SCHEMA))
+            return (
+                meter,
+                await model.complete(asking(schema=SCHEMA)),
+                await model.complete(asking(schema=SCHEMA)),
+            )
 
     with endpoint() as server:
         meter, one, two = anyio.run(go, server.url)
@@ -530,9 +609,18 @@ def test_the_configuration_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         load_config().endpoint("fast")
     path.write_text(CONFIG)
     config = load_config()
-    assert config.price(config.endpoint("fast")) == Price(1, 2) and config.price(config.endpoint("dear")) == Price(3, 4)
-    assert config.price(Endpoint()) == Price(0, 0) and config.price(Endpoint("http://x/v1", "unheard-of")) is None
-    for text, words in (("[endpoints.a]\nbase_ur = 1", "base_ur"), ("x", "cannot be read"), ("[endpoints.a]\nconcurrency = 'x'", "concurrency")):
+    assert config.price(config.endpoint("fast")) == Price(1, 2) and config.price(
+        config.endpoint("dear")
+    ) == Price(3, 4)
+    assert (
+        config.price(Endpoint()) == Price(0, 0)
+        and config.price(Endpoint("http://x/v1", "unheard-of")) is None
+    )
+    for text, words in (
+        ("[endpoints.a]\nbase_ur = 1", "base_ur"),
+        ("x", "cannot be read"),
+        ("[endpoints.a]\nconcurrency = 'x'", "concurrency"),
+    ):
         path.write_text(text)
         with pytest.raises(InputError, match=words):
             load_config()

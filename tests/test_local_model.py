@@ -1,4 +1,6 @@
-"""A transformers model as language model and as reader of prompts, against the library itself and against the local simulator."""
+"""A transformers model as language model and as reader of prompts, against the library itself and against the
+local simulator.
+"""
 
 from __future__ import annotations
 
@@ -54,8 +56,14 @@ def test_greedy_generation_is_the_model_s_own_argmax():
             if ids[-1] == tok.eos_token_id:
                 break
     whole = ids[-1] == tok.eos_token_id
-    assert reply.texts == (tok.decode(ids[start : -1 if whole else None], skip_special_tokens=True),) and reply.truncated == (not whole,)
-    assert reply.usage.prompt_tokens == start and reply.usage.completion_tokens == len(ids) - start and reply.usage.cost_usd == 0
+    assert reply.texts == (
+        tok.decode(ids[start : -1 if whole else None], skip_special_tokens=True),
+    ) and reply.truncated == (not whole,)
+    assert (
+        reply.usage.prompt_tokens == start
+        and reply.usage.completion_tokens == len(ids) - start
+        and reply.usage.cost_usd == 0
+    )
     values, places = first.topk(4)
     expected: dict[str, float] = {}
     for value, place in zip(values.tolist(), places.tolist(), strict=True):
@@ -89,7 +97,10 @@ def test_what_cannot_be_answered():
 
 
 def questions(n: int, **settings: Any) -> list[Request]:
-    return [Request((*ASK, Message("user", f"the army of {'many ' * i}men")), 4, top_logprobs=5, **settings) for i in range(n)]
+    return [
+        Request((*ASK, Message("user", f"the army of {'many ' * i}men")), 4, top_logprobs=5, **settings)
+        for i in range(n)
+    ]
 
 
 def ask_all(model: LocalModel, requests: list[Request]) -> list[Reply]:
@@ -101,14 +112,20 @@ def ask_all(model: LocalModel, requests: list[Request]) -> list[Reply]:
 def test_short_answers_in_one_pass_are_those_of_one_at_a_time(family: str, known: bool):
     loaded = parts(family)
     alone = [ask(LocalModel(lambda: loaded, name="tiny"), request) for request in questions(9)]
-    answers = tuple(tok_text for reply in alone for tok_text in reply.first_token[0]) if known else ("none of its words",)
+    answers = (
+        tuple(tok_text for reply in alone for tok_text in reply.first_token[0])
+        if known
+        else ("none of its words",)
+    )
     together = ask_all(LocalModel(lambda: loaded, name="tiny"), questions(9, answers=answers))
     for one, other in zip(alone, together, strict=True):
         assert other.first_token[0] == pytest.approx(one.first_token[0], abs=1e-4)
         assert other.usage.prompt_tokens == one.usage.prompt_tokens
         if known:  # it ends with its first token
             assert (
-                other.text == max(one.first_token[0], key=one.first_token[0].__getitem__) and other.truncated == (False,) and other.usage.completion_tokens == 1
+                other.text == max(one.first_token[0], key=one.first_token[0].__getitem__)
+                and other.truncated == (False,)
+                and other.usage.completion_tokens == 1
             )
         else:
             assert other.text == one.text and other.truncated == one.truncated
@@ -118,9 +135,18 @@ def test_what_questions_have_in_common_is_read_once(monkeypatch: pytest.MonkeyPa
     loaded = parts()
     model, read = LocalModel(lambda: loaded, name="tiny"), []
     prefix, hidden = PrefixModel.prefix, PrefixModel.hidden
-    monkeypatch.setattr(PrefixModel, "prefix", lambda self, ids, before=None: read.append(len(ids)) or prefix(self, ids, before))
-    monkeypatch.setattr(PrefixModel, "hidden", lambda self, before, ids: read.append(ids.numel()) or hidden(self, before, ids))
-    asked = [Request((*ASK, Message("user", f"the army of men {i}")), 1, top_logprobs=5, answers=("x",)) for i in range(8)]
+    monkeypatch.setattr(
+        PrefixModel,
+        "prefix",
+        lambda self, ids, before=None: read.append(len(ids)) or prefix(self, ids, before),
+    )
+    monkeypatch.setattr(
+        PrefixModel, "hidden", lambda self, before, ids: read.append(ids.numel()) or hidden(self, before, ids)
+    )
+    asked = [
+        Request((*ASK, Message("user", f"the army of men {i}")), 1, top_logprobs=5, answers=("x",))
+        for i in range(8)
+    ]
     ids = [model._ids(request) for request in asked]
     common = len(shared_tokens(ids))
     ask(model, asked[0])
@@ -153,7 +179,11 @@ def test_a_question_that_fails_or_is_cancelled_takes_no_other_with_it():
                     scope.cancel()
 
     anyio.run(go)
-    assert isinstance(got.pop(1), RequestRefusedError) and set(got) >= {2, 3, 4, 5, 6} and all(isinstance(r, Reply) for r in got.values())
+    assert (
+        isinstance(got.pop(1), RequestRefusedError)
+        and set(got) >= {2, 3, 4, 5, 6}
+        and all(isinstance(r, Reply) for r in got.values())
+    )
 
 
 def test_the_event_loop_goes_on_while_the_model_computes():
@@ -189,7 +219,9 @@ def test_a_simulator_and_a_language_model_on_one_model_do_not_disturb_each_other
 
         async def asked(request: Request, known: Reply) -> None:
             reply = await model.complete(request)
-            assert reply.texts == known.texts and reply.first_token[0] == pytest.approx(known.first_token[0], abs=1e-4)
+            assert reply.texts == known.texts and reply.first_token[0] == pytest.approx(
+                known.first_token[0], abs=1e-4
+            )
 
         async with anyio.create_task_group() as group:
             for _ in range(10):
@@ -233,15 +265,29 @@ def test_reading_over_http_in_either_form(way: str):
         for row in table[:-1].tolist():
             pairs = [(text, token, row[token]) for text, token in levels.items()]
             if way == "prompt_logprobs":
-                rows.append({str(token): {"logprob": p, "rank": 1, "decoded_token": text} for text, token, p in pairs})
+                rows.append(
+                    {str(token): {"logprob": p, "rank": 1, "decoded_token": text} for text, token, p in pairs}
+                )
             else:
                 rows.append({text: p for text, _, p in pairs})
         choice: dict[str, Any] = {"index": 0, "text": "x", "finish_reason": "length", "logprobs": None}
         if way == "echo":
-            choice["logprobs"] = {"tokens": ["t"] * len(rows), "token_logprobs": [None] * len(rows), "top_logprobs": rows, "text_offset": [0] * len(rows)}
+            choice["logprobs"] = {
+                "tokens": ["t"] * len(rows),
+                "token_logprobs": [None] * len(rows),
+                "top_logprobs": rows,
+                "text_offset": [0] * len(rows),
+            }
         else:
             choice["prompt_logprobs"] = rows
-        return {"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [choice], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+        return {
+            "id": "x",
+            "object": "text_completion",
+            "created": 0,
+            "model": "m",
+            "choices": [choice],
+            "usage": {"prompt_tokens": 1, "completion_tokens": 1},
+        }
 
     async def go(url: str) -> Any:
         endpoint_model = OpenAIModel(url, "m", api_key_env=None)

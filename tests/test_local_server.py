@@ -1,4 +1,6 @@
-"""The embedded model's server: how it starts, how many requests it gets, and how long one may take. Stand-in commands play it."""
+"""The embedded model's server: how it starts, how many requests it gets, and how long one may take. Stand-in
+commands play it.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,21 @@ def python(code: str) -> tuple[str, ...]:
 
 
 def test_a_server_that_starts_gets_its_settings_and_ends_with_the_block():
-    code = READ_SETTINGS + "print(f\"http://127.0.0.1:1/{s['slots']}/{s['threads']}\", flush=True); print('noise'); sys.stdin.read()"
+    code = (
+        READ_SETTINGS
+        + "print(f\"http://127.0.0.1:1/{s['slots']}/{s['threads']}\", flush=True); print('noise'); "
+        "sys.stdin.read()"
+    )
     with local_server(Path("m.gguf"), slots=3, threads=5, command=python(code)) as server:
         assert server.base_url == "http://127.0.0.1:1/3/5" and server.process.poll() is None
     assert server.process.poll() == 0
 
 
 def test_a_start_that_hangs_is_an_error_with_the_server_s_last_lines():
-    code = "import sys, time\nfor line in ('loading', 'still loading', 'waiting for a lock'): print(line, file=sys.stderr, flush=True)\ntime.sleep(600)"
+    code = (
+        "import sys, time\nfor line in ('loading', 'still loading', 'waiting for a lock'): print(line, "
+        "file=sys.stderr, flush=True)\ntime.sleep(600)"
+    )
     said = r"m\.gguf did not start within 1 s: loading; still loading; waiting for a lock"
     hangs = local_server(Path("m.gguf"), timeout_s=1, command=python(code))
     with pytest.raises(EndpointUnavailableError, match=said), hangs:
@@ -44,7 +53,10 @@ def test_a_server_that_ends_at_once_is_an_error_with_its_last_words():
     ends = local_server(Path("m.gguf"), command=python("import sys; sys.exit('the file is no model')"))
     with pytest.raises(EndpointUnavailableError, match="did not start: the file is no model"), ends:
         raise AssertionError("it did not start")
-    with pytest.raises(EndpointUnavailableError, match="it printed nothing"), local_server(Path("m.gguf"), command=python(READ_SETTINGS)):
+    with (
+        pytest.raises(EndpointUnavailableError, match="it printed nothing"),
+        local_server(Path("m.gguf"), command=python(READ_SETTINGS)),
+    ):
         raise AssertionError("it did not start")
 
 
@@ -112,5 +124,7 @@ def test_a_reply_that_does_not_come_in_time_is_one_sentence(monkeypatch: pytest.
     async def go() -> Any:
         return await model.complete(ASK)
 
-    with pytest.raises(EndpointUnavailableError, match="did not answer within 0 s, 6 times what its speed so far"):
+    with pytest.raises(
+        EndpointUnavailableError, match="did not answer within 0 s, 6 times what its speed so far"
+    ):
         anyio.run(go)

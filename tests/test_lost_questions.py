@@ -30,7 +30,9 @@ def job(run: Path, out: Path, url: str, features: tuple[int, ...], **fields: Any
     llm = fi.Endpoint(url, "m", None, price=Price(1, 1), max_attempts=1)
     plan = fi.Plan(n_test=2, n_valid=2, negatives=("random",))
     made = {"simulator": "lexical", "max_failure_rate": 1.0} | fields
-    return fi.Job(run=run, out=out, features=features, llm=llm, plan=plan, records=fi.RecordPolicy(COUNTS), **made)
+    return fi.Job(
+        run=run, out=out, features=features, llm=llm, plan=plan, records=fi.RecordPolicy(COUNTS), **made
+    )
 
 
 def refusing(which: Callable[[int], bool]) -> Callable[[dict[str, Any]], Any]:
@@ -54,12 +56,19 @@ def stages(out: Path) -> set[tuple[str, str]]:
     return set(rows)
 
 
-def test_a_stage_of_which_no_question_was_answered_has_failed(run: Path, features: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_stage_of_which_no_question_was_answered_has_failed(
+    run: Path, features: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     out = tmp_path / "out"
     with endpoint(refusing(lambda n: n > 1)) as server:  # the first one is the check of the endpoint
         results = fi.run(job(run, out, server.url, features[:3]))
     assert results.outcome is not None and set(results.outcome.status.values()) == {"failed"}
-    assert {("detection", "failed"), ("fuzzing", "failed"), ("complexity", "failed"), ("explain", "done")} <= stages(out)
+    assert {
+        ("detection", "failed"),
+        ("fuzzing", "failed"),
+        ("complexity", "failed"),
+        ("explain", "done"),
+    } <= stages(out)
     for result in results:
         assert result.explanation is not None and result.score("correlation") is not None
         assert {f.stage for f in result.failures} >= {"detection", "fuzzing", "complexity"}
@@ -69,10 +78,19 @@ def test_a_stage_of_which_no_question_was_answered_has_failed(run: Path, feature
     with pytest.raises(typer.Exit) as ended:
         end(Screen(), results)
     said = capsys.readouterr().err
-    assert ended.value.exit_code == 1 and "3 of 3 features failed" in said and "arrears" in said and "detection" in said
+    assert (
+        ended.value.exit_code == 1
+        and "3 of 3 features failed" in said
+        and "arrears" in said
+        and "detection" in said
+    )
     with endpoint() as server:
         again = fi.run(job(run, tmp_path / "again", server.url, features[:3]))
-    assert again.outcome is not None and set(again.outcome.status.values()) == {"done"} and not fi.status(again.folder).causes
+    assert (
+        again.outcome is not None
+        and set(again.outcome.status.values()) == {"done"}
+        and not fi.status(again.folder).causes
+    )
 
 
 def test_they_count_for_the_limit_of_failures(run: Path, features: tuple[int, ...], tmp_path: Path):
@@ -81,7 +99,9 @@ def test_they_count_for_the_limit_of_failures(run: Path, features: tuple[int, ..
     assert isinstance(results.stopped, TooManyFailuresError) and "arrears" in str(results.stopped)
 
 
-def test_some_questions_without_an_answer_are_gaps_with_their_causes(run: Path, features: tuple[int, ...], tmp_path: Path):
+def test_some_questions_without_an_answer_are_gaps_with_their_causes(
+    run: Path, features: tuple[int, ...], tmp_path: Path
+):
     out = tmp_path / "out"
     with endpoint(refusing(lambda n: n > 1 and n % 4 == 0)) as server:
         results = fi.run(job(run, out, server.url, features[:3]))
@@ -90,7 +110,11 @@ def test_some_questions_without_an_answer_are_gaps_with_their_causes(run: Path, 
     causes = fi.status(out).causes
     gaps = [c for c in causes if c["error"] == "RequestRefusedError"]
     assert gaps and all("arrears" in c["message"] and c["n"] >= 1 for c in gaps)
-    rows = sqlite3.connect(out / "journal.sqlite").execute("SELECT provenance FROM results WHERE status = 'partial'").fetchall()
+    rows = (
+        sqlite3.connect(out / "journal.sqlite")
+        .execute("SELECT provenance FROM results WHERE status = 'partial'")
+        .fetchall()
+    )
     assert rows and all(sum(json.loads(p)["gaps"].values()) > 0 for (p,) in rows)
 
 
@@ -104,4 +128,6 @@ def test_what_was_estimated_is_kept_and_said(run: Path, features: tuple[int, ...
         n = len(server.ledger)
     assert results.outcome is not None and results.outcome.progress.estimated == n
     found = fi.status(out).stages
-    assert sum(s["estimated"] for s in found) >= n - 1 and all(s["cost_usd"] > 0 for s in found if s["estimated"])
+    assert sum(s["estimated"] for s in found) >= n - 1 and all(
+        s["cost_usd"] > 0 for s in found if s["estimated"]
+    )

@@ -71,7 +71,9 @@ def test_which_processors_have_bfloat16(instructions: str, flags: dict, environm
         (replace(GPU, accelerator="mps"), None, None, ("mps", "bfloat16")),
     ],
 )
-def test_auto_is_what_the_device_computes_itself(machine: Machine, device: str, made_in: str, expected: tuple):
+def test_auto_is_what_the_device_computes_itself(
+    machine: Machine, device: str, made_in: str, expected: tuple
+):
     assert (machine.device(device), machine.dtype(None, device, made_in=made_in)) == expected
     assert machine.dtype("auto", device, made_in=made_in) == expected[1]
 
@@ -103,7 +105,9 @@ def test_what_is_said_of_a_choice(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(("seconds", "expected"), [((4.0, 1.0), "emulated"), ((1.0, 2.0), "native")])
-def test_a_processor_that_is_not_known_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float], expected: str):
+def test_a_processor_that_is_not_known_is_measured_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: tuple[float, float], expected: str
+):
     monkeypatch.setenv("FEATUREINTERP_CACHE", str(tmp_path))
     monkeypatch.setattr(rooms.platform, "machine", lambda: "riscv64")
     asked = []
@@ -125,7 +129,9 @@ def test_a_processor_that_is_not_known_is_measured_once(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize(("collected", "lives"), [("bfloat16", "float32"), ("float32", "bfloat16")])
-def test_a_run_s_model_may_run_in_another_dtype_and_its_keys_say_so(tmp_path: Path, corpus_file: Path, collected: str, lives: str):
+def test_a_run_s_model_may_run_in_another_dtype_and_its_keys_say_so(
+    tmp_path: Path, corpus_file: Path, collected: str, lives: str
+):
     """The checkpoint holds bfloat16 numbers, as most do, so that both dtypes have the same weights."""
     folder = make_subject_folder(tmp_path / "m", "llama", dtype=torch.bfloat16)
     sae_folder = tmp_path / "sae"
@@ -141,7 +147,9 @@ def test_a_run_s_model_may_run_in_another_dtype_and_its_keys_say_so(tmp_path: Pa
     texts = [store.windows.text(row) for row in range(4)]
     windows = activator._read(3, texts)
     assert [len(w.activations) for w in windows] == [len(w.pieces) for w in windows] and len(windows) == 4
-    assert activator.settings == {**live_settings(store), "dtype": lives} and "dtype" not in live_settings(store, collected)
+    assert activator.settings == {**live_settings(store), "dtype": lives} and "dtype" not in live_settings(
+        store, collected
+    )
     subject, _ = subject_of(store, None, str(sae_folder), "cpu")
     assert str(subject.dtype).removeprefix("torch.") == this_machine().dtype(None, "cpu", made_in=collected)
 
@@ -151,10 +159,14 @@ def test_weights_that_cannot_be_told_in_another_dtype_are_refused_in_one_sentenc
     made_by, rounded = (load_subject(str(folder), device="cpu", dtype=d) for d in ("float32", "bfloat16"))
     recorded = {"name": "m", "fingerprint": made_by.fingerprint, "dtype": "float32"}
     check_same_model(made_by, recorded, "the codes")
-    check_same_model(made_by, {"name": "m", "fingerprint": rounded.fingerprint, "dtype": "bfloat16"}, "the codes")
+    check_same_model(
+        made_by, {"name": "m", "fingerprint": rounded.fingerprint, "dtype": "bfloat16"}, "the codes"
+    )
     with pytest.raises(IncompatibleError, match="run it in float32 as they were, not in bfloat16"):
         check_same_model(rounded, recorded, "the codes")
-    other = load_subject(str(make_subject_folder(tmp_path / "o", "llama", scale=0.2)), device="cpu", dtype="float32")
+    other = load_subject(
+        str(make_subject_folder(tmp_path / "o", "llama", scale=0.2)), device="cpu", dtype="float32"
+    )
     with pytest.raises(IncompatibleError, match="another model"):
         check_same_model(other, recorded, "the codes")
 
@@ -169,7 +181,10 @@ def test_a_recipe_leaves_with_what_was_chosen(monkeypatch: pytest.MonkeyPatch):
         assert (chosen.subject.dtype, chosen.training.precision) == (dtype, dtype)
         assert resolved(fitted(recipe, source), None, made_in="bfloat16").subject.dtype == dtype
     named = make_recipe({"subject": {"dtype": "float16"}})
-    assert resolved(named, None).subject.dtype == "float16" and resolved(named, None).training.precision == "float32"
+    assert (
+        resolved(named, None).subject.dtype == "float16"
+        and resolved(named, None).training.precision == "float32"
+    )
     with pytest.raises(IncompatibleError, match="dtype 'bfloat16'"):
         fitted(named, source)
 
@@ -180,7 +195,9 @@ def test_the_best_speed_so_far_is_kept(tmp_path: Path, monkeypatch: pytest.Monke
     seconds = iter([0.1, 0.4, 0.05])
     monkeypatch.setattr(rooms, "_product_s", lambda *_: next(seconds))
     flops = 2e-9 * 512 * 1536 * 4096
-    assert [rooms.gflops("float32") for _ in range(3)] == pytest.approx([flops / 0.1, flops / 0.1, flops / 0.05], abs=0.06)
+    assert [rooms.gflops("float32") for _ in range(3)] == pytest.approx(
+        [flops / 0.1, flops / 0.1, flops / 0.05], abs=0.06
+    )
 
 
 PLAN = {"dtype": "float32", "device": "cpu"}
@@ -189,7 +206,10 @@ PLAN = {"dtype": "float32", "device": "cpu"}
 def test_the_demo_is_planned_to_the_machine():
     slow, middle, fast = (plan_demo(5, None, None, gflops=speed, **PLAN) for speed in (20, 150, 2000))
     assert (slow.n_test, slow.max_tokens) == (3, 20_000) and (fast.n_test, fast.max_tokens) == (8, 50_000)
-    assert slow.n_test <= middle.n_test <= fast.n_test and slow.max_tokens <= middle.max_tokens <= fast.max_tokens
+    assert (
+        slow.n_test <= middle.n_test <= fast.n_test
+        and slow.max_tokens <= middle.max_tokens <= fast.max_tokens
+    )
     assert middle.seconds <= AIM_S and fast.seconds < 120
     given = plan_demo(5, 12_345, 2, gflops=20, **PLAN)
     assert (given.max_tokens, given.n_test) == (12_345, 2) and given.seconds < slow.seconds
@@ -218,7 +238,10 @@ def test_what_the_doctor_says_of_a_machine(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(rooms, "this_machine", lambda: PLAIN)
     monkeypatch.setattr(rooms, "gflops", lambda *_: 150.0)
     found = look()
-    assert found["chosen"]["dtype"] == "float32" and found["gflops"] == {"cpu float32": 150.0, "cpu bfloat16": 150.0}
+    assert found["chosen"]["dtype"] == "float32" and found["gflops"] == {
+        "cpu float32": 150.0,
+        "cpu bfloat16": 150.0,
+    }
     lines = dict(machine_lines(found))
     assert lines["auto is"] == "float32 on cpu: the processor has no bfloat16 instructions"
     assert "a laptop (AVX2, 2 cores)" in lines["machine"] and "5 features" in lines["demo"]

@@ -1,4 +1,6 @@
-"""What replies cost, as providers say it or as it must be at least; and budgets that stop in time whatever an endpoint reports."""
+"""What replies cost, as providers say it or as it must be at least; and budgets that stop in time whatever an
+endpoint reports.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import BudgetReachedError, EndpointUnavailableError, InputError, LanguageModelError, MalformedReplyError
+from featureinterp.errors import (
+    BudgetReachedError,
+    EndpointUnavailableError,
+    InputError,
+    LanguageModelError,
+    MalformedReplyError,
+)
 from featureinterp.jobs.budget import Budget, Guard
 from featureinterp.llm.config import Endpoint, load_config
 from featureinterp.llm.function import FunctionModel
@@ -26,7 +34,9 @@ from featureinterp.llm.tally import Tallied, tally
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.llm.usage import MAX_TOKENS, checked_usage, reported_usage
 
-SENTENCE = "The feature fires on names of rivers in the north of the country, above all in old travel reports. "
+SENTENCE = (
+    "The feature fires on names of rivers in the north of the country, above all in old travel reports. "
+)
 """99 bytes, which are 19 to 21 tokens for the usual tokenizers."""
 
 
@@ -44,7 +54,14 @@ def reading(usage: Any, seconds: float = 1.0) -> Usage:
         # Gemini: thoughts are in the total alone; and where a gateway says only how many they were
         ({"prompt_tokens": 20, "completion_tokens": 198, "total_tokens": 623}, (20, 603, None, 0)),
         ({"prompt_tokens": 21, "completion_tokens": 0, "total_tokens": 81}, (21, 60, None, 0)),
-        ({"prompt_tokens": 21, "completion_tokens": 4, "completion_tokens_details": {"reasoning_tokens": 60}}, (21, 64, None, 0)),
+        (
+            {
+                "prompt_tokens": 21,
+                "completion_tokens": 4,
+                "completion_tokens_details": {"reasoning_tokens": 60},
+            },
+            (21, 64, None, 0),
+        ),
         # OpenAI: thoughts are part of the reply
         (
             {
@@ -59,13 +76,36 @@ def reading(usage: Any, seconds: float = 1.0) -> Usage:
         ({"total_tokens": 25}, (25, 0, None, 0)),
         ({"prompt_tokens": 11, "completion_tokens": 3, "total_tokens": 0}, (11, 3, None, 0)),
         # cached tokens: OpenAI, DeepSeek, Moonshot
-        ({"prompt_tokens": 2000, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1920}}, (2000, 3, None, 1920)),
-        ({"prompt_tokens": 100, "completion_tokens": 3, "prompt_cache_hit_tokens": 64, "prompt_cache_miss_tokens": 36}, (100, 3, None, 64)),
+        (
+            {"prompt_tokens": 2000, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 1920}},
+            (2000, 3, None, 1920),
+        ),
+        (
+            {
+                "prompt_tokens": 100,
+                "completion_tokens": 3,
+                "prompt_cache_hit_tokens": 64,
+                "prompt_cache_miss_tokens": 36,
+            },
+            (100, 3, None, 64),
+        ),
         ({"prompt_tokens": 100, "completion_tokens": 3, "cached_tokens": 50}, (100, 3, None, 50)),
-        ({"prompt_tokens": 10, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 5000}}, (10, 3, None, 10)),
+        (
+            {"prompt_tokens": 10, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 5000}},
+            (10, 3, None, 10),
+        ),
         ({"prompt_tokens": 10, "completion_tokens": 3, "prompt_tokens_details": None}, (10, 3, None, 0)),
-        # a bill of the provider's own: OpenRouter, with a key of the user's at another provider; Perplexity; DeepInfra; xAI
-        ({"prompt_tokens": 194, "completion_tokens": 2, "cost": 0.95, "cost_details": {"upstream_inference_cost": 19}}, (194, 2, 0.95, 0)),
+        # a bill of the provider's own: OpenRouter, with a key of the user's at another provider; Perplexity;
+        # DeepInfra; xAI
+        (
+            {
+                "prompt_tokens": 194,
+                "completion_tokens": 2,
+                "cost": 0.95,
+                "cost_details": {"upstream_inference_cost": 19},
+            },
+            (194, 2, 0.95, 0),
+        ),
         (
             {
                 "prompt_tokens": 194,
@@ -76,7 +116,14 @@ def reading(usage: Any, seconds: float = 1.0) -> Usage:
             },
             (194, 2, 1.05, 0),
         ),
-        ({"prompt_tokens": 8, "completion_tokens": 2, "cost": {"input_tokens_cost": 0.1, "total_cost": 0.25}}, (8, 2, 0.25, 0)),
+        (
+            {
+                "prompt_tokens": 8,
+                "completion_tokens": 2,
+                "cost": {"input_tokens_cost": 0.1, "total_cost": 0.25},
+            },
+            (8, 2, 0.25, 0),
+        ),
         ({"prompt_tokens": 8, "completion_tokens": 2, "estimated_cost": 2.5e-05}, (8, 2, 2.5e-05, 0)),
         ({"prompt_tokens": 8, "completion_tokens": 2, "cost_in_usd_ticks": 37756000}, (8, 2, 0.0037756, 0)),
         ({"prompt_tokens": 8, "completion_tokens": 2, "cost": 0}, (8, 2, 0.0, 0)),
@@ -85,15 +132,37 @@ def reading(usage: Any, seconds: float = 1.0) -> Usage:
 )
 def test_what_providers_report(usage: Any, expected: tuple[Any, ...]):
     found = reading(usage)
-    assert (found.prompt_tokens, found.completion_tokens, found.cost_usd, found.cached_tokens) == pytest.approx(expected)
+    assert (
+        found.prompt_tokens,
+        found.completion_tokens,
+        found.cost_usd,
+        found.cached_tokens,
+    ) == pytest.approx(expected)
     assert found.requests == 1 and found.seconds == 1.0 and found.estimated == 0
 
 
 @settings(max_examples=300, deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from(["prompt_tokens", "completion_tokens", "total_tokens", "cost", "cost_in_usd_ticks", "cached_tokens", "x"]),
-        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=3), st.lists(st.integers(), max_size=2)),
+        st.sampled_from(
+            [
+                "prompt_tokens",
+                "completion_tokens",
+                "total_tokens",
+                "cost",
+                "cost_in_usd_ticks",
+                "cached_tokens",
+                "x",
+            ]
+        ),
+        st.one_of(
+            st.none(),
+            st.booleans(),
+            st.integers(),
+            st.floats(),
+            st.text(max_size=3),
+            st.lists(st.integers(), max_size=2),
+        ),
     )
 )
 def test_counts_are_possible_or_the_reply_is_malformed(usage: dict[str, Any]):
@@ -112,7 +181,11 @@ def test_cached_tokens_have_their_price():
     assert Price(2.0, 8.0, 0.5).of(usage) == pytest.approx(0.6 * 2.0 + 0.4 * 0.5 + 0.8)
     assert Price(2.0, 8.0).of(usage) == pytest.approx(2.8)
     assert all(p.cached_input is not None and p.cached_input < p.input < p.output for p in PRICES.values())
-    for wrong in ({"input": -1, "output": 1}, {"input": 1, "output": math.nan}, {"input": 1, "output": 1, "cached_input": math.inf}):
+    for wrong in (
+        {"input": -1, "output": 1},
+        {"input": 1, "output": math.nan},
+        {"input": 1, "output": 1, "cached_input": math.inf},
+    ):
         with pytest.raises(InputError, match="USD per million"):
             Price(**wrong)
 
@@ -123,7 +196,9 @@ def test_prices_of_the_configuration(tmp_path: Any, monkeypatch: pytest.MonkeyPa
     path.write_text('[prices."m"]\ninput = 1\noutput = 2\ncached_input = 0.1\n')
     assert load_config().price(Endpoint("http://x/v1", "m")) == Price(1, 2, 0.1)
     for wrong in ("cached = 1", "output = -2", "cached_input = 'free'"):
-        path.write_text(f'[prices."m"]\ninput = 1\n{"" if wrong.startswith("output") else "output = 2"}\n{wrong}\n')
+        path.write_text(
+            f'[prices."m"]\ninput = 1\n{"" if wrong.startswith("output") else "output = 2"}\n{wrong}\n'
+        )
         with pytest.raises(InputError, match=r"prices|USD per million"):
             load_config()
 
@@ -170,7 +245,11 @@ def test_the_bill_of_the_provider_counts_unless_it_is_next_to_nothing():
 def test_without_a_price_the_dearest_bill_so_far_is_the_measure_of_what_comes_without_one():
     """Bills of 1 and 3 millionths a token, then a reply without a bill, then one that cannot be read."""
     replies = iter(
-        [told(SENTENCE, Usage(1, 200, 20, 0.0, 220e-6)), told(SENTENCE, Usage(1, 200, 20, 0.0, 660e-6)), told(SENTENCE, Usage(1, 200, 20, 0.0, None))]
+        [
+            told(SENTENCE, Usage(1, 200, 20, 0.0, 220e-6)),
+            told(SENTENCE, Usage(1, 200, 20, 0.0, 660e-6)),
+            told(SENTENCE, Usage(1, 200, 20, 0.0, None)),
+        ]
     )
 
     async def go() -> list[Usage]:
@@ -183,7 +262,9 @@ def test_without_a_price_the_dearest_bill_so_far_is_the_measure_of_what_comes_wi
         return [*used, meter.usage]
 
     *each, total = anyio.run(go)
-    assert [u.cost_usd for u in each] == pytest.approx([220e-6, 660e-6, 660e-6]) and [u.estimated for u in each] == [0, 0, 1]
+    assert [u.cost_usd for u in each] == pytest.approx([220e-6, 660e-6, 660e-6]) and [
+        u.estimated for u in each
+    ] == [0, 0, 1]
     assert total.cost_usd == pytest.approx(1540e-6) and total.estimated == 1
 
 
@@ -196,7 +277,11 @@ def test_the_check_of_an_endpoint_is_on_the_bill():
 
     with endpoint(play) as server:
         used = anyio.run(go, server.url)
-    assert used.requests == len(server.ledger) == 1 and used.tokens == server.ledger[0].tokens and used.cost_usd == pytest.approx(used.tokens * 1e-6)
+    assert (
+        used.requests == len(server.ledger) == 1
+        and used.tokens == server.ledger[0].tokens
+        and used.cost_usd == pytest.approx(used.tokens * 1e-6)
+    )
 
 
 def test_a_reply_that_cannot_be_read_counts_all_the_same():
@@ -229,14 +314,20 @@ def test_a_reply_that_cannot_be_read_counts_all_the_same():
 def test_a_request_that_ran_out_of_time_counts_as_it_was_expected_to():
     async def go(url: str) -> Usage:
         meter = Meter()
-        async with open_stack(Endpoint(url, "m", timeout_s=0.2, max_attempts=1), meter, price=Price(1.0, 1.0)) as stack:
+        async with open_stack(
+            Endpoint(url, "m", timeout_s=0.2, max_attempts=1), meter, price=Price(1.0, 1.0)
+        ) as stack:
             with pytest.raises(EndpointUnavailableError, match="--timeout-s"):
                 await stack.limited.complete(asking(max_tokens=100))
         return meter.usage
 
     with endpoint(latency_s=1.0) as server:
         used = anyio.run(go, server.url)
-    assert used.requests == used.estimated == 1 and used.completion_tokens == 100 and 200 <= used.prompt_tokens <= 350
+    assert (
+        used.requests == used.estimated == 1
+        and used.completion_tokens == 100
+        and 200 <= used.prompt_tokens <= 350
+    )
 
 
 def test_tokens_are_counted_by_the_tokenizer_that_the_endpoint_names():
@@ -250,7 +341,9 @@ def test_tokens_are_counted_by_the_tokenizer_that_the_endpoint_names():
 
     async def go(url: str, named: str | None) -> Usage:
         meter = Meter()
-        async with open_stack(Endpoint(url, "m", tokenizer=named), meter, price=Price(1.0, 1.0), tokenizer=lambda _: Words()) as stack:
+        async with open_stack(
+            Endpoint(url, "m", tokenizer=named), meter, price=Price(1.0, 1.0), tokenizer=lambda _: Words()
+        ) as stack:
             await stack.limited.complete(asking("one two"))
         return meter.usage
 
@@ -261,7 +354,9 @@ def test_tokens_are_counted_by_the_tokenizer_that_the_endpoint_names():
 
 
 class Slow:
-    """A model whose replies all come at once when nobody has anything else to do; ``size`` says how many tokens each has."""
+    """A model whose replies all come at once when nobody has anything else to do; ``size`` says how many
+    tokens each has.
+    """
 
     name = "m"
 
@@ -308,7 +403,9 @@ async def run_out(model: Any, budget: Budget, concurrency: int, n: int, **fields
 @given(st.integers(1, 64), st.integers(300, 8_000), st.lists(st.integers(1, 200), min_size=1, max_size=20))
 def test_what_is_in_flight_is_reserved(concurrency: int, tokens: int, sizes: list[int]):
     model = Slow(lambda i: sizes[i % len(sizes)])
-    meter, stopped = anyio.run(lambda: run_out(model, Budget(tokens=tokens), concurrency, 100, max_tokens=200))
+    meter, stopped = anyio.run(
+        lambda: run_out(model, Budget(tokens=tokens), concurrency, 100, max_tokens=200)
+    )
     spent = sum(model.spent)
     assert meter.usage.tokens == spent and meter.in_flight == 0 and meter.reserved == Usage()
     assert stopped + model.sent == 100
@@ -346,7 +443,9 @@ def dialect(name: str, billed: list[int]) -> Callable[[dict[str, Any]], Any]:
     """An endpoint that bills each reply as the usual one, and reports it as ``name`` says."""
 
     def answer(body: dict[str, Any]) -> Any:
-        whole = completion(SENTENCE * 2, prompt_tokens=len(json.dumps(body["messages"])) // 4, completion_tokens=40)
+        whole = completion(
+            SENTENCE * 2, prompt_tokens=len(json.dumps(body["messages"])) // 4, completion_tokens=40
+        )
         true = whole["usage"]
         billed.append(true["total_tokens"])
         if name == "absent":
@@ -375,7 +474,20 @@ def dialect(name: str, billed: list[int]) -> Callable[[dict[str, Any]], Any]:
     return answer
 
 
-NAMES = ("true", "absent", "null", "zeros", "too low", "half", "only the prompt", "only the total", "thoughts", "impossible", "no choice", "late")
+NAMES = (
+    "true",
+    "absent",
+    "null",
+    "zeros",
+    "too low",
+    "half",
+    "only the prompt",
+    "only the total",
+    "thoughts",
+    "impossible",
+    "no choice",
+    "late",
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -387,7 +499,9 @@ def test_spending_stops_in_time_whatever_is_reported(name: str):
         meter = Meter()
         guard = Guard(Budget(usd=limit), lambda: meter.usage)
         meter.before, meter.fits = guard.before, guard.fits
-        async with open_stack(Endpoint(url, "m", concurrency=slots, max_attempts=1), meter, price=Price(1.0, 1.0)) as stack:
+        async with open_stack(
+            Endpoint(url, "m", concurrency=slots, max_attempts=1), meter, price=Price(1.0, 1.0)
+        ) as stack:
             stopped = 0
 
             async def one(number: int) -> None:

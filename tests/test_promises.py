@@ -1,4 +1,6 @@
-"""What a job promises: its own limits and settings, an exit code that is true, bugs that stop it, and memory that does not grow."""
+"""What a job promises: its own limits and settings, an exit code that is true, bugs that stop it, and memory
+that does not grow.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +52,14 @@ def test_a_verb_without_options_is_the_job_file(copied: Path, subject_folder: Pa
     with endpoint(answers) as server:
         file = tmp_path / "job.toml"
         file.write_text(
-            f"run = {str(copied)!r}\nfeatures = 'random:2'\nsimulator = 'lexical'\nstages = ['explain', 'simulate']\n"
-            f"model = {str(subject_folder)!r}\nsubject_device = 'cpu'\n[budget]\nusd = 2.5\n[trial]\nn_texts = 5\nrounds = 1\n"
+            f"run = {str(copied)!r}\nfeatures = 'random:2'\nsimulator = 'lexical'\nstages = ['explain', "
+            "'simulate']\n"
+            f"model = {str(subject_folder)!r}\nsubject_device = 'cpu'\n[budget]\nusd = "
+            "2.5\n[trial]\nn_texts = 5\nrounds = 1\n"
             "[plan]\nn_test = 3\nn_valid = 2\nnegatives = ['random']\nfeatures_at_once = 2\n"
             "[steering]\ndoses = [1.0]\nopenings = ['We']\nn_random = 1\nmax_tokens = 4\n"
-            f"[llm]\nbase_url = {server.url!r}\nmodel = 'm'\nconcurrency = 3\nprice = {{ input = 1, output = 1 }}\n"
+            f"[llm]\nbase_url = {server.url!r}\nmodel = 'm'\nconcurrency = 3\nprice = {{ input = 1, output "
+            f"= 1 }}\n"
         )
         assert cli("run", str(file)).returncode == 0
         before = job_in(copied)
@@ -76,16 +81,28 @@ def test_a_verb_without_options_is_the_job_file(copied: Path, subject_folder: Pa
 
 
 def test_options_change_the_endpoint_that_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "c.toml").write_text('[endpoints.paid]\nbase_url = "http://127.0.0.1:9/v1"\nmodel = "a"\nrpm = 500\nprice = { input = 1, output = 2 }\n')
+    (tmp_path / "c.toml").write_text(
+        '[endpoints.paid]\nbase_url = "http://127.0.0.1:9/v1"\nmodel = "a"\nrpm = 500\nprice = { input = '
+        "1, output = 2 }\n"
+    )
     monkeypatch.setenv("FEATUREINTERP_CONFIG", str(tmp_path / "c.toml"))
     paid = load_config().endpoint("paid")
     assert endpoint_of("paid", None) == "paid" and endpoint_of(None, None) is None
-    changes: dict[str, Any] = {"concurrency": 3, "rpm": 7, "tpm": 8, "timeout_s": 9.0, "max_attempts": 2, "api_key_env": "KEY"}
+    changes: dict[str, Any] = {
+        "concurrency": 3,
+        "rpm": 7,
+        "tpm": 8,
+        "timeout_s": 9.0,
+        "max_attempts": 2,
+        "api_key_env": "KEY",
+    }
     assert endpoint_of("paid", None, **changes) == dataclasses.replace(paid, **changes)
     other = endpoint_of("paid", None, model="b")
     assert isinstance(other, Endpoint) and (other.model, other.rpm, other.price) == ("b", 500, None)
     assert endpoint_of(None, None, job="paid", rpm=3) == dataclasses.replace(paid, rpm=3)
-    assert endpoint_of(None, None, job=paid) == paid and endpoint_of(None, "http://h/v1", job=paid, model="c") == Endpoint("http://h/v1", "c")
+    assert endpoint_of(None, None, job=paid) == paid and endpoint_of(
+        None, "http://h/v1", job=paid, model="c"
+    ) == Endpoint("http://h/v1", "c")
     assert endpoint_of(None, None, concurrency=2) == Endpoint(concurrency=2)
     for options in ({"model": "x"}, {"api_key_env": "X"}):
         with pytest.raises(InputError, match="--base-url or --llm"):
@@ -98,7 +115,11 @@ def test_devices_have_names_of_their_own_and_the_old_one_means_both(tmp_path: Pa
     job = make_job(run=tmp_path, device="cpu", simulator_device="cuda")
     assert (job.subject_device, job.simulator_device) == ("cpu", "cuda")
     assert changed(job, device="mps").subject_device == changed(job, device="mps").simulator_device == "mps"
-    assert fi.Plan(concurrency=3).features_at_once == 3 == make_job(run=tmp_path, plan={"concurrency": 3}).plan.features_at_once
+    assert (
+        fi.Plan(concurrency=3).features_at_once
+        == 3
+        == make_job(run=tmp_path, plan={"concurrency": 3}).plan.features_at_once
+    )
     assert dataclasses.replace(fi.Plan(concurrency=3), features_at_once=2) == fi.Plan(features_at_once=2)
     assert dataclasses.replace(fi.Plan(concurrency=3), n_test=2).concurrency == 3
     assert fi.SensitivityPlan(concurrency=3).features_at_once == 3
@@ -107,7 +128,9 @@ def test_devices_have_names_of_their_own_and_the_old_one_means_both(tmp_path: Pa
 
 
 def test_a_job_with_gaps_ends_with_1_and_asks_for_nothing_that_was_answered(copied: Path, tmp_path: Path):
-    """An answer that cannot be used leaves a gap; the same command asks nothing, and another one asks for it again."""
+    """An answer that cannot be used leaves a gap; the same command asks nothing, and another one asks for it
+    again.
+    """
     unusable, down = True, False
 
     def answer(body: dict[str, Any]) -> Any:
@@ -117,15 +140,32 @@ def test_a_job_with_gaps_ends_with_1_and_asks_for_nothing_that_was_answered(copi
             return 400, {}, {"error": {"message": "not now"}}
         return completion("perhaps") if unusable and "2" in str(body["messages"]) else play(body)
 
-    args = ("explain", str(copied), "--features", "random:3", "--simulator", "lexical", "--negatives", "random", "--n-test", "3")
+    args = (
+        "explain",
+        str(copied),
+        "--features",
+        "random:3",
+        "--simulator",
+        "lexical",
+        "--negatives",
+        "random",
+        "--n-test",
+        "3",
+    )
     with endpoint(answer) as server:
         options = (*args, "--base-url", server.url, "--llm-model", "m")
         first = cli(*options)
         last = [line for line in first.stderr.splitlines() if line][-1]
-        assert first.returncode == 1 and "3 features failed and" in last and "--retry-failed" in last, first.stderr
+        assert first.returncode == 1 and "3 features failed and" in last and "--retry-failed" in last, (
+            first.stderr
+        )
         asked = len(server.ledger)
         again = cli(*options)
-        assert again.returncode == 1 and len(server.ledger) == asked and [line for line in again.stderr.splitlines() if line][-1] == last
+        assert (
+            again.returncode == 1
+            and len(server.ledger) == asked
+            and [line for line in again.stderr.splitlines() if line][-1] == last
+        )
         unusable = False
         assert cli(*options).returncode == 1 and len(server.ledger) == asked
         mended = cli(*options, "--retry-failed", "--json")
@@ -133,7 +173,9 @@ def test_a_job_with_gaps_ends_with_1_and_asks_for_nothing_that_was_answered(copi
         found = json.loads(mended.stdout)
         assert (found["n_failed"], found["n_partial"]) == (0, 0)
         asked, down = len(server.ledger), True
-        assert cli(*options).returncode == 0 and len(server.ledger) == asked, "exit code 0: nothing is left to ask"
+        assert cli(*options).returncode == 0 and len(server.ledger) == asked, (
+            "exit code 0: nothing is left to ask"
+        )
 
 
 class Broken:
@@ -187,14 +229,21 @@ def test_reports_tables_and_records_hold_few_features_at_a_time(tmp_path: Path, 
     for number, result in enumerate(stored):
         assert result.scale == number + 1
         most = max(most, alive(FeatureResult) - before) if number % 10 == 9 else most
-    assert len(stored) == n and 0 < most <= 3 and stored[-1].scale == n and [r.scale for r in stored[1:3]] == [2, 3]
+    assert (
+        len(stored) == n
+        and 0 < most <= 3
+        and stored[-1].scale == n
+        and [r.scale for r in stored[1:3]] == [2, 3]
+    )
     write_report(tmp_path / "b.html", stored, about)
     assert (tmp_path / "a.html").read_text() == (tmp_path / "b.html").read_text()
     for to in ("csv", "jsonl", "parquet"):
         assert export_results(tmp_path, to)[1] == n
     made = Counted(records[0], 60)
     assert write_records(tmp_path / "r.jsonl", made) == n and 0 < made.most <= 4
-    assert [json.loads(line)["scale"] for line in (tmp_path / "r.jsonl").read_text().splitlines()] == list(range(1, n + 1))
+    assert [json.loads(line)["scale"] for line in (tmp_path / "r.jsonl").read_text().splitlines()] == list(
+        range(1, n + 1)
+    )
 
 
 def test_prices_of_another_model_are_not_taken_for_its_own():
@@ -223,7 +272,14 @@ ROOMS: dict[str, frozenset[str]] = {
 OPTION = re.compile(r"(?<![\w-])(--[a-z][a-z0-9-]+)")
 OTHERS = {"--nproc-per-node", "--debug", "--version"}
 """Of another program, or of this one before the verb."""
-AT_SOME = {"--simulator", "--base-url", "--llm-model", "--concurrency", "--held-out", "--use-saebench-examples"}
+AT_SOME = {
+    "--simulator",
+    "--base-url",
+    "--llm-model",
+    "--concurrency",
+    "--held-out",
+    "--use-saebench-examples",
+}
 """Named only where the verb that was called has them: a stand-in of a model, a client of an endpoint."""
 AT_SOME |= {"--replace", "--store-dtype"}
 
@@ -248,7 +304,11 @@ def said(path: Path) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.JoinedStr):
             yield node.lineno, "".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and not {id(node)} & (skipped | inside):
+        elif (
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and not {id(node)} & (skipped | inside)
+        ):
             yield node.lineno, node.value
 
 
@@ -268,10 +328,17 @@ def advice() -> Iterator[tuple[str, str, frozenset[str], bool]]:
                     continue
                 if of and of[1] in verbs:
                     yield place, option, frozenset({of[1]}), True
-                elif named and (verb := next((v for v in (named[0], named[0].split()[0]) if v in verbs), None)):
+                elif named and (
+                    verb := next((v for v in (named[0], named[0].split()[0]) if v in verbs), None)
+                ):
                     yield place, option, frozenset({verb, *after_verbs(before, verbs)}), False
                 else:
-                    yield place, option, ROOMS.get(parts[0], frozenset(verbs)), parts[0] in ROOMS and option not in AT_SOME
+                    yield (
+                        place,
+                        option,
+                        ROOMS.get(parts[0], frozenset(verbs)),
+                        parts[0] in ROOMS and option not in AT_SOME,
+                    )
 
 
 def after_verbs(before: str, verbs: Iterable[str]) -> set[str]:

@@ -26,7 +26,13 @@ def test_escaping_is_undone(text: str):
 @given(st.text())
 def test_escaped_text_stays_on_its_line_and_holds_no_mark(text: str):
     out = escape(text)
-    assert len(out.splitlines()) <= 1 and "\t" not in out and "<<" not in out and ">>" not in out and "\x00" not in out
+    assert (
+        len(out.splitlines()) <= 1
+        and "\t" not in out
+        and "<<" not in out
+        and ">>" not in out
+        and "\x00" not in out
+    )
 
 
 @pytest.mark.parametrize("text", NASTY)
@@ -40,7 +46,9 @@ def test_marks_are_the_only_double_brackets(parts: list[tuple[str, bool]]):
     runs = sum(m and (i == 0 or not parts[i - 1][1]) for i, (_, m) in enumerate(parts))
     hidden = out.replace("\\\\", "\2").replace("\\<", "\0").replace("\\>", "\1")
     assert hidden.count("<<") == hidden.count(">>") == runs
-    assert unescape(hidden.replace("<<", "").replace(">>", "").replace("\0", "<").replace("\1", ">").replace("\2", "\\\\")) == "".join(p for p, _ in parts)
+    assert unescape(
+        hidden.replace("<<", "").replace(">>", "").replace("\0", "<").replace("\1", ">").replace("\2", "\\\\")
+    ) == "".join(p for p, _ in parts)
 
 
 def test_marked_by_hand():
@@ -58,7 +66,9 @@ def test_rendering_is_strict_and_never_reads_values_as_templates():
 def test_the_hash_changes_with_any_file():
     one = Prompt("t", "v1", {"a": "x", "b": "y"})
     assert one.hash == Prompt("t", "v2", {"b": "y", "a": "x"}).hash
-    assert len({one.hash, Prompt("t", "v1", {"a": "x"}).hash, Prompt("t", "v1", {"a": "x", "b": "z"}).hash}) == 3
+    assert (
+        len({one.hash, Prompt("t", "v1", {"a": "x"}).hash, Prompt("t", "v1", {"a": "x", "b": "z"}).hash}) == 3
+    )
 
 
 @pytest.mark.parametrize(("task", "version"), ALL)

@@ -1,4 +1,6 @@
-"""Records against brute force: what is on top, what is silent, what is similar, and that no split sees another's documents."""
+"""Records against brute force: what is on top, what is silent, what is similar, and that no split sees
+another's documents.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,14 @@ def embeddings(store: CodesStore, tmp_path_factory: pytest.TempPathFactory) -> n
 @pytest.fixture(scope="module")
 def built(store: CodesStore, embeddings: np.ndarray) -> list[FeatureRecord]:
     policy = RecordPolicy(
-        {"top": (3, 3, 3), "similar_negative": (2, 2, 2), "weighted": (2, 1, 1), "quantile": (1, 1, 1), "random_negative": (2, 2, 2), "random": (1, 1, 1)}
+        {
+            "top": (3, 3, 3),
+            "similar_negative": (2, 2, 2),
+            "weighted": (2, 1, 1),
+            "quantile": (1, 1, 1),
+            "random_negative": (2, 2, 2),
+            "random": (1, 1, 1),
+        }
     )
     return list(RecordBuilder(store, policy, SimilarWindows(embeddings)).build(range(store.n_features)))
 
@@ -72,16 +81,25 @@ def test_activations_are_the_stores(built: list[FeatureRecord], store: CodesStor
         for split in SPLITS:
             for window in record.windows(split):
                 whole = store.window_activations(record.feature.index, [window.row])[0]
-                np.testing.assert_array_equal(window.activations, whole[window.start : window.start + len(window.pieces)])
+                np.testing.assert_array_equal(
+                    window.activations, whole[window.start : window.start + len(window.pieces)]
+                )
                 assert window.document == store.windows.documents[window.row]
-                assert window.pieces == store.windows.pieces(window.row)[window.start : window.start + len(window.pieces)]
+                assert (
+                    window.pieces
+                    == store.windows.pieces(window.row)[window.start : window.start + len(window.pieces)]
+                )
 
 
 def test_splits_share_no_window_and_no_document(built: list[FeatureRecord]):
     for record in built:
         documents = [{w.document for w in record.windows(s)} for s in SPLITS]
         rows = [w.row for s in SPLITS for w in record.windows(s)]
-        assert not documents[0] & documents[1] and not documents[0] & documents[2] and not documents[1] & documents[2]
+        assert (
+            not documents[0] & documents[1]
+            and not documents[0] & documents[2]
+            and not documents[1] & documents[2]
+        )
         assert len(rows) == len(set(rows))
 
 
@@ -90,7 +108,13 @@ def test_a_record_that_leaks_cannot_be_made():
         return Window(row, document, np.array([1]), ("a",), np.array([level], np.float32))
 
     with pytest.raises(AssertionError, match="document 7"):
-        FeatureRecord(FeatureId("s", 0), 1, 1, 1, {"train": {"top": (window(1, 7),)}, "test": {"random": (window(2, 7),)}})
+        FeatureRecord(
+            FeatureId("s", 0),
+            1,
+            1,
+            1,
+            {"train": {"top": (window(1, 7),)}, "test": {"random": (window(2, 7),)}},
+        )
     with pytest.raises(AssertionError, match="fires"):
         FeatureRecord(FeatureId("s", 0), 1, 1, 1, {"test": {"random_negative": (window(1, 1, 0.5),)}})
 
@@ -105,14 +129,20 @@ def test_top_windows_fire_and_are_the_strongest(built: list[FeatureRecord], stor
             assert min(w.max_activation for w in top) >= firing[min(len(firing) - 1, 40)]
         if len(firing) == 0:
             assert not top and "train/top" in record.shortfalls
-        strength = [np.mean([w.max_activation for w in record.get(s, "top")]) for s in SPLITS if len(record.get(s, "top")) == 3]
+        strength = [
+            np.mean([w.max_activation for w in record.get(s, "top")])
+            for s in SPLITS
+            if len(record.get(s, "top")) == 3
+        ]
         if len(strength) == 3:
             assert max(strength) <= 2 * min(strength)
         assert record.scale == pytest.approx(maxima.max(), rel=1e-6)
         assert record.density == pytest.approx(record.count / store.n_scored)
 
 
-def test_negatives_are_silent_and_similar_ones_are_the_most_similar(built: list[FeatureRecord], store: CodesStore, embeddings: np.ndarray):
+def test_negatives_are_silent_and_similar_ones_are_the_most_similar(
+    built: list[FeatureRecord], store: CodesStore, embeddings: np.ndarray
+):
     for record in built:
         if not record.count:
             continue
@@ -124,7 +154,8 @@ def test_negatives_are_silent_and_similar_ones_are_the_most_similar(built: list[
         assert all(maxima[row] == 0 for row in found)
         top_documents = {w.document: s for s in SPLITS for w in record.get(s, "top")}
         texts = {w.token_ids.tobytes() for s in SPLITS for w in record.get(s, "top")}
-        # replay: by descending similarity, silent, of an unused text, in the split of its document with room left
+        # replay: by descending similarity, silent, of an unused text, in the split of its document with room
+        # left
         room, split_of, expected = dict.fromkeys(SPLITS, 2), dict(top_documents), []
         for row in np.argsort(-mean_cosine, kind="stable").tolist():
             document = int(store.windows.documents[row])
@@ -158,7 +189,9 @@ def test_windows_are_embedded_once(store: CodesStore, tmp_path: Path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_weighted_windows_are_weaker_centred_and_do_not_overlap(built: list[FeatureRecord], store: CodesStore):
+def test_weighted_windows_are_weaker_centred_and_do_not_overlap(
+    built: list[FeatureRecord], store: CodesStore
+):
     seen = 0
     for record in built:
         weakest = min((w.max_activation for s in SPLITS for w in record.get(s, "top")), default=0)
@@ -166,7 +199,9 @@ def test_weighted_windows_are_weaker_centred_and_do_not_overlap(built: list[Feat
             for window in record.get(split, "weighted"):
                 seen += 1
                 whole = store.window_activations(record.feature.index, [window.row])[0]
-                centres = [p for p in np.flatnonzero(whole) if max(0, p - 10) == window.start and whole[p] < weakest]
+                centres = [
+                    p for p in np.flatnonzero(whole) if max(0, p - 10) == window.start and whole[p] < weakest
+                ]
                 assert centres and len(window.pieces) <= 21
     assert seen > 20
 
@@ -193,12 +228,21 @@ def test_quantile_order_takes_bins_in_turn():
     maxima = np.array([0.05, 0.1, 0.95, 0.9, 0.5, 1.0])
     order = quantile_order(maxima, 1.0, 3, np.random.default_rng(0)).tolist()
     assert sorted(order) == list(range(6))
-    assert order[0] in (2, 3, 5) and order[1] == 4 and order[2] in (0, 1) and order[3] in (2, 3, 5) and order[4] in (0, 1)
+    assert (
+        order[0] in (2, 3, 5)
+        and order[1] == 4
+        and order[2] in (0, 1)
+        and order[3] in (2, 3, 5)
+        and order[4] in (0, 1)
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=60, unique_by=lambda t: t[0]), st.integers(0, 4), st.integers(0, 4), st.integers(0, 4)
+    st.lists(st.tuples(st.integers(0, 40), st.integers(0, 9)), max_size=60, unique_by=lambda t: t[0]),
+    st.integers(0, 4),
+    st.integers(0, 4),
+    st.integers(0, 4),
 )
 def test_splits_never_share_a_document(rows: list[tuple[int, int]], a: int, b: int, c: int):
     documents = np.zeros(41, np.int64)
@@ -223,10 +267,14 @@ HEADER = "The ports were opened. In 1849 the treaty of peace was signed"
 
 @pytest.fixture(scope="module")
 def repeated(tmp_path_factory: pytest.TempPathFactory, subject: Subject, sae_folder: Path) -> CodesStore:
-    """Documents under a common header, half of which are there twice: most windows have the text of another."""
+    """Documents under a common header, half of which are there twice: most windows have the text of
+    another.
+    """
     folder = tmp_path_factory.mktemp("repeated")
     rng = np.random.default_rng(0)
-    texts = [HEADER + " ".join(TINY_TEXTS[j] for j in rng.integers(len(TINY_TEXTS), size=3)) for _ in range(40)]
+    texts = [
+        HEADER + " ".join(TINY_TEXTS[j] for j in rng.integers(len(TINY_TEXTS), size=3)) for _ in range(40)
+    ]
     corpus = Corpus("repeated", lambda: (Document(str(i), texts[i % 30]) for i in range(60)), 60)
     return collect(subject, load_sae(str(sae_folder)), corpus, folder / "run", WindowPolicy(8, 4))
 
@@ -234,9 +282,14 @@ def repeated(tmp_path_factory: pytest.TempPathFactory, subject: Subject, sae_fol
 def test_windows_of_the_same_text_are_one(repeated: CodesStore):
     windows = repeated.windows
     texts = [windows.ids(row).tobytes() for row in range(len(windows))]
-    assert [windows.contents[i] == windows.contents[0] for i in range(len(windows))] == [t == texts[0] for t in texts]
+    assert [windows.contents[i] == windows.contents[0] for i in range(len(windows))] == [
+        t == texts[0] for t in texts
+    ]
     assert len(np.unique(windows.contents)) == len(set(texts)) < len(texts) / 2
-    policy = RecordPolicy({"top": (5, 5, 5), "weighted": (4, 4, 4), "random": (5, 5, 5), "random_negative": (5, 5, 5)}, half_width=2)
+    policy = RecordPolicy(
+        {"top": (5, 5, 5), "weighted": (4, 4, 4), "random": (5, 5, 5), "random_negative": (5, 5, 5)},
+        half_width=2,
+    )
     short = 0
     for record in RecordBuilder(repeated, policy).build(range(repeated.n_features)):
         shown = [w.token_ids.tobytes() for split in SPLITS for w in record.windows(split)]
@@ -270,13 +323,23 @@ def test_a_text_in_two_splits_cannot_be_made_into_a_record():
         return Window(row, row, np.array(ids), tuple("ab"), np.zeros(2, np.float32))
 
     with pytest.raises(AssertionError, match="text .* is in both train and test"):
-        FeatureRecord(FeatureId("s", 0), 1, 1, 1, {"train": {"random": (window(1, [4, 5]),)}, "test": {"random": (window(2, [4, 5]),)}})
+        FeatureRecord(
+            FeatureId("s", 0),
+            1,
+            1,
+            1,
+            {"train": {"random": (window(1, [4, 5]),)}, "test": {"random": (window(2, [4, 5]),)}},
+        )
 
 
-def test_too_few_documents_for_the_splits_are_named_as_the_cause(tmp_path: Path, subject: Subject, sae_folder: Path):
+def test_too_few_documents_for_the_splits_are_named_as_the_cause(
+    tmp_path: Path, subject: Subject, sae_folder: Path
+):
     corpus = Corpus("book.txt", lambda: iter([Document("0", " ".join(TINY_TEXTS * 3))]), 1)
     one = collect(subject, load_sae(str(sae_folder)), corpus, tmp_path, WindowPolicy(8, 4))
-    with pytest.raises(InputError, match=r"of book.txt are read as 1 document, and 3 are needed .*--document-separator"):
+    with pytest.raises(
+        InputError, match=r"of book.txt are read as 1 document, and 3 are needed .*--document-separator"
+    ):
         RecordBuilder(one, RecordPolicy({"top": (1, 1, 1)}))
     assert next(RecordBuilder(one, RecordPolicy({"random": (2, 0, 0)})).build([0])).get("train", "random")
     with pytest.raises(InputError, match="are read as 1 document"):
@@ -311,7 +374,24 @@ def test_choosing_features(store: CodesStore):
     alive = alive_features(store)
     assert set(parse_features("random:5", store)) <= set(alive.tolist())
     assert len(set(random_features(store, 5, seed=1))) == 5
-    for wrong in ("x", "3:2", "", "random:x", ",", "1_0", "٣", "+3", "3 4", "0:1_0", "٠:٣", "random:1_0", "random:", "9" * 5000, "3.0", "0x3"):
+    for wrong in (
+        "x",
+        "3:2",
+        "",
+        "random:x",
+        ",",
+        "1_0",
+        "٣",
+        "+3",
+        "3 4",
+        "0:1_0",
+        "٠:٣",
+        "random:1_0",
+        "random:",
+        "9" * 5000,
+        "3.0",
+        "0x3",
+    ):
         with pytest.raises(InputError):
             parse_features(wrong, store)
     for wrong in ("0:65", "64", "-1"):
@@ -330,7 +410,9 @@ def test_naming_all_features_again_and_again_takes_no_memory(store: CodesStore):
     assert len(parse_features(text, store)) == store.n_features
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1_000_000, peak  # a list of all that is named would take 2.0 MB for the 64 features, and 2 GB for 64,000
+    assert peak < 1_000_000, (
+        peak
+    )  # a list of all that is named would take 2.0 MB for the 64 features, and 2 GB for 64,000
 
 
 def test_policies_that_need_embeddings_say_so(store: CodesStore):
@@ -344,7 +426,9 @@ def test_records_on_disk(built: list[FeatureRecord], tmp_path: Path):
     assert write_records(tmp_path / "r.jsonl", built[:3]) == 3
     rows = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
     assert [r["feature"] for r in rows] == [0, 1, 2]
-    assert rows[0]["splits"]["test"]["top"] == [[w.row, w.start, len(w.pieces), round(w.max_activation, 6)] for w in built[0].get("test", "top")]
+    assert rows[0]["splits"]["test"]["top"] == [
+        [w.row, w.start, len(w.pieces), round(w.max_activation, 6)] for w in built[0].get("test", "top")
+    ]
 
 
 def mean_cosine(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -369,12 +453,16 @@ def test_whitening_is_the_inverse_root_of_the_shrunk_covariance(seed: int, n: in
     variances[:told_apart] = np.maximum(values[:told_apart] + ridge, flat)
     covariance = vectors @ np.diag(variances) @ vectors.T if n > 1 else np.eye(d)
     expected = mean_cosine(x @ np.real(linalg.inv(linalg.sqrtm(covariance))), positives)
-    found = Whitening.fit(x[positives], n_directions=k, shrinkage=shrinkage).similarity(x.astype(np.float32), positives)
+    found = Whitening.fit(x[positives], n_directions=k, shrinkage=shrinkage).similarity(
+        x.astype(np.float32), positives
+    )
     np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
 def test_projections_find_what_a_features_windows_agree_in():
-    """The windows agree in one coordinate and differ widely in twenty; close misses agree in it, too, and others are near by chance."""
+    """The windows agree in one coordinate and differ widely in twenty; close misses agree in it, too, and
+    others are near by chance.
+    """
     rng = np.random.default_rng(0)
     x = np.concatenate([np.zeros((300, 1)), rng.normal(size=(300, 20)), rng.normal(size=(300, 3)) * 0.05], 1)
     x[:60, 0] = x[280:, 0] = 0.7
@@ -383,7 +471,9 @@ def test_projections_find_what_a_features_windows_agree_in():
     plain = np.argsort(-mean_cosine(x, positives))
     hits = {"plain": len(misses & set(plain[plain >= 60][:20].tolist()))}
     for kind in ("closed-form", "info-nce"):
-        order = np.array(list(projected_ranking(x, positives, kind, np.random.default_rng(1), np.arange(60, 280))))
+        order = np.array(
+            list(projected_ranking(x, positives, kind, np.random.default_rng(1), np.arange(60, 280)))
+        )
         assert sorted(order.tolist()) == list(range(300))
         hits[kind] = len(misses & set(order[order >= 60][:20].tolist()))
     assert min(hits["closed-form"], hits["info-nce"]) >= 2 * hits["plain"], hits
@@ -391,7 +481,9 @@ def test_projections_find_what_a_features_windows_agree_in():
 
 def test_a_learned_projection_of_too_few_windows_changes_nothing():
     x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
-    assert np.array_equal(Learned.fit(x[:1], x).matrix, np.eye(4)) and np.array_equal(Learned.fit(x, x[:0]).matrix, np.eye(4))
+    assert np.array_equal(Learned.fit(x[:1], x).matrix, np.eye(4)) and np.array_equal(
+        Learned.fit(x, x[:0]).matrix, np.eye(4)
+    )
     assert np.array_equal(Learned.fit(x, x, seed=3).matrix, Learned.fit(x, x, seed=3).matrix)
 
 
@@ -399,10 +491,17 @@ def test_nearest_directions_equal_a_plain_loop():
     decoder = torch.randn(30, 6) * torch.rand(30, 1) * 5
     indices, cosines = nearest_directions(decoder, [4, 0, 29], 5)
     for row, feature in enumerate([4, 0, 29]):
-        all_cosines = [-9.0 if i == feature else float(torch.nn.functional.cosine_similarity(decoder[feature], decoder[i], dim=0)) for i in range(30)]
+        all_cosines = [
+            -9.0
+            if i == feature
+            else float(torch.nn.functional.cosine_similarity(decoder[feature], decoder[i], dim=0))
+            for i in range(30)
+        ]
         assert indices[row].tolist() == np.argsort(-np.array(all_cosines))[:5].tolist()
         np.testing.assert_allclose(cosines[row], np.sort(all_cosines)[::-1][:5], atol=1e-5)
-    assert nearest_directions(decoder[:3], [1], 5)[0].shape == (1, 2) and nearest_directions(decoder, [], 5)[0].shape == (0, 5)
+    assert nearest_directions(decoder[:3], [1], 5)[0].shape == (1, 2) and nearest_directions(decoder, [], 5)[
+        0
+    ].shape == (0, 5)
 
 
 def test_co_active_windows_are_silent_and_their_neighbours_fire(store: CodesStore):
@@ -420,7 +519,9 @@ def test_co_active_windows_are_silent_and_their_neighbours_fire(store: CodesStor
                 strength = np.maximum(strength, cosine * everything[other] / everything[other].max())
         assert all(everything[feature][row] == 0 and strength[row] > 0 for row in found)
         left_out = (everything[feature] == 0) & (strength > (max(strength[found]) if found else 0) + 1e-6)
-        taken_documents = {int(store.windows.documents[w.row]) for s in SPLITS for w in record.get(s, "top")} | {int(store.windows.documents[r]) for r in found}
+        taken_documents = {
+            int(store.windows.documents[w.row]) for s in SPLITS for w in record.get(s, "top")
+        } | {int(store.windows.documents[r]) for r in found}
         assert all(int(store.windows.documents[row]) in taken_documents for row in np.flatnonzero(left_out))
         assert len(found) == 6 or any("neighbours" in why for why in record.shortfalls.values())
     assert n_found > 50
@@ -431,7 +532,10 @@ def test_co_active_windows_are_silent_and_their_neighbours_fire(store: CodesStor
 def test_projected_windows_in_a_record(store: CodesStore, embeddings: np.ndarray):
     alive = [i for i in range(64) if 60 < store.counts()[i] < 3000][:4]
     for projection in ("closed-form", "info-nce"):
-        policy = RecordPolicy({"top": (2, 2, 2), "projected_similar_negative": (2, 2, 2), "projected_similar": (0, 1, 1)}, projection=projection)
+        policy = RecordPolicy(
+            {"top": (2, 2, 2), "projected_similar_negative": (2, 2, 2), "projected_similar": (0, 1, 1)},
+            projection=projection,
+        )
         for record in RecordBuilder(store, policy, SimilarWindows(embeddings)).build(alive):
             found = [w for s in SPLITS for w in record.get(s, "projected_similar_negative")]
             assert found and not any(w.fires for w in found) and record.get("test", "projected_similar")

@@ -1,4 +1,6 @@
-"""Reading replies: exactly what was said, or a refusal; nothing comes from nowhere, and nothing is cut in silence."""
+"""Reading replies: exactly what was said, or a refusal; nothing comes from nowhere, and nothing is cut in
+silence.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def unescaped(text: str) -> str:
 
 
 def is_the_last_whole(found: list[tuple[str, int]], played: Played) -> bool:
-    """Whether an object of the reply, strict JSON with words or nothing behind it, says exactly what was read."""
+    """Whether an object of the reply, strict JSON with words or nothing behind it, says exactly what was
+    read.
+    """
     for start in (m.start() for m in re.finditer(r"{", played.reply)):
         try:
             value, _ = json.JSONDecoder().raw_decode(played.reply, start)
@@ -62,8 +66,8 @@ def check_whole(seed: int) -> None:
 
 
 def check_broken(seed: int) -> bool:
-    """Whether it was read. Every text is in the reply as written; every word that marks the beginning or end of a text, and is still
-    whole in the answer, is in what was read."""
+    """Whether it was read. Every text is in the reply as written; every word that marks the beginning or end
+    of a text, and is still whole in the answer, is in what was read."""
     played = broken(random.Random(seed))
     try:
         found = read(played)
@@ -72,7 +76,9 @@ def check_broken(seed: int) -> bool:
         return False
     sources = [letters(played.reply), letters(unescaped(played.reply))]
     for text, strength in found:
-        assert any(letters(text) in source for source in sources), f"seed {seed}: {text!r} from {played.reply!r}"
+        assert any(letters(text) in source for source in sources), (
+            f"seed {seed}: {text!r} from {played.reply!r}"
+        )
         assert not strength or str(strength) in played.reply
         assert "beta" not in text, f"seed {seed}: a thought was read from {played.reply!r}"
     answer = played.reply[played.reply.rfind("alpha0") :] if "alpha0" in played.reply else ""
@@ -101,7 +107,9 @@ def test_twenty_thousand_replies():
     assert sum(check_broken(seed) for seed in range(10_000, 20_000)) > 500
 
 
-WORDS = st.lists(st.one_of(st.sampled_from(MARKERS), st.text(max_size=6)), min_size=1, max_size=6).map("".join)
+WORDS = st.lists(st.one_of(st.sampled_from(MARKERS), st.text(max_size=6)), min_size=1, max_size=6).map(
+    "".join
+)
 
 
 @settings(max_examples=150, deadline=None)
@@ -110,7 +118,9 @@ def test_any_text_comes_through_any_dress(text: str, dress: str, thought: str, a
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")[:500]
     if not text.strip():
         return
-    reply = THOUGHTS[thought]("Hm, I think", DRESSES[dress](json.dumps({"explanation": text}, ensure_ascii=ascii_only)))
+    reply = THOUGHTS[thought](
+        "Hm, I think", DRESSES[dress](json.dumps({"explanation": text}, ensure_ascii=ascii_only))
+    )
     assert parse_reply(reply, SentenceReply).explanation == text
 
 
@@ -183,10 +193,25 @@ def rules(reply: object) -> list[tuple[str, int]]:
 def test_several_objects_are_one_list():
     one, two = json.dumps(rule("a", 5)), json.dumps(rule("b"))
     both = [("a", 5), ("b", 3)]
-    assert rules(f"{one}\n{two}") == rules(f"[{one}, {two}]") == rules(f'{{"rules": [{one}]}}\n{{"rules": [{two}]}}') == both
-    assert rules(f"First: {one}. Second: {two}") == rules(f"1. {one}\n2. {two}") == rules(f"```\n{one}\n```\n```\n{two}\n```") == both
+    assert (
+        rules(f"{one}\n{two}")
+        == rules(f"[{one}, {two}]")
+        == rules(f'{{"rules": [{one}]}}\n{{"rules": [{two}]}}')
+        == both
+    )
+    assert (
+        rules(f"First: {one}. Second: {two}")
+        == rules(f"1. {one}\n2. {two}")
+        == rules(f"```\n{one}\n```\n```\n{two}\n```")
+        == both
+    )
     assert rules(f'Draft: {{"rules": [{one}]}}. Final: {{"rules": [{two}]}}') == [("b", 3)]
-    for spoilt in (f'{one}\n{two[:-1]} "x"}}', f"{two[:-1]} x}}\n{one}", f'{{"rules": [{one} {two}]}}', f'", "strength": 5}}, {two}]}}'):
+    for spoilt in (
+        f'{one}\n{two[:-1]} "x"}}',
+        f"{two[:-1]} x}}\n{one}",
+        f'{{"rules": [{one} {two}]}}',
+        f'", "strength": 5}}, {two}]}}',
+    ):
         with pytest.raises(MalformedReplyError):
             rules(spoilt)
 
@@ -202,9 +227,17 @@ def test_however_many_rules_come_the_strongest_are_kept_and_the_rest_counted(n: 
 
 def test_an_empty_rule_among_good_ones_is_left_out_and_counted():
     for empty in (rule(""), rule(" . "), rule(None), rule("", None), rule("z", 0)):
-        kept, left_out = read_rules(parse_reply(json.dumps({"rules": [rule("a"), empty, rule("b", 5)]}), RulesReply), 5)
+        kept, left_out = read_rules(
+            parse_reply(json.dumps({"rules": [rule("a"), empty, rule("b", 5)]}), RulesReply), 5
+        )
         assert kept == (Rule("b", 5), Rule("a", 3)) and left_out == 1
-    for spoilt in ([rule("")], [rule("a"), {"strength": 3}], [rule("a"), {"activates_on": "b"}], [rule("a"), rule("b", None)], []):
+    for spoilt in (
+        [rule("")],
+        [rule("a"), {"strength": 3}],
+        [rule("a"), {"activates_on": "b"}],
+        [rule("a"), rule("b", None)],
+        [],
+    ):
         with pytest.raises(MalformedReplyError):
             read_rules(parse_reply(json.dumps({"rules": spoilt}), RulesReply), 5)
 
@@ -212,7 +245,12 @@ def test_an_empty_rule_among_good_ones_is_left_out_and_counted():
 @pytest.mark.parametrize("level", [True, False, 6, -1, 2.5, "x", None, [1]])
 def test_what_is_no_level(level: object):
     with pytest.raises(MalformedReplyError):
-        parse_reply(json.dumps({"rules": [rule("a", level)]}) if level is not None else json.dumps({"rules": [{"activates_on": "a"}, 3]}), RulesReply)
+        parse_reply(
+            json.dumps({"rules": [rule("a", level)]})
+            if level is not None
+            else json.dumps({"rules": [{"activates_on": "a"}, 3]}),
+            RulesReply,
+        )
     with pytest.raises(MalformedReplyError):
         parse_reply(json.dumps({"levels": [[0, level]]}), LevelsReply)
 
@@ -228,10 +266,20 @@ def test_levels_by_hand():
 @pytest.mark.parametrize("thought", sorted(THOUGHTS))
 def test_thoughts_are_no_answer(thought: str):
     assert answer_of(THOUGHTS[thought]("Yes, no, {maybe} Yes", "No")) == "No"
-    assert clean(parse_reply(THOUGHTS[thought]('{"explanation": "draft"}', '{"explanation": "it."}'), SentenceReply).explanation) == "it"
+    assert (
+        clean(
+            parse_reply(
+                THOUGHTS[thought]('{"explanation": "draft"}', '{"explanation": "it."}'), SentenceReply
+            ).explanation
+        )
+        == "it"
+    )
 
 
 def test_long_thoughts_do_not_make_a_reply_too_long():
-    assert parse_reply(f"<think>{'hm { ' * 20_000}</think>" + '{"explanation": "x"}', SentenceReply).explanation == "x"
+    assert (
+        parse_reply(f"<think>{'hm { ' * 20_000}</think>" + '{"explanation": "x"}', SentenceReply).explanation
+        == "x"
+    )
     with pytest.raises(MalformedReplyError, match="20,0"):
         parse_reply('{"explanation": "' + "x" * 20_000 + '"}', SentenceReply)

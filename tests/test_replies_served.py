@@ -1,4 +1,6 @@
-"""Replies as servers send them, through the whole client: what a user gets of each, what is asked again, and what a second run asks."""
+"""Replies as servers send them, through the whole client: what a user gets of each, what is asked again, and
+what a second run asks.
+"""
 
 from __future__ import annotations
 
@@ -26,21 +28,32 @@ from featureinterp.score.detection import Detection
 from featureinterp.simulate.rated import Rated
 
 SAID = Explanation.sentence("months", Provenance("test"))
-WINDOWS = [Window(i, i, np.zeros(2, np.int32), ("in", f" May{i}"), np.array([0, 5 * (i % 2)], np.float32)) for i in range(4)]
+WINDOWS = [
+    Window(i, i, np.zeros(2, np.int32), ("in", f" May{i}"), np.array([0, 5 * (i % 2)], np.float32))
+    for i in range(4)
+]
 RECORD = FeatureRecord(FeatureId("s", 7), 5.0, 0.1, 20, {"train": {"top": (WINDOWS[1],)}})
-RULES = {"rules": [{"activates_on": "months of spring", "strength": 5}, {"activates_on": "dates", "strength": 2}]}
+RULES = {
+    "rules": [{"activates_on": "months of spring", "strength": 5}, {"activates_on": "dates", "strength": 2}]
+}
 
 
 def answer(body: dict[str, Any]) -> str:
     """A right answer to any request: an instance of its schema, or a word."""
     form = body.get("response_format")
     if form is None:
-        return "Yes" if "May1" in body["messages"][-1]["content"] or "May3" in body["messages"][-1]["content"] else "No"
+        return (
+            "Yes"
+            if "May1" in body["messages"][-1]["content"] or "May3" in body["messages"][-1]["content"]
+            else "No"
+        )
     schema = form["json_schema"]["schema"]
     if "rules" in schema["properties"]:
         return json.dumps(RULES)
     if "texts" in schema["properties"]:
-        return json.dumps({"texts": [f"a text {i}" for i in range(schema["properties"]["texts"]["minItems"])]})
+        return json.dumps(
+            {"texts": [f"a text {i}" for i in range(schema["properties"]["texts"]["minItems"])]}
+        )
     levels = schema["properties"]["levels"]["prefixItems"]
     return json.dumps({"levels": [[3] * t["minItems"] for t in levels]})
 
@@ -75,7 +88,9 @@ def check(found: tuple[Explanation, list[Any], list[Any], list[Any]]) -> None:
 @pytest.mark.parametrize("thought", sorted(THOUGHTS))
 def test_models_that_think_aloud(thought: str, tmp_path: Path):
     draft = 'No. {"rules": [{"activates_on": "a draft", "strength": 1}]} Yes'
-    with endpoint(lambda body: THOUGHTS[thought](draft, answer(body)) if thought != "none" else answer(body)) as server:
+    with endpoint(
+        lambda body: THOUGHTS[thought](draft, answer(body)) if thought != "none" else answer(body)
+    ) as server:
         check(use(server, tmp_path / "replies", everything))
         asked = len(server.ledger)
         check(use(server, tmp_path / "replies", everything))
@@ -126,5 +141,7 @@ def test_what_stays_spoilt_is_a_failure_with_its_words(name: str, tmp_path: Path
         first = len(server.ledger)
         with pytest.raises(MalformedReplyError):
             use(server, tmp_path / "replies", lambda model: OneShot(model, RulesStyle()).explain(RECORD))
-    assert first == 3 == len(server.ledger), "what was paid for is kept, and a second run fails without a request"
+    assert first == 3 == len(server.ledger), (
+        "what was paid for is kept, and a second run fails without a request"
+    )
     assert "\n" not in str(failed.value) and str(failed.value).startswith("the reply")

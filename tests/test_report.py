@@ -1,4 +1,6 @@
-"""The report: complete, self-contained, and nothing of a text or a model's reply ever becomes part of the page."""
+"""The report: complete, self-contained, and nothing of a text or a model's reply ever becomes part of the
+page.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,18 @@ from featureinterp.domain.explanation import Explanation, Provenance, Rule, Sear
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Failure, Interval, Score
 from featureinterp.errors import DamagedStoreError, InputError
-from featureinterp.report.render import histogram, number, read_results, render_report, search_rows, summarise, visible, whisker, write_report, write_results
+from featureinterp.report.render import (
+    histogram,
+    number,
+    read_results,
+    render_report,
+    search_rows,
+    summarise,
+    visible,
+    whisker,
+    write_report,
+    write_results,
+)
 
 P = Provenance("one-shot", "m", "explain/v1", "h")
 ABOUT = {"title": "T", "subtitle": "S", "facts": {"Subject": "tiny <b>"}}
@@ -26,11 +39,15 @@ ABOUT = {"title": "T", "subtitle": "S", "facts": {"Subject": "tiny <b>"}}
 
 def shown(pieces: tuple[str, ...], source: str = "top", split: str = "test") -> ShownWindow:
     n = len(pieces)
-    return ShownWindow(split, source, 1, "doc <1>", pieces, (2.0,) + (0.0,) * (n - 1), (4.5,) + (0.1,) * (n - 1), None)
+    return ShownWindow(
+        split, source, 1, "doc <1>", pieces, (2.0,) + (0.0,) * (n - 1), (4.5,) + (0.1,) * (n - 1), None
+    )
 
 
 def result(index: int = 7, text: str = "names of months", **changes: object) -> FeatureResult:
-    score = Score("correlation", 0.61, 16, 1, Interval(0.4, 0.8), null=0.05, null_interval=Interval(-0.1, 0.2))
+    score = Score(
+        "correlation", 0.61, 16, 1, Interval(0.4, 0.8), null=0.05, null_interval=Interval(-0.1, 0.2)
+    )
     made = FeatureResult(
         feature=index,
         sae="demo",
@@ -39,7 +56,11 @@ def result(index: int = 7, text: str = "names of months", **changes: object) -> 
         count=99,
         windows=(shown((" May", " we")), shown((" so",), "similar_negative"), shown((" x",), "top", "train")),
         explanation=Explanation((Rule(text, 5), Rule("dates", 2)), P),
-        scores=(score, Score("explained_variance", None, 16, undefined="constant <i>"), Score("complexity", 2.5, 2)),
+        scores=(
+            score,
+            Score("explained_variance", None, 16, undefined="constant <i>"),
+            Score("complexity", 2.5, 2),
+        ),
         baseline=Explanation((Rule('" May"', 4),), Provenance("top-tokens")),
         baseline_scores=(Score("correlation", 0.7, 16, interval=Interval(0.5, 0.9)),),
         null_of=8,
@@ -68,7 +89,18 @@ class Page(html.parser.HTMLParser):
 
 
 def test_what_the_page_shows():
-    page = render_report([result(), result(8, "the word of", explanation=None, failures=(Failure(8, "explain", "TruncatedReplyError", "cut"),))], ABOUT)
+    page = render_report(
+        [
+            result(),
+            result(
+                8,
+                "the word of",
+                explanation=None,
+                failures=(Failure(8, "explain", "TruncatedReplyError", "cut"),),
+            ),
+        ],
+        ABOUT,
+    )
     text = " ".join(Page(page).texts)
     for expected in (
         "names of months",
@@ -90,11 +122,17 @@ def searched(text: str) -> FeatureResult:
     nodes = (
         SearchNode(0, None, 0, (Rule("dates", 5),), None, 0.3, 0.25, 0.2, kept=True),
         SearchNode(1, None, 0, (Rule("spring", 4),), None, 0.1, None, None),
-        SearchNode(2, 0, 1, (Rule(text, 5), Rule("dates", 2)), f"too broad {text}", 0.7, 0.6, 0.61, chosen=True),
+        SearchNode(
+            2, 0, 1, (Rule(text, 5), Rule("dates", 2)), f"too broad {text}", 0.7, 0.6, 0.61, chosen=True
+        ),
         SearchNode(3, 0, 1, (), None, failure=f"MalformedReplyError: {text}"),
     )
     window = replace(shown((" May", " we"), split="train"), predicted=None, holistic=(0.5, -0.1))
-    return result(explanation=Explanation((Rule(text, 5), Rule("dates", 2)), P, search=nodes), windows=(window, shown((" so",))), holistic="exact")
+    return result(
+        explanation=Explanation((Rule(text, 5), Rule("dates", 2)), P, search=nodes),
+        windows=(window, shown((" so",))),
+        holistic="exact",
+    )
 
 
 def test_a_search_is_drawn_as_a_tree_and_causes_are_marked():
@@ -104,7 +142,12 @@ def test_a_search_is_drawn_as_a_tree_and_causes_are_marked():
     assert rows is not None
     order = re.findall(r"dates;|dates|spring|MalformedReplyError", rows[0])
     assert order == ["dates", "dates", "MalformedReplyError", "spring"]
-    assert rows[0].count('class="chosen"') == 1 and "too broad names of months" in rows[0] and "0.61" in rows[0] and "–" in rows[0]
+    assert (
+        rows[0].count('class="chosen"') == 1
+        and "too broad names of months" in rows[0]
+        and "0.61" in rows[0]
+        and "–" in rows[0]
+    )
     assert page.count("--c:1.00") == 1 and "without this token the feature would fire less" in page
     plain = render_report([result()], ABOUT)
     assert "--c:" not in plain and 'class="search"' not in plain and "would fire less" not in plain
@@ -125,7 +168,9 @@ def test_the_page_needs_nothing_from_outside():
     assert page.tags.count("script") == 1 and page.tags.count("style") == 1
 
 
-@pytest.mark.parametrize("nasty", [*NASTY, '"><img src=x onerror=alert(1)>', "javascript:alert(1)", "{{ 7 * 7 }}"])
+@pytest.mark.parametrize(
+    "nasty", [*NASTY, '"><img src=x onerror=alert(1)>', "javascript:alert(1)", "{{ 7 * 7 }}"]
+)
 def test_hostile_text_is_shown_as_text_everywhere(nasty: str):
     plain = render_report([result(), searched("x")], ABOUT)
     bad = result(
@@ -136,7 +181,9 @@ def test_hostile_text_is_shown_as_text_everywhere(nasty: str):
         baseline=Explanation((Rule(nasty, 4),), P),
         sae=nasty,
     )
-    hostile = render_report([bad, searched(nasty)], {"title": nasty, "subtitle": nasty, "facts": {nasty: nasty}})
+    hostile = render_report(
+        [bad, searched(nasty)], {"title": nasty, "subtitle": nasty, "facts": {nasty: nasty}}
+    )
     a, b = Page(plain), Page(hostile)
     assert set(b.tags) <= {*a.tags, "em"} and b.tags.count("script") == 1
     assert not [x for x in b.attributes if x[1].startswith("on")]
@@ -156,7 +203,9 @@ def test_results_round_trip(tmp_path: Path):
     write_results(tmp_path, results, ABOUT)
     again, about = read_results(tmp_path)
     assert list(again) == results and about == ABOUT
-    assert write_report(tmp_path / "r.html", again, about).read_text(encoding="utf-8") == render_report(results, ABOUT)
+    assert write_report(tmp_path / "r.html", again, about).read_text(encoding="utf-8") == render_report(
+        results, ABOUT
+    )
 
 
 def test_missing_or_damaged_results_are_one_sentence(tmp_path: Path):
@@ -164,7 +213,9 @@ def test_missing_or_damaged_results_are_one_sentence(tmp_path: Path):
         read_results(tmp_path)
     write_results(tmp_path, [result()], ABOUT)
     (tmp_path / "results.jsonl").write_text('{"feature": 1}\n')
-    with pytest.raises(DamagedStoreError, match=r"results.jsonl has .* run the same 'featureinterp explain' again"):
+    with pytest.raises(
+        DamagedStoreError, match=r"results.jsonl has .* run the same 'featureinterp explain' again"
+    ):
         read_results(tmp_path)
     (tmp_path / "about.json").write_text(json.dumps(ABOUT))  # as versions before checksums wrote it
     with pytest.raises(InputError, match="cannot be read"):
@@ -175,11 +226,26 @@ def test_missing_or_damaged_results_are_one_sentence(tmp_path: Path):
 
 def test_the_summary_by_hand():
     clear, touching = result(1), result(2)
-    beaten = Score("correlation", 0.1, 5, interval=Interval(-0.1, 0.3), null=0.2, null_interval=Interval(0.1, 0.4))
+    beaten = Score(
+        "correlation", 0.1, 5, interval=Interval(-0.1, 0.3), null=0.2, null_interval=Interval(0.1, 0.4)
+    )
     undefined = Score("correlation", None, 0, undefined="constant")
-    found = summarise([clear, touching, replace(clear, scores=(beaten,)), replace(clear, scores=(undefined,)), replace(clear, explanation=None, scores=())])
+    found = summarise(
+        [
+            clear,
+            touching,
+            replace(clear, scores=(beaten,)),
+            replace(clear, scores=(undefined,)),
+            replace(clear, explanation=None, scores=()),
+        ]
+    )
     assert (found["n"], found["n_explained"], found["n_scored"]) == (5, 4, 3)
-    assert (found["clear_of_null"], found["beats_null_value"], found["beats_baseline"], found["n_baseline"]) == (2, 2, 0, 3)
+    assert (
+        found["clear_of_null"],
+        found["beats_null_value"],
+        found["beats_baseline"],
+        found["n_baseline"],
+    ) == (2, 2, 0, 3)
     assert found["median"] == 0.61 and found["median_null"] == 0.05
     assert clear.scores[0].clear_of_null and not beaten.clear_of_null and not undefined.clear_of_null
 
@@ -193,7 +259,9 @@ def test_the_histogram_by_hand():
 def test_figures_and_whiskers():
     assert (number(-0.004), number(-0.126), number(None), number(2, 0)) == ("0.00", "−0.13", "–", "2")
     places = whisker(Score("s", 0.4, 3, interval=Interval(-0.5, 1.0), null=0.1))
-    assert places["value"] == 50 and places["low"] == 0 and places["high"] == 100 and places["null_low"] is None
+    assert (
+        places["value"] == 50 and places["low"] == 0 and places["high"] == 100 and places["null_low"] is None
+    )
 
 
 def test_results_draw_themselves_in_a_notebook(tmp_path: Path):

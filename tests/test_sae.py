@@ -150,6 +150,9 @@ def test_the_demo_sae_is_what_it_says():
     assert demo.hook == "blocks.14.hook_resid_post" and demo.sae.d_in == 576
     assert metrics["explained_variance"] >= 0.8 and metrics["dead_share"] <= 0.02
     assert provenance["recipe"]["subject"]["dtype"] == "bfloat16"  # what the machine that trained it chose
-    assert make_recipe(provenance["recipe"]).changed({"subject.dtype": "auto"}) == load_recipe("demo") and provenance["source"]["hook"] == demo.hook
+    assert (
+        make_recipe(provenance["recipe"]).changed({"subject.dtype": "auto"}) == load_recipe("demo")
+        and provenance["source"]["hook"] == demo.hook
+    )
     norms = demo.sae.W_dec.norm(dim=1)
     assert float((norms - 1).abs().max()) < 2e-3  # float16 rows of unit norm

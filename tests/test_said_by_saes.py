@@ -1,4 +1,6 @@
-"""What a checkpoint says of itself: its site, its model, and what is done to its input. Obeyed, refused, or said; never ignored."""
+"""What a checkpoint says of itself: its site, its model, and what is done to its input. Obeyed, refused, or
+said; never ignored.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ import torch
 from safetensors.torch import save_file
 from test_checkpoints import PYTHIA, checkpoint, configuration, saved
 
-from featureinterp.errors import FeatureInterpError, IncompatibleError, InputError, StorageError, UnknownNameError
+from featureinterp.errors import (
+    FeatureInterpError,
+    IncompatibleError,
+    InputError,
+    StorageError,
+    UnknownNameError,
+)
 from featureinterp.sae.info import sae_info
 from featureinterp.sae.layouts.checkpoint import ARCHITECTURES
 from featureinterp.sae.load import load_sae, save_sae, save_saelens
@@ -29,9 +37,16 @@ D_IN, D_SAE = 8, 16
 def tensors(kind: str, seed: int = 0, *, unit: bool = False) -> dict[str, torch.Tensor]:
     """Random ones by SAELens's names, with decoder rows of norms between about 0.5 and 2."""
     rng = np.random.default_rng(seed)
-    names = {"standard": ("b_enc",), "topk": ("b_enc",), "jumprelu": ("b_enc", "threshold"), "gated": ("b_gate", "b_mag", "r_mag")}[kind]
+    names = {
+        "standard": ("b_enc",),
+        "topk": ("b_enc",),
+        "jumprelu": ("b_enc", "threshold"),
+        "gated": ("b_gate", "b_mag", "r_mag"),
+    }[kind]
     decoder = rng.normal(size=(D_SAE, D_IN))
-    decoder /= np.linalg.norm(decoder, axis=1, keepdims=True) / (1 if unit else rng.uniform(0.5, 2, (D_SAE, 1)))
+    decoder /= np.linalg.norm(decoder, axis=1, keepdims=True) / (
+        1 if unit else rng.uniform(0.5, 2, (D_SAE, 1))
+    )
     found = {"W_enc": rng.normal(size=(D_IN, D_SAE)), "W_dec": decoder, "b_dec": rng.normal(size=D_IN)}
     found |= {name: rng.normal(size=D_SAE) * 0.3 for name in names}
     if "threshold" in found:
@@ -43,9 +58,19 @@ def saelens(folder: Path, kind: str, t: dict[str, torch.Tensor] | None = None, *
     """A folder of SAELens. ``changes``: of the configuration; None takes a key out."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors(kind) if t is None else t, folder / "sae_weights.safetensors")
-    metadata = {"hook_name": "blocks.1.hook_resid_post", "model_name": "gpt2-small", **changes.pop("metadata", {})}
+    metadata = {
+        "hook_name": "blocks.1.hook_resid_post",
+        "model_name": "gpt2-small",
+        **changes.pop("metadata", {}),
+    }
     metadata = {key: value for key, value in metadata.items() if value is not None}
-    config = {"architecture": kind, "d_in": D_IN, "d_sae": D_SAE, "metadata": metadata, **({"k": 3} if kind == "topk" else {})}
+    config = {
+        "architecture": kind,
+        "d_in": D_IN,
+        "d_sae": D_SAE,
+        "metadata": metadata,
+        **({"k": 3} if kind == "topk" else {}),
+    }
     (folder / "cfg.json").write_text(json.dumps({**config, **changes}))
     return folder
 
@@ -84,7 +109,12 @@ def test_the_same_sae_has_the_same_codes_in_two_layouts(tmp_path: Path):
     t = tensors("standard")
     place = tmp_path / "resid_post_layer_1" / "trainer_0"
     place.mkdir(parents=True)
-    linear = {"encoder.weight": t["W_enc"].T.contiguous(), "decoder.weight": t["W_dec"].T.contiguous(), "encoder.bias": t["b_enc"], "bias": t["b_dec"]}
+    linear = {
+        "encoder.weight": t["W_enc"].T.contiguous(),
+        "decoder.weight": t["W_dec"].T.contiguous(),
+        "encoder.bias": t["b_enc"],
+        "bias": t["b_dec"],
+    }
     torch.save(linear, place / "ae.pt")
     (place / "config.json").write_bytes(configuration("relu", activation_dim=D_IN, dict_size=D_SAE, layer=1))
     one, other = load_sae(str(place)), load_sae(str(saelens(tmp_path / "other", "standard")))
@@ -93,7 +123,9 @@ def test_the_same_sae_has_the_same_codes_in_two_layouts(tmp_path: Path):
 
 
 def test_codes_in_other_units_are_those_of_another_sae(tmp_path: Path):
-    """A run that was collected before codes were in units of the residual stream is not mixed with new activations."""
+    """A run that was collected before codes were in units of the residual stream is not mixed with new
+    activations.
+    """
     from featureinterp.sae.layouts.checkpoint import fingerprint
 
     def files(folder: Path) -> str:
@@ -116,7 +148,9 @@ def test_topk_s_own_units_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixt
     """They cannot be changed without changing which codes are the largest."""
     x = inputs()
     loaded = load_sae(str(saelens(tmp_path / "a", "topk")))
-    np.testing.assert_allclose(loaded.sae.encode(x).to_dense().numpy(), encoded("topk", tensors("topk"), x), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        loaded.sae.encode(x).to_dense().numpy(), encoded("topk", tensors("topk"), x), rtol=1e-4, atol=1e-4
+    )
     assert "different units" in loaded.notes[0] and "different units" in caplog.text
     assert not load_sae(str(saelens(tmp_path / "b", "topk", tensors("topk", unit=True)))).notes
 
@@ -125,14 +159,23 @@ def test_factors_of_fine_tuning_are_part_of_the_reconstruction(tmp_path: Path):
     t, x = tensors("standard"), inputs()
     for number, name in enumerate(("scaling_factor", "finetuning_scaling_factor")):
         held = {**t, name: torch.linspace(2, 4, D_SAE)}
-        sae = load_sae(str(saelens(tmp_path / str(number), "standard", held, finetuning_scaling_factor=True))).sae
+        sae = load_sae(
+            str(saelens(tmp_path / str(number), "standard", held, finetuning_scaling_factor=True))
+        ).sae
         theirs = encoded("standard", t, x) * np.linspace(2, 4, D_SAE)
         decoded = theirs @ t["W_dec"].double().numpy() + t["b_dec"].double().numpy()
         np.testing.assert_allclose(sae.decode(sae.encode(x)).numpy(), decoded, rtol=1e-4, atol=1e-3)
-        plain = saelens(tmp_path / f"plain {number}", "standard", {**t, name: torch.ones(D_SAE)}, finetuning_scaling_factor=False)
+        plain = saelens(
+            tmp_path / f"plain {number}",
+            "standard",
+            {**t, name: torch.ones(D_SAE)},
+            finetuning_scaling_factor=False,
+        )
         assert load_sae(str(plain)).n_features == D_SAE, "all ones is what older versions wrote"
         with pytest.raises(IncompatibleError, match="finetuning_scaling_factor = false"):
-            load_sae(str(saelens(tmp_path / f"no {number}", "standard", held, finetuning_scaling_factor=False)))
+            load_sae(
+                str(saelens(tmp_path / f"no {number}", "standard", held, finetuning_scaling_factor=False))
+            )
     with pytest.raises(IncompatibleError, match="none of the factors"):
         load_sae(str(saelens(tmp_path / "missing", "standard", finetuning_scaling_factor=True)))
     with pytest.raises(IncompatibleError, match=r"'W_skip'.*does not encode as its configuration says"):
@@ -141,20 +184,32 @@ def test_factors_of_fine_tuning_are_part_of_the_reconstruction(tmp_path: Path):
 
 def test_a_model_whose_writing_was_centred_is_centred_here(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     t, x = tensors("standard"), inputs() + 5
-    options = {"model_from_pretrained_kwargs": {"center_writing_weights": True, "fold_ln": True, "n_devices": 2}}
+    options = {
+        "model_from_pretrained_kwargs": {"center_writing_weights": True, "fold_ln": True, "n_devices": 2}
+    }
     loaded = load_sae(str(saelens(tmp_path / "a", "standard", metadata=options)))
     centred = x - x.mean(1, keepdim=True)
     norms = t["W_dec"].double().norm(dim=1).numpy()
     found = loaded.sae.encode(x)
-    np.testing.assert_allclose(found.to_dense().numpy(), encoded("standard", t, centred) * norms, rtol=1e-4, atol=1e-4)
-    decoded = encoded("standard", t, centred) @ t["W_dec"].double().numpy() + t["b_dec"].double().numpy() + x.mean(1, keepdim=True).numpy()
+    np.testing.assert_allclose(
+        found.to_dense().numpy(), encoded("standard", t, centred) * norms, rtol=1e-4, atol=1e-4
+    )
+    decoded = (
+        encoded("standard", t, centred) @ t["W_dec"].double().numpy()
+        + t["b_dec"].double().numpy()
+        + x.mean(1, keepdim=True).numpy()
+    )
     np.testing.assert_allclose(loaded.sae.decode(found).numpy(), decoded, rtol=1e-4, atol=1e-3)
     assert "without its mean" in caplog.text
     save_sae(tmp_path / "own", loaded.sae, hook=loaded.hook, model=loaded.model)
     save_saelens(tmp_path / "back", loaded.sae, hook=loaded.hook, model=loaded.model)
     for folder in ("own", "back"):
-        torch.testing.assert_close(load_sae(str(tmp_path / folder)).sae.encode(x).to_dense(), found.to_dense())
-    gemma = load_sae(str(saelens(tmp_path / "b", "standard", metadata={**options, "model_name": "gemma-2-2b"})))
+        torch.testing.assert_close(
+            load_sae(str(tmp_path / folder)).sae.encode(x).to_dense(), found.to_dense()
+        )
+    gemma = load_sae(
+        str(saelens(tmp_path / "b", "standard", metadata={**options, "model_name": "gemma-2-2b"}))
+    )
     assert gemma.sae.normalize == "none", "a model with RMS norms is left as it is"
     for kwargs, message in (
         ({"checkpoint_index": 5}, "'checkpoint_index' = 5"),
@@ -163,7 +218,11 @@ def test_a_model_whose_writing_was_centred_is_centred_here(tmp_path: Path, caplo
         ({"center_writing_weights": "yes"}, "center_writing_weights"),
     ):
         with pytest.raises(IncompatibleError, match=message):
-            load_sae(str(saelens(tmp_path / message, "standard", metadata={"model_from_pretrained_kwargs": kwargs})))
+            load_sae(
+                str(
+                    saelens(tmp_path / message, "standard", metadata={"model_from_pretrained_kwargs": kwargs})
+                )
+            )
     with pytest.raises(IncompatibleError, match="only known for models with a layer norm"):
         load_sae(str(saelens(tmp_path / "c", "standard", metadata={**options, "model_name": "mine"})))
 
@@ -173,8 +232,18 @@ def test_the_activation_is_found_under_either_key(tmp_path: Path):
     expected = encoded("topk", t, x)
     for number, said in enumerate(
         (
-            {"architecture": "standard", "activation_fn": "topk", "activation_fn_kwargs": {"k": 3}, "k": None},
-            {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 3}, "k": None},
+            {
+                "architecture": "standard",
+                "activation_fn": "topk",
+                "activation_fn_kwargs": {"k": 3},
+                "k": None,
+            },
+            {
+                "architecture": "standard",
+                "activation_fn_str": "topk",
+                "activation_fn_kwargs": {"k": 3},
+                "k": None,
+            },
             {"activation_fn": "topk"},
         )
     ):
@@ -197,14 +266,38 @@ def test_the_activation_is_found_under_either_key(tmp_path: Path):
 
 
 def test_the_best_known_release_of_gpt_2_is_read(tmp_path: Path):
-    """Its keys, as they were before version 3: the hook under hook_point, before block 8 and so after block 7; factors of one."""
-    save_file({**tensors("standard"), "scaling_factor": torch.ones(D_SAE)}, tmp_path / "sae_weights.safetensors")
-    old = {"model_name": "gpt2-small", "hook_point": "blocks.8.hook_resid_pre", "hook_point_layer": 8, "hook_point_head_index": None}
-    old |= {"d_in": D_IN, "d_sae": D_SAE, "dtype": "torch.float32", "expansion_factor": 32, "l1_coefficient": 8e-05, "context_size": 128}
-    for said in ({}, {"normalize_activations": False}, {"normalize_activations": None, "reshape_activations": None}):
+    """Its keys, as they were before version 3: the hook under hook_point, before block 8 and so after block
+    7; factors of one.
+    """
+    save_file(
+        {**tensors("standard"), "scaling_factor": torch.ones(D_SAE)}, tmp_path / "sae_weights.safetensors"
+    )
+    old = {
+        "model_name": "gpt2-small",
+        "hook_point": "blocks.8.hook_resid_pre",
+        "hook_point_layer": 8,
+        "hook_point_head_index": None,
+    }
+    old |= {
+        "d_in": D_IN,
+        "d_sae": D_SAE,
+        "dtype": "torch.float32",
+        "expansion_factor": 32,
+        "l1_coefficient": 8e-05,
+        "context_size": 128,
+    }
+    for said in (
+        {},
+        {"normalize_activations": False},
+        {"normalize_activations": None, "reshape_activations": None},
+    ):
         (tmp_path / "cfg.json").write_text(json.dumps({**old, **said}))
         loaded = load_sae(str(tmp_path))
-        assert (loaded.hook, loaded.model, loaded.sae.normalize) == ("blocks.7.hook_resid_post", "gpt2-small", "none")
+        assert (loaded.hook, loaded.model, loaded.sae.normalize) == (
+            "blocks.7.hook_resid_post",
+            "gpt2-small",
+            "none",
+        )
     (tmp_path / "cfg.json").write_text(json.dumps({**old, "normalize_activations": True}))
     with pytest.raises(IncompatibleError, match="expected_average_only_in"):
         load_sae(str(tmp_path))
@@ -240,7 +333,14 @@ def test_saelens_folders_of_other_sites_are_refused(tmp_path: Path, said: dict[s
         load_sae(str(saelens(tmp_path, "standard", metadata=said)))
 
 
-def learned(folder: Path, *, buffer: dict[str, Any] | None = None, arch: str = "topk", prefix: str = "", **trainer: Any) -> Path:
+def learned(
+    folder: Path,
+    *,
+    buffer: dict[str, Any] | None = None,
+    arch: str = "topk",
+    prefix: str = "",
+    **trainer: Any,
+) -> Path:
     """A folder of dictionary_learning, of layer 8 of a width of 768."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays = checkpoint(arch, 768, 32)
@@ -251,10 +351,17 @@ def learned(folder: Path, *, buffer: dict[str, Any] | None = None, arch: str = "
 
 
 def test_dictionary_learning_says_or_shows_what_it_reads(tmp_path: Path):
-    for number, name in enumerate(("resid_post_layer_8", "resid_out_layer8", "gpt_neox.layers.8", "model.layers.8", "transformer.h.8")):
-        folder = learned(tmp_path / str(number), submodule_name=name, buffer={"io": "out", "d_submodule": 768})
+    for number, name in enumerate(
+        ("resid_post_layer_8", "resid_out_layer8", "gpt_neox.layers.8", "model.layers.8", "transformer.h.8")
+    ):
+        folder = learned(
+            tmp_path / str(number), submodule_name=name, buffer={"io": "out", "d_submodule": 768}
+        )
         assert load_sae(str(folder)).hook == "blocks.8.hook_resid_post"
-    assert load_sae(str(learned(tmp_path / "resid_post_layer_8" / "trainer_0"))).hook == "blocks.8.hook_resid_post"
+    assert (
+        load_sae(str(learned(tmp_path / "resid_post_layer_8" / "trainer_0"))).hook
+        == "blocks.8.hook_resid_post"
+    )
     for number, (name, buffer) in enumerate(
         (
             ("mlp_out_layer_8", {}),
@@ -283,8 +390,12 @@ def test_compiled_checkpoints_and_those_of_several_processes_are_read(tmp_path: 
 
 def test_a_batch_topk_without_a_threshold_is_called_that(tmp_path: Path):
     folder = learned(tmp_path, arch="btopk", submodule_name="resid_post_layer_8")
-    (folder / "ae.pt").write_bytes(saved({k: v for k, v in checkpoint("btopk", 768, 32).items() if k != "threshold"}))
-    with pytest.raises(IncompatibleError, match="has no threshold, which batch_topk needs outside of training") as error:
+    (folder / "ae.pt").write_bytes(
+        saved({k: v for k, v in checkpoint("btopk", 768, 32).items() if k != "threshold"})
+    )
+    with pytest.raises(
+        IncompatibleError, match="has no threshold, which batch_topk needs outside of training"
+    ) as error:
         load_sae(str(folder))
     assert "name" not in str(error.value)
 
@@ -322,7 +433,11 @@ def test_gemma_scope_folders_say_site_and_model_by_their_place(tmp_path: Path):
     ):
         with pytest.raises(IncompatibleError, match="only SAEs of the residual stream after a block"):
             load_sae(str(scope(tmp_path / repository / place)))
-    for folder in (place, "some/layer_7/width_16k/average_l0_9", "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6"):
+    for folder in (
+        place,
+        "some/layer_7/width_16k/average_l0_9",
+        "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6",
+    ):
         with pytest.raises(IncompatibleError, match="does not say which layer"):
             load_sae(str(scope(tmp_path / folder)))
     with pytest.raises(IncompatibleError, match="Gemma 2 2b has"):
@@ -334,7 +449,11 @@ def test_an_sae_of_another_site_in_this_project_s_layout_is_shown_and_not_loaded
         folder = tmp_path / str(number)
         save_sae(folder, unit_sae("topk"), hook=hook, model="m")
         about = sae_info(str(folder))
-        assert about["layer"] == (1 if "1" in hook else None) and about["hook"] == hook and "can be used" in about["notes"]
+        assert (
+            about["layer"] == (1 if "1" in hook else None)
+            and about["hook"] == hook
+            and "can be used" in about["notes"]
+        )
         with pytest.raises(IncompatibleError, match="only SAEs of the residual stream"):
             load_sae(str(folder))
 
@@ -373,7 +492,9 @@ def test_a_recipe_with_more_codes_than_features_is_refused(architecture: str):
 
 
 @pytest.mark.parametrize("tracker", ["wandb", "tensorboard"])
-def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_done(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_done(
+    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setitem(sys.modules, tracker, None)
     recipe = make_recipe({"tracking": {"to": tracker}, "subject": {"model": "no such model"}})
     with pytest.raises(InputError, match=rf"install featureinterp\[{tracker}\]"):
@@ -381,7 +502,9 @@ def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_done(track
     assert not (tmp_path / "run").exists()
 
 
-def test_a_probe_without_any_result_is_drawn_without_a_warning(tmp_path: Path, recwarn: pytest.WarningsRecorder):
+def test_a_probe_without_any_result_is_drawn_without_a_warning(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+):
     from featureinterp.report.probing import plot_study
 
     assert [p.exists() for p in plot_study(tmp_path, SimpleNamespace(concepts=[]))] == [True, True]
@@ -390,12 +513,19 @@ def test_a_probe_without_any_result_is_drawn_without_a_warning(tmp_path: Path, r
 
 def test_a_zero_decoder_is_refused(tmp_path: Path):
     sae = unit_sae("topk")
-    save_sae(tmp_path / "own", type(sae)({**sae.tensors, "W_dec": torch.zeros(D_SAE, D_IN)}, k=4), hook="blocks.0.hook_resid_post", model="m")
+    save_sae(
+        tmp_path / "own",
+        type(sae)({**sae.tensors, "W_dec": torch.zeros(D_SAE, D_IN)}, k=4),
+        hook="blocks.0.hook_resid_post",
+        model="m",
+    )
     with pytest.raises(IncompatibleError, match="decoder .* is zero"):
         load_sae(str(tmp_path / "own"))
     for kind in ("standard", "topk", "jumprelu", "gated"):
         with pytest.raises(IncompatibleError, match="is zero"):
-            load_sae(str(saelens(tmp_path / kind, kind, {**tensors(kind), "W_dec": torch.zeros(D_SAE, D_IN)})))
+            load_sae(
+                str(saelens(tmp_path / kind, kind, {**tensors(kind), "W_dec": torch.zeros(D_SAE, D_IN)}))
+            )
 
 
 def spoiled(kind: str, **changes: tuple[float, float]) -> Any:
@@ -419,7 +549,9 @@ def spoiled(kind: str, **changes: tuple[float, float]) -> Any:
         ("topk", {"W_enc": (3e38, -3e38)}),
     ],
 )
-def test_what_passes_tensor_by_tensor_and_encodes_to_infinity_is_refused(kind: str, changes: Any, tmp_path: Path):
+def test_what_passes_tensor_by_tensor_and_encodes_to_infinity_is_refused(
+    kind: str, changes: Any, tmp_path: Path
+):
     sae = spoiled(kind, **changes)
     save_sae(tmp_path, sae, hook="blocks.0.hook_resid_post", model="m")
     with pytest.raises(IncompatibleError, match="not finite"):
@@ -428,7 +560,11 @@ def test_what_passes_tensor_by_tensor_and_encodes_to_infinity_is_refused(kind: s
 
 def test_every_dtype_is_checked_after_the_cast(tmp_path: Path):
     save_sae(tmp_path, spoiled("relu", b_enc=(1e6, 1.0)), hook="blocks.0.hook_resid_post", model="m")
-    assert load_sae(str(tmp_path)).n_features == load_sae(str(tmp_path), dtype=torch.bfloat16).n_features == D_SAE
+    assert (
+        load_sae(str(tmp_path)).n_features
+        == load_sae(str(tmp_path), dtype=torch.bfloat16).n_features
+        == D_SAE
+    )
     with pytest.raises(IncompatibleError, match=r"not finite in float16 \(b_enc\)"):
         load_sae(str(tmp_path), dtype=torch.float16)
     large = spoiled("relu", W_enc=(1000.0, 1000.0)).to("cpu", torch.float16)
@@ -463,7 +599,9 @@ def test_an_old_package_of_saelens_is_refused(monkeypatch: pytest.MonkeyPatch):
             load_sae("saelens:a/b")
 
 
-def test_what_is_published_says_nothing_that_has_to_be_noted(caplog: pytest.LogCaptureFixture, tmp_path: Path):
+def test_what_is_published_says_nothing_that_has_to_be_noted(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+):
     with caplog.at_level(logging.WARNING):
         loaded = load_sae("demo")
     assert not caplog.records and not loaded.notes and PYTHIA

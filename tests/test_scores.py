@@ -15,7 +15,13 @@ from featureinterp.domain.usage import Usage
 from featureinterp.intervals import interval_of, resample_counts, weighted_aurocs
 from featureinterp.llm.types import Reply
 from featureinterp.score.complexity import rating
-from featureinterp.score.correlation import Pairs, correlation, deviation_explained, explained_variance, false_positives
+from featureinterp.score.correlation import (
+    Pairs,
+    correlation,
+    deviation_explained,
+    explained_variance,
+    false_positives,
+)
 from featureinterp.score.fuzzing import questions_of
 from featureinterp.score.verdicts import Verdict, calibrated, judge, yes_probability
 
@@ -31,7 +37,11 @@ def test_correlation_equals_scipys(seed: int):
     p = pairs(seed)
     score = correlation(p)
     assert score.value == pytest.approx(stats.pearsonr(p.x, p.y).statistic, abs=1e-12)
-    assert score.n_scored == 12 and score.interval is not None and score.interval.low < score.value < score.interval.high
+    assert (
+        score.n_scored == 12
+        and score.interval is not None
+        and score.interval.low < score.value < score.interval.high
+    )
 
 
 def test_the_interval_is_the_bootstrap_over_windows():
@@ -68,7 +78,9 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
         ([], [], "no window"),
     ],
 )
-def test_correlation_is_undefined_and_not_zero(true: list[np.ndarray], predicted: list[np.ndarray], reason: str):
+def test_correlation_is_undefined_and_not_zero(
+    true: list[np.ndarray], predicted: list[np.ndarray], reason: str
+):
     score = correlation(Pairs(tuple(true), tuple(predicted), 2))
     assert score.value is None and reason in (score.undefined or "") and score.n_failed == 2
 
@@ -86,24 +98,36 @@ def test_explained_variance_is_fitted_on_valid_and_applied_to_test():
     deviation = 1 - np.abs(test.y - fit.predict(test.x[:, None])).mean() / np.abs(test.y).mean()
     assert deviation_explained(valid, test).value == pytest.approx(deviation, abs=1e-12)
     constant = Pairs((np.zeros(3),), (np.arange(3.0),))
-    assert explained_variance(constant, test).value is None and explained_variance(valid, constant).value is None
+    assert (
+        explained_variance(constant, test).value is None and explained_variance(valid, constant).value is None
+    )
     assert deviation_explained(valid, constant).undefined is not None
 
 
 def test_false_positives_by_hand():
-    valid = Pairs((np.array([0, 1, 3.0]), np.array([2.0, 0])), (np.array([5.0, 2.5, 5.0]), np.array([0.5, 0])))
+    valid = Pairs(
+        (np.array([0, 1, 3.0]), np.array([2.0, 0])), (np.array([5.0, 2.5, 5.0]), np.array([0.5, 0]))
+    )
     silent = Pairs((np.array([0, 0, 3.0]), np.zeros(2)), (np.array([2.5, 2.4, 5.0]), np.array([3.0, 5.0])), 1)
     score = false_positives(valid, silent)
-    assert score.value == 1.5 and score.n_scored == 2 and score.n_failed == 1, "the median prediction over tokens that fire is 2.5"
+    assert score.value == 1.5 and score.n_scored == 2 and score.n_failed == 1, (
+        "the median prediction over tokens that fire is 2.5"
+    )
     unseen = Pairs((np.array([1.0, 1, 0]),), (np.zeros(3),))
-    assert false_positives(unseen, silent).value == 2, "an explanation that predicts nothing where the feature fires: whatever it predicts elsewhere counts"
+    assert false_positives(unseen, silent).value == 2, (
+        "an explanation that predicts nothing where the feature fires: whatever it predicts elsewhere counts"
+    )
     assert false_positives(Pairs((np.zeros(2),), (np.ones(2),)), silent).undefined is not None
     assert false_positives(valid, Pairs((), (), 3)).undefined == "no window could be simulated"
 
 
 def test_failed_simulations_are_counted_and_never_filled_in():
-    windows = [Window(i, i, np.array([1, 2]), ("a", "b"), np.array([0.0, float(i)], np.float32)) for i in range(3)]
-    made = Pairs.of(windows, [Simulation(np.array([0.0, 1.0])), Simulation(None, "cut"), Simulation(np.array([1.0, 2.0]))])
+    windows = [
+        Window(i, i, np.array([1, 2]), ("a", "b"), np.array([0.0, float(i)], np.float32)) for i in range(3)
+    ]
+    made = Pairs.of(
+        windows, [Simulation(np.array([0.0, 1.0])), Simulation(None, "cut"), Simulation(np.array([1.0, 2.0]))]
+    )
     assert made.n_failed == 1 and made.y.tolist() == [0, 0, 0, 2]
     with pytest.raises(AssertionError):
         Pairs.of(windows[:1], [Simulation(np.zeros(3))])
@@ -114,9 +138,14 @@ def test_verdicts_equal_scikit_learns(seed: int):
     rng = np.random.default_rng(seed)
     labels = rng.random(30) < 0.4
     probability = np.round(np.clip(labels * 0.3 + rng.random(30) * 0.7, 0, 1), 1)
-    verdicts = [Verdict(bool(y), bool(p > 0.5), float(p), row=i // 2) for i, (y, p) in enumerate(zip(labels, probability, strict=True))]
+    verdicts = [
+        Verdict(bool(y), bool(p > 0.5), float(p), row=i // 2)
+        for i, (y, p) in enumerate(zip(labels, probability, strict=True))
+    ]
     scores = {s.name: s for s in judge("d", [*verdicts, Verdict(True, None, failure="down")])}
-    assert scores["d_balanced_accuracy"].value == pytest.approx(metrics.balanced_accuracy_score(labels, probability > 0.5))
+    assert scores["d_balanced_accuracy"].value == pytest.approx(
+        metrics.balanced_accuracy_score(labels, probability > 0.5)
+    )
     assert scores["d_f1"].value == pytest.approx(metrics.f1_score(labels, probability > 0.5))
     assert scores["d_auroc"].value == pytest.approx(metrics.roc_auc_score(labels, probability))
     assert all(s.n_failed == 1 and s.n_scored == 30 for s in scores.values())
@@ -124,19 +153,31 @@ def test_verdicts_equal_scikit_learns(seed: int):
     slow = []
     for row in resample_counts(15, np.random.default_rng(0))[:2000]:
         units = np.concatenate([np.flatnonzero(windows == w).repeat(k) for w, k in enumerate(row)])
-        slow.append(metrics.roc_auc_score(labels[units], probability[units]) if len(set(labels[units].tolist())) == 2 else np.nan)
+        slow.append(
+            metrics.roc_auc_score(labels[units], probability[units])
+            if len(set(labels[units].tolist())) == 2
+            else np.nan
+        )
     interval = scores["d_auroc"].interval
     assert interval is not None
-    assert (interval.low, interval.high) == pytest.approx(tuple(np.nanpercentile(slow, [2.5, 97.5])), abs=1e-9), "the bootstrap is over windows, not questions"
+    assert (interval.low, interval.high) == pytest.approx(
+        tuple(np.nanpercentile(slow, [2.5, 97.5])), abs=1e-9
+    ), "the bootstrap is over windows, not questions"
 
 
 def test_calibration_puts_a_leaning_model_right():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 2 == 0
     probability = 1 / (1 + np.exp(-(4 * labels - 7 + rng.normal(size=60))))
-    verdicts = [Verdict(bool(y), bool(p > 0.5), float(p), row=i) for i, (y, p) in enumerate(zip(labels, probability, strict=True))]
+    verdicts = [
+        Verdict(bool(y), bool(p > 0.5), float(p), row=i)
+        for i, (y, p) in enumerate(zip(labels, probability, strict=True))
+    ]
     scores = {s.name: s for s in judge("d", verdicts)}
-    assert scores["d_balanced_accuracy"].value == pytest.approx(0.5) and scores["d_calibrated_accuracy"].value > 0.9
+    assert (
+        scores["d_balanced_accuracy"].value == pytest.approx(0.5)
+        and scores["d_calibrated_accuracy"].value > 0.9
+    )
 
 
 def test_a_questions_own_window_is_not_in_its_calibration():
@@ -187,18 +228,27 @@ def test_verdicts_that_cannot_be_scored_say_why():
 
 
 def test_probability_of_yes():
-    reply = Reply(("Yes",), (False,), Usage(), ({"Yes": np.log(0.5), " yes": np.log(0.1), "no": np.log(0.2), "maybe": np.log(0.2)},))
+    reply = Reply(
+        ("Yes",),
+        (False,),
+        Usage(),
+        ({"Yes": np.log(0.5), " yes": np.log(0.1), "no": np.log(0.2), "maybe": np.log(0.2)},),
+    )
     assert yes_probability(reply) == pytest.approx(0.75)
     assert yes_probability(Reply(("x",), (False,), Usage(), ({"maybe": -0.1},))) is None
 
 
 def test_complexity_is_the_expected_level():
-    assert rating(Reply(("2",), (False,), Usage(), ({"2": np.log(0.6), "4": np.log(0.2), "x": np.log(0.2)},))) == pytest.approx(2.5)
+    assert rating(
+        Reply(("2",), (False,), Usage(), ({"2": np.log(0.6), "4": np.log(0.2), "x": np.log(0.2)},))
+    ) == pytest.approx(2.5)
     assert rating(Reply(("Complexity: 3",), (False,), Usage())) == 3
 
 
 def test_fuzzing_marks_as_many_silent_tokens_as_there_are_active_ones():
-    window = Window(0, 0, np.arange(5), (" a", " b", " ", " d", " e"), np.array([0, 2, 0, 0, 1.0], np.float32))
+    window = Window(
+        0, 0, np.arange(5), (" a", " b", " ", " d", " e"), np.array([0, 2, 0, 0, 1.0], np.float32)
+    )
     right, wrong = questions_of(window, np.random.default_rng(0))
     assert right.label and right.text == "a<< b>>  d<< e>>" and not wrong.label
     assert wrong.text == "<< a>> b << d>> e"

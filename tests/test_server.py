@@ -31,7 +31,14 @@ from featureinterp.server.folder import MAX_STARTS, JobsFolder, end, lock_of
 from featureinterp.server.gate import MAX_BODY, check_binding
 
 TOKEN = "a-token-of-the-test-0123"
-SMALL = {"run": "tiny", "features": "3,5,9", "simulator": "lexical", "explainer": "top-tokens", "stages": ["explain", "simulate"], "n_test": 2}
+SMALL = {
+    "run": "tiny",
+    "features": "3,5,9",
+    "simulator": "lexical",
+    "explainer": "top-tokens",
+    "stages": ["explain", "simulate"],
+    "n_test": 2,
+}
 
 
 @pytest.fixture
@@ -72,9 +79,18 @@ def test_what_a_request_may_name(client: TestClient, rules: Rules):
         ({"n_test": 10**6}, 422),
     ):
         answer = client.post("/api/jobs", json=SMALL | change)
-        assert answer.status_code == status and isinstance(answer.json()["detail"], str), (change, answer.text)
+        assert answer.status_code == status and isinstance(answer.json()["detail"], str), (
+            change,
+            answer.text,
+        )
     assert client.get("/api/jobs").json() == []
-    for path in ("%2e%2e%2fjobs", "..%2f..%2fetc", "..%5c..", "20260101-000000-00000000", "x" * 200):  # a client resolves bare dots itself
+    for path in (
+        "%2e%2e%2fjobs",
+        "..%2f..%2fetc",
+        "..%5c..",
+        "20260101-000000-00000000",
+        "x" * 200,
+    ):  # a client resolves bare dots itself
         for tail in ("", "/events", "/report", "/results", "/features/1"):
             assert client.get(f"/api/jobs/{path}{tail}").status_code in (404, 422)
 
@@ -99,13 +115,28 @@ def test_the_token_guards_everything_but_the_health_check(rules: Rules):
     from dataclasses import replace
 
     with TestClient(make_app(replace(rules, token=TOKEN)), base_url="http://jobs.example.org") as client:
-        paths = list(client.get("/api/openapi.json", headers={"Authorization": f"Bearer {TOKEN}"}).json()["paths"])
+        paths = list(
+            client.get("/api/openapi.json", headers={"Authorization": f"Bearer {TOKEN}"}).json()["paths"]
+        )
         for path in [*paths, "/", "/api/openapi.json", "/nothing"]:
             for method in ("GET", "POST", "PUT", "OPTIONS"):
-                answer = client.request(method, path.replace("{job_id}", "20260101-000000-00000000").replace("{feature}", "1"))
+                answer = client.request(
+                    method, path.replace("{job_id}", "20260101-000000-00000000").replace("{feature}", "1")
+                )
                 assert (answer.status_code == 401) == (path != "/health"), (method, path)
-        for header in ("", "Bearer", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}", "Basic !!!", f"Digest {TOKEN}", "Bearer \xff"):
-            assert client.get("/api/runs", headers={"Authorization": header.encode("latin-1")}).status_code == 401
+        for header in (
+            "",
+            "Bearer",
+            f"Bearer {TOKEN}x",
+            f"Bearer {TOKEN[:-1]}",
+            "Basic !!!",
+            f"Digest {TOKEN}",
+            "Bearer \xff",
+        ):
+            assert (
+                client.get("/api/runs", headers={"Authorization": header.encode("latin-1")}).status_code
+                == 401
+            )
         basic = base64.b64encode(f"anybody:{TOKEN}".encode()).decode()
         for header in (f"Bearer {TOKEN}", f"bearer {TOKEN}", f"Basic {basic}"):
             assert client.get("/api/runs", headers={"Authorization": header}).status_code == 200
@@ -116,8 +147,16 @@ def test_pages_of_other_sites_can_do_nothing(client: TestClient):
     assert client.get("/api/jobs", headers={"Host": ""}).status_code == 403
     for host in ("localhost:8765", "127.0.0.1:1", "[::1]:8765"):
         assert client.get("/api/jobs", headers={"Host": host}).status_code == 200
-    for origin, status in (("https://evil.example", 403), ("null", 403), ("http://127.0.0.1.evil.example", 403), ("http://127.0.0.1", 404)):
-        assert client.post("/api/jobs/20260101-000000-00000000/cancel", headers={"Origin": origin}).status_code == status
+    for origin, status in (
+        ("https://evil.example", 403),
+        ("null", 403),
+        ("http://127.0.0.1.evil.example", 403),
+        ("http://127.0.0.1", 404),
+    ):
+        assert (
+            client.post("/api/jobs/20260101-000000-00000000/cancel", headers={"Origin": origin}).status_code
+            == status
+        )
 
 
 def test_binding_beyond_this_machine_needs_a_token():
@@ -142,17 +181,30 @@ def test_a_page_escapes_what_a_job_says(client: TestClient, rules: Rules, runs: 
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
 
 
-def test_a_worker_gives_the_same_results_as_a_call(client: TestClient, rules: Rules, runs: Path, tmp_path: Path):
+def test_a_worker_gives_the_same_results_as_a_call(
+    client: TestClient, rules: Rules, runs: Path, tmp_path: Path
+):
     number = client.post("/api/jobs", json=SMALL).json()["id"]
-    assert client.get(f"/api/jobs/{number}/report").status_code == 404 and client.get(f"/api/jobs/{number}/results").json() == []
+    assert (
+        client.get(f"/api/jobs/{number}/report").status_code == 404
+        and client.get(f"/api/jobs/{number}/results").json() == []
+    )
     assert worker.work(rules.jobs / number) == 0
     view = client.get(f"/api/jobs/{number}").json()
     assert view["state"] == "done" and view["progress"]["done"] == 3
     own = fi.explain(
-        runs / "tiny", "3,5,9", out=tmp_path / "own", simulator="lexical", explainer="top-tokens", stages=("explain", "simulate"), plan={"n_test": 2}
+        runs / "tiny",
+        "3,5,9",
+        out=tmp_path / "own",
+        simulator="lexical",
+        explainer="top-tokens",
+        stages=("explain", "simulate"),
+        plan={"n_test": 2},
     )
     whole = [r.to_json() for r in own]
-    assert [client.get(f"/api/jobs/{number}/features/{f}").json() for f in (3, 5, 9)] == json.loads(json.dumps(whole))
+    assert [client.get(f"/api/jobs/{number}/features/{f}").json() for f in (3, 5, 9)] == json.loads(
+        json.dumps(whole)
+    )
     assert client.get(f"/api/jobs/{number}/results?offset=1&limit=1").json()[0]["feature"] == 5
     assert client.get(f"/api/jobs/{number}/features/4").status_code == 404
     report = client.get(f"/api/jobs/{number}/report")
@@ -164,9 +216,14 @@ def test_a_worker_gives_the_same_results_as_a_call(client: TestClient, rules: Ru
 
 def test_a_worker_leaves_a_job_alone_that_another_has_or_that_has_ended(rules: Rules, runs: Path):
     jobs = JobsFolder(rules.jobs)
-    number = jobs.submit(make_job(run=runs / "tiny", features="3", simulator="lexical", explainer="top-tokens"), {"run": "tiny", "features": "3"})
+    number = jobs.submit(
+        make_job(run=runs / "tiny", features="3", simulator="lexical", explainer="top-tokens"),
+        {"run": "tiny", "features": "3"},
+    )
     with lock_of(rules.jobs / number):
-        held = subprocess.run([sys.executable, "-m", "featureinterp.server.worker", str(rules.jobs / number)], check=False)
+        held = subprocess.run(
+            [sys.executable, "-m", "featureinterp.server.worker", str(rules.jobs / number)], check=False
+        )
         assert held.returncode == 0 and not (rules.jobs / number / "outcome.json").exists()
     end(rules.jobs / number, "cancelled", "")
     assert worker.work(rules.jobs / number) == 0 and jobs.view(number).state == "cancelled"
@@ -174,11 +231,18 @@ def test_a_worker_leaves_a_job_alone_that_another_has_or_that_has_ended(rules: R
 
 def test_a_wish_to_cancel_outlives_the_worker_that_it_killed(rules: Rules, runs: Path):
     jobs = JobsFolder(rules.jobs)
-    number = jobs.submit(make_job(run=runs / "tiny", features="3", simulator="lexical", explainer="top-tokens"), {"run": "tiny", "features": "3"})
+    number = jobs.submit(
+        make_job(run=runs / "tiny", features="3", simulator="lexical", explainer="top-tokens"),
+        {"run": "tiny", "features": "3"},
+    )
     with lock_of(rules.jobs / number):
         jobs.cancel(number)
     assert not (rules.jobs / number / "outcome.json").exists()
-    assert worker.work(rules.jobs / number) == 0 and jobs.view(number).state == "cancelled" and not (rules.jobs / number / "out").exists()
+    assert (
+        worker.work(rules.jobs / number) == 0
+        and jobs.view(number).state == "cancelled"
+        and not (rules.jobs / number / "out").exists()
+    )
 
 
 def test_a_worker_that_dies_again_and_again_is_given_up(rules: Rules, runs: Path):
@@ -206,7 +270,13 @@ def test_no_text_is_the_id_of_a_job_that_is_not_there(text: str):
 
 
 def test_a_job_survives_its_service_and_everybody_sees_it_end(runs: Path, tmp_path: Path):
-    wanted = {"run": "tiny", "features": "3,5,9,11,17,20", "llm": "played", "simulator": "lexical", "n_test": 2}
+    wanted = {
+        "run": "tiny",
+        "features": "3,5,9,11,17,20",
+        "llm": "played",
+        "simulator": "lexical",
+        "n_test": 2,
+    }
     with endpoint(latency_s=0.1) as played:
         service = Running(runs, tmp_path / "jobs", configured(tmp_path / "config.toml", played.url))
         try:
@@ -216,14 +286,19 @@ def test_a_job_survives_its_service_and_everybody_sees_it_end(runs: Path, tmp_pa
 
                 def watch(i: int) -> None:
                     with crowded.stream("GET", f"{service.url}/api/jobs/{job.id}/events") as stream:
-                        seen[i] = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")][-1:]
+                        seen[i] = [
+                            json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: ")
+                        ][-1:]
 
                 for view in client.watch(job.id):
                     if view.progress.get("requests", 0) >= 5:
                         break
                 service.kill()
                 service.start()
-            with Service(service.url) as client, httpx.Client(timeout=None, limits=httpx.Limits(max_connections=None)) as crowded:
+            with (
+                Service(service.url) as client,
+                httpx.Client(timeout=None, limits=httpx.Limits(max_connections=None)) as crowded,
+            ):
                 crowd = [threading.Thread(target=watch, args=(i,)) for i in range(200)]
                 for thread in crowd:
                     thread.start()
@@ -233,7 +308,9 @@ def test_a_job_survives_its_service_and_everybody_sees_it_end(runs: Path, tmp_pa
                     thread.join(60)
                 assert all(s and s[0]["state"] == "done" for s in seen)
                 assert not played.paid_twice() and len(client.results(job.id)) == 6
-                assert client.feature(job.id, 5).explanation is not None and "<!doctype html>" in client.report(job.id)
+                assert client.feature(
+                    job.id, 5
+                ).explanation is not None and "<!doctype html>" in client.report(job.id)
                 second = client.submit(**wanted)
                 for view in client.watch(second.id):
                     if view.progress.get("requests", 0) >= 3:

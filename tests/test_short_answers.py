@@ -1,4 +1,6 @@
-"""Short answers: which texts are a yes, a no or a level, and which probabilities count, over the real HTTP stack."""
+"""Short answers: which texts are a yes, a no or a level, and which probabilities count, over the real HTTP
+stack.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,13 @@ def test_a_token_that_goes_on_is_no_answer():
     assert read_level(reply("3.", {"3": 0.6, "4": 0.2})) == pytest.approx(3.25)
 
 
-@given(st.dictionaries(st.sampled_from(["Yes", " yes", "No", "NO", "**", "\n", "Maybe", "Y"]), st.floats(1e-9, 0.2), max_size=8))
+@given(
+    st.dictionaries(
+        st.sampled_from(["Yes", " yes", "No", "NO", "**", "\n", "Maybe", "Y"]),
+        st.floats(1e-9, 0.2),
+        max_size=8,
+    )
+)
 def test_a_probability_is_that_of_the_answers_alone(first: dict[str, float]):
     yes = sum(p for t, p in first.items() if t.strip().lower() == "yes")
     no = sum(p for t, p in first.items() if t.strip().lower() == "no")
@@ -89,10 +97,12 @@ LOGGED: dict[str, tuple[dict[str, Any], float | None]] = {
     "behind a label": (logged("Answer: Yes", ("Answer", NOISE), (":", NOISE), (" Yes", SPREAD)), 7 / 9),
     "within quotes": (logged('"Yes"', ('"Yes', {'"Yes': 0.7, '"No': 0.2}), ('"', {'"': 0.99})), 7 / 9),
     "thoughts in the text": (
-        logged("<think>No?</think>\n\nYes", ("<think>", {"<think>": 1.0}), ("No", {"No": 0.99}), ("?", {"?": 1.0}), ("</think>", NOISE), ("\n\n", NOISE), ("Yes", SPREAD)),
+        logged("<think>No?</think>\n\nYes", ("<think>", {"<think>": 1.0}), ("No", {"No": 0.99}),
+        ("?", {"?": 1.0}), ("</think>", NOISE), ("\n\n", NOISE), ("Yes", SPREAD)),
         7 / 9,
     ),
-    "thoughts among the tokens alone": (logged("Yes", ("No", {"No": 0.9}), ("</think>", NOISE), ("Yes", SPREAD)), 7 / 9),
+    "thoughts among the tokens alone": (logged("Yes", ("No", {"No": 0.9}), ("</think>", NOISE),
+    ("Yes", SPREAD)), 7 / 9),
     "no share anywhere": (logged("\n\nYes", ("\n\n", NOISE), ("Yes", {"Well": 0.99, "No": 0.001})), None),
     "prose first": (logged("Certainly Yes", ("Certainly", NOISE), (" Yes", SPREAD)), None),
 }  # fmt: skip
@@ -119,11 +129,16 @@ def test_probabilities_are_read_where_the_answer_stands(name: str, tmp_path: Any
                 read_yes(found)
         else:
             said = read_yes(found)
-            assert said[0] is True and (said[1] == pytest.approx(probability) if probability is not None else said[1] is None)
+            assert said[0] is True and (
+                said[1] == pytest.approx(probability) if probability is not None else said[1] is None
+            )
 
 
 def windows(n: int = 8) -> list[Window]:
-    return [Window(i, i, np.zeros(2, np.int32), ("a", f" w{i}"), np.array([0, i % 2], np.float32)) for i in range(n)]
+    return [
+        Window(i, i, np.zeros(2, np.int32), ("a", f" w{i}"), np.array([0, i % 2], np.float32))
+        for i in range(n)
+    ]
 
 
 def detect(answer: Any) -> tuple[list[Any], list[Verdict]]:
@@ -140,16 +155,26 @@ def detect(answer: Any) -> tuple[list[Any], list[Verdict]]:
 
 
 def test_the_auroc_of_noise_is_undefined_and_not_a_result():
-    scores, verdicts = detect(lambda body: logged("**Yes**", ("**", {"**": 0.999, "No": math.exp(-8), "Yes": math.exp(-8 - int(str(body)[-9] == "1"))})))
+    scores, verdicts = detect(
+        lambda body: logged(
+            "**Yes**",
+            ("**", {"**": 0.999, "No": math.exp(-8), "Yes": math.exp(-8 - int(str(body)[-9] == "1"))}),
+        )
+    )
     assert all(v.said is True and v.probability is None for v in verdicts)
     by_name = {s.name: s for s in scores}
     assert by_name["detection_auroc"].value is None and by_name["detection_balanced_accuracy"].value == 0.5
 
 
 def test_questions_that_no_probability_speaks_of_are_counted_beside_the_others():
-    verdicts = [Verdict(i % 2 == 0, True, 0.9 if i % 2 == 0 else 0.2, row=i) for i in range(6)] + [Verdict(True, True, None, row=9)]
+    verdicts = [Verdict(i % 2 == 0, True, 0.9 if i % 2 == 0 else 0.2, row=i) for i in range(6)] + [
+        Verdict(True, True, None, row=9)
+    ]
     by_name = {s.name: s for s in judge("d", verdicts)}
-    assert by_name["d_auroc"].value == 1 and (by_name["d_auroc"].n_scored, by_name["d_auroc"].n_failed) == (6, 1)
+    assert by_name["d_auroc"].value == 1 and (by_name["d_auroc"].n_scored, by_name["d_auroc"].n_failed) == (
+        6,
+        1,
+    )
     assert (by_name["d_balanced_accuracy"].n_scored, by_name["d_balanced_accuracy"].n_failed) == (7, 0)
 
 
@@ -161,7 +186,9 @@ def test_what_is_neither_is_a_failure_with_its_words():
 
 @pytest.mark.parametrize("text", ["10", "4.5", "-1"])
 def test_a_rating_out_of_range_is_a_failure(text: str):
-    with endpoint(lambda _: logged(text, (text[0], {text[0]: 0.9, "3": 0.05}), (text[1:], {text[1:]: 0.9}))) as server:
+    with endpoint(
+        lambda _: logged(text, (text[0], {text[0]: 0.9, "3": 0.05}), (text[1:], {text[1:]: 0.9}))
+    ) as server:
         model = OpenAIModel(server.url, "m", api_key="k")
 
         async def go() -> Any:

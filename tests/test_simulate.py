@@ -68,7 +68,9 @@ def test_simulation_equals_the_plain_way(family: str):
 def test_predictions_differ_and_depend_on_the_explanation():
     sim, _, _ = simulator("llama")
     a = np.concatenate([s.expected for s in sim.predict(Explanation.sentence("months", P), WINDOWS)])
-    b = np.concatenate([s.expected for s in sim.predict(Explanation.sentence("nothing of the kind", P), WINDOWS)])
+    b = np.concatenate(
+        [s.expected for s in sim.predict(Explanation.sentence("nothing of the kind", P), WINDOWS)]
+    )
     assert a.min() >= 0 and a.max() <= 5 and a.std() > 0.01 and np.abs(a - b).max() > 1e-3
 
 
@@ -77,14 +79,18 @@ def test_temperature_sharpens_the_level_distribution(temperature: float):
     sim, model, _ = simulator("qwen2", temperature=temperature)
     found = sim.predict(Explanation.sentence("months", P), WINDOWS[:2])
     for shown, simulation in zip(WINDOWS, found, strict=False):
-        np.testing.assert_allclose(simulation.expected, plain(model, sim, "months", shown, temperature), atol=1e-4)
+        np.testing.assert_allclose(
+            simulation.expected, plain(model, sim, "months", shown, temperature), atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("batch_tokens", [400, 4000])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_rules_are_the_maximum_of_level_times_strength(family: str, batch_tokens: int):
     sim, model, _ = simulator(family, batch_tokens=batch_tokens)
-    rules = Explanation((Rule("months", 5), Rule("words about the sea and about those who sail on it", 2), Rule("a", 4)), P)
+    rules = Explanation(
+        (Rule("months", 5), Rule("words about the sea and about those who sail on it", 2), Rule("a", 4)), P
+    )
     found = sim.predict(rules, WINDOWS[:6])
     for shown, simulation in zip(WINDOWS, found, strict=False):
         levels = [plain(model, sim, r.activates_on, shown) * r.strength / 5 for r in rules.rules]
@@ -94,12 +100,19 @@ def test_several_rules_are_the_maximum_of_level_times_strength(family: str, batc
 def test_rules_and_windows_are_one_batch_behind_a_header_that_is_read_once():
     sim, _, _ = simulator("llama", batch_tokens=10**6)
     passes = []
-    sim.model.body.register_forward_pre_hook(lambda _, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    sim.model.body.register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
     rules = Explanation((Rule("months", 5), Rule("words about the sea", 2), Rule("a", 4)), P)
     for _ in range(2):
         sim.predict(rules, WINDOWS)
     header, lines, batch, *again = passes
-    assert header == (1, len(sim.builder.header)) and lines[0] == 3 and batch[0] == 3 * len(WINDOWS) and again == [lines, batch]
+    assert (
+        header == (1, len(sim.builder.header))
+        and lines[0] == 3
+        and batch[0] == 3 * len(WINDOWS)
+        and again == [lines, batch]
+    )
 
 
 @pytest.mark.parametrize("sliding", [80, 106, 112, 4096])
@@ -108,8 +121,19 @@ def test_branches_of_a_model_with_a_sliding_window(sliding: int):
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     torch.manual_seed(1)
-    sizes = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = Gemma3ForCausalLM(Gemma3TextConfig(**sizes, head_dim=8, sliding_window=sliding)).eval().requires_grad_(False)
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = (
+        Gemma3ForCausalLM(Gemma3TextConfig(**sizes, head_dim=8, sliding_window=sliding))
+        .eval()
+        .requires_grad_(False)
+    )
     prefix_model = PrefixModel(model)
     prefix = prefix_model.prefix(torch.randint(1, 500, (100,)).tolist())
     rows = [[5, 6, 7], [8], [9, 10]]
@@ -183,7 +207,14 @@ def test_sliding_windows_shorter_than_the_prompt_take_the_plain_way():
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     config = Gemma3TextConfig(
-        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=8, sliding_window=16
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=16,
     )
     model = Gemma3ForCausalLM(config).eval()
     prefix_model = PrefixModel(model)
@@ -195,9 +226,11 @@ def test_sliding_windows_shorter_than_the_prompt_take_the_plain_way():
 
 
 TEMPLATES = {
-    "with a system turn": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|endoftext|>\n{% endfor %}"
+    "with a system turn": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content "
+    "}}<|endoftext|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "without": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}\n"
+    "without": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system turn') "
+    "}}{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
 }
 
@@ -211,10 +244,14 @@ def test_the_chat_form_is_what_the_template_says(kind: str):
     text = tok.decode(builder.header + builder.explanation("months <|im_start|>"))
     intro = shots["intro"] + ("<|endoftext|>\n" if kind != "without" else "\n\nNeuron: ")
     assert text.startswith(f"<|im_start|>{'system' if kind != 'without' else 'user'}\n{intro}")
-    assert text.count("<|im_start|>assistant\n") == len(shots["few_shot"]) + 1 and text.endswith("<|im_start|>assistant\n")
+    assert text.count("<|im_start|>assistant\n") == len(shots["few_shot"]) + 1 and text.endswith(
+        "<|im_start|>assistant\n"
+    )
     assert "Neuron: months <|im_start|>" in text and "\ufffc" not in text
     special = tok.convert_tokens_to_ids("<|im_start|>")
-    assert builder.explanation("months <|im_start|>").count(special) == 1, "the explanation's text became a turn of the chat"
+    assert builder.explanation("months <|im_start|>").count(special) == 1, (
+        "the explanation's text became a turn of the chat"
+    )
     found = sim.predict(Explanation.sentence("months", P), WINDOWS[:4])
     for shown, simulation in zip(WINDOWS, found, strict=False):
         np.testing.assert_allclose(simulation.expected, plain(model, sim, "months", shown), atol=1e-4)
@@ -243,7 +280,9 @@ def test_tokenizers_and_temperatures_that_cannot_work():
         single(Split(), "3")
 
 
-def rated(answer: Any, windows: list[Window], explanation: Explanation = RULES, per: int = 2) -> tuple[list[Any], FunctionModel]:
+def rated(
+    answer: Any, windows: list[Window], explanation: Explanation = RULES, per: int = 2
+) -> tuple[list[Any], FunctionModel]:
     model = FunctionModel(answer)
     return anyio.run(Rated(model, windows_per_request=per).simulate, explanation, windows), model
 

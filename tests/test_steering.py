@@ -1,4 +1,6 @@
-"""Interventions: exactly nothing at dose 0, exactly the direction elsewhere, and what is made of the texts."""
+"""Interventions: exactly nothing at dose 0, exactly the direction elsewhere, and what is made of the
+texts.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_the_direction_is_added_to_every_token_but_the_first(causal: tuple):
 
 
 def test_dose_1_adds_what_the_feature_itself_contributes(causal: tuple):
-    """Of an SAE that normalises tokens a code is in units of the token's deviation: 3 times the row, times that deviation."""
+    """Of an SAE that normalises tokens a code is in units of the token's deviation: 3 times the row, times
+    that deviation.
+    """
     model, _ = causal
     sae = make_sae("topk", 32, 8)
     sae = type(sae)(sae.tensors, normalize="layer_norm", **sae.options)
@@ -92,7 +96,11 @@ def test_dose_1_adds_what_the_feature_itself_contributes(causal: tuple):
 def test_units_are_the_deviation_only_where_tokens_are_normalised():
     x = torch.tensor([[1.0, 3.0, 5.0, 7.0], [0.0, 0.0, 0.0, 10.0]])
     sae = make_sae("topk", 4, 8)
-    for normalize, expected in (("none", [1.0, 1.0]), ("center", [1.0, 1.0]), ("layer_norm", [2.5819889, 5.0])):
+    for normalize, expected in (
+        ("none", [1.0, 1.0]),
+        ("center", [1.0, 1.0]),
+        ("layer_norm", [2.5819889, 5.0]),
+    ):
         found = type(sae)(sae.tensors, normalize=normalize, **sae.options).units(x)
         torch.testing.assert_close(found, torch.tensor(expected))
 
@@ -129,7 +137,10 @@ def test_writing_equals_reading_everything_anew_each_time(causal: tuple, dose: f
 
 def test_the_same_seed_writes_the_same_text(causal: tuple):
     model, tokenizer = causal
-    once, again, other = (write(model, tokenizer, HOOK, None, ["We", "We"], max_tokens=12, temperature=1.0, seed=s) for s in (1, 1, 2))
+    once, again, other = (
+        write(model, tokenizer, HOOK, None, ["We", "We"], max_tokens=12, temperature=1.0, seed=s)
+        for s in (1, 1, 2)
+    )
     assert once == again != other and once[0] != once[1]
 
 
@@ -138,9 +149,14 @@ def test_texts_do_not_depend_on_those_that_are_written_with_them(causal: tuple):
     openings = ["The army", "We", "The fleet", "A"]
     vector = 2 * random_directions(32, 1, seed=0)[0]
     together = write(model, tokenizer, HOOK, vector, openings, max_tokens=10, temperature=0, seed=3)
-    assert together == [write(model, tokenizer, HOOK, vector, [o], max_tokens=10, temperature=0, seed=3)[0] for o in openings]
+    assert together == [
+        write(model, tokenizer, HOOK, vector, [o], max_tokens=10, temperature=0, seed=3)[0] for o in openings
+    ]
     sampled = write(model, tokenizer, HOOK, vector, openings, max_tokens=10, temperature=1.0, seed=3)
-    assert sampled[0] == write(model, tokenizer, HOOK, vector, openings[:1], max_tokens=10, temperature=1.0, seed=3)[0]
+    assert (
+        sampled[0]
+        == write(model, tokenizer, HOOK, vector, openings[:1], max_tokens=10, temperature=1.0, seed=3)[0]
+    )
 
 
 def test_random_directions_are_of_unit_length_and_differ():
@@ -151,7 +167,9 @@ def test_random_directions_are_of_unit_length_and_differ():
 
 
 class Plays:
-    """A subject that writes "sea" when it is pushed along the feature, and names the random direction otherwise."""
+    """A subject that writes "sea" when it is pushed along the feature, and names the random direction
+    otherwise.
+    """
 
     settings = {"model": "m"}
 
@@ -159,14 +177,25 @@ class Plays:
         self.asked: list[tuple[float, int | None]] = []
 
     async def write(
-        self, feature: int, amount: float, openings: Sequence[str], *, random: int | None = None, max_tokens: int, temperature: float, seed: int
+        self,
+        feature: int,
+        amount: float,
+        openings: Sequence[str],
+        *,
+        random: int | None = None,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
     ) -> list[str]:
         self.asked.append((amount, random))
         word = "plain" if amount == 0 else "sea" if random is None and amount > 4 else f"r{random}"
         return [f" {word} {i}" for i in range(len(openings))]
 
     async def run(self, feature: FeatureId, texts: Sequence[str]) -> list[Window]:
-        return [Window(i, i, np.zeros(1, np.int32), (t,), np.array([3.0 if "sea" in t else 0.0], np.float32)) for i, t in enumerate(texts)]
+        return [
+            Window(i, i, np.zeros(1, np.int32), (t,), np.array([3.0 if "sea" in t else 0.0], np.float32))
+            for i, t in enumerate(texts)
+        ]
 
 
 SAYS = Explanation((Rule("the sea", 5),), Provenance("x"))
@@ -184,13 +213,22 @@ def test_doses_controls_and_effect():
     assert plays.asked == [(0.0, None), (4.0, None), (4.0, 0), (4.0, 1), (8.0, None), (8.0, 0), (8.0, 1)]
     found = anyio.run(made.judged, SAYS, written)
     assert len(judged[0]) == len(set(judged[0])), "equal texts are asked about once"
-    assert found.doses == (0.0, 1.0, 2.0) and found.match(2.0, "feature") == pytest.approx(0.9) and found.match(2.0, "random") == pytest.approx(0.1)
-    assert [t.activation for t in found.at(2.0, "feature")] == [3.0, 3.0] and len(found.at(0.0, "random")) == 2
+    assert (
+        found.doses == (0.0, 1.0, 2.0)
+        and found.match(2.0, "feature") == pytest.approx(0.9)
+        and found.match(2.0, "random") == pytest.approx(0.1)
+    )
+    assert [t.activation for t in found.at(2.0, "feature")] == [3.0, 3.0] and len(
+        found.at(0.0, "random")
+    ) == 2
     effect = found.effect(2.0)
     assert effect.value == pytest.approx(0.8) and effect.n_scored == 5 and effect.n_failed == 1
     assert effect.interval is not None and effect.interval.low == pytest.approx(0.8)
     assert Intervention.from_json(json.loads(json.dumps(found.to_json()))) == found
-    assert Intervention((SteeredText("A", "x", "feature", 1.0, 0.0),)).effect(1.0).undefined == "no text could be judged"
+    assert (
+        Intervention((SteeredText("A", "x", "feature", 1.0, 0.0),)).effect(1.0).undefined
+        == "no text could be judged"
+    )
 
 
 @pytest.mark.parametrize(
@@ -228,17 +266,46 @@ def test_the_verb_steers_what_was_explained_and_pays_once(tmp_path: Path, run: P
             "--model",
             str(subject_folder),
         ]
-        assert cli("explain", str(copy), *options, "--base-url", server.url, "--llm-model", "m").returncode == 0
+        assert (
+            cli("explain", str(copy), *options, "--base-url", server.url, "--llm-model", "m").returncode == 0
+        )
         asked = len(server.ledger)
-        done = cli("steer", str(copy), "--doses", "0,1,4", "--opening", "The army", "--opening", "We", "--max-tokens", "6", "--json")
+        done = cli(
+            "steer",
+            str(copy),
+            "--doses",
+            "0,1,4",
+            "--opening",
+            "The army",
+            "--opening",
+            "We",
+            "--max-tokens",
+            "6",
+            "--json",
+        )
         assert done.returncode == 0, done.stderr
         for feature in json.loads(done.stdout)["features"]:
             texts = feature["intervention"]
-            assert len(texts) == 2 + 2 * 3 * 2 and {t[2] for t in texts} == {"none", "feature", "random"} and all(t[5] is not None for t in texts)
+            assert (
+                len(texts) == 2 + 2 * 3 * 2
+                and {t[2] for t in texts} == {"none", "feature", "random"}
+                and all(t[5] is not None for t in texts)
+            )
             assert any(s["name"] == "steering_effect" and s["value"] is not None for s in feature["scores"])
         assert len(server.ledger) > asked and not server.paid_twice()
         asked = len(server.ledger)
-        again = cli("steer", str(copy), "--doses", "0,1,4", "--opening", "The army", "--opening", "We", "--max-tokens", "6")
+        again = cli(
+            "steer",
+            str(copy),
+            "--doses",
+            "0,1,4",
+            "--opening",
+            "The army",
+            "--opening",
+            "We",
+            "--max-tokens",
+            "6",
+        )
         assert again.returncode == 0 and len(server.ledger) == asked and "dose 4" in again.stdout
     page = (copy / "explain" / "report.html").read_text()
     assert "Steered" in page and "random directions" in page

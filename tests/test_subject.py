@@ -1,4 +1,6 @@
-"""Subjects of every family: the residual stream is the right one, the run stops there, and nothing stays behind."""
+"""Subjects of every family: the residual stream is the right one, the run stops there, and nothing stays
+behind.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from tiny import FAMILIES, make_model, make_subject_folder, tokenizer
 
 from featureinterp.errors import IncompatibleError, UnknownNameError
 from featureinterp.subject.hooks import block_of, find_blocks, residual_after
-from featureinterp.subject.load import PrependToken, SkipFirst, Subject, load_causal_lm, load_subject, weights_fingerprint
+from featureinterp.subject.load import (
+    PrependToken,
+    SkipFirst,
+    Subject,
+    load_causal_lm,
+    load_subject,
+    weights_fingerprint,
+)
 
 
 def subject_of(family: str, bos: bool = True) -> tuple[Subject, torch.nn.Module]:
@@ -27,7 +36,9 @@ def test_residual_equals_the_models_own_hidden_states(family: str, block: int):
     subject, model = subject_of(family)
     ids = torch.randint(2, 400, (3, 9))
     with torch.no_grad():
-        everything = model(torch.cat([torch.zeros(3, 1, dtype=torch.long), ids], 1), output_hidden_states=True).hidden_states
+        everything = model(
+            torch.cat([torch.zeros(3, 1, dtype=torch.long), ids], 1), output_hidden_states=True
+        ).hidden_states
     found = subject.residual(ids, f"blocks.{block}.hook_resid_post")
     torch.testing.assert_close(found, everything[block + 1][:, 1:], rtol=1e-5, atol=1e-5)
 
@@ -59,11 +70,22 @@ def test_without_bos_position_0_is_the_windows_own():
     ids = torch.randint(2, 400, (2, 6))
     with torch.no_grad():
         expected = model(ids, output_hidden_states=True).hidden_states[2]
-    torch.testing.assert_close(subject.residual(ids, "blocks.1.hook_resid_post"), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        subject.residual(ids, "blocks.1.hook_resid_post"), expected, rtol=1e-5, atol=1e-5
+    )
     assert isinstance(subject_of("gpt2")[0].sink, PrependToken)
 
 
-@pytest.mark.parametrize("name", ["blocks.3.hook_resid_post", "blocks.-1.hook_resid_post", "blocks.1.hook_resid_pre", "layers.1", "blocks.1.hook_resid_post "])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.3.hook_resid_post",
+        "blocks.-1.hook_resid_post",
+        "blocks.1.hook_resid_pre",
+        "layers.1",
+        "blocks.1.hook_resid_post ",
+    ],
+)
 def test_hooks_that_do_not_exist(name: str):
     with pytest.raises(UnknownNameError, match=r"blocks\.0\.hook_resid_post to blocks\.2\.hook_resid_post"):
         block_of(name, 3)
@@ -99,10 +121,19 @@ def test_a_checkpoint_that_lacks_weights_or_is_damaged_is_refused(subject_folder
         load_subject(written({k: v for k, v in weights.items() if k != name}))
     without_head = written({k: v for k, v in weights.items() if k != "lm_head.weight"})
     ids = torch.tensor([[5, 6, 7]])
-    assert "lm_head.weight" in weights and load_subject(without_head, dtype="float32").residual(ids, "blocks.1.hook_resid_post").isfinite().all()
+    assert (
+        "lm_head.weight" in weights
+        and load_subject(without_head, dtype="float32")
+        .residual(ids, "blocks.1.hook_resid_post")
+        .isfinite()
+        .all()
+    )
     with pytest.raises(IncompatibleError, match=r"such as lm_head.weight"):
         load_causal_lm(without_head)
-    for damage in (lambda: written({**weights, name: weights[name][:3].clone()}), lambda: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])):
+    for damage in (
+        lambda: written({**weights, name: weights[name][:3].clone()}),
+        lambda: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    ):
         damage()
         with pytest.raises(IncompatibleError, match="is damaged or does not fit its configuration") as caught:
             load_subject(str(folder))

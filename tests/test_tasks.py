@@ -9,7 +9,9 @@ from featureinterp.tasks import Turns
 
 
 def order(turns: Turns | None) -> list[str]:
-    """What six tasks that begin together do: a step, and another one, with a rest of the event loop between them."""
+    """What six tasks that begin together do: a step, and another one, with a rest of the event loop between
+    them.
+    """
     seen: list[str] = []
 
     async def one(name: str) -> None:

@@ -1,4 +1,6 @@
-"""The token-wise simulator: equal to whole prompts read one by one, calibrated as the formula says, and no token read twice."""
+"""The token-wise simulator: equal to whole prompts read one by one, calibrated as the formula says, and no
+token read twice.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from featureinterp.errors import InputError
 from featureinterp.jobs.spec import make_job
 from featureinterp.simulate.token_wise import TokenWise
 
-RULES = Explanation((Rule("months", 5), Rule("words about the sea and about those who sail on it", 2), Rule("a", 4)), P)
+RULES = Explanation(
+    (Rule("months", 5), Rule("words about the sea and about those who sail on it", 2), Rule("a", 4)), P
+)
 
 
 def simulator(family: str = "llama", **options: Any) -> tuple[TokenWise, Any, Any]:
@@ -47,7 +51,9 @@ def plain(model: Any, sim: TokenWise, rule: str, shown: Window, temperature: flo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_simulation_equals_whole_prompts(family: str):
     sim, model, _ = simulator(family, batch_tokens=100)
-    for shown, simulation in zip(WINDOWS, sim.predict(Explanation.sentence("months", P), WINDOWS), strict=True):
+    for shown, simulation in zip(
+        WINDOWS, sim.predict(Explanation.sentence("months", P), WINDOWS), strict=True
+    ):
         np.testing.assert_allclose(simulation.expected, plain(model, sim, "months", shown), atol=1e-4)
 
 
@@ -55,7 +61,9 @@ def test_simulation_equals_whole_prompts(family: str):
 def test_temperature_is_applied_before_the_prior(temperature: float):
     sim, model, _ = simulator(temperature=temperature)
     [simulation] = sim.predict(Explanation.sentence("months", P), WINDOWS[:1])
-    np.testing.assert_allclose(simulation.expected, plain(model, sim, "months", WINDOWS[0], temperature), atol=1e-4)
+    np.testing.assert_allclose(
+        simulation.expected, plain(model, sim, "months", WINDOWS[0], temperature), atol=1e-4
+    )
 
 
 def test_the_neutral_topic_predicts_the_prior_everywhere():
@@ -75,14 +83,24 @@ def test_several_rules_are_the_maximum_of_level_times_strength(batch_tokens: int
 def test_a_token_is_read_once_and_the_neutral_topic_once_per_process():
     sim, _, _ = simulator(batch_tokens=10**6)
     shapes = []
-    sim.model.body.register_forward_pre_hook(lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    sim.model.body.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
     shown = [window([" a", " b", " a"]), window([" b", " a", " b"])]
     sim.predict(RULES, shown)
     header, lines, rules, neutral_line, neutral = shapes
-    assert header == (1, len(sim.header)) and lines[0] == 3 and rules[0] == 3 * 2 and neutral_line[0] == 1 and neutral[0] == 2
+    assert (
+        header == (1, len(sim.header))
+        and lines[0] == 3
+        and rules[0] == 3 * 2
+        and neutral_line[0] == 1
+        and neutral[0] == 2
+    )
     shapes.clear()
     found = sim.predict(Explanation.sentence("months", P), [*shown, window([])])
-    assert [s[0] for s in shapes] == [1, 2] and [len(s.expected) for s in found if s.expected is not None] == [3, 3, 0]
+    assert [s[0] for s in shapes] == [1, 2] and [
+        len(s.expected) for s in found if s.expected is not None
+    ] == [3, 3, 0]
     shapes.clear()
     sim.predict(Explanation.sentence("seas", P), [window([" a", " c"])])
     assert [s[0] for s in shapes] == [1, 2, 1, 1]
@@ -102,9 +120,13 @@ def test_kept_neutral_readings_are_bounded(monkeypatch: pytest.MonkeyPatch):
 def test_lines_hold_what_they_say_and_nothing_special():
     sim, _, tok = simulator()
     ids = [*sim.explanation("a\nb <|endoftext|>"), *sim.token(" c\td\n")]
-    assert tok.decode(ids) == "Topic: a\\nb <|endoftext|>\n c\\td\\n\t" and not set(ids) & set(tok.all_special_ids)
+    assert tok.decode(ids) == "Topic: a\\nb <|endoftext|>\n c\\td\\n\t" and not set(ids) & set(
+        tok.all_special_ids
+    )
     header = tok.decode([i for i in sim.header if i != tok.bos_token_id])
-    assert header.startswith("How well does a word fit a topic") and header.endswith("Topic: names of people\n Margaret\t5\n\n")
+    assert header.startswith("How well does a word fit a topic") and header.endswith(
+        "Topic: names of people\n Margaret\t5\n\n"
+    )
 
 
 def test_nothing_is_loaded_before_a_window_is_simulated():
@@ -115,7 +137,11 @@ def test_nothing_is_loaded_before_a_window_is_simulated():
         return make_model("llama"), tokenizer()
 
     sim = TokenWise(load, name="tiny", dtype="float32")
-    assert sim.settings["simulator"] == "token-wise" and sim.settings["prompt"] == "simulate-token-wise/v1" and not loads
+    assert (
+        sim.settings["simulator"] == "token-wise"
+        and sim.settings["prompt"] == "simulate-token-wise/v1"
+        and not loads
+    )
     anyio.run(sim.simulate, RULES, WINDOWS[:1])
     sim.predict(RULES, WINDOWS[:1])
     assert len(loads) == 1

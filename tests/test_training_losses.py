@@ -1,4 +1,6 @@
-"""What a training step computes: sparse products against dense ones, every loss and its gradients against formulas written out in float64, the schedule by hand."""
+"""What a training step computes: sparse products against dense ones, every loss and its gradients against
+formulas written out in float64, the schedule by hand.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,15 @@ from hypothesis import strategies as st
 
 from featureinterp.sae.base import layer_norm
 from featureinterp.training import sparse
-from featureinterp.training.architectures import TRAINABLE, Normalizer, Trainable, as_sae, geometric_median, largest, nth_largest
+from featureinterp.training.architectures import (
+    TRAINABLE,
+    Normalizer,
+    Trainable,
+    as_sae,
+    geometric_median,
+    largest,
+    nth_largest,
+)
 from featureinterp.training.loop import learning_rate, planned_steps
 from featureinterp.training.settings import ARCHITECTURES, SaeTable, TrainingTable
 from featureinterp.training.sparse import Pattern, decoded, encoded
@@ -29,8 +39,18 @@ def rows(n: int = ROWS, seed: int = 0) -> torch.Tensor:
 
 def make(architecture: str, *, seed: int = 1, **options: Any) -> Trainable:
     """A model with no weight at a special value."""
-    table = SaeTable(architecture=architecture, d_sae=D_SAE, **{"k": 3, "prefixes": (0.3, 1.0), "penalty": 0.7, "bandwidth": 0.8, **options})
-    model = TRAINABLE[architecture](D_IN, table, bias=torch.full((D_IN,), 0.4), variance=5.0, generator=torch.Generator().manual_seed(seed))
+    table = SaeTable(
+        architecture=architecture,
+        d_sae=D_SAE,
+        **{"k": 3, "prefixes": (0.3, 1.0), "penalty": 0.7, "bandwidth": 0.8, **options},
+    )
+    model = TRAINABLE[architecture](
+        D_IN,
+        table,
+        bias=torch.full((D_IN,), 0.4),
+        variance=5.0,
+        generator=torch.Generator().manual_seed(seed),
+    )
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for p in model.parameters():
@@ -62,7 +82,9 @@ def test_sparse_products_equal_dense_ones(n: int, n_features: int, d: int, seed:
 @pytest.mark.parametrize("ends", [None, [4, 10], [1, 2, 10]])
 def test_gradients_of_sparse_functions_are_those_of_dense_ones(ends: list[int] | None):
     generator = torch.Generator().manual_seed(3)
-    x, W_enc, W_dec = (torch.randn(s, generator=generator) for s in ((ROWS, D_IN), (D_SAE, D_IN), (D_SAE, D_IN)))
+    x, W_enc, W_dec = (
+        torch.randn(s, generator=generator) for s in ((ROWS, D_IN), (D_SAE, D_IN), (D_SAE, D_IN))
+    )
     b_enc, b_dec = torch.randn(D_SAE, generator=generator), torch.randn(D_IN, generator=generator)
     mask = torch.rand(ROWS, D_SAE, generator=generator) < 0.3
     weight = torch.randn(len(ends or [D_SAE]), ROWS, D_IN, generator=generator)
@@ -81,8 +103,12 @@ def test_gradients_of_sparse_functions_are_those_of_dense_ones(ends: list[int] |
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-def reference(model: Trainable, x: torch.Tensor, dead: torch.Tensor, strength: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of each architecture as its formula reads, dense, in float64; and the parameters that it is a function of."""
+def reference(
+    model: Trainable, x: torch.Tensor, dead: torch.Tensor, strength: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of each architecture as its formula reads, dense, in float64; and the parameters that it is a
+    function of.
+    """
     table, V = model.table, model.variance
     p = {name: t.detach().double().requires_grad_() for name, t in model.named_parameters()}
     x, B = x.double(), len(x)
@@ -113,7 +139,8 @@ def reference(model: Trainable, x: torch.Tensor, dead: torch.Tensor, strength: f
             z = x @ p["W_enc"].T + p["b_enc"]
             on = (z > p["threshold"]).double().detach()
             near = ((z - p["threshold"]).abs() < table.bandwidth / 2).double().detach()
-            # a function whose derivative by the threshold is the kernel estimate: value exact, slope that of the estimate
+            # a function whose derivative by the threshold is the kernel estimate: value exact, slope that of
+            # the estimate
             slope = -(p["threshold"] - p["threshold"].detach()) / table.bandwidth * near
             codes = z * on + p["threshold"].detach() * slope
             l0 = (on + slope).sum(1).mean()
@@ -125,7 +152,10 @@ def reference(model: Trainable, x: torch.Tensor, dead: torch.Tensor, strength: f
         source = x if table.architecture == "jumprelu" else centred
         before = source @ p["W_enc"][dead].T + p["b_enc"][dead]
         top = before.topk(min(model.aux_k, len(dead)))
-        guess = torch.zeros(B, len(dead), dtype=torch.float64).scatter(1, top.indices, torch.relu(top.values)) @ p["W_dec"][dead]
+        guess = (
+            torch.zeros(B, len(dead), dtype=torch.float64).scatter(1, top.indices, torch.relu(top.values))
+            @ p["W_dec"][dead]
+        )
         loss = loss + table.aux_coefficient * (error - guess).pow(2).sum() / error.pow(2).sum()
     return loss, p
 
@@ -142,12 +172,16 @@ def test_losses_and_gradients_are_those_of_the_formulas(architecture: str, dead:
     loss.backward()
     for name, ours in model.named_parameters():
         theirs = p[name].grad if p[name].grad is not None else torch.zeros_like(p[name])
-        torch.testing.assert_close(ours.grad.double(), theirs, rtol=2e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            ours.grad.double(), theirs, rtol=2e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @pytest.mark.parametrize("architecture", [a for a in ARCHITECTURES if a != "jumprelu"])
 def test_gradients_are_slopes(architecture: str):
-    """Finite differences along a random direction; what fires is the same on both sides of so small a step."""
+    """Finite differences along a random direction; what fires is the same on both sides of so small a
+    step.
+    """
     model = make(architecture).double()
     model.table.__dict__.update(penalty_warmup=0.0)
     x = rows().double()
@@ -155,7 +189,9 @@ def test_gradients_are_slopes(architecture: str):
     generator = torch.Generator().manual_seed(9)
     steps = {name: torch.randn(p.shape, generator=generator).double() for name, p in model.named_parameters()}
     if architecture == "gated":
-        steps = {n: s * (n in ("W_enc", "b_enc", "r_mag", "mag_bias")) for n, s in steps.items()}  # the gate's reconstruction does not move the decoder
+        steps = {
+            n: s * (n in ("W_enc", "b_enc", "r_mag", "mag_bias")) for n, s in steps.items()
+        }  # the gate's reconstruction does not move the decoder
     slope = sum(float((p.grad * steps[name]).sum()) for name, p in model.named_parameters())
     losses = []
     for sign in (1, -1):
@@ -186,7 +222,10 @@ def test_half_precision_chooses_and_full_precision_computes():
     x = rows(64)
     a, b = full(x, NONE_DEAD, 1.0), half(x, NONE_DEAD, 1.0)
     assert b.loss.item() == pytest.approx(a.loss.item(), rel=0.02)
-    same = torch.equal((full._all(x - full.b_dec)).topk(3).indices.sort(1).values, (half._all(x - half.b_dec)).topk(3).indices.sort(1).values)
+    same = torch.equal(
+        (full._all(x - full.b_dec)).topk(3).indices.sort(1).values,
+        (half._all(x - half.b_dec)).topk(3).indices.sort(1).values,
+    )
     if same:
         assert b.loss.item() == pytest.approx(a.loss.item(), rel=1e-5)
 
@@ -197,7 +236,12 @@ def test_the_threshold_of_batchtopk_is_a_running_mean_of_the_smallest_kept_code(
     for seed in range(4):
         x = rows(20, seed)
         with torch.no_grad():
-            kept = torch.relu((x - model.b_dec) @ model.W_enc.T + model.b_enc).flatten().sort(descending=True).values[: 3 * 20]
+            kept = (
+                torch.relu((x - model.b_dec) @ model.W_enc.T + model.b_enc)
+                .flatten()
+                .sort(descending=True)
+                .values[: 3 * 20]
+            )
         smallest = float(kept[kept > 0].min())
         wanted = smallest if wanted is None else 0.9 * wanted + 0.1 * smallest
         model(x, NONE_DEAD, 1.0)
@@ -210,7 +254,9 @@ def test_the_threshold_of_batchtopk_is_a_running_mean_of_the_smallest_kept_code(
 def test_largest():
     values = torch.tensor([3.0, 1.0, 2.0, 2.0])
     assert [float(nth_largest(values, n)) for n in (1, 2, 3, 4)] == [3, 2, 2, 1]
-    assert sorted(largest(values, 2).tolist()) == [2, 3] and largest(values, 6).tolist()[4:] == [-math.inf] * 2
+    assert (
+        sorted(largest(values, 2).tolist()) == [2, 3] and largest(values, 6).tolist()[4:] == [-math.inf] * 2
+    )
 
 
 def test_the_decoder_keeps_unit_rows_and_a_gradient_along_the_sphere():
@@ -225,7 +271,9 @@ def test_the_decoder_keeps_unit_rows_and_a_gradient_along_the_sphere():
 @pytest.mark.parametrize("kind", ["none", "global", "token"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_is_exported_encodes_and_reconstructs_raw_activations(architecture: str, kind: str):
-    """Encoding raw activations with the exported SAE, by its own formulas, gives the codes and the reconstruction of the trained one."""
+    """Encoding raw activations with the exported SAE, by its own formulas, gives the codes and the
+    reconstruction of the trained one.
+    """
     x = rows(40, seed=5) * 3 - 1
     normalizer = Normalizer.of(kind, x)
     model = make(architecture).eval()
@@ -286,7 +334,9 @@ def test_the_learning_rate_by_hand():
     t = TrainingTable(lr=1.0, lr_end=0.2, warmup=4)
     rates = [learning_rate(t, step, 13) for step in range(13)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert rates[4] == pytest.approx(1.0) and rates[8] == pytest.approx(0.6) and rates[12] == pytest.approx(0.2)
+    assert (
+        rates[4] == pytest.approx(1.0) and rates[8] == pytest.approx(0.6) and rates[12] == pytest.approx(0.2)
+    )
     assert all(a >= b for a, b in pairwise(rates[4:]))
     linear = TrainingTable(lr=1.0, warmup=0, decay="linear")
     assert [learning_rate(linear, s, 5) for s in range(5)] == pytest.approx([1, 0.75, 0.5, 0.25, 0])

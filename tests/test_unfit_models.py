@@ -1,4 +1,6 @@
-"""Models and tokenizers that would be read wrongly: cut or padded texts, masked models, blocks of another form, ids and contexts that do not fit."""
+"""Models and tokenizers that would be read wrongly: cut or padded texts, masked models, blocks of another
+form, ids and contexts that do not fit.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ import numpy as np
 import pytest
 import torch
 from tiny import TINY_TEXTS, make_model, make_sae, tokenizer
-from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from featureinterp.codes.collect import scored_tokens
 from featureinterp.corpus.text import Corpus, Document
@@ -22,7 +31,13 @@ from featureinterp.training.evaluate import loss_recovered
 
 HOOK = "blocks.1.hook_resid_post"
 TEXT = " ".join(TINY_TEXTS * 4)
-SIZES = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
 
 
 @pytest.mark.parametrize("what", ["truncation", "fixed padding", "padding of a batch", "all"])
@@ -87,7 +102,9 @@ def test_causal_models_pass(family: str, dtype: torch.dtype):
 
 def test_the_usable_context_is_behind_the_padding_position(tmp_path: Path):
     config = RobertaConfig(**SIZES, max_position_embeddings=34, is_decoder=True, pad_token_id=1)
-    subject = load_subject(saved(RobertaForCausalLM(config), tmp_path / "roberta"), device="cpu", dtype="float32")
+    subject = load_subject(
+        saved(RobertaForCausalLM(config), tmp_path / "roberta"), device="cpu", dtype="float32"
+    )
     assert subject.context_length == 32
     ids = torch.randint(5, 400, (1, 31))
     assert subject.residual(ids, HOOK).shape == (1, 31, 32)
@@ -165,7 +182,9 @@ def test_evaluation_scores_the_tokens_that_collecting_scores(tmp_path: Path, bos
     windows = table(tmp_path / "w", [big, small, big, small, big])
     ids = torch.from_numpy(np.array(windows.tokens, np.int64))
     scored = scored_tokens(subject.residual(ids, HOOK), subject)[0].tolist()
-    assert scored == ([True] * 5 if bos else [False, True, True, True, True])  # three of five are large: so is the median
+    assert scored == (
+        [True] * 5 if bos else [False, True, True, True, True]
+    )  # three of five are large: so is the median
     found = loss_recovered(model, tokenizer(bos), HOOK, make_sae("topk", 32, 48), windows, np.arange(1))
     assert found.n_tokens == sum(scored[:-1])
     with torch.no_grad():

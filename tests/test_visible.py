@@ -1,4 +1,6 @@
-"""Text from elsewhere on terminals, pages and in prompts: nothing steers a screen, nothing hides, nothing forges a separator."""
+"""Text from elsewhere on terminals, pages and in prompts: nothing steers a screen, nothing hides, nothing
+forges a separator.
+"""
 
 from __future__ import annotations
 
@@ -42,14 +44,23 @@ HOSTILE = (
     "\x00",
 )
 FORBIDDEN = {"Cc", "Cs", "Zl", "Zp"}
-"""Unicode's categories of control characters, surrogates and separators of lines: none of them is ever shown."""
+"""Unicode's categories of control characters, surrogates and separators of lines: none of them is ever shown.
+"""
 
 
 def hides(text: str) -> list[str]:
-    """Characters that a reader cannot see, by another table than ours: Python's categories, and every format character but joiners."""
-    marks = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"  # these are drawn
+    """Characters that a reader cannot see, by another table than ours: Python's categories, and every format
+    character but joiners.
+    """
+    # these are drawn
+    marks = "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
     egyptian = [chr(c) for c in range(0x13430, 0x13440)]
-    return [c for c in text if unicodedata.category(c) in FORBIDDEN or (unicodedata.category(c) == "Cf" and c not in [*marks, *egyptian, "\u200c", "\u200d"])]
+    return [
+        c
+        for c in text
+        if unicodedata.category(c) in FORBIDDEN
+        or (unicodedata.category(c) == "Cf" and c not in [*marks, *egyptian, "\u200c", "\u200d"])
+    ]
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -66,7 +77,9 @@ def test_nothing_unseen_is_left_and_nothing_else_is_touched(text: str):
     assert visible(plain) == plain
 
 
-@pytest.mark.parametrize("text", ["👩‍👩‍👧‍👦 ❤️ 1️⃣ ✈️", "می‌خواهم", "क्‍ष", "naïve Zürich 日本 ½ “quoted” — dash\xa0space"])
+@pytest.mark.parametrize(
+    "text", ["👩‍👩‍👧‍👦 ❤️ 1️⃣ ✈️", "می‌خواهم", "क्‍ष", "naïve Zürich 日本 ½ “quoted” — dash\xa0space"]
+)
 def test_joiners_in_their_place_stay(text: str):
     assert visible(text) == text == unescape(escape(text))
 
@@ -110,9 +123,14 @@ def test_a_listed_token_holds_no_separator(text: str):
 
 @pytest.mark.parametrize("style", [SentenceStyle(), RulesStyle()])
 def test_tokens_cannot_forge_the_separator_of_a_list(style: SentenceStyle | RulesStyle):
-    windows = tuple(Window(i, i, np.zeros(2, np.int32), (piece, " tail"), np.array([9 - i, 0], np.float32)) for i, piece in enumerate(("a | b", "|", " c |")))
+    windows = tuple(
+        Window(i, i, np.zeros(2, np.int32), (piece, " tail"), np.array([9 - i, 0], np.float32))
+        for i, piece in enumerate(("a | b", "|", " c |"))
+    )
     record = FeatureRecord(FeatureId("s", 3), 9.0, 0.1, 5, {"train": {"top": windows}})
-    line = next(x for x in style.messages(record, windows)[-1].content.splitlines() if x.startswith("Tokens: "))
+    line = next(
+        x for x in style.messages(record, windows)[-1].content.splitlines() if x.startswith("Tokens: ")
+    )
     assert line.removeprefix("Tokens: ").split(SEPARATOR) == ["a \\| b", "\\|", " c \\|"]
 
 

@@ -50,14 +50,22 @@ NASTY = (
 
 
 def tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on the tiny texts: it encodes any text, splitting rare characters into bytes."""
+    """A byte-level BPE tokenizer trained on the tiny texts: it encodes any text, splitting rare characters
+    into bytes.
+    """
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     raw.post_processor = processors.ByteLevel(trim_offsets=True)
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<|endoftext|>", "<|im_start|>"])
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|endoftext|>", "<|im_start|>"],
+    )
     raw.train_from_iterator(TINY_TEXTS * 3, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<|endoftext|>" if bos else None, eos_token="<|endoftext|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, bos_token="<|endoftext|>" if bos else None, eos_token="<|endoftext|>"
+    )
 
 
 _SIZES = {
@@ -75,13 +83,23 @@ _SIZES = {
 
 
 def _neox() -> GPTNeoXConfig:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 2048}
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "max_position_embeddings": 2048,
+    }
     return GPTNeoXConfig(vocab_size=512, bos_token_id=0, eos_token_id=0, **sizes)
 
 
 FAMILIES = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**_SIZES)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=512, n_embd=32, n_layer=3, n_head=4, n_positions=2048, bos_token_id=0, eos_token_id=0)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=512, n_embd=32, n_layer=3, n_head=4, n_positions=2048, bos_token_id=0, eos_token_id=0
+        )
+    ),
     "gpt-neox": lambda: GPTNeoXForCausalLM(_neox()),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**_SIZES, head_dim=8)),
     "gemma3": lambda: Gemma3ForCausalLM(Gemma3TextConfig(**_SIZES, head_dim=8, sliding_window=4096)),
@@ -101,7 +119,9 @@ def make_model(family: str, scale: float = 0.15) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def make_subject_folder(folder: Path, family: str, bos: bool = True, *, dtype: torch.dtype = torch.float32, scale: float = 0.15) -> Path:
+def make_subject_folder(
+    folder: Path, family: str, bos: bool = True, *, dtype: torch.dtype = torch.float32, scale: float = 0.15
+) -> Path:
     """A model and its tokenizer as a Hugging Face folder; its weights are stored in ``dtype``."""
     make_model(family, scale).to(dtype).save_pretrained(folder)
     tokenizer(bos).save_pretrained(folder)
@@ -112,7 +132,10 @@ def make_sae(architecture: str, d_in: int, d_sae: int) -> SparseAutoencoder:
     """A random SAE of an architecture."""
     generator = torch.Generator().manual_seed(0)
     kind = ARCHITECTURES[architecture]
-    tensors = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in kind.shapes(d_in, d_sae).items()}
+    tensors = {
+        name: 0.3 * torch.randn(shape, generator=generator)
+        for name, shape in kind.shapes(d_in, d_sae).items()
+    }
     if "threshold" in tensors:
         tensors["threshold"] = tensors["threshold"].abs()
     return kind(tensors, **dict.fromkeys(kind.settings, 4))

@@ -17,7 +17,10 @@ finish = recipe.run
 
 def and_keep(trainer, *args, **options):
     finish(trainer, *args, **options)
-    save_file({k: v.contiguous() for k, v in trainer.model.state_dict().items()}, out / f"rank{os.environ['RANK']}.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in trainer.model.state_dict().items()},
+        out / f"rank{os.environ['RANK']}.safetensors",
+    )
 
 
 recipe.run = and_keep

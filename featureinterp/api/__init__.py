@@ -39,7 +39,9 @@ def _silent(*_: Any) -> None:
 
 @dataclass(frozen=True)
 class Results(Sequence[FeatureResult]):
-    """The results of a job and where they lie; read from its journal when they are asked for. Draws itself as a table in a notebook."""
+    """The results of a job and where they lie; read from its journal when they are asked for. Draws itself as
+    a table in a notebook.
+    """
 
     features: Sequence[FeatureResult]
     folder: Path
@@ -109,8 +111,8 @@ class Results(Sequence[FeatureResult]):
 
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
-    """The sensitivity of one SAE's features. ``summary``: what ``summary.json`` in ``folder`` holds. ``stopped``: why the job ended early.
-    ``n_partial``: features with fewer texts than were asked for."""
+    """The sensitivity of one SAE's features. ``summary``: what ``summary.json`` in ``folder`` holds.
+    ``stopped``: why the job ended early. ``n_partial``: features with fewer texts than were asked for."""
 
     sae: str
     folder: Path
@@ -122,8 +124,8 @@ class Sensitivity:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """What labels say about a run's features. ``folder`` holds tables, plots and the ``page``. ``labels``: how many spans there were, and how many met no token
-    of the run. Draws itself as a table in a notebook."""
+    """What labels say about a run's features. ``folder`` holds tables, plots and the ``page``. ``labels``:
+    how many spans there were, and how many met no token of the run. Draws itself as a table in a notebook."""
 
     study: Study
     folder: Path
@@ -157,9 +159,10 @@ def collect(
 ) -> CodesStore:
     """Runs a subject model and an SAE over a corpus and stores every positive code under ``out``.
 
-    Reuses what is complete there and goes on with what is not. What another request left there is refused with ``IncompatibleError``, or with
-    ``replace`` deleted. Raises an ``InputError`` before anything is written when the parts do not exist or do not fit together, and
-    ``FolderInUseError`` when another process works in ``out``.
+    Reuses what is complete there and goes on with what is not. What another request left there is refused
+    with ``IncompatibleError``, or with ``replace`` deleted. Raises an ``InputError`` before anything is
+    written when the parts do not exist or do not fit together, and ``FolderInUseError`` when another process
+    works in ``out``.
     """
     from featureinterp.claims import check_free
     from featureinterp.codes.collect import collect as run_collect
@@ -199,8 +202,9 @@ def saes() -> list[dict[str, Any]]:
 
 
 def sae_info(name: str) -> dict[str, Any]:
-    """What an SAE's name stands for: repository, file, revision, model, layer, hook, width, architecture, codes per token where known, and whether it is in
-    the cache. Asks no network. Raises ``UnknownNameError`` for a name that stands for nothing."""
+    """What an SAE's name stands for: repository, file, revision, model, layer, hook, width, architecture,
+    codes per token where known, and whether it is in the cache. Asks no network. Raises ``UnknownNameError``
+    for a name that stands for nothing."""
     from featureinterp.sae.info import sae_info
 
     return sae_info(name)
@@ -214,11 +218,15 @@ def fetch_sae(name: str, *, steps: Steps = _silent) -> LoadedSae:
 
 
 def open_run(run: str | Path) -> CodesStore:
-    """Opens the codes that ``collect`` stored. Raises ``InputError`` or ``IncompleteStoreError`` when there are none."""
+    """Opens the codes that ``collect`` stored. Raises ``InputError`` or ``IncompleteStoreError`` when there
+    are none.
+    """
     from featureinterp.codes.store import CodesStore
 
     if not Path(run).is_dir():
-        raise InputError(f"there is no run folder {run}: give the folder that 'featureinterp collect' wrote with --out")
+        raise InputError(
+            f"there is no run folder {run}: give the folder that 'featureinterp collect' wrote with --out"
+        )
     return CodesStore.open(Path(run))
 
 
@@ -236,8 +244,9 @@ def records(
 ) -> Iterator[FeatureRecord]:
     """Records of features of a run: indices, or text such as ``0:100``, ``3,17``, ``random:20``, ``alive``.
 
-    ``holistic``: adds holistic activations to the training windows that fire. ``model``, ``sae``: where the run's own are found now, when not by
-    the names that it recorded; they are needed for holistic activations and co-active windows.
+    ``holistic``: adds holistic activations to the training windows that fire. ``model``, ``sae``: where the
+    run's own are found now, when not by the names that it recorded; they are needed for holistic activations
+    and co-active windows.
     """
     from featureinterp.jobs.records import build_records, parse_features
     from featureinterp.records.policy import RecordPolicy
@@ -252,7 +261,9 @@ def records(
         chosen,
         policy,
         embedder=SentenceEmbedder(embedder) if embedder else None,
-        neighbours=near_directions(store, sae, policy.n_neighbours, device) if policy.wants("coactive_negative") else None,
+        neighbours=near_directions(store, sae, policy.n_neighbours, device)
+        if policy.wants("coactive_negative")
+        else None,
         progress=lambda done, total: steps("windows embedded", done, total),
     )
     return built if holistic is None else holistic_of(store, model, sae, holistic, device).add(built)
@@ -266,9 +277,11 @@ def run(
     on_event: Callable[[Event], None] = _silent,
     steps: Steps = _silent,
 ) -> Results:
-    """Runs a job, or a TOML file that holds one, as far as it gets; see :func:`run_async`. For callers without an event loop; inside one
-    (a notebook), it works in a thread of its own."""
-    return _outside(lambda: run_async(job, retry_failed=retry_failed, replace=replace, on_event=on_event, steps=steps))
+    """Runs a job, or a TOML file that holds one, as far as it gets; see :func:`run_async`. For callers
+    without an event loop; inside one (a notebook), it works in a thread of its own."""
+    return _outside(
+        lambda: run_async(job, retry_failed=retry_failed, replace=replace, on_event=on_event, steps=steps)
+    )
 
 
 async def run_async(
@@ -279,13 +292,15 @@ async def run_async(
     on_event: Callable[[Event], None] = _silent,
     steps: Steps = _silent,
 ) -> Results:
-    """Runs a job: explains features, scores the explanations, and writes results, journal and report into the job's folder.
+    """Runs a job: explains features, scores the explanations, and writes results, journal and report into the
+    job's folder.
 
-    Everything that was paid for is kept: a second run of the same job makes no request but for what got no answer, and with ``retry_failed`` also
-    for what got one that could not be used. ``replace``: a job on other codes in the folder is deleted, but for its replies; else it is refused. A
-    job that stopped early (budget, too many failures) has ``results.stopped``; the same call goes on from there. Raises ``InputError`` for what
-    cannot work and a ``LanguageModelError`` when the endpoint cannot be used at all, both before anything is written, and ``FolderInUseError`` when
-    another process works in the folder.
+    Everything that was paid for is kept: a second run of the same job makes no request but for what got no
+    answer, and with ``retry_failed`` also for what got one that could not be used. ``replace``: a job on
+    other codes in the folder is deleted, but for its replies; else it is refused. A job that stopped early
+    (budget, too many failures) has ``results.stopped``; the same call goes on from there. Raises
+    ``InputError`` for what cannot work and a ``LanguageModelError`` when the endpoint cannot be used at all,
+    both before anything is written, and ``FolderInUseError`` when another process works in the folder.
     """
     from featureinterp.jobs.run import run_job
     from featureinterp.report.render import write_report, write_results
@@ -335,8 +350,15 @@ def explain(
     steps: Steps = _silent,
     **fields: Any,
 ) -> Results:
-    """Explains and scores features of a run; ``fields`` are those of :class:`Job`. The same as ``run(Job(run=…, features=…, …))``."""
-    options: dict[str, Any] = {"retry_failed": retry_failed, "replace": replace, "on_event": on_event, "steps": steps}
+    """Explains and scores features of a run; ``fields`` are those of :class:`Job`. The same as
+    ``run(Job(run=…, features=…, …))``.
+    """
+    options: dict[str, Any] = {
+        "retry_failed": retry_failed,
+        "replace": replace,
+        "on_event": on_event,
+        "steps": steps,
+    }
     return _outside(lambda: explain_async(run, features, **options, **fields))
 
 
@@ -348,8 +370,9 @@ def steer(
     steps: Steps = _silent,
     **fields: Any,
 ) -> Results:
-    """Has the subject write while each explained feature is pushed, and judges whether the texts fit the explanation: the job in ``folder`` (or in the run
-    folder above it) with the stage ``steer``. What it has is kept and not paid for again. ``fields`` change the job's own, such as ``steering``
+    """Has the subject write while each explained feature is pushed, and judges whether the texts fit the
+    explanation: the job in ``folder`` (or in the run folder above it) with the stage ``steer``. What it has
+    is kept and not paid for again. ``fields`` change the job's own, such as ``steering``
     (``SteeringSettings``, or a mapping of those that change)."""
     return _with_stage(folder, "steer", retry_failed, on_event, steps, fields)
 
@@ -362,9 +385,10 @@ def falsify(
     steps: Steps = _silent,
     **fields: Any,
 ) -> Results:
-    """Puts the explanations of a finished job on trial and revises those that texts contradict: the job in ``folder`` (or in the run folder above it) with
-    the stage ``falsify``. What it has is kept and not paid for again. ``fields`` change the job's own, such as ``trial`` (``TrialSettings``, or a mapping
-    of those that change), ``budget`` and ``llm``."""
+    """Puts the explanations of a finished job on trial and revises those that texts contradict: the job in
+    ``folder`` (or in the run folder above it) with the stage ``falsify``. What it has is kept and not paid
+    for again. ``fields`` change the job's own, such as ``trial`` (``TrialSettings``, or a mapping of those
+    that change), ``budget`` and ``llm``."""
     return _with_stage(folder, "falsify", retry_failed, on_event, steps, fields)
 
 
@@ -377,12 +401,24 @@ def job_in(folder: str | Path) -> Job:
     return job_of(place)
 
 
-def _with_stage(folder: str | Path, stage: str, retry_failed: bool, on_event: Callable[[Event], None], steps: Steps, fields: dict[str, Any]) -> Results:
+def _with_stage(
+    folder: str | Path,
+    stage: str,
+    retry_failed: bool,
+    on_event: Callable[[Event], None],
+    steps: Steps,
+    fields: dict[str, Any],
+) -> Results:
     from featureinterp.jobs.spec import changed
 
     job = job_in(folder)
     stages = tuple(dict.fromkeys((*job.stages, stage)))
-    return run(changed(job, **{"stages": stages, **fields}), retry_failed=retry_failed, on_event=on_event, steps=steps)
+    return run(
+        changed(job, **{"stages": stages, **fields}),
+        retry_failed=retry_failed,
+        on_event=on_event,
+        steps=steps,
+    )
 
 
 async def explain_async(
@@ -411,10 +447,11 @@ def sensitivity(
     steps: Steps = _silent,
     **fields: Any,
 ) -> list[Sensitivity]:
-    """How often features fire on new texts that a language model writes like their examples; see ``docs/falsification.md``. ``fields``: ``features``,
-    ``dataset``, ``total_tokens``, ``context_size``, ``examples`` (``corpus`` or ``saebench``), ``llm``, ``plan`` (``SensitivityPlan``), ``budget``, ``device``,
-    ``dtype``. Writes six tables and a summary per SAE under ``out``, and plots over them. What was paid for is kept: the same call goes on where it stopped
-    and pays nothing twice."""
+    """How often features fire on new texts that a language model writes like their examples; see
+    ``docs/falsification.md``. ``fields``: ``features``, ``dataset``, ``total_tokens``, ``context_size``,
+    ``examples`` (``corpus`` or ``saebench``), ``llm``, ``plan`` (``SensitivityPlan``), ``budget``,
+    ``device``, ``dtype``. Writes six tables and a summary per SAE under ``out``, and plots over them. What
+    was paid for is kept: the same call goes on where it stopped and pays nothing twice."""
     from featureinterp.jobs.sensitivity_run import SensitivityJobSpec, run_sensitivity
     from featureinterp.report.sensitivity import plot_sensitivity, write_sensitivity
 
@@ -426,9 +463,20 @@ def sensitivity(
     async def measure() -> list[Sensitivity]:
         found = []
         async for measured in run_sensitivity(spec, on_feature=on_feature, steps=steps):
-            summary = write_sensitivity(measured.folder, measured.features, measured.about, per_call=spec.plan.per_call)
+            summary = write_sensitivity(
+                measured.folder, measured.features, measured.about, per_call=spec.plan.per_call
+            )
             gaps = sum(f.failure is None and len(f.texts) < spec.plan.samples for f in measured.features)
-            found.append(Sensitivity(measured.about["sae_name"], measured.folder, summary, measured.features, measured.stopped, gaps))
+            found.append(
+                Sensitivity(
+                    measured.about["sae_name"],
+                    measured.folder,
+                    summary,
+                    measured.features,
+                    measured.stopped,
+                    gaps,
+                )
+            )
             on_sae(found[-1])
         return found
 
@@ -457,13 +505,13 @@ def probe(
 ) -> Probe:
     """What labelled concepts say about every feature of a run at once; see ``docs/probing.md``.
 
-    ``labels``: a ``.jsonl`` file of spans, a ``.toml`` file or a mapping of regular expressions, a function of a document's text that gives
-    (start, end, label), names of ready concepts, or None for all of those. ``dense``: also decodes the activations that the SAE read, for which the model
-    (``model``: where it is now, when not by the name that the run recorded) runs over the windows once. ``corpus``,
-    ``text_field``, ``document_separator``: where the documents'
-    text is now, when not as the run recorded; labels from a file of spans do not need it.
-    Writes tables, plots and a page to ``out`` (the run's folder ``probe`` when not given), from
-    which reports on the run's explanations take the annotations.
+    ``labels``: a ``.jsonl`` file of spans, a ``.toml`` file or a mapping of regular expressions, a function
+    of a document's text that gives (start, end, label), names of ready concepts, or None for all of those.
+    ``dense``: also decodes the activations that the SAE read, for which the model (``model``: where it is
+    now, when not by the name that the run recorded) runs over the windows once. ``corpus``, ``text_field``,
+    ``document_separator``: where the documents' text is now, when not as the run recorded; labels from a file
+    of spans do not need it. Writes tables, plots and a page to ``out`` (the run's folder ``probe`` when not
+    given), from which reports on the run's explanations take the annotations.
     """
     from featureinterp.claims import owned
     from featureinterp.codes.dense import dense_twin
@@ -478,8 +526,14 @@ def probe(
     store = open_run(run)
     wanted = load_labels(labels)
     reading = dict(store.windows.meta.get("reading", {}))
-    reading |= {name: value for name, value in (("text_field", text_field), ("document_separator", document_separator)) if value is not None}
-    texts = None if wanted.listed is not None else load_corpus(corpus or store.meta["corpus"]["name"], **reading)
+    reading |= {
+        name: value
+        for name, value in (("text_field", text_field), ("document_separator", document_separator))
+        if value is not None
+    }
+    texts = (
+        None if wanted.listed is not None else load_corpus(corpus or store.meta["corpus"]["name"], **reading)
+    )
     tokens = RunTokens(store)
     found = tokens.labelled(wanted, texts)
 
@@ -492,12 +546,23 @@ def probe(
         twin = None
         if dense:
             with owned(Path(run) / "dense", "probe", waiting=_silent):
-                twin = dense_twin(store, Path(run), subject, progress=lambda done, total: steps("tokens read again", done, total))
-        buffer = ActivationBuffer(tokens.codes, found.labels, found.names, twin, found.instances, tokens.documents, tokens.texts)
+                twin = dense_twin(
+                    store,
+                    Path(run),
+                    subject,
+                    progress=lambda done, total: steps("tokens read again", done, total),
+                )
+        buffer = ActivationBuffer(
+            tokens.codes, found.labels, found.names, twin, found.instances, tokens.documents, tokens.texts
+        )
         judged = study(buffer, settings, steps=steps)
         positions = {name: tokens.positions[found.labels[:, i]] for i, name in enumerate(found.names)}
         page = write_study(
-            folder, judged, positions, about_study(store.meta, wanted.source, judged, found.n_spans, found.n_outside) | {"codes": store.fingerprint}
+            folder,
+            judged,
+            positions,
+            about_study(store.meta, wanted.source, judged, found.n_spans, found.n_outside)
+            | {"codes": store.fingerprint},
         )
         return Probe(judged, folder, page, found.n_spans, found.n_outside)
 
@@ -515,8 +580,8 @@ def _labels(run: Path, results: Sequence[FeatureResult]) -> dict[int, list[Agree
 
 
 def report(folder: str | Path, out: str | Path | None = None) -> Path:
-    """Draws the report again from the results that an explain job left in ``folder``, with the concepts of ``probe`` where the run has them; returns the
-    file."""
+    """Draws the report again from the results that an explain job left in ``folder``, with the concepts of
+    ``probe`` where the run has them; returns the file."""
     from featureinterp.claims import owned
     from featureinterp.jobs.spec import job_of
     from featureinterp.report.render import read_results, write_report
@@ -539,7 +604,8 @@ def status(folder: str | Path) -> JobStatus:
 def export(folder: str | Path, *, to: str = "parquet", out: str | Path | None = None) -> tuple[Path, int]:
     """Writes the results of a job as a table, one row per feature; returns the file and how many rows it has.
 
-    ``to``: ``parquet``, ``csv`` or ``jsonl``. Raises ``InputError`` for another format and when there is no job.
+    ``to``: ``parquet``, ``csv`` or ``jsonl``. Raises ``InputError`` for another format and when there is no
+    job.
     """
     from featureinterp.claims import owned
     from featureinterp.jobs.status import job_folder
@@ -568,11 +634,13 @@ def demo(
     on_event: Callable[[Event], None] = _silent,
     steps: Steps = _silent,
 ) -> Results:
-    """The whole path on the embedded parts: collects, makes records, explains and scores random features, and writes the report.
+    """The whole path on the embedded parts: collects, makes records, explains and scores random features, and
+    writes the report.
 
-    Features are drawn at random among those that fire in at least 15 windows. ``max_tokens`` of the corpus and ``n_test`` windows of each kind:
-    what this machine does in about ten minutes for five features, when not given. What is already in ``out`` is reused. ``on_plan`` gets the plan,
-    ``on_chosen`` a line on each feature before any is explained.
+    Features are drawn at random among those that fire in at least 15 windows. ``max_tokens`` of the corpus
+    and ``n_test`` windows of each kind: what this machine does in about ten minutes for five features, when
+    not given. What is already in ``out`` is reused. ``on_plan`` gets the plan, ``on_chosen`` a line on each
+    feature before any is explained.
     """
     from featureinterp.api.planning import first_figures, planned
     from featureinterp.assets import fetch
@@ -590,6 +658,16 @@ def demo(
     store = collect(out=out, max_tokens=work.max_tokens, replace=replace, steps=steps)
     chosen = random_features(store, features, seed=seed, min_windows=DEMO_MIN_WINDOWS)
     on_chosen(first_figures(store, chosen))
-    plan = Plan(n_test=work.n_test, n_valid=(work.n_test + 1) // 2, negatives=("random", "similar_negative"), seed=seed)
-    options: dict[str, Any] = {"retry_failed": retry_failed, "replace": replace, "on_event": on_event, "steps": steps}
+    plan = Plan(
+        n_test=work.n_test,
+        n_valid=(work.n_test + 1) // 2,
+        negatives=("random", "similar_negative"),
+        seed=seed,
+    )
+    options: dict[str, Any] = {
+        "retry_failed": retry_failed,
+        "replace": replace,
+        "on_event": on_event,
+        "steps": steps,
+    }
     return explain(out, chosen, plan=plan, simulator=simulator, **options)

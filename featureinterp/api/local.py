@@ -21,14 +21,22 @@ if TYPE_CHECKING:
 EXPLAINER = "qwen2.5-coder-1.5b-instruct"
 
 
-def holistic_of(store: CodesStore, model: str | None, sae: str | None, method: Literal["exact", "gradient"], device: str | None) -> HolisticActivations:
+def holistic_of(
+    store: CodesStore,
+    model: str | None,
+    sae: str | None,
+    method: Literal["exact", "gradient"],
+    device: str | None,
+) -> HolisticActivations:
     """Holistic activations by the model and the SAE that made a run."""
     from featureinterp.codes.holistic import HolisticActivations
 
     return HolisticActivations.of_run(store, *subject_of(store, model, sae, device), method)
 
 
-def subject_of(store: CodesStore, model: str | None, sae: str | None, device: str | None) -> tuple[Subject, LoadedSae]:
+def subject_of(
+    store: CodesStore, model: str | None, sae: str | None, device: str | None
+) -> tuple[Subject, LoadedSae]:
     """The model and the SAE that made a run; by the names that it recorded when none are given."""
     from featureinterp.machine import pick_device
     from featureinterp.sae.load import load_sae
@@ -80,7 +88,13 @@ def local_parts() -> Local:
     def simulator(job: Job) -> Simulator:
         model = job.simulator_model
         return simulator_of(
-            job.simulator, lambda: load(job, model), model, job.simulator_dtype, job.simulator_temperature, job.simulator_chat, job.simulator_device
+            job.simulator,
+            lambda: load(job, model),
+            model,
+            job.simulator_dtype,
+            job.simulator_temperature,
+            job.simulator_chat,
+            job.simulator_device,
         )
 
     def tokenizer(name: str) -> Any:
@@ -99,7 +113,9 @@ def local_parts() -> Local:
         from featureinterp.codes.activator import RunActivator
 
         dtype = live_dtype(store, job.subject_device)
-        return RunActivator(store, lambda: subject_of(store, job.model, job.sae, job.subject_device), dtype=dtype)
+        return RunActivator(
+            store, lambda: subject_of(store, job.model, job.sae, job.subject_device), dtype=dtype
+        )
 
     def steerer(job: Job, store: CodesStore) -> Steerer:
         from featureinterp.codes.steerer import RunSteerer
@@ -110,7 +126,9 @@ def local_parts() -> Local:
             from featureinterp.subject.load import load_causal_lm
 
             meta, device = store.meta, job.subject_device
-            model, tokenizer = load_causal_lm(job.model or meta["model"]["name"], device=device, dtype=live_dtype(store, device))
+            model, tokenizer = load_causal_lm(
+                job.model or meta["model"]["name"], device=device, dtype=live_dtype(store, device)
+            )
             return model, tokenizer, load_sae(job.sae or meta["sae"]["name"], device=pick_device(device))
 
         return RunSteerer(store, parts, dtype=live_dtype(store, job.subject_device))
@@ -127,11 +145,14 @@ def local_simulator(
     temperature: float | None = None,
     chat: bool = False,
 ) -> Simulator:
-    """A simulator on a local transformers model, which is loaded when it is first used: ``token-wise`` or ``all-at-once`` (``docs/scores.md``).
-    ``temperature``: the simulator's own when not given. ``chat``: the all-at-once prompt as turns of a chat."""
+    """A simulator on a local transformers model, which is loaded when it is first used: ``token-wise`` or
+    ``all-at-once`` (``docs/scores.md``). ``temperature``: the simulator's own when not given. ``chat``: the
+    all-at-once prompt as turns of a chat."""
     from featureinterp.subject.load import load_causal_lm
 
-    return simulator_of(kind, lambda: load_causal_lm(name, device=device, dtype=dtype), name, dtype, temperature, chat, device)
+    return simulator_of(
+        kind, lambda: load_causal_lm(name, device=device, dtype=dtype), name, dtype, temperature, chat, device
+    )
 
 
 def simulator_of(

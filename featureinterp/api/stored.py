@@ -32,13 +32,21 @@ class Verified:
         """For programs."""
         counts = {state: len(self.of(state)) for state in (GOOD, DAMAGED, UNCHECKED)}
         parts = [f.to_json() for f in self.found]
-        return {"folder": self.folder, "good": self.good, "counts": counts, "n_bytes": sum(f.n_bytes for f in self.found), "parts": parts}
+        return {
+            "folder": self.folder,
+            "good": self.good,
+            "counts": counts,
+            "n_bytes": sum(f.n_bytes for f in self.found),
+            "parts": parts,
+        }
 
 
 def verify(folder: str | Path, *, on_part: Callable[[Found], None] = lambda _: None) -> Verified:
-    """Reads everything that a folder holds and compares it with its checksums; says which parts do not belong together.
+    """Reads everything that a folder holds and compares it with its checksums; says which parts do not belong
+    together.
 
-    ``on_part`` is called with every part as it is through. Nothing is changed. Raises ``StorageError`` when there is no folder.
+    ``on_part`` is called with every part as it is through. Nothing is changed. Raises ``StorageError`` when
+    there is no folder.
     """
     from featureinterp.training.loop import CHECKPOINT, LOG, check_checkpoint, check_log
 
@@ -100,7 +108,9 @@ def _job(folder: Path) -> None:
     with Journal(journal) as opened:
         jobs = opened.jobs()
     if jobs and key not in jobs:
-        raise IncompatibleError(f"{path} and {journal} do not belong together: put back the one that was there")
+        raise IncompatibleError(
+            f"{path} and {journal} do not belong together: put back the one that was there"
+        )
 
 
 def _codes(run: Path) -> None:

@@ -27,9 +27,19 @@ def _silent(*_: Any) -> None:
     pass
 
 
-def recipe_of(recipe: Recipe | Mapping[str, Any] | str | Path | None = None, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """A recipe from a TOML file, the name of an embedded one (``demo``), tables, or nothing but defaults; ``changes``: ``{"sae.k": 64}``."""
-    found = recipe if isinstance(recipe, Recipe) else load_recipe(recipe) if isinstance(recipe, str | Path) else make_recipe(dict(recipe or {}))
+def recipe_of(
+    recipe: Recipe | Mapping[str, Any] | str | Path | None = None, changes: Mapping[str, Any] | None = None
+) -> Recipe:
+    """A recipe from a TOML file, the name of an embedded one (``demo``), tables, or nothing but defaults;
+    ``changes``: ``{"sae.k": 64}``.
+    """
+    found = (
+        recipe
+        if isinstance(recipe, Recipe)
+        else load_recipe(recipe)
+        if isinstance(recipe, str | Path)
+        else make_recipe(dict(recipe or {}))
+    )
     return found.changed(changes) if changes else found
 
 
@@ -44,9 +54,10 @@ def extract(
     replace: bool = False,
     steps: Steps = _silent,
 ) -> Extracted:
-    """Writes the activations of a recipe's corpus at its hook into ``out/train`` and, for the documents that are held out, ``out/test``. ``part`` of
-    ``parts``: the share of one worker among several, whose folders :func:`merge` puts together. ``replace``: what another request left in ``out`` is
-    deleted; else it is refused."""
+    """Writes the activations of a recipe's corpus at its hook into ``out/train`` and, for the documents that
+    are held out, ``out/test``. ``part`` of ``parts``: the share of one worker among several, whose folders
+    :func:`merge` puts together. ``replace``: what another request left in ``out`` is deleted; else it is
+    refused."""
     from dataclasses import replace as replaced
 
     from featureinterp.claims import check_free
@@ -62,7 +73,9 @@ def extract(
 
 
 def merge(folders: Sequence[str | Path], out: str | Path) -> Extracted:
-    """One extraction from those of several workers. Raises ``IncompleteStoreError`` when one is missing or unfinished."""
+    """One extraction from those of several workers. Raises ``IncompleteStoreError`` when one is missing or
+    unfinished.
+    """
     from featureinterp.training.extract import merge
 
     return merge([Path(f) for f in folders], Path(out))
@@ -78,12 +91,15 @@ def train(
     steps: Steps = _silent,
     on_line: Callable[[dict[str, Any]], None] = _silent,
 ) -> Trained:
-    """Runs a recipe in the folder ``out``: activations, training, ``sae/`` and ``saelens/``, ``metrics.json``, plots and a page. The same call goes on with
-    what was interrupted; a run of another recipe is refused, or deleted with ``replace``. ``on_line`` is given every line of the log."""
+    """Runs a recipe in the folder ``out``: activations, training, ``sae/`` and ``saelens/``,
+    ``metrics.json``, plots and a page. The same call goes on with what was interrupted; a run of another
+    recipe is refused, or deleted with ``replace``. ``on_line`` is given every line of the log."""
     from featureinterp.report.training import write_training
     from featureinterp.training.recipe import train
 
-    done = train(recipe_of(recipe, changes), Path(out), device=device, steps=steps, on_line=on_line, replace=replace)
+    done = train(
+        recipe_of(recipe, changes), Path(out), device=device, steps=steps, on_line=on_line, replace=replace
+    )
     if done.leads:
         write_training(done.folder, done.about, done.recipe.model_dump(mode="json"), done.log, done.metrics)
     return done
@@ -102,8 +118,9 @@ def evaluate(
     device: str | None = None,
     steps: Steps = _silent,
 ) -> Evaluation:
-    """Judges an SAE, by name, its folder or the folder of its run, on the held-out activations of an extraction (that of the run when not given). ``model``:
-    where the subject is now, by the name that the activations recorded when not given. ``out``: a folder for ``metrics.json``."""
+    """Judges an SAE, by name, its folder or the folder of its run, on the held-out activations of an
+    extraction (that of the run when not given). ``model``: where the subject is now, by the name that the
+    activations recorded when not given. ``out``: a folder for ``metrics.json``."""
     from dataclasses import replace
 
     from featureinterp.claims import check_free, owned
@@ -121,29 +138,54 @@ def evaluate(
     loaded = load_sae(str(run / "sae") if about else str(sae), device=pick_device(device))
     folder = activations or (about or {}).get("activations")
     if folder is None:
-        raise InputError("there are no activations to judge by: give --activations, a folder that 'featureinterp extract' wrote")
+        raise InputError(
+            "there are no activations to judge by: give --activations, a folder that 'featureinterp "
+            "extract' wrote"
+        )
     found = Extracted.open(Path(folder))
     if found.test is None:
         raise InputError(f"{folder} holds no held-out activations: extract with --held-out")
     source = found.test.meta["source"]
     if source["hook"] != loaded.hook:
-        raise IncompatibleError(f"{loaded.name} reads {loaded.hook}, and {folder} holds {source['hook']}: give activations of the SAE's hook")
+        raise IncompatibleError(
+            f"{loaded.name} reads {loaded.hook}, and {folder} holds {source['hook']}: give activations of "
+            "the SAE's hook"
+        )
     if not named_alike(loaded.model, source["model"]["name"]):
         raise IncompatibleError(
-            f"{loaded.name} was made for {loaded.model}, and {folder} holds activations of {source['model']['name']}: give activations of the SAE's model",
+            f"{loaded.name} was made for {loaded.model}, and {folder} holds activations of "
+            f"{source['model']['name']}: give activations of the SAE's model",
         )
     sample = None
     if found.train is not None:
         check_apart(found.train, found.test)
         sample = found.train.sample(max(20_000, 20 * pca), seed=seed)
-    judged = evaluate(loaded.sae, found.test, sample, max_rows=max_rows, pca=pca, seed=seed, progress=lambda done, total: steps("evaluating", done, total))
+    judged = evaluate(
+        loaded.sae,
+        found.test,
+        sample,
+        max_rows=max_rows,
+        pca=pca,
+        seed=seed,
+        progress=lambda done, total: steps("evaluating", done, total),
+    )
     if ce_windows:
         name = model or source["model"]["name"]
         made_in = source["model"]["dtype"]
-        lm, tokenizer = load_causal_lm(name, device=device, dtype=this_machine().dtype(None, device, made_in=made_in))
+        lm, tokenizer = load_causal_lm(
+            name, device=device, dtype=this_machine().dtype(None, device, made_in=made_in)
+        )
         check_same_model(as_subject(name, lm, tokenizer), source["model"], "the activations")
         windows = held_out_windows(found.test, ce_windows, seed)
-        loss = loss_recovered(lm, tokenizer, loaded.hook, loaded.sae, found.windows, windows, progress=lambda done, total: steps("cross-entropy", done, total))
+        loss = loss_recovered(
+            lm,
+            tokenizer,
+            loaded.hook,
+            loaded.sae,
+            found.windows,
+            windows,
+            progress=lambda done, total: steps("cross-entropy", done, total),
+        )
         judged = replace(judged, loss=loss)
     if out is not None:
         with owned(Path(out), "evaluate"):
@@ -163,7 +205,9 @@ def _about(run: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     if not (run / "sae").exists():
-        raise UnknownNameError(f"the run {run} has no SAE yet: run the same 'featureinterp train' again to finish it")
+        raise UnknownNameError(
+            f"the run {run} has no SAE yet: run the same 'featureinterp train' again to finish it"
+        )
     from featureinterp.training.recipe import AGAIN
 
     return read_marker(path, AGAIN).value
@@ -184,8 +228,9 @@ def doctor(
     seed: int = 0,
     steps: Steps = _silent,
 ) -> Iterator[Check]:
-    """Looks for the known mistakes in what it is given, check by check: ``folder``, of a run or of activations; a ``model``, by that of the activations when
-    not given (``load_model`` False: none); a ``corpus``. What is wrong is a finding; raises ``InputError`` only when there is nothing to look at."""
+    """Looks for the known mistakes in what it is given, check by check: ``folder``, of a run or of
+    activations; a ``model``, by that of the activations when not given (``load_model`` False: none); a
+    ``corpus``. What is wrong is a finding; raises ``InputError`` only when there is nothing to look at."""
     from dataclasses import replace
 
     from featureinterp.machine import this_machine
@@ -196,18 +241,37 @@ def doctor(
     if known is not None and load_model:
         live = this_machine().dtype(None, device, made_in=known["model"]["dtype"])
         patient = replace(patient, model=known["model"]["name"], dtype=live, hook=known["hook"])
-    given = {"model": model, "hook": hook, "corpus": corpus, "device": device, "dtype": dtype, "window": window}
+    given = {
+        "model": model,
+        "hook": hook,
+        "corpus": corpus,
+        "device": device,
+        "dtype": dtype,
+        "window": window,
+    }
     patient = replace(
-        patient, text_field=text_field, document_separator=document_separator, **{name: value for name, value in given.items() if value is not None}
+        patient,
+        text_field=text_field,
+        document_separator=document_separator,
+        **{name: value for name, value in given.items() if value is not None},
     )
     if patient == Patient(text_field=text_field, document_separator=document_separator):
-        raise InputError("there is nothing to examine: give a folder of a run or of activations, --model or --corpus")
+        raise InputError(
+            "there is nothing to examine: give a folder of a run or of activations, --model or --corpus"
+        )
     return examine(patient, seed=seed, steps=steps)
 
 
-def speeds(model: str | None, folder: str | Path | None, hook: str | None, *, device: str | None = None, dtype: str | None = None) -> list[Speed]:
-    """Tokens per second and peak memory of a model up to a hook, by batch and window length; the model and hook of the activations in ``folder`` when not
-    given."""
+def speeds(
+    model: str | None,
+    folder: str | Path | None,
+    hook: str | None,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> list[Speed]:
+    """Tokens per second and peak memory of a model up to a hook, by batch and window length; the model and
+    hook of the activations in ``folder`` when not given."""
     from featureinterp.machine import this_machine
     from featureinterp.subject.load import load_subject
     from featureinterp.training.doctor.bench import speeds
@@ -240,9 +304,10 @@ def layers(
     replace: bool = False,
     steps: Steps = _silent,
 ) -> LayerStudy:
-    """Compares layers on one sample of a corpus: linear probes of labelled concepts (``labels`` as for ``probe``; the ready ones when None) and the spectrum
-    of the activations. ``blocks``: all when None. ``out``: a folder for the table and the plot; one that holds another
-    comparison is refused, or with ``replace`` written anew."""
+    """Compares layers on one sample of a corpus: linear probes of labelled concepts (``labels`` as for
+    ``probe``; the ready ones when None) and the spectrum of the activations. ``blocks``: all when None.
+    ``out``: a folder for the table and the plot; one that holds another comparison is refused, or with
+    ``replace`` written anew."""
     from contextlib import ExitStack
 
     from featureinterp.claims import claim, owned
@@ -257,15 +322,33 @@ def layers(
 
     if out is not None:
         writable(Path(out))
-    text, wanted = load_corpus(corpus, text_field=text_field, document_separator=document_separator), load_labels(labels)
+    text, wanted = (
+        load_corpus(corpus, text_field=text_field, document_separator=document_separator),
+        load_labels(labels),
+    )
     policy = WindowPolicy(window, min(8, window), max_tokens)
     subject = load_subject(model, device=device, dtype=dtype)
     with ExitStack() as held:
         if out is not None:
             held.enter_context(owned(Path(out), "layers"))
-            asked = {"model": subject.fingerprint, "dtype": str(subject.dtype).removeprefix("torch."), "blocks": blocks}
-            asked |= {**windows_request(text, subject, policy), "labels": labels_key(labels, wanted), "seed": seed}
-            claim(Path(out), "a comparison of layers", asked, parts=LAYER_FILES, about={"model": model}, replace=replace)
+            asked = {
+                "model": subject.fingerprint,
+                "dtype": str(subject.dtype).removeprefix("torch."),
+                "blocks": blocks,
+            }
+            asked |= {
+                **windows_request(text, subject, policy),
+                "labels": labels_key(labels, wanted),
+                "seed": seed,
+            }
+            claim(
+                Path(out),
+                "a comparison of layers",
+                asked,
+                parts=LAYER_FILES,
+                about={"model": model},
+                replace=replace,
+            )
         found = choose_layer(subject, text, wanted, policy, blocks=blocks, seed=seed, steps=steps)
         if out is not None:
             write_layers(Path(out), found.to_json())

@@ -1,4 +1,6 @@
-"""The embedded parts: real models, a corpus and a demo SAE that come with the project, fetched once into the user's cache."""
+"""The embedded parts: real models, a corpus and a demo SAE that come with the project, fetched once into the
+user's cache.
+"""
 
 from featureinterp.assets.catalog import (
     PARTS,

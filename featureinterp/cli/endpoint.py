@@ -16,14 +16,28 @@ RPM = typer.Option(None, help="Requests per minute at most.")
 TPM = typer.Option(None, help="Tokens per minute at most.")
 TIMEOUT_S = typer.Option(None, help="Seconds that one request may take; 120 when nothing else is known.")
 MAX_ATTEMPTS = typer.Option(None, help="Attempts at one request; 6 when nothing else is known.")
-REPLY_TOKENS = typer.Option(None, help="At least so many tokens of room for every reply; as many as each kind needs when not given.")
-THINKING_TOKENS = typer.Option(None, help="Room for a model's thoughts beside the reply; 4096 once it turns out to think, when not given.")
-EFFORT = typer.Option(None, help="How hard a reasoning model thinks, in its provider's words: none, minimal, low, medium, high.")
+REPLY_TOKENS = typer.Option(
+    None, help="At least so many tokens of room for every reply; as many as each kind needs when not given."
+)
+THINKING_TOKENS = typer.Option(
+    None,
+    help="Room for a model's thoughts beside the reply; 4096 once it turns out to think, when not given.",
+)
+EFFORT = typer.Option(
+    None, help="How hard a reasoning model thinks, in its provider's words: none, minimal, low, medium, high."
+)
 EXTRA_BODY = typer.Option(None, help='Fields of every request, as JSON: \'{"provider": {"sort": "price"}}\'.')
-EXTRA_HEADER = typer.Option(None, help="A header of every request, 'NAME: VALUE' or 'NAME: env:VARIABLE'; give several.")
+EXTRA_HEADER = typer.Option(
+    None, help="A header of every request, 'NAME: VALUE' or 'NAME: env:VARIABLE'; give several."
+)
 
 
-_OPTIONS = {"model": "--llm-model", "api_key_env": "--api-key-env", "extra_body": "--extra-body", "extra_headers": "--extra-header"}
+_OPTIONS = {
+    "model": "--llm-model",
+    "api_key_env": "--api-key-env",
+    "extra_body": "--extra-body",
+    "extra_headers": "--extra-header",
+}
 _OPTIONS |= {"reply_tokens": "--reply-tokens", "thinking_tokens": "--thinking-tokens", "effort": "--effort"}
 
 
@@ -36,8 +50,9 @@ def endpoint_of(
     extra_header: list[str] | None = None,
     **changes: Any,
 ) -> Endpoint | str | None:
-    """The endpoint that options mean: a name of the configuration file, an address, or (when neither is given) that of the ``job``; None is the
-    embedded model. The others are fields of the endpoint that options give besides, which change those that it has; None: not given.
+    """The endpoint that options mean: a name of the configuration file, an address, or (when neither is
+    given) that of the ``job``; None is the embedded model. The others are fields of the endpoint that options
+    give besides, which change those that it has; None: not given.
 
     Raises ``InputError`` for options that would change nothing.
     """
@@ -58,7 +73,10 @@ def endpoint_of(
     endpoint = load_config().endpoint(meant) if isinstance(meant, str) else meant or Endpoint()
     if endpoint.base_url in (None, LOCAL):
         for field in {**changes, **added}.keys() & _OPTIONS.keys():
-            raise InputError(f"{_OPTIONS[field]} needs the address of an endpoint: give --base-url or --llm, or leave it out for the embedded model")
+            raise InputError(
+                f"{_OPTIONS[field]} needs the address of an endpoint: give --base-url or --llm, or leave "
+                "it out for the embedded model"
+            )
     if changes.get("model", endpoint.model) != endpoint.model:  # of which nothing else is known
         changes = {"price": None, "tokenizer": None, **changes}
     for field, value in added.items():

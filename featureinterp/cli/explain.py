@@ -36,27 +36,55 @@ from featureinterp.cli.screen import Screen
 def explain(
     run: Path = typer.Argument(..., help="Folder that 'collect' wrote."),
     features: str = typer.Option("random:10", help="0:40, 3,17,256, random:20 or alive."),
-    explainer: str = typer.Option("one-shot", help="one-shot, tree (a search that is shown its errors) or top-tokens."),
+    explainer: str = typer.Option(
+        "one-shot", help="one-shot, tree (a search that is shown its errors) or top-tokens."
+    ),
     style: str = typer.Option("sentence", help="Form of an explanation: sentence or rules."),
     rule_cap: int = typer.Option(5, help="At most so many rules, 1 to 10."),
     holistic: str = typer.Option(None, help="Show which tokens cause the activations: exact or gradient."),
     few_shot: Path = typer.Option(None, help="JSON file with worked examples in place of the style's own."),
-    negatives: str = typer.Option(None, help="Kinds of windows to judge by, the main one first: random,similar_negative,projected_similar_negative …"),
-    projection: str = typer.Option("closed-form", help="Projection of projected_similar windows: closed-form or info-nce."),
+    negatives: str = typer.Option(
+        None,
+        help="Kinds of windows to judge by, the main one first: "
+        "random,similar_negative,projected_similar_negative …",
+    ),
+    projection: str = typer.Option(
+        "closed-form", help="Projection of projected_similar windows: closed-form or info-nce."
+    ),
     tree_depth: int = typer.Option(3, help="Levels of a tree search."),
-    model: str = typer.Option(None, help="Where the subject model is now; by the name that the run recorded when not given."),
-    sae: str = typer.Option(None, help="Where the SAE is now; by the name that the run recorded when not given."),
-    simulator: str = typer.Option("token-wise", help="token-wise or all-at-once (a local model), prompt-logprobs or rated (the endpoint), or lexical."),
-    simulator_model: str = typer.Option("qwen2.5-coder-1.5b-instruct", help="Model of a local simulator: embedded, Hugging Face or a folder."),
-    simulator_chat: bool = typer.Option(False, help="Put the all-at-once prompt as turns of a chat, by the tokenizer's own template."),
+    model: str = typer.Option(
+        None, help="Where the subject model is now; by the name that the run recorded when not given."
+    ),
+    sae: str = typer.Option(
+        None, help="Where the SAE is now; by the name that the run recorded when not given."
+    ),
+    simulator: str = typer.Option(
+        "token-wise",
+        help="token-wise or all-at-once (a local model), prompt-logprobs or rated (the endpoint), or "
+        "lexical.",
+    ),
+    simulator_model: str = typer.Option(
+        "qwen2.5-coder-1.5b-instruct", help="Model of a local simulator: embedded, Hugging Face or a folder."
+    ),
+    simulator_chat: bool = typer.Option(
+        False, help="Put the all-at-once prompt as turns of a chat, by the tokenizer's own template."
+    ),
     device: str = DEVICE,
     subject_device: str = SUBJECT_DEVICE,
     simulator_device: str = SIMULATOR_DEVICE,
-    dtype: str = typer.Option(None, help="The simulator's dtype: auto (what is fast here), bfloat16, float16 or float32."),
-    llm: str = typer.Option(None, help="An endpoint of the configuration file, by name ('featureinterp llm list')."),
+    dtype: str = typer.Option(
+        None, help="The simulator's dtype: auto (what is fast here), bfloat16, float16 or float32."
+    ),
+    llm: str = typer.Option(
+        None, help="An endpoint of the configuration file, by name ('featureinterp llm list')."
+    ),
     base_url: str = typer.Option(None, help="OpenAI-compatible endpoint; the embedded model when not given."),
     llm_model: str = typer.Option(None, help="The endpoint's model."),
-    api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key; only OpenAI's own has a default, OPENAI_API_KEY."),
+    api_key_env: str = typer.Option(
+        None,
+        help="Name of the variable that holds the endpoint's key; only OpenAI's own has a default, "
+        "OPENAI_API_KEY.",
+    ),
     concurrency: int = CONCURRENCY,
     features_at_once: int = FEATURES_AT_ONCE,
     rpm: int = RPM,
@@ -80,7 +108,8 @@ def explain(
 ) -> None:
     """Explain features of a run and score the explanations; what was paid for is kept and never paid twice.
 
-    Example: featureinterp explain RUN --features 0:40 --base-url http://localhost:8000/v1 --llm-model NAME --api-key-env KEY
+    Example: featureinterp explain RUN --features 0:40 --base-url http://localhost:8000/v1 --llm-model NAME
+        --api-key-env KEY
     """
     from featureinterp import api
     from featureinterp.jobs.budget import Budget
@@ -138,12 +167,16 @@ def explain(
 
 
 def sources_of(text: str) -> tuple[str, ...]:
-    """The kinds of windows in a list with commas. Raises ``InputError`` for one that does not exist or fires by its nature."""
+    """The kinds of windows in a list with commas. Raises ``InputError`` for one that does not exist or fires
+    by its nature.
+    """
     from featureinterp.domain.record import COMPLEMENTARY_SOURCES
     from featureinterp.errors import InputError
 
     found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     for source in found or ("",):
         if source not in COMPLEMENTARY_SOURCES:
-            raise InputError(f"{source!r} is no kind of window to judge by: choose from {', '.join(COMPLEMENTARY_SOURCES)}")
+            raise InputError(
+                f"{source!r} is no kind of window to judge by: choose from {', '.join(COMPLEMENTARY_SOURCES)}"
+            )
     return found

@@ -33,13 +33,27 @@ from featureinterp.cli.screen import Screen, end, one_line, plain, put
 
 
 def falsify(
-    folder: Path = typer.Argument(..., metavar="RUN", help="The folder of a job that explained features, or the run folder above it."),
-    texts: int = typer.Option(None, help="Texts that should fire, and as many near misses, per explanation; the job's own (8) when not given."),
-    rounds: int = typer.Option(None, help="Explanations that are tried at most: the first, and revisions of it; the job's own (2) when not given."),
-    fires_above: float = typer.Option(
-        None, help="Share of the feature's largest activation above which a text counts as firing; the job's own (0.1) when not given."
+    folder: Path = typer.Argument(
+        ..., metavar="RUN", help="The folder of a job that explained features, or the run folder above it."
     ),
-    llm: str = typer.Option(None, help="An endpoint of the configuration file; that of the job when not given."),
+    texts: int = typer.Option(
+        None,
+        help="Texts that should fire, and as many near misses, per explanation; the job's own (8) when not "
+        "given.",
+    ),
+    rounds: int = typer.Option(
+        None,
+        help="Explanations that are tried at most: the first, and revisions of it; the job's own (2) when "
+        "not given.",
+    ),
+    fires_above: float = typer.Option(
+        None,
+        help="Share of the feature's largest activation above which a text counts as firing; the job's own "
+        "(0.1) when not given.",
+    ),
+    llm: str = typer.Option(
+        None, help="An endpoint of the configuration file; that of the job when not given."
+    ),
     base_url: str = typer.Option(None, help="OpenAI-compatible endpoint; that of the job when not given."),
     llm_model: str = typer.Option(None, help="The endpoint's model."),
     api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key."),
@@ -57,12 +71,15 @@ def falsify(
     device: str = DEVICE,
     subject_device: str = SUBJECT_DEVICE,
     simulator_device: str = SIMULATOR_DEVICE,
-    budget_usd: float = typer.Option(None, help="Stop when this much is spent; the job's own limit when not given."),
+    budget_usd: float = typer.Option(
+        None, help="Stop when this much is spent; the job's own limit when not given."
+    ),
     max_minutes: float = typer.Option(None, help="Stop after this time; the job's own limit when not given."),
     retry_failed: bool = RETRY_FAILED,
     as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
 ) -> None:
-    """Have a language model write texts that test each explanation, let the subject model decide, and revise what was contradicted.
+    """Have a language model write texts that test each explanation, let the subject model decide, and revise
+    what was contradicted.
 
     Example: featureinterp falsify RUN --texts 12
     """
@@ -113,7 +130,9 @@ def finish(screen: Screen, results: Any) -> None:
             broken = "" if first is None else f"{len(first.contradictions)} of {len(first.texts)}"
             figures = (plain(first.precision.value), plain(first.recall.value)) if first else ("–", "–")
             said = one_line(r.explanation.text, 60) if r.explanation else "none"
-            rows.append((str(r.feature), said, *figures, broken, one_line(r.revised.text, 40) if r.revised else ""))
+            rows.append(
+                (str(r.feature), said, *figures, broken, one_line(r.revised.text, 40) if r.revised else "")
+            )
         screen.table(rows, ("feature", "explanation", "precision", "recall", "broken by", "revised"))
         put(f"Report: {(results.folder / 'report.html').resolve()}")
     end(screen, results)

@@ -6,7 +6,10 @@ import typer
 
 from featureinterp.cli.screen import Screen, put
 
-app = typer.Typer(help="Endpoints of language models, by the names that the configuration file gives them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Endpoints of language models, by the names that the configuration file gives them.",
+    no_args_is_help=True,
+)
 _JSON = typer.Option(False, "--json", help="Print as JSON.")
 
 
@@ -24,13 +27,21 @@ def list_endpoints(as_json: bool = _JSON) -> None:
     found = {name: recall(endpoint) for name, endpoint in config.endpoints.items()}
     if as_json:
         rows = {
-            name: {"base_url": e.base_url, "model": e.model, "api_key_env": e.api_key_env, "probed": f.to_json() if (f := found[name]) else None}
+            name: {
+                "base_url": e.base_url,
+                "model": e.model,
+                "api_key_env": e.api_key_env,
+                "probed": f.to_json() if (f := found[name]) else None,
+            }
             for name, e in config.endpoints.items()
         }
         screen.result({"config": str(config.path), "endpoints": rows})
         return
     if config.endpoints:
-        table = [(n, e.model, e.base_url or "embedded", f.summary if (f := found[n]) else "not tested") for n, e in config.endpoints.items()]
+        table = [
+            (n, e.model, e.base_url or "embedded", f.summary if (f := found[n]) else "not tested")
+            for n, e in config.endpoints.items()
+        ]
         screen.table(table, ("name", "model", "address", "can"))
     else:
         put("no endpoints yet: docs/jobs.md says how to add one")

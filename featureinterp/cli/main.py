@@ -11,7 +11,24 @@ from typing import NoReturn
 import typer
 
 from featureinterp import __version__
-from featureinterp.cli import collect, demo, explain, falsify, jobs, llm, models, probe, records, report, saes, sensitivity, serve, steer, training, verify
+from featureinterp.cli import (
+    collect,
+    demo,
+    explain,
+    falsify,
+    jobs,
+    llm,
+    models,
+    probe,
+    records,
+    report,
+    saes,
+    sensitivity,
+    serve,
+    steer,
+    training,
+    verify,
+)
 from featureinterp.visible import visible
 
 INTERRUPTED = 130
@@ -58,7 +75,9 @@ def _version(value: bool) -> None:
 @app.callback()
 def _main(
     debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
-    version: bool = typer.Option(False, "--version", help="Print the version.", callback=_version, is_eager=True),
+    version: bool = typer.Option(
+        False, "--version", help="Print the version.", callback=_version, is_eager=True
+    ),
 ) -> None:
     pass
 
@@ -71,19 +90,26 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 
 def _stop() -> NoReturn:
-    print("featureinterp: stopped; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+    print(
+        "featureinterp: stopped; what is finished is kept, and the same command goes on from there",
+        file=sys.stderr,
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(INTERRUPTED)  # a model that computes in a thread would hold up an orderly exit
 
 
 def main() -> None:
-    """Runs the program: exit code 0 done, 1 finished with failures, 2 could not start or go on; errors are one sentence."""
+    """Runs the program: exit code 0 done, 1 finished with failures, 2 could not start or go on; errors are
+    one sentence.
+    """
     debug = "--debug" in sys.argv[1:]
     argv = [a for a in sys.argv[1:] if a != "--debug"]
     from featureinterp.errors import FeatureInterpError
 
-    if not callable(signal.getsignal(signal.SIGINT)):  # ignored, in the background of a script: it still is, but there is a way to end in order
+    if not callable(
+        signal.getsignal(signal.SIGINT)
+    ):  # ignored, in the background of a script: it still is, but there is a way to end in order
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminated)

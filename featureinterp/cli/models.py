@@ -6,7 +6,9 @@ import typer
 
 from featureinterp.cli.screen import Screen, put
 
-app = typer.Typer(help="The embedded parts: models and a corpus, fetched once into the user's cache.", no_args_is_help=True)
+app = typer.Typer(
+    help="The embedded parts: models and a corpus, fetched once into the user's cache.", no_args_is_help=True
+)
 _JSON = typer.Option(False, "--json", help="Print as JSON.")
 
 
@@ -31,20 +33,40 @@ def list_parts(as_json: bool = _JSON) -> None:
                         "licence": p.licence,
                         "bytes": p.size,
                         "cached": is_cached(p.name),
-                        "files": [{"name": f.name, "bytes": f.size, "sha256": f.sha256, "sources": [str(s) for s in f.sources]} for f in p.files],
+                        "files": [
+                            {
+                                "name": f.name,
+                                "bytes": f.size,
+                                "sha256": f.sha256,
+                                "sources": [str(s) for s in f.sources],
+                            }
+                            for f in p.files
+                        ],
                     }
                     for p in PARTS
                 ],
             }
         )
         return
-    rows = [(p.name, f"{p.size / 1e6:,.0f} MB", "cached" if is_cached(p.name) else "not here", p.licence, f"{p.kind}: {p.summary}") for p in PARTS]
+    rows = [
+        (
+            p.name,
+            f"{p.size / 1e6:,.0f} MB",
+            "cached" if is_cached(p.name) else "not here",
+            p.licence,
+            f"{p.kind}: {p.summary}",
+        )
+        for p in PARTS
+    ]
     screen.table(rows, ("name", "size", "state", "licence", "what"))
     put(f"Cache: {cache_folder()}")
 
 
 @app.command()
-def fetch(names: list[str] = typer.Argument(None, help="Which parts; none: all that the demo needs."), as_json: bool = _JSON) -> None:
+def fetch(
+    names: list[str] = typer.Argument(None, help="Which parts; none: all that the demo needs."),
+    as_json: bool = _JSON,
+) -> None:
     """Fetch parts into the cache; an interrupted download goes on where it stopped.
 
     Example: featureinterp models fetch smollm2-135m-instruct
@@ -53,11 +75,16 @@ def fetch(names: list[str] = typer.Argument(None, help="Which parts; none: all t
     from featureinterp.assets import part
     from featureinterp.assets.gguf import hugging_face_folder
 
-    wanted = [part(n) for n in names or ("smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct", "all-minilm-l6-v2", "sotu")]
+    wanted = [
+        part(n)
+        for n in names or ("smollm2-135m-instruct", "qwen2.5-coder-1.5b-instruct", "all-minilm-l6-v2", "sotu")
+    ]
     screen = Screen(as_json=as_json)
     with screen.live():
         for p in wanted:
-            fetched = fetch_part(p.name, lambda file, done, total: screen.step(f"download {file}", done, total))
+            fetched = fetch_part(
+                p.name, lambda file, done, total: screen.step(f"download {file}", done, total)
+            )
             if p.files[0].name.endswith(".gguf"):
                 hugging_face_folder(p.name)
             screen.say(f"{p.name}: {fetched.folder}")
@@ -66,7 +93,10 @@ def fetch(names: list[str] = typer.Argument(None, help="Which parts; none: all t
 
 
 @app.command()
-def verify(names: list[str] = typer.Argument(None, help="Which parts; none: all that are in the cache."), as_json: bool = _JSON) -> None:
+def verify(
+    names: list[str] = typer.Argument(None, help="Which parts; none: all that are in the cache."),
+    as_json: bool = _JSON,
+) -> None:
     """Read cached parts again and compare their SHA-256 with what is declared.
 
     Example: featureinterp models verify

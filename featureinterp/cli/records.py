@@ -19,20 +19,34 @@ def records(
     run: Path = typer.Argument(..., help="Folder that 'collect' wrote."),
     features: str = typer.Option("0:100", help="0:100, 3,17,256, random:20 or alive."),
     out: Path = typer.Option(None, help="JSONL file; RUN/records.jsonl when not given."),
-    embedder: str = typer.Option(None, help="A sentence-transformers model; the embedded one when not given."),
-    count: list[str] = typer.Option([], help="Windows of a kind for train, valid and test: top=10,10,10; as often as needed."),
-    projection: str = typer.Option("closed-form", help="Projection of projected_similar windows: closed-form or info-nce."),
+    embedder: str = typer.Option(
+        None, help="A sentence-transformers model; the embedded one when not given."
+    ),
+    count: list[str] = typer.Option(
+        [], help="Windows of a kind for train, valid and test: top=10,10,10; as often as needed."
+    ),
+    projection: str = typer.Option(
+        "closed-form", help="Projection of projected_similar windows: closed-form or info-nce."
+    ),
     holistic: str = typer.Option(None, help="Add which tokens cause the activations: exact or gradient."),
-    model: str = typer.Option(None, help="Where the subject model is now; by the name that the run recorded when not given."),
-    sae: str = typer.Option(None, help="Where the SAE is now; by the name that the run recorded when not given."),
-    device: str = typer.Option(None, help="Device of the subject model and the SAE: auto (the GPU when there is one), cpu, cuda or mps."),
+    model: str = typer.Option(
+        None, help="Where the subject model is now; by the name that the run recorded when not given."
+    ),
+    sae: str = typer.Option(
+        None, help="Where the SAE is now; by the name that the run recorded when not given."
+    ),
+    device: str = typer.Option(
+        None,
+        help="Device of the subject model and the SAE: auto (the GPU when there is one), cpu, cuda or mps.",
+    ),
     seed: int = typer.Option(0, help="Seed of what is drawn at random."),
     as_json: bool = typer.Option(False, "--json", help="Print a summary as JSON."),
 ) -> None:
-    """Build the records of features: top, weighted, quantile, random, similar windows and silent ones, in disjoint splits.
+    """Build the records of features: top, weighted, quantile, random, similar windows and silent ones, in
+    disjoint splits.
 
-    Kinds: top, weighted, quantile, random, similar, projected_similar, random_negative, similar_negative, projected_similar_negative,
-    coactive_negative.
+    Kinds: top, weighted, quantile, random, similar, projected_similar, random_negative, similar_negative,
+    projected_similar_negative, coactive_negative.
 
     Example: featureinterp records RUN --features 0:100 --count coactive_negative=10,10,10
     """
@@ -56,7 +70,9 @@ def records(
 
     codes = api.open_run(run).fingerprint
     with screen.live(), nullcontext() if out else owned(run, "records"):
-        n = write_records(target, told(api.records(run, features, policy=policy, steps=screen.step, **options)), codes)
+        n = write_records(
+            target, told(api.records(run, features, policy=policy, steps=screen.step, **options)), codes
+        )
     if as_json:
         screen.result({"records": str(target), "n": n, "n_with_shortfalls": short})
     else:
@@ -73,6 +89,8 @@ def counts_of(texts: list[str]) -> dict[str, tuple[int, ...]]:
         source, _, numbers = text.partition("=")
         parts = [part.strip() for part in numbers.split(",")]
         if len(parts) != 3 or not all(part.isdecimal() for part in parts):
-            raise InputError(f"{text!r} is no count of windows: write top=10,10,10, for train, valid and test")
+            raise InputError(
+                f"{text!r} is no count of windows: write top=10,10,10, for train, valid and test"
+            )
         found[source.strip()] = tuple(map(int, parts))
     return found

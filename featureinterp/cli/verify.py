@@ -13,7 +13,8 @@ def verify(
     folder: Path = typer.Argument(..., help="A run, a job's folder, activations, or any folder above them."),
     as_json: bool = typer.Option(False, "--json", help="Print every part as JSON."),
 ) -> None:
-    """Check all that a folder holds against its checksums, and whether its parts belong together. Nothing is changed.
+    """Check all that a folder holds against its checksums, and whether its parts belong together. Nothing is
+    changed.
 
     Exit code 1 when a part is damaged. Parts of earlier versions that carry no checksums are named.
 
@@ -31,7 +32,10 @@ def verify(
         for part in found.of(UNCHECKED):
             put(f"no checksums: {part.part} ({part.why})")
         n_bytes = sum(p.n_bytes for p in found.found)
-        counts = [f"{len(found.of(GOOD)):,} parts are what was written", f"{len(found.of(DAMAGED)):,} damaged"]
+        counts = [
+            f"{len(found.of(GOOD)):,} parts are what was written",
+            f"{len(found.of(DAMAGED)):,} damaged",
+        ]
         put(f"{', '.join(counts)}, {len(found.of(UNCHECKED)):,} without checksums; {n_bytes:,} bytes read")
     if not found.good:
         raise typer.Exit(1)

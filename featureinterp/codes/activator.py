@@ -23,8 +23,9 @@ from featureinterp.subject.reading import BATCH_TOKENS, CHUNK_TOKENS
 
 
 class TextActivator:
-    """An :class:`Activator` on a subject model and one SAE. Texts are read exactly as they are, up to ``max_tokens`` tokens (the model's context when not
-    given); the sink policy is that of collecting, so that a window of a corpus, read as text, has the activations that it had."""
+    """An :class:`Activator` on a subject model and one SAE. Texts are read exactly as they are, up to
+    ``max_tokens`` tokens (the model's context when not given); the sink policy is that of collecting, so that
+    a window of a corpus, read as text, has the activations that it had."""
 
     def __init__(self, subject: Subject, sae: LoadedSae, *, max_tokens: int | None = None) -> None:
         check_fit(subject, sae)
@@ -34,13 +35,17 @@ class TextActivator:
         self._busy = threading.Lock()
 
     async def run(self, feature: FeatureId, texts: Sequence[str]) -> list[Window]:
-        """One window per text, in a worker thread. ``row`` is the text's place in ``texts``; a text without any token gives an empty window."""
+        """One window per text, in a worker thread. ``row`` is the text's place in ``texts``; a text without
+        any token gives an empty window.
+        """
         if feature.sae != self.sae.name:
             raise IncompatibleError(f"feature {feature} is not one of the SAE {self.sae.name}")
         return await anyio.to_thread.run_sync(lambda: self.read([feature.index], texts)[0])
 
     def read(self, features: Sequence[int], texts: Sequence[str]) -> list[list[Window]]:
-        """The same for several features, for callers without an event loop: the texts are read once. ``[feature][text]``."""
+        """The same for several features, for callers without an event loop: the texts are read once.
+        ``[feature][text]``.
+        """
         encodings = self.subject.encoder.encode(texts)
         found: list[list[Window]] = [[_empty(i) for i in range(len(texts))] for _ in features]
         ids = [encoding.ids[: self.max_tokens] for encoding in encodings]
@@ -55,7 +60,9 @@ class TextActivator:
                         found[place][i] = Window(i, i, np.asarray(ids[i], np.int32), pieces, dense[place])
         return found
 
-    def _batches(self, ids: Sequence[Sequence[int]], order: list[int], features: list[int]) -> Iterator[tuple[list[int], list[np.ndarray]]]:
+    def _batches(
+        self, ids: Sequence[Sequence[int]], order: list[int], features: list[int]
+    ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
         """(Texts, their activations), the last of ``order`` first; ``order`` is used up."""
         device, fit = self.subject.device, fit_of(self.subject.model, "reading texts")
         wanted = CHUNK_TOKENS if on_gpu(device) else BATCH_TOKENS
@@ -71,7 +78,9 @@ class TextActivator:
 
     @torch.inference_mode()
     def _activations(self, rows: Sequence[Sequence[int]], features: list[int]) -> list[np.ndarray]:
-        """For each row of ids, float32 ``[feature, token]``. Rows are filled up on the right, which no token before can see."""
+        """For each row of ids, float32 ``[feature, token]``. Rows are filled up on the right, which no token
+        before can see.
+        """
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows])
         residual = self.subject.residual(ids, self.sae.hook)
@@ -87,16 +96,20 @@ class TextActivator:
 
 
 def live_settings(store: CodesStore, dtype: str | None = None) -> dict[str, str]:
-    """What new texts through a run's model and SAE depend on: both, and the ``dtype`` that the model runs in now where the
-    run was made in another."""
+    """What new texts through a run's model and SAE depend on: both, and the ``dtype`` that the model runs in
+    now where the run was made in another."""
     settings = {name: str(store.meta[name]["fingerprint"]) for name in ("model", "sae")}
     return settings | ({"dtype": dtype} if dtype not in (None, store.meta["model"]["dtype"]) else {})  # type: ignore[dict-item]
 
 
 class RunActivator:
-    """New texts through the model and the SAE that made a run; both are loaded when the first text comes. ``settings``: what the activations depend on."""
+    """New texts through the model and the SAE that made a run; both are loaded when the first text comes.
+    ``settings``: what the activations depend on.
+    """
 
-    def __init__(self, store: CodesStore, load: Callable[[], tuple[Subject, LoadedSae]], *, dtype: str | None = None) -> None:
+    def __init__(
+        self, store: CodesStore, load: Callable[[], tuple[Subject, LoadedSae]], *, dtype: str | None = None
+    ) -> None:
         self.settings = live_settings(store, dtype)
         self._store, self._load = store, load
         self._loading = threading.Lock()

@@ -16,7 +16,13 @@ from featureinterp.claims import check_free, claim, owned
 from featureinterp.codes.fit import check_fit
 from featureinterp.codes.store import MARKER, CodesStore, RunWriter
 from featureinterp.corpus.text import Corpus
-from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows, check_documents, copy_windows
+from featureinterp.corpus.windows import (
+    WindowPolicy,
+    WindowTable,
+    build_windows,
+    check_documents,
+    copy_windows,
+)
 from featureinterp.domain.record import SPLITS
 from featureinterp.errors import FeatureInterpError, IncompatibleError, InputError
 from featureinterp.files import content_key
@@ -47,13 +53,20 @@ def collect(
     progress: Progress | None = None,
     replace: bool = False,
 ) -> CodesStore:
-    """Runs the model up to the SAE's hook over the corpus's windows and stores every positive code in ``run``.
+    """Runs the model up to the SAE's hook over the corpus's windows and stores every positive code in
+    ``run``.
 
-    A complete store for the same request is reused; an unfinished one is gone on with; one for another request is refused
-    with ``IncompatibleError``, or with ``replace`` deleted. Memory does not grow with the corpus. Position 0 (the attention sink)
-    is never scored. Raises ``FolderInUseError`` when another process works in ``run``.
+    A complete store for the same request is reused; an unfinished one is gone on with; one for another
+    request is refused with ``IncompatibleError``, or with ``replace`` deleted. Memory does not grow with the
+    corpus. Position 0 (the attention sink) is never scored. Raises ``FolderInUseError`` when another process
+    works in ``run``.
     """
-    options: dict[str, Any] = {"value_dtype": value_dtype, "batch_tokens": batch_tokens, "progress": progress, "replace": replace}
+    options: dict[str, Any] = {
+        "value_dtype": value_dtype,
+        "batch_tokens": batch_tokens,
+        "progress": progress,
+        "replace": replace,
+    }
     return collect_shared(subject, [(sae, run)], corpus, policy, n_splits=len(SPLITS), **options)[0]
 
 
@@ -69,9 +82,10 @@ def collect_shared(
     replace: bool = False,
     n_splits: int = 1,
 ) -> list[CodesStore]:
-    """The same for several SAEs, each into a run folder of its own: the model runs once for all SAEs at one hook, and the text is cut once. What is known
-    already is not computed again; SAEs that were interrupted at different places are gone on with one after the other. ``n_splits``: a large
-    text of fewer documents is refused, since nothing could be held out of it."""
+    """The same for several SAEs, each into a run folder of its own: the model runs once for all SAEs at one
+    hook, and the text is cut once. What is known already is not computed again; SAEs that were interrupted at
+    different places are gone on with one after the other. ``n_splits``: a large text of fewer documents is
+    refused, since nothing could be held out of it."""
     if value_dtype not in ("float16", "float32"):
         raise InputError(f"codes cannot be stored as {value_dtype!r}: choose float16 or float32")
     for sae, run in targets:
@@ -87,8 +101,12 @@ def collect_shared(
         for _, run in targets[1:]:
             copy_windows(windows, run / "windows")
         pairs = zip(targets, requests, strict=True)
-        found = [_target(subject, sae, run, corpus, windows, value_dtype, asked) for (sae, run), asked in pairs]
-        _encode_targets(subject, [target for target in found if target is not None], windows, batch_tokens, progress)
+        found = [
+            _target(subject, sae, run, corpus, windows, value_dtype, asked) for (sae, run), asked in pairs
+        ]
+        _encode_targets(
+            subject, [target for target in found if target is not None], windows, batch_tokens, progress
+        )
         return [CodesStore.open(run) for _, run in targets]
 
 
@@ -107,14 +125,22 @@ def _encode_targets(
     for number, ((_, start), group) in enumerate(groups.items()):
         done, through = windows.n_tokens * number + int(np.sum(windows.lengths[:start])), start
 
-        def encode(batch: Batch, found: list[torch.Tensor], saes: Sequence[LoadedSae] = [target.sae for target in group]) -> Encoded:
+        def encode(
+            batch: Batch,
+            found: list[torch.Tensor],
+            saes: Sequence[LoadedSae] = [target.sae for target in group],
+        ) -> Encoded:
             return encode_windows(subject, saes, windows, batch.rows, found[0])
 
-        for batch, (codes, unscored) in read_windows(subject, [group[0].sae.hook], windows, encode, first=start, batch_tokens=batch_tokens):
+        for batch, (codes, unscored) in read_windows(
+            subject, [group[0].sae.hook], windows, encode, first=start, batch_tokens=batch_tokens
+        ):
             through = through if batch.through is None else batch.through
             for target, (positions, features, values) in zip(group, codes, strict=True):
                 n_scored = batch.n_tokens - len(unscored)
-                target.writer.add(positions, features, values, n_scored=n_scored, end_window=through, unscored=unscored)
+                target.writer.add(
+                    positions, features, values, n_scored=n_scored, end_window=through, unscored=unscored
+                )
             done += batch.n_tokens
             if progress:
                 progress(min(done, total), total)
@@ -138,7 +164,9 @@ def windows_request(corpus: Corpus, subject: Subject, policy: WindowPolicy) -> d
     return {"corpus": corpus.fingerprint, "window": asdict(policy), "tokenizer": subject.encoder.fingerprint}
 
 
-def request_of(subject: Subject, sae: LoadedSae, corpus: Corpus, policy: WindowPolicy, value_dtype: str) -> dict[str, Any]:
+def request_of(
+    subject: Subject, sae: LoadedSae, corpus: Corpus, policy: WindowPolicy, value_dtype: str
+) -> dict[str, Any]:
     """All that codes depend on, for :func:`featureinterp.claims.claim`."""
     return {
         **windows_request(corpus, subject, policy),
@@ -165,14 +193,21 @@ def _target(
     value_dtype: str,
     asked: dict[str, Any],
 ) -> _Target | None:
-    """Where the codes of an SAE go on; None when they are complete. The folder is claimed for the request already."""
+    """Where the codes of an SAE go on; None when they are complete. The folder is claimed for the request
+    already.
+    """
     folder = run / "codes"
     if (folder / MARKER).exists():
         return None
     model = {"name": subject.name, "fingerprint": subject.fingerprint, "dtype": asked["dtype"]}
     provenance = {
         "model": model,
-        "sae": {"name": sae.name, "fingerprint": sae.fingerprint, "hook": sae.hook, "architecture": sae.sae.architecture},
+        "sae": {
+            "name": sae.name,
+            "fingerprint": sae.fingerprint,
+            "hook": sae.hook,
+            "architecture": sae.sae.architecture,
+        },
         "corpus": {"name": corpus.name, "windows": windows.fingerprint},
         "mask": mask_of(subject),
     }
@@ -180,14 +215,19 @@ def _target(
     writer = RunWriter(folder, n_features=sae.n_features, n_positions=n_positions, value_dtype=value_dtype)
     made_on = choice(asked["dtype"], str(subject.device))
     del made_on["why"]  # the dtype is resolved by now, and whoever asked for it is not known here
-    return _Target(sae, writer, {"key": content_key(asked), **provenance, "window_length": windows.length, "made_on": made_on})
+    return _Target(
+        sae,
+        writer,
+        {"key": content_key(asked), **provenance, "window_length": windows.length, "made_on": made_on},
+    )
 
 
 def check_sae(store: CodesStore, sae: LoadedSae) -> None:
     """Raises ``IncompatibleError`` when ``sae`` is not the one that made the store's codes."""
     if store.meta["sae"]["fingerprint"] != sae.fingerprint:
         raise IncompatibleError(
-            f"the run's codes were made with another SAE than {sae.name!r} is, or with an older reading of its files: "
+            f"the run's codes were made with another SAE than {sae.name!r} is, or with an older reading of "
+            "its files: "
             f"give the one that it names, {store.meta['sae']['name']!r}, or collect again",
         )
 
@@ -207,12 +247,22 @@ def mask_of(subject: Subject) -> dict[str, Any]:
 
 
 Encoded = tuple[list[tuple[np.ndarray, np.ndarray, np.ndarray]], np.ndarray]
-"""For each SAE the positions, features and values (float32) of the codes; and the positions of the tokens that are not scored."""
+"""For each SAE the positions, features and values (float32) of the codes; and the positions of the tokens
+that are not scored.
+"""
 
 
 @torch.inference_mode()
-def encode_windows(subject: Subject, saes: Sequence[LoadedSae], windows: WindowTable, rows: np.ndarray, residual: torch.Tensor) -> Encoded:
-    """The codes of windows of one length by SAEs at one hook, from their ``residual [window, token, d_model]``."""
+def encode_windows(
+    subject: Subject,
+    saes: Sequence[LoadedSae],
+    windows: WindowTable,
+    rows: np.ndarray,
+    residual: torch.Tensor,
+) -> Encoded:
+    """The codes of windows of one length by SAEs at one hook, from their ``residual [window, token,
+    d_model]``.
+    """
     scored = scored_on_host(residual, subject)
     place = positions_of(windows, rows, residual.shape[1])
     kept, at = rows_where(residual, scored), place[scored]
@@ -225,8 +275,8 @@ def encode_windows(subject: Subject, saes: Sequence[LoadedSae], windows: WindowT
 
 
 def rows_where(residual: torch.Tensor, wanted: np.ndarray) -> torch.Tensor:
-    """The activations of the tokens that are wanted, bool ``[window, token]``, in order: ``[row, d_model]``. Their number is known on the host, so that nobody
-    waits for a GPU to count them."""
+    """The activations of the tokens that are wanted, bool ``[window, token]``, in order: ``[row, d_model]``.
+    Their number is known on the host, so that nobody waits for a GPU to count them."""
     index = to_device(torch.from_numpy(np.flatnonzero(wanted)), residual.device)
     return residual.reshape(-1, residual.shape[-1]).index_select(0, index)
 
@@ -239,8 +289,8 @@ def positions_of(windows: WindowTable, rows: np.ndarray, length: int) -> np.ndar
 def scored_tokens(residual: torch.Tensor, subject: Subject) -> torch.Tensor:
     """Which tokens of ``residual [window, token, d_model]`` are scored, bool ``[window, token]``.
 
-    Not scored: position 0 of a model without BOS, and attention sinks further on, whose norm exceeds ``SINK_FACTOR`` times the
-    median of their window and who would stand at the top of every feature.
+    Not scored: position 0 of a model without BOS, and attention sinks further on, whose norm exceeds
+    ``SINK_FACTOR`` times the median of their window and who would stand at the top of every feature.
     """
     norms = residual.float().norm(dim=-1)
     check_finite(bool(torch.isfinite(norms).all()), subject)
@@ -258,7 +308,10 @@ def scored_on_host(residual: torch.Tensor, subject: Subject) -> np.ndarray:
 def check_finite(finite: bool, subject: Subject) -> None:
     """Raises ``FeatureInterpError`` when a subject's activations are not ``finite``."""
     if not finite:
-        raise FeatureInterpError(f"{subject.name} gives activations that are not finite: run it in float32 or bfloat16 (--dtype, or subject.dtype of a recipe)")
+        raise FeatureInterpError(
+            f"{subject.name} gives activations that are not finite: run it in float32 or bfloat16 "
+            "(--dtype, or subject.dtype of a recipe)"
+        )
 
 
 def scored_by_norm(norms: torch.Tensor, subject: Subject) -> torch.Tensor:

@@ -21,19 +21,31 @@ from featureinterp.subject.reading import BATCH_TOKENS, read_windows
 _MARK = "dense.json"
 
 
-def dense_twin(store: CodesStore, run: Path, load: Callable[[], Subject], *, batch_tokens: int = BATCH_TOKENS, progress: Progress | None = None) -> np.ndarray:
-    """The activations at the SAE's hook of every scored token of a run: float32 ``[token, d_model]``, memory-mapped.
+def dense_twin(
+    store: CodesStore,
+    run: Path,
+    load: Callable[[], Subject],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """The activations at the SAE's hook of every scored token of a run: float32 ``[token, d_model]``,
+    memory-mapped.
 
-    They are kept in ``run/dense``; what is there of the same codes is used, and what is unfinished is gone on with. ``load`` is called only when something is
-    missing. Raises ``IncompatibleError`` when the subject is not the run's, and ``DamagedStoreError`` where what is read is not
-    what was written.
+    They are kept in ``run/dense``; what is there of the same codes is used, and what is unfinished is gone on
+    with. ``load`` is called only when something is missing. Raises ``IncompatibleError`` when the subject is
+    not the run's, and ``DamagedStoreError`` where what is read is not what was written.
     """
     folder, n = run / "dense", len(store.scored_positions)
     mark, path = folder / _MARK, folder / "activations.bin"
     remedy = f"delete {folder} and run the same 'featureinterp probe' again, which reads the tokens anew"
     state: dict[str, Any] = {"codes": store.fingerprint, "width": 0, "next_window": 0}
     sums: Sums | None = Sums(block_for(n * 4096))
-    if mark.exists() and path.exists() and (found := read_marker(mark, remedy)).value.get("codes") == store.fingerprint:
+    if (
+        mark.exists()
+        and path.exists()
+        and (found := read_marker(mark, remedy)).value.get("codes") == store.fingerprint
+    ):
         state, sums = found.value, None if found.files is None else found.files.get(path.name)
         _check_state(state, mark, remedy)
     if state["next_window"] < len(store.windows):
@@ -41,7 +53,9 @@ def dense_twin(store: CodesStore, run: Path, load: Callable[[], Subject], *, bat
         check_subject(store, subject)
         state["width"] = subject.d_model
         rows_before = store.scored_positions.searchsorted
-        sums = sums or Sums.of(path, size=rows_before(state["next_window"] * store.windows.length) * subject.d_model * 4)
+        sums = sums or Sums.of(
+            path, size=rows_before(state["next_window"] * store.windows.length) * subject.d_model * 4
+        )
         with explained_storage(path):
             folder.mkdir(parents=True, exist_ok=True)
             mode = "r+" if path.exists() and state["next_window"] else "w+"
@@ -60,7 +74,9 @@ def dense_twin(store: CodesStore, run: Path, load: Callable[[], Subject], *, bat
                 done += batch.n_tokens
                 if batch.through is not None:
                     out.flush()
-                    edges = (rows_before(w * store.windows.length) for w in (state["next_window"], batch.through))
+                    edges = (
+                        rows_before(w * store.windows.length) for w in (state["next_window"], batch.through)
+                    )
                     sums.add(np.asarray(out[slice(*edges)]).data)
                     state["next_window"] = batch.through
                     write_marker(mark, state, {path.name: sums})

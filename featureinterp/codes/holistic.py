@@ -1,4 +1,6 @@
-"""Holistic activations: how much a feature's mean activation over a window falls when a token is left out of it."""
+"""Holistic activations: how much a feature's mean activation over a window falls when a token is left out of
+it.
+"""
 
 from __future__ import annotations
 
@@ -26,28 +28,35 @@ ENCODED_ROWS = 8192
 class HolisticActivations:
     """Which tokens cause a feature's activations, for windows of token ids.
 
-    ``exact``: every token is left out in turn, and the model reads the rest. ``gradient``: the gradient of the mean activation with respect to
-    every token's embedding, times the embedding; one pass forward and one back for a window, and first order only. The mean is
-    over all tokens of the text, those that are not scored counting as 0. A window is read as it is, without what stands before it.
+    ``exact``: every token is left out in turn, and the model reads the rest. ``gradient``: the gradient of
+    the mean activation with respect to every token's embedding, times the embedding; one pass forward and one
+    back for a window, and first order only. The mean is over all tokens of the text, those that are not
+    scored counting as 0. A window is read as it is, without what stands before it.
     """
 
     def __init__(self, subject: Subject, sae: LoadedSae, method: Method = "exact") -> None:
         if method not in METHODS:
-            raise InputError(f"there is no method {method!r} of holistic activations: choose from {', '.join(METHODS)}")
+            raise InputError(
+                f"there is no method {method!r} of holistic activations: choose from {', '.join(METHODS)}"
+            )
         check_fit(subject, sae)
         self.subject, self.sae, self.method = subject, sae, method
         self._deletions = Deletions(subject, sae.hook) if method == "exact" else None
 
     @classmethod
-    def of_run(cls, store: CodesStore, subject: Subject, sae: LoadedSae, method: Method = "exact") -> HolisticActivations:
-        """For records of ``store``. Raises ``IncompatibleError`` when model or SAE are not those that made it."""
+    def of_run(
+        cls, store: CodesStore, subject: Subject, sae: LoadedSae, method: Method = "exact"
+    ) -> HolisticActivations:
+        """For records of ``store``. Raises ``IncompatibleError`` when model or SAE are not those that made
+        it.
+        """
         check_sae(store, sae)
         check_subject(store, subject)
         return cls(subject, sae, method)
 
     def of(self, feature: int, windows: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """For token ids, one array ``[token]`` per window: holistic activations, float32 ``[token]``, in raw SAE units; positive where the
-        feature's mean activation is larger with the token than without."""
+        """For token ids, one array ``[token]`` per window: holistic activations, float32 ``[token]``, in raw
+        SAE units; positive where the feature's mean activation is larger with the token than without."""
         found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(windows)
         for length in sorted({len(w) for w in windows} - {0}):
             places = [i for i, w in enumerate(windows) if len(w) == length]
@@ -58,17 +67,29 @@ class HolisticActivations:
         return found
 
     def add(self, records: Iterable[FeatureRecord]) -> Iterator[FeatureRecord]:
-        """The records, with holistic activations in the firing windows of their training split; no others are looked at by an explainer."""
+        """The records, with holistic activations in the firing windows of their training split; no others are
+        looked at by an explainer.
+        """
         for record in records:
             train = record.splits.get("train", {})
             windows = [w for found in train.values() for w in found if w.fires]
-            causes = dict(zip(map(id, windows), self.of(record.feature.index, [w.token_ids for w in windows]), strict=True))
+            causes = dict(
+                zip(
+                    map(id, windows),
+                    self.of(record.feature.index, [w.token_ids for w in windows]),
+                    strict=True,
+                )
+            )
 
             def with_causes(window: Window, causes: dict[int, np.ndarray] = causes) -> Window:
                 return replace(window, holistic=causes[id(window)]) if id(window) in causes else window
 
             train = {source: tuple(map(with_causes, found)) for source, found in train.items()}
-            yield replace(record, splits={s: train if s == "train" else record.splits.get(s, {}) for s in SPLITS}, holistic=self.method)
+            yield replace(
+                record,
+                splits={s: train if s == "train" else record.splits.get(s, {}) for s in SPLITS},
+                holistic=self.method,
+            )
 
     @torch.inference_mode()
     def _exact(self, feature: int, ids: torch.Tensor) -> np.ndarray:
@@ -82,7 +103,9 @@ class HolisticActivations:
             norms = residual.float().norm(dim=-1)
             own = torch.where(scored_by_norm(norms[None, :n], self.subject)[0], activations[:n], 0).sum() / n
             if n > 1:
-                rest = torch.where(scored_by_norm(norms[rows], self.subject), activations[rows], 0).sum(1) / (n - 1)
+                rest = torch.where(scored_by_norm(norms[rows], self.subject), activations[rows], 0).sum(1) / (
+                    n - 1
+                )
                 out.append((own - rest).cpu().numpy())
             else:
                 out.append(own[None].cpu().numpy())
@@ -95,7 +118,9 @@ class HolisticActivations:
             return (flat.reshape(scored.shape) * scored).sum(1) / scored.shape[1]
 
         batch = max(1, ENCODED_ROWS // ids.shape[1])
-        return np.concatenate([embedding_effects(self.subject, self.sae.hook, part, mean).numpy() for part in ids.split(batch)])
+        return np.concatenate(
+            [embedding_effects(self.subject, self.sae.hook, part, mean).numpy() for part in ids.split(batch)]
+        )
 
     def _activations(self, feature: int, residual: torch.Tensor) -> torch.Tensor:
         """The feature's codes of ``residual [row, d_model]``, float32 ``[row]``."""
@@ -103,5 +128,9 @@ class HolisticActivations:
         for chunk in residual.split(ENCODED_ROWS):
             codes = self.sae.sae.encode(chunk)
             mine = codes.features == feature
-            parts.append(torch.zeros(len(chunk), dtype=torch.float32, device=codes.values.device).index_put((codes.rows[mine],), codes.values[mine].float()))
+            parts.append(
+                torch.zeros(len(chunk), dtype=torch.float32, device=codes.values.device).index_put(
+                    (codes.rows[mine],), codes.values[mine].float()
+                )
+            )
         return torch.cat(parts)

@@ -1,4 +1,6 @@
-"""The model and the SAE that made a run, as a writer whose residual stream is pushed along a feature's direction."""
+"""The model and the SAE that made a run, as a writer whose residual stream is pushed along a feature's
+direction.
+"""
 
 from __future__ import annotations
 
@@ -17,27 +19,52 @@ from featureinterp.subject.load import check_same_weights
 from featureinterp.subject.steering import random_directions, write
 
 PUSH = 2
-"""How a direction is added; part of every result's key. 2: in the units of each token, for SAEs that normalise tokens."""
+"""How a direction is added; part of every result's key. 2: in the units of each token, for SAEs that
+normalise tokens.
+"""
 
 
 class RunSteerer:
-    """A :class:`Steerer`. ``load`` gives the causal language model, its tokenizer and the SAE, when the first text is asked for."""
+    """A :class:`Steerer`. ``load`` gives the causal language model, its tokenizer and the SAE, when the first
+    text is asked for.
+    """
 
-    def __init__(self, store: CodesStore, load: Callable[[], tuple[Any, Any, LoadedSae]], *, dtype: str | None = None) -> None:
+    def __init__(
+        self, store: CodesStore, load: Callable[[], tuple[Any, Any, LoadedSae]], *, dtype: str | None = None
+    ) -> None:
         self.settings = live_settings(store, dtype) | {"push": PUSH}
         self._store, self._load = store, load
         self._busy = threading.Lock()
         self._loaded: tuple[Any, Any, LoadedSae] | None = None
 
     async def write(
-        self, feature: int, amount: float, openings: Sequence[str], *, random: int | None = None, max_tokens: int, temperature: float, seed: int
+        self,
+        feature: int,
+        amount: float,
+        openings: Sequence[str],
+        *,
+        random: int | None = None,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
     ) -> list[str]:
-        """One text per opening, in a worker thread, while what a code of ``amount`` contributes to each token is added: so many
-        times the feature's decoder row, and the token's deviation where the SAE normalises by it. With ``random``, a random
-        direction of that number and of the same length instead."""
-        return await anyio.to_thread.run_sync(lambda: self._write(feature, amount, openings, random, max_tokens, temperature, seed))
+        """One text per opening, in a worker thread, while what a code of ``amount`` contributes to each token
+        is added: so many times the feature's decoder row, and the token's deviation where the SAE normalises
+        by it. With ``random``, a random direction of that number and of the same length instead."""
+        return await anyio.to_thread.run_sync(
+            lambda: self._write(feature, amount, openings, random, max_tokens, temperature, seed)
+        )
 
-    def _write(self, feature: int, amount: float, openings: Sequence[str], random: int | None, max_tokens: int, temperature: float, seed: int) -> list[str]:
+    def _write(
+        self,
+        feature: int,
+        amount: float,
+        openings: Sequence[str],
+        random: int | None,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[str]:
         with self._busy:
             if self._loaded is None:
                 self._loaded = self._checked()

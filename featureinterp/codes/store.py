@@ -1,10 +1,11 @@
 """The codes store: every positive code of a corpus, sorted by feature and then by position, memory-mapped.
 
-Files: ``offsets.bin`` int64 ``[F + 1]``; ``positions.bin`` uint32 (uint64 for very large corpora) ``[nonzero]``, where position =
-row of the window · window length + offset in it; ``values.bin`` float16 (float32 on request) ``[nonzero]``, raw SAE units, > 0;
-``scales.bin`` float32 ``[F]``, each feature's largest value (0 when it never fires); ``unscored.bin``, the positions of tokens that have no codes
-because they were not scored (attention sinks), ascending. ``codes.json`` is written last, marks
-the store complete, names the windows and holds the checksums of the other files. Writing goes through runs: see :class:`RunWriter`.
+Files: ``offsets.bin`` int64 ``[F + 1]``; ``positions.bin`` uint32 (uint64 for very large corpora)
+``[nonzero]``, where position = row of the window · window length + offset in it; ``values.bin`` float16
+(float32 on request) ``[nonzero]``, raw SAE units, > 0; ``scales.bin`` float32 ``[F]``, each feature's largest
+value (0 when it never fires); ``unscored.bin``, the positions of tokens that have no codes because they were
+not scored (attention sinks), ascending. ``codes.json`` is written last, marks the store complete, names the
+windows and holds the checksums of the other files. Writing goes through runs: see :class:`RunWriter`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import FeatureRangeError, IncompatibleError, IncompleteStoreError, StorageError
 from featureinterp.files import content_key, explained_storage
 from featureinterp.stored.arrays import mapped, read_whole, rising, within
-from featureinterp.stored.sums import Marker, SummedFile, Sums, block_for, described, read_marker, sealed, write_marker
+from featureinterp.stored.sums import (
+    Marker,
+    SummedFile,
+    Sums,
+    block_for,
+    described,
+    read_marker,
+    sealed,
+    write_marker,
+)
 
 FORMAT = 2
 MARKER = "codes.json"
@@ -36,7 +46,9 @@ _FLOAT16_TINY = np.float16(6e-8)
 
 @dataclass(frozen=True, slots=True)
 class FeatureCodes:
-    """All positive codes of one feature: ``positions [nonzero]`` ascending, ``values [nonzero]`` > 0. Views of the mapped files."""
+    """All positive codes of one feature: ``positions [nonzero]`` ascending, ``values [nonzero]`` > 0. Views
+    of the mapped files.
+    """
 
     positions: np.ndarray
     values: np.ndarray
@@ -62,9 +74,9 @@ class CodesStore:
 
     @classmethod
     def open(cls, run: Path) -> CodesStore:
-        """Opens the store of a run folder. Raises ``IncompleteStoreError`` when collecting never finished there,
-        ``DamagedStoreError`` when a part is not what was written (positions and values are checked where they are read),
-        and ``IncompatibleError`` when the windows are not those of the codes."""
+        """Opens the store of a run folder. Raises ``IncompleteStoreError`` when collecting never finished
+        there, ``DamagedStoreError`` when a part is not what was written (positions and values are checked
+        where they are read), and ``IncompatibleError`` when the windows are not those of the codes."""
         folder = run / "codes"
         if not (folder / MARKER).exists():
             unfinished = "an unfinished collection: run the same 'featureinterp collect' again to go on"
@@ -113,7 +125,9 @@ class CodesStore:
     def check_feature(self, index: int) -> None:
         """Raises ``FeatureRangeError`` when the dictionary has no such feature."""
         if not 0 <= index < self.n_features:
-            raise FeatureRangeError(f"there is no feature {index}: the dictionary has features 0 to {self.n_features - 1}")
+            raise FeatureRangeError(
+                f"there is no feature {index}: the dictionary has features 0 to {self.n_features - 1}"
+            )
 
     def feature(self, index: int) -> FeatureCodes:
         """The codes of one feature, without copying."""
@@ -126,20 +140,29 @@ class CodesStore:
         return np.diff(self.offsets)
 
     def window_activations(self, index: int, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Activations of one feature in some windows: float32 ``[len(rows), window length]``, zero after a short window's end."""
+        """Activations of one feature in some windows: float32 ``[len(rows), window length]``, zero after a
+        short window's end.
+        """
         rows = np.asarray(rows, np.int64)
         codes, length = self.feature(index), self.windows.length
-        edges = np.searchsorted(codes.positions, (rows[:, None] * length + [0, length]).astype(codes.positions.dtype))
+        edges = np.searchsorted(
+            codes.positions, (rows[:, None] * length + [0, length]).astype(codes.positions.dtype)
+        )
         counts = edges[:, 1] - edges[:, 0]
         nonzeros = np.repeat(edges[:, 0] - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
         out = np.zeros((len(rows), length), np.float32)
-        out[np.repeat(np.arange(len(rows)), counts), codes.positions[nonzeros].astype(np.int64) % length] = codes.values[nonzeros]
+        out[np.repeat(np.arange(len(rows)), counts), codes.positions[nonzeros].astype(np.int64) % length] = (
+            codes.values[nonzeros]
+        )
         return out
 
 
 def remedy_for(folder: Path) -> str:
     """What brings damaged codes back."""
-    return f"delete {folder} and run the same 'featureinterp collect' again, which computes the codes anew and keeps the rest"
+    return (
+        f"delete {folder} and run the same 'featureinterp collect' again, which computes the codes anew "
+        "and keeps the rest"
+    )
 
 
 def _arrays(folder: Path, marker: Marker, n_positions: int, remedy: str) -> dict[str, np.ndarray]:
@@ -151,14 +174,21 @@ def _arrays(folder: Path, marker: Marker, n_positions: int, remedy: str) -> dict
     at = np.dtype(meta["position_dtype"])
     if at not in (np.uint32, np.uint64) or meta["value_dtype"] not in VALUE_DTYPES:
         raise ValueError(f"there are no positions in {at} or values in {meta['value_dtype']}")
-    for name, dtype, size in (("offsets", np.int64, f + 1), ("scales", np.float32, f), ("unscored", at, meta["n_unscored"])):
+    for name, dtype, size in (
+        ("offsets", np.int64, f + 1),
+        ("scales", np.float32, f),
+        ("unscored", at, meta["n_unscored"]),
+    ):
         path = folder / f"{name}.bin"
         found[name] = read_whole(path, dtype, (size,), marker.files, marker=MARKER, remedy=remedy)
 
     def inside(positions: np.ndarray) -> bool:
         return int(positions.max()) < n_positions
 
-    for name, dtype, valid in (("positions", at, inside), ("values", np.dtype(meta["value_dtype"]), _positive)):
+    for name, dtype, valid in (
+        ("positions", at, inside),
+        ("values", np.dtype(meta["value_dtype"]), _positive),
+    ):
         path = folder / f"{name}.bin"
         found[name] = mapped(path, dtype, (n,), marker.files, marker=MARKER, remedy=remedy, valid=valid)
     return found
@@ -171,33 +201,54 @@ def _positive(values: np.ndarray) -> bool:
 
 def _check_windows(run: Path, meta: Mapping[str, Any], windows: WindowTable) -> None:
     """Raises ``IncompatibleError`` when the codes were made from other windows than those beside them."""
-    named = meta["corpus"]["windows"] if "corpus" in meta else windows.fingerprint  # codes of a caller's own name none
+    named = (
+        meta["corpus"]["windows"] if "corpus" in meta else windows.fingerprint
+    )  # codes of a caller's own name none
     if named != windows.fingerprint or meta.get("window_length", windows.length) != windows.length:
         raise IncompatibleError(
-            f"{run / 'codes'} and {run / 'windows'} do not belong together (the codes were made from the windows {named[:12]}, "
-            f"not from {windows.fingerprint[:12]}): put back the folder that was there, or delete both and collect again"
+            f"{run / 'codes'} and {run / 'windows'} do not belong together (the codes were made from the "
+            f"windows {named[:12]}, "
+            f"not from {windows.fingerprint[:12]}): put back the folder that was there, or delete both and "
+            "collect again"
         )
 
 
 def narrow_values(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
-    """Values in the store's dtype. A value too large for float16, or not finite, is an error; a positive one too small stays positive."""
+    """Values in the store's dtype. A value too large for float16, or not finite, is an error; a positive one
+    too small stays positive.
+    """
     if not np.isfinite(values).all():
-        raise StorageError("an activation is not finite, so nothing was stored of it: the SAE's weights or the model's dtype cannot hold it")
+        raise StorageError(
+            "an activation is not finite, so nothing was stored of it: the SAE's weights or the model's "
+            "dtype cannot hold it"
+        )
     if dtype == np.float32:
         return values.astype(np.float32, copy=False)
     if len(values) and not float(values.max()) <= _FLOAT16_MAX:
-        raise StorageError(f"the activation {float(values.max()):g} does not fit float16 (at most {_FLOAT16_MAX:g}): collect with --value-dtype float32")
+        raise StorageError(
+            f"the activation {float(values.max()):g} does not fit float16 (at most {_FLOAT16_MAX:g}): "
+            "collect with --value-dtype float32"
+        )
     return np.maximum(values.astype(np.float16), _FLOAT16_TINY)
 
 
 class RunWriter:
-    """Takes codes in order of windows, in bounded memory, and writes them as runs that a later process can go on from.
+    """Takes codes in order of windows, in bounded memory, and writes them as runs that a later process can go
+    on from.
 
-    A run is a folder ``runs/00012`` with the codes of a range of windows sorted by feature and position; it appears by one
-    rename. ``finish`` merges the runs into the store.
+    A run is a folder ``runs/00012`` with the codes of a range of windows sorted by feature and position; it
+    appears by one rename. ``finish`` merges the runs into the store.
     """
 
-    def __init__(self, folder: Path, *, n_features: int, n_positions: int, value_dtype: str, flush_nonzeros: int = FLUSH_NONZEROS) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        n_features: int,
+        n_positions: int,
+        value_dtype: str,
+        flush_nonzeros: int = FLUSH_NONZEROS,
+    ) -> None:
         self.folder = folder
         self.n_features = n_features
         self.position_dtype = np.dtype(np.uint32 if n_positions <= 2**32 else np.uint64)
@@ -220,7 +271,9 @@ class RunWriter:
                 meta = read_marker(path, _again(path.parent)).value
                 with described(path, _again(path.parent)):
                     if meta["first_window"] != window:
-                        raise IncompleteStoreError(f"{path} does not follow the run before it: {remedy_for(self.folder)}")
+                        raise IncompleteStoreError(
+                            f"{path} does not follow the run before it: {remedy_for(self.folder)}"
+                        )
                     window, scored, number = meta["end_window"], scored + meta["n_scored"], number + 1
             for after in runs.iterdir():  # of a run that was deleted
                 if after.name.isdecimal() and int(after.name) >= number:
@@ -228,13 +281,26 @@ class RunWriter:
         return window, scored, number
 
     def add(
-        self, positions: np.ndarray, features: np.ndarray, values: np.ndarray, *, n_scored: int, end_window: int, unscored: np.ndarray | None = None
+        self,
+        positions: np.ndarray,
+        features: np.ndarray,
+        values: np.ndarray,
+        *,
+        n_scored: int,
+        end_window: int,
+        unscored: np.ndarray | None = None,
     ) -> None:
-        """Codes in any order, each pair (position, feature) once; ``unscored``: positions of tokens that were left out; ``end_window``: all windows before it
-        are now complete."""
+        """Codes in any order, each pair (position, feature) once; ``unscored``: positions of tokens that were
+        left out; ``end_window``: all windows before it are now complete."""
         if unscored is not None and len(unscored):
             self._unscored_pending.append(unscored.astype(self.position_dtype))
-        self._pending.append((positions.astype(self.position_dtype), features.astype(np.uint32), narrow_values(values, self.value_dtype)))
+        self._pending.append(
+            (
+                positions.astype(self.position_dtype),
+                features.astype(np.uint32),
+                narrow_values(values, self.value_dtype),
+            )
+        )
         self._n_pending += len(values)
         self._scored_pending += n_scored
         at_boundary = end_window > self.next_window
@@ -256,9 +322,20 @@ class RunWriter:
         with explained_storage(half):
             try:
                 half.mkdir()
-                arrays = {"offsets": offsets, "positions": positions[order], "values": values[order], "unscored": unscored}
-                files = {f"{name}.bin": _written(half / f"{name}.bin", [array]) for name, array in arrays.items()}
-                meta = {"first_window": self._first_window, "end_window": self.next_window, "n_scored": self._scored_pending}
+                arrays = {
+                    "offsets": offsets,
+                    "positions": positions[order],
+                    "values": values[order],
+                    "unscored": unscored,
+                }
+                files = {
+                    f"{name}.bin": _written(half / f"{name}.bin", [array]) for name, array in arrays.items()
+                }
+                meta = {
+                    "first_window": self._first_window,
+                    "end_window": self.next_window,
+                    "n_scored": self._scored_pending,
+                }
                 (half / "run.json").write_text(json.dumps(sealed(meta, files)))
                 os.replace(half, final)
             except BaseException:
@@ -279,8 +356,14 @@ class RunWriter:
         scales = np.zeros(self.n_features, np.float32)
         block = block_for(int(offsets[-1]) * self.position_dtype.itemsize)
         with explained_storage(self.folder):
-            with (self.folder / "positions.bin").open("wb") as positions_to, (self.folder / "values.bin").open("wb") as values_to:
-                positions_out, values_out = SummedFile(positions_to, Sums(block)), SummedFile(values_to, Sums(block))
+            with (
+                (self.folder / "positions.bin").open("wb") as positions_to,
+                (self.folder / "values.bin").open("wb") as values_to,
+            ):
+                positions_out, values_out = (
+                    SummedFile(positions_to, Sums(block)),
+                    SummedFile(values_to, Sums(block)),
+                )
                 for a, b in feature_blocks(offsets, self.flush_nonzeros):
                     positions, values = self._merge_block(runs, offsets, a, b)
                     scales[a:b] = block_maxima(values, offsets[a : b + 1] - offsets[a])
@@ -309,9 +392,11 @@ class RunWriter:
         )
         shutil.rmtree(self.folder / "runs", ignore_errors=True)
 
-    def _merge_block(self, runs: Sequence[_Run], offsets: np.ndarray, a: int, b: int) -> tuple[np.ndarray, np.ndarray]:
-        """Positions and values of the features a … b − 1 from all runs; runs follow each other in position, so that each
-        feature's slices only have to be laid end to end."""
+    def _merge_block(
+        self, runs: Sequence[_Run], offsets: np.ndarray, a: int, b: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and values of the features a … b − 1 from all runs; runs follow each other in position,
+        so that each feature's slices only have to be laid end to end."""
         n = int(offsets[b] - offsets[a])
         positions, values = np.empty(n, self.position_dtype), np.empty(n, self.value_dtype)
         free = offsets[a:b] - offsets[a]
@@ -353,7 +438,9 @@ class _Run:
 
 def _again(run: Path) -> str:
     """What to do about a damaged run of an unfinished collection."""
-    return f"delete {run} and run the same 'featureinterp collect' again, which goes on from the run before it"
+    return (
+        f"delete {run} and run the same 'featureinterp collect' again, which goes on from the run before it"
+    )
 
 
 def _written(path: Path, arrays: Sequence[np.ndarray]) -> Sums:

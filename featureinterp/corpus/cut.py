@@ -34,10 +34,11 @@ class TextEncoder(Protocol):
 
 
 def piece_ends(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The end of every token's piece, in characters: int64 ``[n]``, never falling, the last one at the end of the text.
+    """The end of every token's piece, in characters: int64 ``[n]``, never falling, the last one at the end of
+    the text.
 
-    What lies between two tokens' spans (white space that a tokenizer trims) goes to the later one; of tokens that share a
-    character, the last gets it.
+    What lies between two tokens' spans (white space that a tokenizer trims) goes to the later one; of tokens
+    that share a character, the last gets it.
     """
     if not offsets:
         return np.zeros(0, np.int64)
@@ -48,8 +49,8 @@ def piece_ends(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A window: the index of its first token and the place of its first character in the document, its ids, its text, and the end of
-    each token in characters of that."""
+    """A window: the index of its first token and the place of its first character in the document, its ids,
+    its text, and the end of each token in characters of that."""
 
     start: int
     char: int
@@ -66,8 +67,12 @@ class Available:
     tokens: int = 0
 
 
-def cuts(text: str, encoder: TextEncoder, length: int, min_length: int, quota: int | None, has: Available) -> Iterator[Cut]:
-    """The chosen windows of a document: all of them, or ``quota`` of them spread evenly over its length. Fills ``has``."""
+def cuts(
+    text: str, encoder: TextEncoder, length: int, min_length: int, quota: int | None, has: Available
+) -> Iterator[Cut]:
+    """The chosen windows of a document: all of them, or ``quota`` of them spread evenly over its length.
+    Fills ``has``.
+    """
     if quota == 0:
         return
     text = valid_unicode(text)
@@ -95,7 +100,9 @@ def _n_windows(n_tokens: int, length: int, min_length: int) -> int:
     return full + (rest >= min_length)
 
 
-def _windows_of(text: str, encoding: Encoding, start: int, char: int, chosen: Sequence[int], length: int) -> Iterator[Cut]:
+def _windows_of(
+    text: str, encoding: Encoding, start: int, char: int, chosen: Sequence[int], length: int
+) -> Iterator[Cut]:
     if not chosen:
         return
     ends = piece_ends(text, encoding.offsets)
@@ -106,7 +113,9 @@ def _windows_of(text: str, encoding: Encoding, start: int, char: int, chosen: Se
 
 
 def _segments(text: str) -> Iterator[str]:
-    """A text in parts of about ``SEGMENT_CHARS``, cut before white space where there is any, so that memory stays bounded."""
+    """A text in parts of about ``SEGMENT_CHARS``, cut before white space where there is any, so that memory
+    stays bounded.
+    """
     start = 0
     while len(text) - start > SEGMENT_CHARS:
         cut = start + SEGMENT_CHARS

@@ -16,15 +16,18 @@ END_OF_TEXT = "<|endoftext|>"
 _END = r"(?:\r\n|\r(?!\n)|\n)"
 _LINE_END = re.compile(_END)
 _BLANK_LINE = re.compile(rf"{_END}[ \t]*{_END}\s*")
-_MARKED = re.compile(rf"(?:\A|[\r\n])[ \t]*{re.escape(END_OF_TEXT)}|{re.escape(END_OF_TEXT)}[ \t]*(?:[\r\n]|\Z)")
+_MARKED = re.compile(
+    rf"(?:\A|[\r\n])[ \t]*{re.escape(END_OF_TEXT)}|{re.escape(END_OF_TEXT)}[ \t]*(?:[\r\n]|\Z)"
+)
 
 
 def parts_of(text: str, separator: str | None, *, whole: bool = False) -> Iterator[str]:
     """The documents of a plain text.
 
-    ``separator``: ``lines`` (every line), ``blank-lines`` (passages, see :func:`passages`), ``none`` (all of it), or the text between
-    documents, in which ``\\n``, ``\\r`` and ``\\t`` stand for line ends and tabs. None: between ``<|endoftext|>`` where the text has that at
-    the edge of a line; else all of it where ``whole``; else passages.
+    ``separator``: ``lines`` (every line), ``blank-lines`` (passages, see :func:`passages`), ``none`` (all of
+    it), or the text between documents, in which ``\\n``, ``\\r`` and ``\\t`` stand for line ends and tabs.
+    None: between ``<|endoftext|>`` where the text has that at the edge of a line; else all of it where
+    ``whole``; else passages.
     """
     if separator is None and _MARKED.search(text):
         separator = END_OF_TEXT
@@ -46,12 +49,16 @@ def parts_of(text: str, separator: str | None, *, whole: bool = False) -> Iterat
 def check_separator(separator: str | None) -> None:
     """Raises ``InputError`` for one that can separate nothing."""
     if separator is not None and not _plain(separator).strip(" \t"):
-        raise InputError(f"documents cannot be separated by {separator!r}: give 'lines', 'blank-lines', 'none', or the text between them")
+        raise InputError(
+            f"documents cannot be separated by {separator!r}: give 'lines', 'blank-lines', 'none', or the "
+            "text between them"
+        )
 
 
 def passages(text: str, size: int = PASSAGE_CHARS) -> Iterator[str]:
-    """Cuts a text at blank lines into passages of at least ``size`` characters (the last may be shorter); a text that is long and has hardly any blank
-    lines is cut at line ends instead. Lines may end in LF, CRLF or CR. Joining the passages gives the text back, character for character."""
+    """Cuts a text at blank lines into passages of at least ``size`` characters (the last may be shorter); a
+    text that is long and has hardly any blank lines is cut at line ends instead. Lines may end in LF, CRLF or
+    CR. Joining the passages gives the text back, character for character."""
     found = list(_cut(text, _BLANK_LINE, size))
     if len(found) < LEAST_DOCUMENTS and len(text) >= 2 * size:
         found = max(found, list(_cut(text, _LINE_END, size)), key=len)

@@ -1,8 +1,8 @@
 """How many windows each document gives, so that about as many tokens come out as were asked for.
 
-The first pass over a corpus hands windows out as it goes; what short documents leave over goes to later ones. Where that ends short of the
-aim because the last documents were short, another pass hands out by what is known of all documents: none gives more windows than another as long
-as that one has some left.
+The first pass over a corpus hands windows out as it goes; what short documents leave over goes to later ones.
+Where that ends short of the aim because the last documents were short, another pass hands out by what is
+known of all documents: none gives more windows than another as long as that one has some left.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ UNKNOWN = -1
 
 @dataclass(slots=True)
 class Seen:
-    """What passes over the documents found: of each the windows that it has (``UNKNOWN`` where no tokens were counted yet), the tokens in
-    them, and the windows that the last pass took."""
+    """What passes over the documents found: of each the windows that it has (``UNKNOWN`` where no tokens were
+    counted yet), the tokens in them, and the windows that the last pass took."""
 
     windows: array[int] = field(default_factory=lambda: array("q"))
     tokens: array[int] = field(default_factory=lambda: array("q"))
@@ -42,8 +42,8 @@ class Seen:
 
 @dataclass(slots=True)
 class Plan:
-    """Windows per document, int64 ``[document]``. ``extra``: so many more windows are to come from documents whose quota is ``UNKNOWN``, one
-    of each; fewer as they come."""
+    """Windows per document, int64 ``[document]``. ``extra``: so many more windows are to come from documents
+    whose quota is ``UNKNOWN``, one of each; fewer as they come."""
 
     quotas: np.ndarray
     extra: int = 0
@@ -67,8 +67,11 @@ def lacks_much(n_tokens: int, aim: int, length: int) -> bool:
     return aim - n_tokens >= max(length, TOLERANCE * aim)
 
 
-def next_plan(seen: Seen, n_tokens: int, aim: int, length: int, most: int | None, round_number: int) -> Plan | None:
-    """How to read the corpus again after a pass that gave ``n_tokens`` of ``aim``; None when that is near enough, or there is no more.
+def next_plan(
+    seen: Seen, n_tokens: int, aim: int, length: int, most: int | None, round_number: int
+) -> Plan | None:
+    """How to read the corpus again after a pass that gave ``n_tokens`` of ``aim``; None when that is near
+    enough, or there is no more.
 
     ``length``: tokens of a full window. ``most``: windows per document at most.
     """
@@ -87,8 +90,11 @@ def next_plan(seen: Seen, n_tokens: int, aim: int, length: int, most: int | None
     return Plan(quotas) if quotas.sum() > taken.sum() else None
 
 
-def even_quotas(windows: np.ndarray, tokens: np.ndarray, room: np.ndarray, aim: int, length: int) -> np.ndarray:
-    """The smallest even quotas that give ``aim`` tokens, int64 ``[document]``; all of ``room`` where that is less.
+def even_quotas(
+    windows: np.ndarray, tokens: np.ndarray, room: np.ndarray, aim: int, length: int
+) -> np.ndarray:
+    """The smallest even quotas that give ``aim`` tokens, int64 ``[document]``; all of ``room`` where that is
+    less.
 
     ``windows``, ``tokens``: what each document has; ``room``: windows that it may give.
     """
@@ -97,7 +103,11 @@ def even_quotas(windows: np.ndarray, tokens: np.ndarray, room: np.ndarray, aim: 
         return room.copy()
     while low + 1 < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if _tokens_of(np.minimum(room, middle), windows, tokens, length).sum() >= aim else (middle, high)
+        low, high = (
+            (low, middle)
+            if _tokens_of(np.minimum(room, middle), windows, tokens, length).sum() >= aim
+            else (middle, high)
+        )
     quotas: np.ndarray = np.minimum(room, low)
     before = _tokens_of(quotas, windows, tokens, length)
     more = np.flatnonzero(room > low)
@@ -119,7 +129,9 @@ def _evenly(available: int, n: int) -> np.ndarray:
 
 
 def _tokens_of(quotas: np.ndarray, windows: np.ndarray, tokens: np.ndarray, length: int) -> np.ndarray:
-    """About how many tokens the documents give in so many windows: the last window of a document may be short, and is among them or not."""
+    """About how many tokens the documents give in so many windows: the last window of a document may be
+    short, and is among them or not.
+    """
     lacking = windows * length - tokens
     last = (quotas > 0) & ((2 * quotas - 1) * windows // np.maximum(2 * quotas, 1) == windows - 1)
     tokens_given: np.ndarray = quotas * length - np.where(last, lacking, 0)

@@ -35,7 +35,10 @@ _KINDS = {
     ".arrow": "arrow",
     ".feather": "arrow",
 }
-READABLE = "text (.txt, .md), JSON lines (.jsonl), JSON, CSV, TSV, parquet or Arrow, all but the last two also as .gz, .bz2 or .xz"
+READABLE = (
+    "text (.txt, .md), JSON lines (.jsonl), JSON, CSV, TSV, parquet or Arrow, all but the last two "
+    "also as .gz, .bz2 or .xz"
+)
 RIGHT_FIELD = "name the right one with --text-field (corpus.text_field of a recipe)"
 Numbered = tuple[int, str | None]
 """The number of a row in its file, and its text; None where the row has none."""
@@ -59,25 +62,32 @@ def kind_of(path: Path) -> str | None:
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed where its name says so. What goes wrong is a ``StorageError``, or a ``CorpusError`` when it is damaged."""
+    """The bytes of a file, decompressed where its name says so. What goes wrong is a ``StorageError``, or a
+    ``CorpusError`` when it is damaged.
+    """
     how = _COMPRESSED.get(path.suffix.lower())
     with explained_storage(path):
         try:
             with how(path) if how else path.open("rb") as stream:
                 yield stream
         except (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error) as error:
-            raise CorpusError(f"{path} is damaged, or is not compressed as its name says ({error}): fetch it again") from error
+            raise CorpusError(
+                f"{path} is damaged, or is not compressed as its name says ({error}): fetch it again"
+            ) from error
 
 
 def decode_utf8(data: bytes, where: str) -> str:
-    """UTF-8 text of ``data``, without a byte-order mark. Raises ``CorpusError`` for binary or otherwise encoded data."""
+    """UTF-8 text of ``data``, without a byte-order mark. Raises ``CorpusError`` for binary or otherwise
+    encoded data.
+    """
     if b"\x00" in data[:4096] and data.count(b"\x00") > len(data) // 100:
         raise CorpusError(f"{where} is binary, not text: give {READABLE}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CorpusError(
-            f"{where} is not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start}): convert it, for example with iconv -t utf-8"
+            f"{where} is not UTF-8 (byte 0x{data[error.start]:02x} at offset {error.start}): convert it, "
+            "for example with iconv -t utf-8"
         ) from error
 
 
@@ -85,12 +95,17 @@ def bounded(stream: IO[bytes], path: Path) -> bytes:
     """All of a stream. Raises ``CorpusError`` when that is more than one document may have."""
     data = stream.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
-        raise CorpusError(f"{path} has more bytes than are read at once ({MAX_DOCUMENT_BYTES:,}): give it as JSONL or parquet")
+        raise CorpusError(
+            f"{path} has more bytes than are read at once ({MAX_DOCUMENT_BYTES:,}): give it as JSONL or "
+            "parquet"
+        )
     return data
 
 
 def read_rows(path: Path, field: str) -> Iterator[Numbered]:
-    """The texts of a file of rows. Raises ``CorpusError`` when it is not what its name says, or lacks the field."""
+    """The texts of a file of rows. Raises ``CorpusError`` when it is not what its name says, or lacks the
+    field.
+    """
     match kind_of(path):
         case "jsonl":
             return _jsonl(path, field)
@@ -117,7 +132,9 @@ def lacks(where: str, field: str, have: Iterable[Any]) -> CorpusError:
 
 
 def parsed(text: str, where: str) -> Any:
-    """JSON. Raises ``CorpusError`` for what is none, is nested too deeply, or holds a number of thousands of digits."""
+    """JSON. Raises ``CorpusError`` for what is none, is nested too deeply, or holds a number of thousands of
+    digits.
+    """
     try:
         return parse_json(text)
     except UnparsedError as error:
@@ -141,14 +158,17 @@ def _jsonl(path: Path, field: str) -> Iterator[Numbered]:
             number += 1
             where = f"line {number} of {path}"
             if len(line) > MAX_DOCUMENT_BYTES:
-                raise CorpusError(f"{where} has more bytes than one document may have ({MAX_DOCUMENT_BYTES:,}): cut it into several")
+                raise CorpusError(
+                    f"{where} has more bytes than one document may have ({MAX_DOCUMENT_BYTES:,}): cut it "
+                    "into several"
+                )
             if line.strip():
                 yield number, _text_in(parsed(decode_utf8(line, where), where), field, where)
 
 
 def _json(path: Path, field: str) -> Iterator[Numbered]:
-    """One document of JSON: an array of objects or texts, an object with a column of texts or with one array of objects, or a single object. Lines of
-    objects are read as JSON lines."""
+    """One document of JSON: an array of objects or texts, an object with a column of texts or with one array
+    of objects, or a single object. Lines of objects are read as JSON lines."""
     with opened(path) as stream:
         if _is_row(stream.readline(MAX_DOCUMENT_BYTES), field):
             yield from _jsonl(path, field)
@@ -156,7 +176,11 @@ def _json(path: Path, field: str) -> Iterator[Numbered]:
         stream.seek(0)
         found = parsed(decode_utf8(bounded(stream, path), str(path)), str(path))
     if isinstance(found, dict):
-        arrays = [value for value in found.values() if isinstance(value, list) and all(isinstance(row, dict) for row in value)]
+        arrays = [
+            value
+            for value in found.values()
+            if isinstance(value, list) and all(isinstance(row, dict) for row in value)
+        ]
         if isinstance(found.get(field), list):
             found = found[field]
         elif field not in found and len(arrays) == 1:
@@ -166,7 +190,10 @@ def _json(path: Path, field: str) -> Iterator[Numbered]:
     if not isinstance(found, list):
         raise lacks(str(path), field, [type(found).__name__])
     for number, row in enumerate(found):
-        yield number, row if isinstance(row, str) or row is None else _text_in(row, field, f"entry {number} of {path}")
+        yield (
+            number,
+            row if isinstance(row, str) or row is None else _text_in(row, field, f"entry {number} of {path}"),
+        )
 
 
 def _is_row(line: bytes, field: str) -> bool:
@@ -184,7 +211,9 @@ def _csv(path: Path, field: str) -> Iterator[Numbered]:
     with opened(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
         try:
             header = text.readline(1 << 20)
-            delimiter, names = _columns(header, field, ("\t",) if ".tsv" in path.name.lower() else (",", ";", "\t"))
+            delimiter, names = _columns(
+                header, field, ("\t",) if ".tsv" in path.name.lower() else (",", ";", "\t")
+            )
             if field not in names:
                 raise lacks(str(path), field, names)
             rows = csv.reader(text, delimiter=delimiter, strict=True)
@@ -192,19 +221,30 @@ def _csv(path: Path, field: str) -> Iterator[Numbered]:
             for number, row in enumerate(rows, 1):
                 if row and len(row) != len(names):
                     raise CorpusError(
-                        f"row {number} of {path} has {len(row)} columns under a header of {len(names)}: put texts with separators in quotes, or give JSONL"
+                        f"row {number} of {path} has {len(row)} columns under a header of {len(names)}: "
+                        "put texts with separators in quotes, or give JSONL"
                     )
                 if row:
                     yield number, row[column]
         except UnicodeDecodeError as error:
-            raise CorpusError(f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x}): convert it, for example with iconv -t utf-8") from error
+            raise CorpusError(
+                f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x}): convert it, for example "
+                "with iconv -t utf-8"
+            ) from error
         except csv.Error as error:
-            raise CorpusError(f"{path} is not CSV as its name says ({error}): write it again, or give it as JSONL") from error
+            raise CorpusError(
+                f"{path} is not CSV as its name says ({error}): write it again, or give it as JSONL"
+            ) from error
 
 
 def _columns(header: str, field: str, delimiters: tuple[str, ...]) -> tuple[str, list[str]]:
-    """(delimiter, names of the columns): the delimiter that has the field among its columns, else the first."""
-    found = [(delimiter, next(csv.reader([header], delimiter=delimiter, strict=True), [])) for delimiter in delimiters]
+    """(delimiter, names of the columns): the delimiter that has the field among its columns, else the
+    first.
+    """
+    found = [
+        (delimiter, next(csv.reader([header], delimiter=delimiter, strict=True), []))
+        for delimiter in delimiters
+    ]
     return next((pair for pair in found if field in pair[1]), found[0])
 
 
@@ -255,9 +295,13 @@ def _arrow_errors(path: Path, what: str) -> Iterator[None]:
         try:
             yield
         except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:  # of the system; the library's own have no number
+            if (
+                isinstance(error, OSError) and error.errno is not None
+            ):  # of the system; the library's own have no number
                 raise
-            raise CorpusError(f"{path} is not {what}, or is damaged ({str(error).splitlines()[0]}): fetch or write it again") from error
+            raise CorpusError(
+                f"{path} is not {what}, or is damaged ({str(error).splitlines()[0]}): fetch or write it again"
+            ) from error
 
 
 def _check_column(path: Path, schema: Any, field: str) -> None:
@@ -276,4 +320,6 @@ def _texts(column: Any, path: Path) -> list[str | None]:
     try:
         return list(column.to_pylist())
     except UnicodeDecodeError as error:
-        raise CorpusError(f"{path} holds text that is not UTF-8 (byte 0x{error.object[error.start]:02x}): write it again") from error
+        raise CorpusError(
+            f"{path} holds text that is not UTF-8 (byte 0x{error.object[error.start]:02x}): write it again"
+        ) from error

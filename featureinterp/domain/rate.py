@@ -31,4 +31,6 @@ class Rate:
 
     def score(self, name: str, undefined: str) -> Score:
         """As a score; ``undefined``: why it is, when it is over nothing."""
-        return Score(name, self.value, self.n, interval=self.interval, undefined=None if self.n else undefined)
+        return Score(
+            name, self.value, self.n, interval=self.interval, undefined=None if self.n else undefined
+        )

@@ -28,23 +28,30 @@ Source = Literal[
     "counterexample",
 ]
 POSITIVE_SOURCES: tuple[Source, ...] = ("top", "weighted", "quantile")
-NEGATIVE_SOURCES: tuple[Source, ...] = ("random_negative", "similar_negative", "projected_similar_negative", "coactive_negative")
+NEGATIVE_SOURCES: tuple[Source, ...] = (
+    "random_negative",
+    "similar_negative",
+    "projected_similar_negative",
+    "coactive_negative",
+)
 COMPLEMENTARY_SOURCES: tuple[Source, ...] = ("random", "similar", "projected_similar", *NEGATIVE_SOURCES)
 SOURCES: tuple[Source, ...] = (*POSITIVE_SOURCES, *COMPLEMENTARY_SOURCES)
-"""How a window got into a record. ``random``, ``similar`` and ``projected_similar`` are drawn without looking at whether the feature fires; in a
-negative one it is silent. ``similar``: sentence embeddings near those of the top windows; ``projected_similar``: the same after a projection that
-pulls the top windows together; ``coactive``: a feature of nearly the same decoder direction fires. A ``counterexample`` comes from no corpus: it was
-written to test an explanation."""
+"""How a window got into a record. ``random``, ``similar`` and ``projected_similar`` are drawn without looking
+at whether the feature fires; in a negative one it is silent. ``similar``: sentence embeddings near those of
+the top windows; ``projected_similar``: the same after a projection that pulls the top windows together;
+``coactive``: a feature of nearly the same decoder direction fires. A ``counterexample`` comes from no corpus:
+it was written to test an explanation."""
 
 
 @dataclass(frozen=True, eq=False)
 class Window:
     """A span of tokens with one feature's activations.
 
-    ``row``: its number in the window table; ``start``: first token kept of that row (above 0 only where a window was centred
-    on a token). ``pieces``: exact text of each token, joined they are the text. ``token_ids`` int32 ``[token]``;
-    ``activations`` float32 ``[token]``, raw SAE units, ≥ 0. ``holistic`` float32 ``[token]``, in the same units: how much the mean activation
-    falls without the token; None where it was not computed.
+    ``row``: its number in the window table; ``start``: first token kept of that row (above 0 only where a
+    window was centred on a token). ``pieces``: exact text of each token, joined they are the text.
+    ``token_ids`` int32 ``[token]``; ``activations`` float32 ``[token]``, raw SAE units, ≥ 0. ``holistic``
+    float32 ``[token]``, in the same units: how much the mean activation falls without the token; None where
+    it was not computed.
     """
 
     row: int
@@ -75,9 +82,12 @@ class Window:
 class FeatureRecord:
     """All examples of one feature, by split and source.
 
-    ``scale``: its largest activation in the corpus; ``density``: share of scored tokens where it fires; ``count``: on how many.
-    ``shortfalls``: for each "split/source" that has fewer windows than were asked for, how many are missing and why.
-    ``holistic``: the method of its windows' holistic activations ("exact", "gradient"), None where there are none.
+    ``scale``: its largest activation in the corpus; ``density``: share of scored tokens where it fires;
+    ``count``: on how many.
+    ``shortfalls``: for each "split/source" that has fewer windows than were asked for, how many are missing
+    and why.
+    ``holistic``: the method of its windows' holistic activations ("exact", "gradient"), None where there are
+    none.
     """
 
     feature: FeatureId
@@ -95,7 +105,9 @@ class FeatureRecord:
         for what, seen in (("document", documents), ("window", rows), ("text", texts)):
             for one, other in combinations(SPLITS, 2):
                 if both := seen[one] & seen[other]:
-                    raise AssertionError(f"{what} {min(both)} of feature {self.feature} is in both {one} and {other}")
+                    raise AssertionError(
+                        f"{what} {min(both)} of feature {self.feature} is in both {one} and {other}"
+                    )
         for split in SPLITS:
             for source in NEGATIVE_SOURCES:
                 windows = self.get(split, source)

@@ -1,4 +1,6 @@
-"""Everything that a run found out about one feature, as it is written to ``results.jsonl`` and drawn in the report."""
+"""Everything that a run found out about one feature, as it is written to ``results.jsonl`` and drawn in the
+report.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from featureinterp.domain.trial import Trial
 
 @dataclass(frozen=True, slots=True)
 class ShownWindow:
-    """A window as a page shows it. ``pieces``, ``activations`` (raw units) and, where it was simulated, ``predicted`` (levels
-    0–5) and ``null_predicted`` (by another feature's explanation) have one entry per token; so has ``holistic`` (raw units)
-    where it was computed."""
+    """A window as a page shows it. ``pieces``, ``activations`` (raw units) and, where it was simulated,
+    ``predicted`` (levels 0–5) and ``null_predicted`` (by another feature's explanation) have one entry per
+    token; so has ``holistic`` (raw units) where it was computed."""
 
     split: str
     source: str
@@ -32,10 +34,12 @@ class ShownWindow:
 
 @dataclass(frozen=True, slots=True)
 class FeatureResult:
-    """One feature of a run. ``explanation`` is None when there is none, and ``failures`` says why. ``baseline``: the top-token
-    list and its scores on the same windows. ``null_of``: the feature whose explanation was the null. ``holistic``: the method of
-    its windows' holistic activations. ``trials``: the explanation, and then what was made of it, on texts that were written to test it; ``revised``: what
-    was made of it last, with its correlation on the main test windows. ``intervention``: what the subject writes when the feature is pushed."""
+    """One feature of a run. ``explanation`` is None when there is none, and ``failures`` says why.
+    ``baseline``: the top-token list and its scores on the same windows. ``null_of``: the feature whose
+    explanation was the null. ``holistic``: the method of its windows' holistic activations. ``trials``: the
+    explanation, and then what was made of it, on texts that were written to test it; ``revised``: what was
+    made of it last, with its correlation on the main test windows. ``intervention``: what the subject writes
+    when the feature is pushed."""
 
     feature: int
     sae: str
@@ -66,7 +70,9 @@ class FeatureResult:
         return next((s for s in self.baseline_scores if s.name == name), None)
 
     def beats_baseline(self, name: str = "correlation") -> bool | None:
-        """Whether the explanation's score is above the top-token baseline's; None when either is undefined."""
+        """Whether the explanation's score is above the top-token baseline's; None when either is
+        undefined.
+        """
         own, floor = self.score(name), self.baseline_score(name)
         if own is None or floor is None or own.value is None or floor.value is None:
             return None
@@ -75,7 +81,17 @@ class FeatureResult:
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable form that :meth:`from_json` reads back to an equal value."""
         out: dict[str, Any] = {
-            name: getattr(self, name) for name in ("feature", "sae", "scale", "density", "count", "null_of", "holistic", "revised_correlation")
+            name: getattr(self, name)
+            for name in (
+                "feature",
+                "sae",
+                "scale",
+                "density",
+                "count",
+                "null_of",
+                "holistic",
+                "revised_correlation",
+            )
         }
         out["explanation"] = self.explanation.to_json() if self.explanation else None
         out["baseline"] = self.baseline.to_json() if self.baseline else None
@@ -107,5 +123,8 @@ class FeatureResult:
 
 
 def _window(value: Mapping[str, Any]) -> ShownWindow:
-    arrays = {n: None if value.get(n) is None else tuple(value[n]) for n in ("pieces", "activations", "predicted", "null_predicted", "holistic")}
+    arrays = {
+        n: None if value.get(n) is None else tuple(value[n])
+        for n in ("pieces", "activations", "predicted", "null_predicted", "holistic")
+    }
     return ShownWindow(**{**value, **arrays})

@@ -21,8 +21,9 @@ class Interval:
 class Score:
     """One figure about one explanation.
 
-    ``value`` is None when the figure is undefined, and ``undefined`` then says why. ``n_scored`` and ``n_failed`` count its
-    parts (windows or questions). ``null``: the same figure for another feature's explanation on the same windows; ``null_failed``: its parts that failed.
+    ``value`` is None when the figure is undefined, and ``undefined`` then says why. ``n_scored`` and
+    ``n_failed`` count its parts (windows or questions). ``null``: the same figure for another feature's
+    explanation on the same windows; ``null_failed``: its parts that failed.
     """
 
     name: str
@@ -47,11 +48,18 @@ class Score:
     @property
     def clear_of_null(self) -> bool:
         """Whether the interval lies above the null's whole interval; False when either is undefined."""
-        return self.interval is not None and self.null_interval is not None and self.interval.low > self.null_interval.high
+        return (
+            self.interval is not None
+            and self.null_interval is not None
+            and self.interval.low > self.null_interval.high
+        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON-serialisable form."""
-        out = {name: getattr(self, name) for name in ("name", "value", "n_scored", "n_failed", "undefined", "null", "null_failed")}
+        out = {
+            name: getattr(self, name)
+            for name in ("name", "value", "n_scored", "n_failed", "undefined", "null", "null_failed")
+        }
         for name in ("interval", "null_interval"):
             interval = getattr(self, name)
             out[name] = None if interval is None else [interval.low, interval.high]
@@ -78,7 +86,9 @@ class Failure:
 
 @dataclass(frozen=True, eq=False)
 class Simulation:
-    """What a simulator made of one window: expected level of every token, float64 ``[token]`` in 0 … 5, or the failure's cause."""
+    """What a simulator made of one window: expected level of every token, float64 ``[token]`` in 0 … 5, or
+    the failure's cause.
+    """
 
     expected: np.ndarray | None
     failure: str | None = None
@@ -90,9 +100,10 @@ class Simulation:
 
 @dataclass(frozen=True, eq=False)
 class Agreement:
-    """Correlation of predictions with true activations over some windows. ``value`` None: undefined, or nothing could be simulated.
-    ``without``, float64 ``[window]``: the same with that window left out, NaN where undefined. ``n_failed``: windows that could not be
-    simulated; they are left out of everything, and NaN in ``without``."""
+    """Correlation of predictions with true activations over some windows. ``value`` None: undefined, or
+    nothing could be simulated. ``without``, float64 ``[window]``: the same with that window left out, NaN
+    where undefined. ``n_failed``: windows that could not be simulated; they are left out of everything, and
+    NaN in ``without``."""
 
     value: float | None
     without: np.ndarray

@@ -12,8 +12,9 @@ from featureinterp.domain.rate import Rate
 
 @dataclass(frozen=True, slots=True)
 class TrialText:
-    """A text that was written about an explanation, or (``alike``) like the feature's own examples. ``fits``: by the explanation it should make the feature
-    fire; a judge says so of what is written like examples. ``pieces`` and ``activations`` (raw SAE units): one entry per token."""
+    """A text that was written about an explanation, or (``alike``) like the feature's own examples. ``fits``:
+    by the explanation it should make the feature fire; a judge says so of what is written like examples.
+    ``pieces`` and ``activations`` (raw SAE units): one entry per token."""
 
     text: str
     fits: bool
@@ -46,12 +47,16 @@ class Trial:
 
     @property
     def precision(self) -> Rate:
-        """Share of the fitting texts on which the feature fires: low when the explanation is too broad, or about something else."""
+        """Share of the fitting texts on which the feature fires: low when the explanation is too broad, or
+        about something else.
+        """
         return Rate(sum(self.fires(t) for t in self.texts if t.fits), sum(t.fits for t in self.texts))
 
     @property
     def recall(self) -> Rate:
-        """Share of the texts on which it fires that fit: low when the explanation is too narrow. Undefined when it fires on none."""
+        """Share of the texts on which it fires that fit: low when the explanation is too narrow. Undefined
+        when it fires on none.
+        """
         firing = [t for t in self.texts if self.fires(t)]
         return Rate(sum(t.fits for t in firing), len(firing))
 
@@ -72,5 +77,8 @@ class Trial:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Trial:
         """Reads what :meth:`to_json` wrote."""
-        texts = tuple(TrialText(text, fits, tuple(pieces), tuple(activations), alike) for text, fits, pieces, activations, alike in value["texts"])
+        texts = tuple(
+            TrialText(text, fits, tuple(pieces), tuple(activations), alike)
+            for text, fits, pieces, activations, alike in value["texts"]
+        )
         return cls(tuple(Rule(*r) for r in value["rules"]), texts, value["threshold"])

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens, wall seconds and money. ``cost_usd`` is None when the price is not known; unknown plus anything is unknown.
+    """Tokens, wall seconds and money. ``cost_usd`` is None when the price is not known; unknown plus anything
+    is unknown.
 
-    ``completion_tokens``: with those of thoughts, which are billed, too. ``cached_tokens``: how many of ``prompt_tokens`` the provider
-    took from its own cache, at their own price. ``estimated``: how many of the requests came without a usable count of tokens, so that
-    theirs is an estimate by the length of the texts.
+    ``completion_tokens``: with those of thoughts, which are billed, too. ``cached_tokens``: how many of
+    ``prompt_tokens`` the provider took from its own cache, at their own price. ``estimated``: how many of the
+    requests came without a usable count of tokens, so that theirs is an estimate by the length of the texts.
     """
 
     requests: int = 0

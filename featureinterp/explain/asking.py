@@ -7,18 +7,27 @@ from dataclasses import replace
 from typing import Generic, NamedTuple, TypeVar
 
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import EndpointRefusedError, LanguageModelError, MalformedReplyError, TruncatedReplyError
+from featureinterp.errors import (
+    EndpointRefusedError,
+    LanguageModelError,
+    MalformedReplyError,
+    TruncatedReplyError,
+)
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Reply, Request
 
 MAX_ATTEMPTS = 3
 RETRY_TEMPERATURE = 0.5
-"""A reply that could not be read is asked for again at least this warm: the same prompt at 0 gives the same reply."""
+"""A reply that could not be read is asked for again at least this warm: the same prompt at 0 gives the same
+reply.
+"""
 Answer = TypeVar("Answer")
 
 
 class Answers(NamedTuple, Generic[Answer]):
-    """What could be read, each with the request that it answers; what it cost; and why there is no more of it."""
+    """What could be read, each with the request that it answers; what it cost; and why there is no more of
+    it.
+    """
 
     found: list[tuple[Answer, Request]]
     usage: Usage
@@ -26,9 +35,9 @@ class Answers(NamedTuple, Generic[Answer]):
 
 
 async def ask(model: LanguageModel, request: Request, read: Callable[[str], Answer]) -> Answers[Answer]:
-    """Up to ``request.n`` answers. Those that are missing, by the endpoint or because ``read`` raised ``MalformedReplyError``, are asked for
-    again with another seed, until three requests have given none; an endpoint that gives one reply at a time is asked as often as needed.
-    What was cut is not asked again.
+    """Up to ``request.n`` answers. Those that are missing, by the endpoint or because ``read`` raised
+    ``MalformedReplyError``, are asked for again with another seed, until three requests have given none; an
+    endpoint that gives one reply at a time is asked as often as needed. What was cut is not asked again.
     Raises what the model raises when there is no answer yet, and ``EndpointRefusedError`` always."""
     found: list[tuple[Answer, Request]] = []
     usage = Usage()
@@ -41,7 +50,8 @@ async def ask(model: LanguageModel, request: Request, read: Callable[[str], Answ
             try:
                 if cut:
                     raise TruncatedReplyError(
-                        f"the reply was cut after {reply.room or request.max_tokens} tokens: give more room with --reply-tokens (reply_tokens of the "
+                        f"the reply was cut after {reply.room or request.max_tokens} tokens: give more "
+                        "room with --reply-tokens (reply_tokens of the "
                         "endpoint), or with --thinking-tokens to a model that thinks"
                     )
                 answers.append(read(text))

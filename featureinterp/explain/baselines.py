@@ -13,14 +13,17 @@ from featureinterp.explain.windows import training_windows
 class TopTokens:
     """Rules from the tokens with the largest mean activation over the training windows, one per token.
 
-    A token's strength is its mean activation on 0–5, at least 1; tokens are compared as they are, case and space included.
+    A token's strength is its mean activation on 0–5, at least 1; tokens are compared as they are, case and
+    space included.
     """
 
     def __init__(self, n_tokens: int = MAX_RULES, n_windows: int = 15) -> None:
         self.n_tokens, self.n_windows = n_tokens, n_windows
 
     async def explain(self, record: FeatureRecord) -> Explanation:
-        """Never fails on a feature that fires in a training window; raises ``InputError`` on one that does not."""
+        """Never fails on a feature that fires in a training window; raises ``InputError`` on one that does
+        not.
+        """
         windows = training_windows(record, self.n_windows)
         total: dict[str, float] = defaultdict(float)
         seen: dict[str, int] = defaultdict(int)
@@ -36,5 +39,10 @@ class TopTokens:
                     seen[piece or "\u200b"] += 1
         means = {piece: total[piece] / seen[piece] for piece in total if total[piece] > 0}
         best = sorted(means, key=lambda piece: -means[piece])[: self.n_tokens]
-        rules = tuple(Rule(json.dumps(piece, ensure_ascii=False), min(5, max(1, round(5 * means[piece] / record.scale)))) for piece in best)
+        rules = tuple(
+            Rule(
+                json.dumps(piece, ensure_ascii=False), min(5, max(1, round(5 * means[piece] / record.scale)))
+            )
+            for piece in best
+        )
         return Explanation(rules, Provenance("top-tokens", examples=tuple(w.row for w in windows)))

@@ -16,11 +16,27 @@ from featureinterp.replies import object_schema
 
 
 class OneShot:
-    """Explains a feature with one request to ``model``; a malformed reply is asked for again, at most three times in all."""
+    """Explains a feature with one request to ``model``; a malformed reply is asked for again, at most three
+    times in all.
+    """
 
-    def __init__(self, model: LanguageModel, style: Style, *, n_windows: int = 10, temperature: float = 0.0, seed: int = 0, max_tokens: int = 300) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        style: Style,
+        *,
+        n_windows: int = 10,
+        temperature: float = 0.0,
+        seed: int = 0,
+        max_tokens: int = 300,
+    ) -> None:
         self.model, self.style = model, style
-        self.n_windows, self.temperature, self.seed, self.max_tokens = n_windows, temperature, seed, max_tokens
+        self.n_windows, self.temperature, self.seed, self.max_tokens = (
+            n_windows,
+            temperature,
+            seed,
+            max_tokens,
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -37,20 +53,34 @@ class OneShot:
         }
 
     async def explain(self, record: FeatureRecord) -> Explanation:
-        """Raises ``MalformedReplyError`` or ``TruncatedReplyError`` after the last attempt, and ``InputError`` without windows."""
+        """Raises ``MalformedReplyError`` or ``TruncatedReplyError`` after the last attempt, and
+        ``InputError`` without windows.
+        """
         answers = await self.samples(record, 1)
         if not answers.found:
             assert answers.error is not None
             raise answers.error
         explanation, request = answers.found[0]
-        provenance = replace(explanation.provenance, usage=answers.usage, temperature=request.temperature, seed=request.seed)
+        provenance = replace(
+            explanation.provenance, usage=answers.usage, temperature=request.temperature, seed=request.seed
+        )
         return replace(explanation, provenance=provenance)
 
     async def samples(self, record: FeatureRecord, n: int) -> Answers[Explanation]:
         """Up to ``n`` explanations, in one request where the endpoint can."""
         windows = training_windows(record, self.n_windows)
         prompt = self.style.prompt
-        provenance = Provenance("one-shot", self.model.name, prompt.name, prompt.hash, self.temperature, self.seed, tuple(w.row for w in windows))
+        provenance = Provenance(
+            "one-shot",
+            self.model.name,
+            prompt.name,
+            prompt.hash,
+            self.temperature,
+            self.seed,
+            tuple(w.row for w in windows),
+        )
         messages = self.style.messages(record, windows)
-        request = Request(messages, self.max_tokens, self.temperature, self.seed, n, object_schema(self.style.fields))
+        request = Request(
+            messages, self.max_tokens, self.temperature, self.seed, n, object_schema(self.style.fields)
+        )
         return await ask(self.model, request, lambda text: self.style.read(text, provenance))

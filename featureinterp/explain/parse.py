@@ -23,7 +23,9 @@ class RuleReply(pydantic.BaseModel):
 
 
 class RulesReply(pydantic.BaseModel):
-    """The reply to the prompt for rules, however many they are: :func:`read_rules` keeps what is asked for."""
+    """The reply to the prompt for rules, however many they are: :func:`read_rules` keeps what is asked
+    for.
+    """
 
     rules: list[RuleReply] = pydantic.Field(min_length=1)
 
@@ -37,8 +39,9 @@ def clean(text: str) -> str:
 
 
 def read_rules(reply: RulesReply, cap: int) -> tuple[tuple[Rule, ...], int]:
-    """The rules, each description once, at most ``cap`` of them, strongest first; and how many of the reply's are not among them: those
-    without a text, of strength 0, said twice, or beyond the cap. Raises ``MalformedReplyError`` when none is left, or one has no strength."""
+    """The rules, each description once, at most ``cap`` of them, strongest first; and how many of the reply's
+    are not among them: those without a text, of strength 0, said twice, or beyond the cap. Raises
+    ``MalformedReplyError`` when none is left, or one has no strength."""
     rules: dict[str, Rule] = {}
     written = [(clean(rule.activates_on or ""), rule.strength) for rule in reply.rules]
     for text, strength in sorted(written, key=lambda r: -(r[1] or 0)):

@@ -46,12 +46,22 @@ class Style(Protocol):
 
 
 class SentenceStyle:
-    """Excerpts with marked tokens, and the tokens that activate most in front; the reply is one phrase. Short prompts.
+    """Excerpts with marked tokens, and the tokens that activate most in front; the reply is one phrase. Short
+    prompts.
 
-    ``causes``: also names the tokens with the largest holistic activations. ``few_shot``: a file with other worked examples.
+    ``causes``: also names the tokens with the largest holistic activations. ``few_shot``: a file with other
+    worked examples.
     """
 
-    def __init__(self, version: str | None = None, *, causes: bool = False, few_shot: Path | None = None, context: int = 12, n_tokens: int = 8) -> None:
+    def __init__(
+        self,
+        version: str | None = None,
+        *,
+        causes: bool = False,
+        few_shot: Path | None = None,
+        context: int = 12,
+        n_tokens: int = 8,
+    ) -> None:
         self.prompt = _load("explain-sentence", version or ("v1" if causes else "v2"), causes, few_shot)
         self.causes, self.context, self.n_tokens = causes, context, n_tokens
 
@@ -62,11 +72,18 @@ class SentenceStyle:
     def messages(self, record: FeatureRecord, windows: tuple[Window, ...]) -> tuple[Message, ...]:
         turns = [Message("system", self.prompt.text("system.txt"))]
         for shot in self.prompt.json(FEW_SHOT):
-            turns.append(Message("user", self._user(shot["tokens"], shot.get("causes", ()), shot["excerpts"])))
+            turns.append(
+                Message("user", self._user(shot["tokens"], shot.get("causes", ()), shot["excerpts"]))
+            )
             turns.append(Message("assistant", _json({"explanation": shot["explanation"]})))
         caused = [listed(t) for t in top_causes(windows, self.n_tokens)] if self.causes else []
         excerpts = [excerpt(w, self.context) for w in windows]
-        return (*turns, Message("user", self._user([listed(t) for t in top_tokens(windows, self.n_tokens)], caused, excerpts)))
+        return (
+            *turns,
+            Message(
+                "user", self._user([listed(t) for t in top_tokens(windows, self.n_tokens)], caused, excerpts)
+            ),
+        )
 
     def _user(self, tokens: Sequence[str], caused: Sequence[str], excerpts: Sequence[str]) -> str:
         return self.prompt.render("user.j2", tokens=tokens, causes=caused, excerpts=excerpts)
@@ -84,10 +101,19 @@ class SentenceStyle:
 class RulesStyle:
     """Windows as lines of token and level; the reply is a list of rules with strengths.
 
-    ``causes``: every window's tokens with a positive holistic activation come after it. ``few_shot``: a file with other worked examples.
+    ``causes``: every window's tokens with a positive holistic activation come after it. ``few_shot``: a file
+    with other worked examples.
     """
 
-    def __init__(self, version: str | None = None, *, rule_cap: int = 5, causes: bool = False, few_shot: Path | None = None, n_tokens: int = 8) -> None:
+    def __init__(
+        self,
+        version: str | None = None,
+        *,
+        rule_cap: int = 5,
+        causes: bool = False,
+        few_shot: Path | None = None,
+        n_tokens: int = 8,
+    ) -> None:
         if not 1 <= rule_cap <= MAX_RULES:
             raise InputError(f"at most {rule_cap} rules is not possible: choose from 1 to {MAX_RULES}")
         self.prompt = _load("explain-rules", version or ("v1" if causes else "v2"), causes, few_shot)
@@ -95,7 +121,9 @@ class RulesStyle:
 
     @property
     def fields(self) -> Mapping[str, Any]:
-        rule = object_schema({"activates_on": {"type": "string"}, "strength": {"type": "integer", "minimum": 0, "maximum": 5}})
+        rule = object_schema(
+            {"activates_on": {"type": "string"}, "strength": {"type": "integer", "minimum": 0, "maximum": 5}}
+        )
         return {"rules": {"type": "array", "items": rule, "minItems": 1, "maxItems": self.rule_cap}}
 
     def messages(self, record: FeatureRecord, windows: tuple[Window, ...]) -> tuple[Message, ...]:
@@ -107,21 +135,33 @@ class RulesStyle:
         lines = [list(zip(w.pieces, record.level(w), strict=True)) for w in windows]
         return (*turns, Message("user", self._user(lines, causes(windows) if self.causes else None)))
 
-    def _user(self, windows: Sequence[Sequence[tuple[str, int]]], caused: Sequence[Sequence[tuple[str, int]]] | None) -> str:
+    def _user(
+        self, windows: Sequence[Sequence[tuple[str, int]]], caused: Sequence[Sequence[tuple[str, int]]] | None
+    ) -> str:
         shown = []
         for number, window in enumerate(windows):
             lines = [(escape(token), level) for token, level in window]
             high = [line for line in lines if line[1] > 0]
             causes = [(escape(token), level) for token, level in caused[number]] if caused is not None else []
-            shown.append({"lines": lines, "repeated": high if len(high) < REPEAT_BELOW * len(lines) else [], "causes": causes})
-        return self.prompt.render("user.j2", windows=shown, tokens=[listed(token) for token in _peaks(windows)[: self.n_tokens]])
+            shown.append(
+                {
+                    "lines": lines,
+                    "repeated": high if len(high) < REPEAT_BELOW * len(lines) else [],
+                    "causes": causes,
+                }
+            )
+        return self.prompt.render(
+            "user.j2", windows=shown, tokens=[listed(token) for token in _peaks(windows)[: self.n_tokens]]
+        )
 
     def read(self, reply: str, provenance: Provenance) -> Explanation:
         rules, left_out = read_rules(parse_reply(reply, RulesReply), self.rule_cap)
         return Explanation(rules, replace(provenance, left_out=left_out))
 
     def write(self, explanation: Explanation) -> dict[str, Any]:
-        return {"rules": [{"activates_on": r.activates_on, "strength": r.strength} for r in explanation.rules]}
+        return {
+            "rules": [{"activates_on": r.activates_on, "strength": r.strength} for r in explanation.rules]
+        }
 
 
 def _peaks(windows: Sequence[Sequence[tuple[str, int]]]) -> list[str]:
@@ -147,7 +187,9 @@ def style(name: str, *, rule_cap: int = 5, causes: bool = False, few_shot: Path 
 
 
 def _load(task: str, version: str, causes: bool, few_shot: Path | None) -> Prompt:
-    """A style's prompt. Raises ``InputError`` when a file of worked examples lacks what the prompt's own have."""
+    """A style's prompt. Raises ``InputError`` when a file of worked examples lacks what the prompt's own
+    have.
+    """
     prompt = load_prompt(f"{task}-causes" if causes else task, version)
     return prompt if few_shot is None else prompt.with_examples(FEW_SHOT, few_shot)
 

@@ -37,10 +37,11 @@ class _Improvement(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class TreeSettings:
-    """How far a search goes. ``roots``: one-shot explanations at the start. At each of ``depth`` levels the best ``width`` explanations on the
-    training split, of those that were not yet, are improved ``branching`` times each. ``stop_at``: the search ends when a training correlation reaches it.
-    ``feedback``: how many of the worst windows are shown. ``negatives``: the kinds of windows that stand beside the top ones, as far as a record has
-    them; ``n_windows`` of each kind."""
+    """How far a search goes. ``roots``: one-shot explanations at the start. At each of ``depth`` levels the
+    best ``width`` explanations on the training split, of those that were not yet, are improved ``branching``
+    times each. ``stop_at``: the search ends when a training correlation reaches it.
+    ``feedback``: how many of the worst windows are shown. ``negatives``: the kinds of windows that stand
+    beside the top ones, as far as a record has them; ``n_windows`` of each kind."""
 
     roots: int = 3
     depth: int = 3
@@ -56,7 +57,9 @@ class TreeSettings:
     def __post_init__(self) -> None:
         for name in ("roots", "width", "branching", "feedback", "n_windows"):
             if getattr(self, name) < 1:
-                raise InputError(f"a tree search with {name} = {getattr(self, name)} is not possible: give at least 1")
+                raise InputError(
+                    f"a tree search with {name} = {getattr(self, name)} is not possible: give at least 1"
+                )
         if self.depth < 0:
             raise InputError(f"a tree search of depth {self.depth} is not possible: give 0 or more")
 
@@ -77,11 +80,12 @@ class _Node:
 
 
 class Tree:
-    """Searches for an explanation: one-shot roots, then levels of improvements on the windows whose predictions are most wrong.
+    """Searches for an explanation: one-shot roots, then levels of improvements on the windows whose
+    predictions are most wrong.
 
-    Simulations of the training split steer the search, those of the validation split choose the answer among all nodes, and the test split is
-    never looked at. ``agree`` compares simulations with the truth. The answer's ``search`` holds every node, its provenance the cost of the whole
-    search.
+    Simulations of the training split steer the search, those of the validation split choose the answer among
+    all nodes, and the test split is never looked at. ``agree`` compares simulations with the truth. The
+    answer's ``search`` holds every node, its provenance the cost of the whole search.
     """
 
     def __init__(
@@ -102,7 +106,14 @@ class Tree:
         self.tree = tree or TreeSettings()
         self.improve_temperature, self.max_tokens = improve_temperature, max_tokens
         self.prompt = load_prompt("improve", version)
-        self.root = OneShot(model, style, n_windows=self.tree.n_windows, temperature=temperature, seed=seed, max_tokens=max_tokens)
+        self.root = OneShot(
+            model,
+            style,
+            n_windows=self.tree.n_windows,
+            temperature=temperature,
+            seed=seed,
+            max_tokens=max_tokens,
+        )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -116,12 +127,14 @@ class Tree:
         }
 
     async def explain(self, record: FeatureRecord) -> Explanation:
-        """Raises what :class:`OneShot` raises when there is not one root, and ``InputError`` without windows to score on."""
+        """Raises what :class:`OneShot` raises when there is not one root, and ``InputError`` without windows
+        to score on.
+        """
         return await _Search(self, record).run()
 
     async def revise(self, record: FeatureRecord, explanation: Explanation) -> Explanation:
-        """One level of improvements of a given explanation, on the record's training windows, counterexamples among them; the best on validation windows,
-        which may be the given one."""
+        """One level of improvements of a given explanation, on the record's training windows, counterexamples
+        among them; the best on validation windows, which may be the given one."""
         return await _Search(self, record).revise(explanation)
 
 
@@ -134,7 +147,10 @@ class _Search:
         self.train = self._windows("train")
         self.valid = self._windows("valid")
         if not any(w.fires for w in self.valid):
-            raise InputError(f"feature {record.feature.index} fires in no validation window: a tree search has nothing to choose by")
+            raise InputError(
+                f"feature {record.feature.index} fires in no validation window: a tree search has nothing "
+                "to choose by"
+            )
         self.nodes: list[_Node] = []
         self.usage = Usage()
         self._known: dict[tuple[tuple[str, int], ...], _Node] = {}
@@ -151,7 +167,11 @@ class _Search:
             assert answers.error is not None
             raise answers.error
         roots = [self._add(None, explanation) for explanation, _ in answers.found]
-        missing = [self._add(None, failure=str(answers.error)) for _ in range(shape.roots - len(roots))] if answers.error else []
+        missing = (
+            [self._add(None, failure=str(answers.error)) for _ in range(shape.roots - len(roots))]
+            if answers.error
+            else []
+        )
         await self._score([*roots, *missing])
         for _ in range(shape.depth):
             chosen = self._best()
@@ -160,7 +180,13 @@ class _Search:
             for node in chosen:
                 node.kept = replace(node.kept, kept=True)
             made = await each(self._improve, chosen)
-            await self._score([self._add(parent, *child) for parent, found in zip(chosen, made, strict=True) for child in found])
+            await self._score(
+                [
+                    self._add(parent, *child)
+                    for parent, found in zip(chosen, made, strict=True)
+                    for child in found
+                ]
+            )
         return self._answer()
 
     async def revise(self, explanation: Explanation) -> Explanation:
@@ -170,15 +196,30 @@ class _Search:
         await self._score([self._add(root, *child) for child in await self._improve(root)])
         return self._answer()
 
-    def _add(self, parent: _Node | None, explanation: Explanation | None = None, improvement: str | None = None, failure: str | None = None) -> _Node:
+    def _add(
+        self,
+        parent: _Node | None,
+        explanation: Explanation | None = None,
+        improvement: str | None = None,
+        failure: str | None = None,
+    ) -> _Node:
         depth = 0 if parent is None else parent.kept.depth + 1
         rules = explanation.rules if explanation else ()
-        kept = SearchNode(len(self.nodes), None if parent is None else parent.kept.number, depth, rules, improvement, failure=failure)
+        kept = SearchNode(
+            len(self.nodes),
+            None if parent is None else parent.kept.number,
+            depth,
+            rules,
+            improvement,
+            failure=failure,
+        )
         self.nodes.append(_Node(kept, explanation))
         return self.nodes[-1]
 
     def _best(self) -> list[_Node]:
-        """The best nodes that were not improved yet, each explanation once; of equals those that are improvements themselves."""
+        """The best nodes that were not improved yet, each explanation once; of equals those that are
+        improvements themselves.
+        """
         fresh = [n for n in self._known.values() if not n.kept.kept]
         return sorted(fresh, key=lambda n: (-n.rank, -n.kept.depth, n.kept.number))[: self.shape.width]
 
@@ -193,7 +234,9 @@ class _Search:
             if node.explanation is not None:
                 same = self._known[_key(node.explanation)]
                 node.train, node.simulations = same.train, same.simulations
-                node.kept = replace(node.kept, train=same.kept.train, valid=same.kept.valid, failure=same.kept.failure)
+                node.kept = replace(
+                    node.kept, train=same.kept.train, valid=same.kept.valid, failure=same.kept.failure
+                )
 
     async def _simulate(self, node: _Node) -> None:
         assert node.explanation is not None
@@ -202,7 +245,11 @@ class _Search:
         node.train = self.tree.agree(self.train, node.simulations)
         valid = self.tree.agree(self.valid, simulations[len(self.train) :])
         failed = [s.failure for s in simulations if s.failure]
-        cause = f"{len(failed)} of {len(simulations)} windows could not be simulated: {failed[0]}" if failed else None
+        cause = (
+            f"{len(failed)} of {len(simulations)} windows could not be simulated: {failed[0]}"
+            if failed
+            else None
+        )
         node.kept = replace(node.kept, train=node.train.value, valid=valid.value, failure=cause)
 
     async def _improve(self, node: _Node) -> list[tuple[Explanation | None, str | None, str | None]]:
@@ -212,8 +259,19 @@ class _Search:
         explanation = node.explanation
         answer = Message("assistant", json.dumps(tree.style.write(explanation), ensure_ascii=False))
         schema = object_schema({"improvement": {"type": "string"}, **tree.style.fields})
-        messages = (*tree.style.messages(self.record, self.shown), answer, Message("user", self._feedback(node)))
-        request = Request(messages, tree.max_tokens, tree.improve_temperature, tree.root.seed + node.kept.number + 1, shape.branching, schema)
+        messages = (
+            *tree.style.messages(self.record, self.shown),
+            answer,
+            Message("user", self._feedback(node)),
+        )
+        request = Request(
+            messages,
+            tree.max_tokens,
+            tree.improve_temperature,
+            tree.root.seed + node.kept.number + 1,
+            shape.branching,
+            schema,
+        )
 
         def read(text: str) -> tuple[Explanation, str]:
             words = " ".join(valid_unicode(parse_reply(text, _Improvement).improvement).split())
@@ -226,11 +284,15 @@ class _Search:
         except LanguageModelError as error:
             return [(None, None, f"{type(error).__name__}: {error}")] * shape.branching
         self.usage += answers.usage
-        found: list[tuple[Explanation | None, str | None, str | None]] = [(e, words, None) for (e, words), _ in answers.found]
+        found: list[tuple[Explanation | None, str | None, str | None]] = [
+            (e, words, None) for (e, words), _ in answers.found
+        ]
         return found + [(None, None, str(answers.error))] * (shape.branching - len(found))
 
     def _feedback(self, node: _Node) -> str:
-        """The worst windows with their texts, and of their tokens those that are predicted or fire, or of a window without any those that are most wrong."""
+        """The worst windows with their texts, and of their tokens those that are predicted or fire, or of a
+        window without any those that are most wrong.
+        """
         scale, rescaled = self.record.scale, _rescaling(self.train, node.simulations, self.record.scale)
         windows = []
         for i in worst(node.train, self.train, node.simulations, scale, self.shape.feedback):
@@ -241,18 +303,33 @@ class _Search:
                 {"token": escape(p), "predicted": x, "true": y, "error": x - y}
                 for p, x, y in zip(window.pieces, predicted.tolist(), true.tolist(), strict=True)
             ]
-            shown = [line for line in lines if max(line["predicted"], line["true"]) >= SHOWN_FROM] or sorted(lines, key=lambda line: -abs(line["error"]))[:3]
+            shown = [line for line in lines if max(line["predicted"], line["true"]) >= SHOWN_FROM] or sorted(
+                lines, key=lambda line: -abs(line["error"])
+            )[:3]
             windows.append({"text": escape(window.text.strip()), "lines": shown})
         cap = getattr(self.tree.style, "rule_cap", None)
         missed, wrong = _mistaken(windows, -1), _mistaken(windows, 1)
-        values = {"score": node.kept.train, "windows": windows, "missed": missed, "wrong": wrong, "rule_cap": cap, "example": self._example()}
+        values = {
+            "score": node.kept.train,
+            "windows": windows,
+            "missed": missed,
+            "wrong": wrong,
+            "rule_cap": cap,
+            "example": self._example(),
+        }
         return self.tree.prompt.render("user.j2", **values)
 
     def _example(self) -> str:
         """A reply in the style's form."""
         shown = self.tree.prompt.json("example.json")
         rules = tuple(Rule(text, strength) for text, strength in shown["rules"])
-        return json.dumps({"improvement": shown["improvement"], **self.tree.style.write(Explanation(rules, Provenance("example")))}, ensure_ascii=False)
+        return json.dumps(
+            {
+                "improvement": shown["improvement"],
+                **self.tree.style.write(Explanation(rules, Provenance("example"))),
+            },
+            ensure_ascii=False,
+        )
 
     def _answer(self) -> Explanation:
         whole = [n for n in self.nodes if n.explanation is not None]
@@ -274,29 +351,60 @@ class _Search:
         return replace(best.explanation, provenance=provenance, search=tuple(n.kept for n in self.nodes))
 
 
-def worst(train: Agreement | None, windows: Sequence[Window], simulations: Sequence[Simulation], scale: float, n: int) -> list[int]:
-    """The ``n`` windows whose removal raises the correlation most, the worst first; where it is undefined, those with the largest error."""
+def worst(
+    train: Agreement | None,
+    windows: Sequence[Window],
+    simulations: Sequence[Simulation],
+    scale: float,
+    n: int,
+) -> list[int]:
+    """The ``n`` windows whose removal raises the correlation most, the worst first; where it is undefined,
+    those with the largest error.
+    """
     usable = [i for i, s in enumerate(simulations) if s.expected is not None]
     if train is not None and train.value is not None:
         gain = np.nan_to_num(train.without, nan=-np.inf)
     else:
         gain = np.array(
-            [0.0 if s.expected is None else np.abs(s.expected - 5 * w.activations / scale).sum() for w, s in zip(windows, simulations, strict=True)]
+            [
+                0.0 if s.expected is None else np.abs(s.expected - 5 * w.activations / scale).sum()
+                for w, s in zip(windows, simulations, strict=True)
+            ]
         )
     return sorted(usable, key=lambda i: (-gain[i], i))[:n]
 
 
 def _mistaken(windows: Sequence[Mapping[str, Any]], sign: int) -> list[str]:
     """Tokens whose error has this sign and is at least 1, the largest first; at most eight."""
-    found = sorted(((sign * line["error"], line["token"]) for w in windows for line in w["lines"] if sign * line["error"] >= 1), key=lambda pair: -pair[0])
-    return [token.replace("|", "\\|") for token in dict.fromkeys(token for _, token in found)][:8]  # they are escaped already
+    found = sorted(
+        (
+            (sign * line["error"], line["token"])
+            for w in windows
+            for line in w["lines"]
+            if sign * line["error"] >= 1
+        ),
+        key=lambda pair: -pair[0],
+    )
+    return [token.replace("|", "\\|") for token in dict.fromkeys(token for _, token in found)][
+        :8
+    ]  # they are escaped already
 
 
-def _rescaling(windows: Sequence[Window], simulations: Sequence[Simulation], scale: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Predictions on the scale of true levels, by least squares over the windows: a simulator may use a part of 0 … 5 only, and all its errors would look
-    alike. As they are where the two do not rise together."""
-    known = [(5 * w.activations / scale, s.expected) for w, s in zip(windows, simulations, strict=True) if s.expected is not None]
-    y, x = (np.concatenate(column) if known else np.zeros(0) for column in zip(*known, strict=True)) if known else (np.zeros(0), np.zeros(0))
+def _rescaling(
+    windows: Sequence[Window], simulations: Sequence[Simulation], scale: float
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Predictions on the scale of true levels, by least squares over the windows: a simulator may use a part
+    of 0 … 5 only, and all its errors would look alike. As they are where the two do not rise together."""
+    known = [
+        (5 * w.activations / scale, s.expected)
+        for w, s in zip(windows, simulations, strict=True)
+        if s.expected is not None
+    ]
+    y, x = (
+        (np.concatenate(column) if known else np.zeros(0) for column in zip(*known, strict=True))
+        if known
+        else (np.zeros(0), np.zeros(0))
+    )
     slope = float(np.cov(x, y, bias=True)[0, 1] / x.var()) if len(x) and x.var() > 0 else 0.0
     if slope <= 0:
         return lambda expected: expected

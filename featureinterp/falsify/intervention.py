@@ -1,4 +1,6 @@
-"""Interventions: the subject writes while a feature's direction is added, and while random directions of the same length are."""
+"""Interventions: the subject writes while a feature's direction is added, and while random directions of the
+same length are.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ OPENINGS = ("I think that", "The most important", "It was a", "There is a")
 
 @dataclass(frozen=True)
 class SteeringSettings:
-    """``doses``: in units of the feature's largest activation in the corpus, so that 1 adds what the feature itself contributes
-    there; 0 is always among them. ``openings``: what texts begin with, one text each.
+    """``doses``: in units of the feature's largest activation in the corpus, so that 1 adds what the feature
+    itself contributes there; 0 is always among them. ``openings``: what texts begin with, one text each.
     ``n_random``: random directions of the same length, as a control. ``max_tokens`` of a text."""
 
     doses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)
@@ -32,18 +34,38 @@ class SteeringSettings:
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
     def __post_init__(self) -> None:
-        if not self.doses or not any(self.doses) or min(self.doses) < 0 or not all(map(math.isfinite, self.doses)):
-            raise InputError("steering needs doses above 0, in units of the feature's largest activation, such as 0.5, 1 and 2")
+        if (
+            not self.doses
+            or not any(self.doses)
+            or min(self.doses) < 0
+            or not all(map(math.isfinite, self.doses))
+        ):
+            raise InputError(
+                "steering needs doses above 0, in units of the feature's largest activation, such as 0.5, "
+                "1 and 2"
+            )
         if not self.openings or not all(o.strip() for o in self.openings):
             raise InputError("steering needs openings, such as 'I think that', for texts to begin with")
         if self.n_random < 1 or self.max_tokens < 1 or not 0 <= self.temperature < math.inf:
-            raise InputError("steering needs at least one random direction and one token, and a temperature of 0 or more")
+            raise InputError(
+                "steering needs at least one random direction and one token, and a temperature of 0 or more"
+            )
 
 
 class Interventions:
-    """Steers ``steerer`` and reads what it writes with ``activator``; ``judge`` says how well each text fits the explanation."""
+    """Steers ``steerer`` and reads what it writes with ``activator``; ``judge`` says how well each text fits
+    the explanation.
+    """
 
-    def __init__(self, steerer: Steerer, activator: Activator, judge: Judge, settings: SteeringSettings | None = None, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        steerer: Steerer,
+        activator: Activator,
+        judge: Judge,
+        settings: SteeringSettings | None = None,
+        *,
+        seed: int = 0,
+    ) -> None:
         self.steerer, self.activator, self.judge = steerer, activator, judge
         self.steering, self.seed = settings or SteeringSettings(), seed
 
@@ -58,7 +80,10 @@ class Interventions:
         """The texts, with the feature's activations when they are read again, and without a judgement."""
         arms: list[tuple[Direction, float, int | None]] = [("none", 0.0, None)]
         for dose in sorted({d for d in self.steering.doses if d > 0}):
-            arms += [("feature", dose, None), *(("random", dose, number) for number in range(self.steering.n_random))]
+            arms += [
+                ("feature", dose, None),
+                *(("random", dose, number) for number in range(self.steering.n_random)),
+            ]
         found = []
         for direction, dose, number in arms:
             texts = await self.steerer.write(
@@ -70,7 +95,9 @@ class Interventions:
                 temperature=self.steering.temperature,
                 seed=self.seed,
             )
-            windows = await self.activator.run(feature, [o + t for o, t in zip(self.steering.openings, texts, strict=True)])
+            windows = await self.activator.run(
+                feature, [o + t for o, t in zip(self.steering.openings, texts, strict=True)]
+            )
             for opening, text, window in zip(self.steering.openings, texts, windows, strict=True):
                 found.append(SteeredText(opening, text, direction, dose, round(window.max_activation, 4)))
         return Intervention(tuple(found))

@@ -1,4 +1,6 @@
-"""Examples in SAEBench's published results: the table that its interpretability evaluation logged of each feature."""
+"""Examples in SAEBench's published results: the table that its interpretability evaluation logged of each
+feature.
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,18 @@ _MARK = re.compile(r"<<(.*?)>>", re.DOTALL)
 
 
 def examples_in(results: Any) -> dict[int, tuple[Example, ...]]:
-    """The examples of every feature in an evaluation's JSON: ``eval_result_unstructured`` maps features to (or lists) objects with ``logs``. Features without
-    a readable table are left out. Raises ``InputError`` when nothing can be read."""
+    """The examples of every feature in an evaluation's JSON: ``eval_result_unstructured`` maps features to
+    (or lists) objects with ``logs``. Features without a readable table are left out. Raises ``InputError``
+    when nothing can be read."""
     found = {}
     for feature, logs in _logs(results):
         if examples := examples_of_log(logs):
             found[feature] = examples
     if not found:
-        raise InputError("the published results hold no table of examples under 'eval_result_unstructured': leave --use-saebench-examples out")
+        raise InputError(
+            "the published results hold no table of examples under 'eval_result_unstructured': leave "
+            "--use-saebench-examples out"
+        )
     return found
 
 
@@ -35,7 +41,9 @@ def _logs(results: Any) -> Iterator[tuple[int, str]]:
     if isinstance(table, Mapping):
         entries: list[tuple[Any, Any]] = list(table.items())
     elif isinstance(table, list):
-        entries = [(e.get("latent", e.get("feature", i)), e) for i, e in enumerate(table) if isinstance(e, Mapping)]
+        entries = [
+            (e.get("latent", e.get("feature", i)), e) for i, e in enumerate(table) if isinstance(e, Mapping)
+        ]
     else:
         entries = []
     for key, entry in entries:
@@ -45,7 +53,9 @@ def _logs(results: Any) -> Iterator[tuple[int, str]]:
 
 
 def examples_of_log(logs: str) -> tuple[Example, ...]:
-    """The rows of the table "Generation phase" (Top act | Sequence), whatever it is drawn with. A line break of the text is a ``↵`` there."""
+    """The rows of the table "Generation phase" (Top act | Sequence), whatever it is drawn with. A line break
+    of the text is a ``↵`` there.
+    """
     lines = logs.splitlines()
     start = next((i for i, line in enumerate(lines) if _PHASE in line.lower()), None)
     if start is None:
@@ -58,6 +68,8 @@ def examples_of_log(logs: str) -> tuple[Example, ...]:
         if row is None:
             continue
         text = row[2].strip(" ").replace(_BREAK, "\n")
-        shown = "".join(f"<<{escape(part)}>>" if i % 2 else escape(part) for i, part in enumerate(_MARK.split(text)))
+        shown = "".join(
+            f"<<{escape(part)}>>" if i % 2 else escape(part) for i, part in enumerate(_MARK.split(text))
+        )
         found.append(Example(without_marks(text), shown, float(row[1]), ()))
     return tuple(found)

@@ -1,8 +1,9 @@
 """Sensitivity: how often a feature fires on new texts that a language model wrote to be like its examples.
 
-The examples are shown without any description, so that it is the feature that is tested and not an explanation of it. Texts are run through subject
-model and SAE exactly as they were written. After Tian et al. 2025, "Measuring sparse autoencoder feature sensitivity"; the control, the
-intervals and the thresholds relative to the feature's scale are this project's.
+The examples are shown without any description, so that it is the feature that is tested and not an
+explanation of it. Texts are run through subject model and SAE exactly as they were written. After Tian et al.
+2025, "Measuring sparse autoencoder feature sensitivity"; the control, the intervals and the thresholds
+relative to the feature's scale are this project's.
 """
 
 from __future__ import annotations
@@ -24,13 +25,16 @@ SHARES = (0.01, 0.1, 0.5)
 MARK_ABOVE = 0.01
 """Tokens are marked whose activation is more than this share of the feature's scale."""
 RELIABLE = 0.9
-"""Features whose own examples fire less often than this when read again as text are left out of the published mean."""
+"""Features whose own examples fire less often than this when read again as text are left out of the published
+mean.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A text from the corpus. ``text``: as it is read again. ``shown``: the same on one line, with active tokens marked. ``activation``: its largest in the
-    corpus. ``tokens``: how it was split into tokens there, where that is known. ``held_out``: not shown to the writer."""
+    """A text from the corpus. ``text``: as it is read again. ``shown``: the same on one line, with active
+    tokens marked. ``activation``: its largest in the corpus. ``tokens``: how it was split into tokens there,
+    where that is known. ``held_out``: not shown to the writer."""
 
     text: str
     shown: str
@@ -41,8 +45,9 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class FeatureSensitivity:
-    """What was found of one feature. ``samples``: the generated texts that were run, as windows; ``originals``: the examples, read again as text, those shown
-    first. ``control``: largest activations of this feature on the texts that were written for feature ``control_of``. ``base_rate``: share of random
+    """What was found of one feature. ``samples``: the generated texts that were run, as windows;
+    ``originals``: the examples, read again as text, those shown first. ``control``: largest activations of
+    this feature on the texts that were written for feature ``control_of``. ``base_rate``: share of random
     spans of the corpus, as long as the generated texts, on which it fires."""
 
     feature: int
@@ -62,8 +67,17 @@ class FeatureSensitivity:
         return rate([w.max_activation for w in self.samples], threshold)
 
     def original_sensitivity(self, threshold: float = THRESHOLD, *, held_out: bool = False) -> Rate:
-        """The same of the examples that were shown (or of those held out), read again as text: what is lost by that alone."""
-        return rate([w.max_activation for e, w in zip(self.examples, self.originals, strict=False) if e.held_out == held_out], threshold)
+        """The same of the examples that were shown (or of those held out), read again as text: what is lost
+        by that alone.
+        """
+        return rate(
+            [
+                w.max_activation
+                for e, w in zip(self.examples, self.originals, strict=False)
+                if e.held_out == held_out
+            ],
+            threshold,
+        )
 
     def control_rate(self, threshold: float = THRESHOLD) -> Rate:
         """The same of texts that were written for another feature."""
@@ -86,8 +100,8 @@ def rate(activations: Sequence[float], threshold: float) -> Rate:
 
 
 def examples_of(record: FeatureRecord, n_top: int, n_weighted: int, half_width: int) -> tuple[Example, ...]:
-    """Examples around the strongest token of top and importance-weighted windows: those of the training split to be shown, those of the test split
-    held out."""
+    """Examples around the strongest token of top and importance-weighted windows: those of the training split
+    to be shown, those of the test split held out."""
     found = []
     for split, held_out in (("train", False), ("test", True)):
         windows = [*record.get(split, "top")[:n_top], *record.get(split, "weighted")[:n_weighted]]  # type: ignore[arg-type]
@@ -104,9 +118,18 @@ def example(window: Window, scale: float, half_width: int, *, held_out: bool = F
     return Example("".join(pieces), shown.strip(), float(activations.max()), pieces, held_out)
 
 
-def base_rate(positions: np.ndarray, lengths: np.ndarray, window: int, sizes: Sequence[int], *, seed: int = 0, n: int = 2000) -> float | None:
-    """Share of ``n`` random spans of the corpus in which the feature fires. ``positions``: of its codes, ascending (row · ``window`` + offset);
-    ``lengths``: of the windows; ``sizes``: how long spans are, drawn from evenly. Spans lie within a window; None without windows or sizes."""
+def base_rate(
+    positions: np.ndarray,
+    lengths: np.ndarray,
+    window: int,
+    sizes: Sequence[int],
+    *,
+    seed: int = 0,
+    n: int = 2000,
+) -> float | None:
+    """Share of ``n`` random spans of the corpus in which the feature fires. ``positions``: of its codes,
+    ascending (row · ``window`` + offset); ``lengths``: of the windows; ``sizes``: how long spans are, drawn
+    from evenly. Spans lie within a window; None without windows or sizes."""
     known = [s for s in sizes if s > 0]
     if not known or not len(lengths):
         return None

@@ -10,7 +10,12 @@ from typing import Any
 
 import pydantic
 
-from featureinterp.errors import EndpointRefusedError, JobStoppedError, LanguageModelError, MalformedReplyError
+from featureinterp.errors import (
+    EndpointRefusedError,
+    JobStoppedError,
+    LanguageModelError,
+    MalformedReplyError,
+)
 from featureinterp.files import valid_unicode
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.types import Message, Reply, Request
@@ -26,7 +31,9 @@ _LINE_NUMBER = re.compile(r"^[ \t]*\(?(\d{1,3})[.)][ \t]+", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request for texts. ``texts``: exactly as the reply holds them. ``reply`` None and ``failure``: what went wrong instead."""
+    """One request for texts. ``texts``: exactly as the reply holds them. ``reply`` None and ``failure``: what
+    went wrong instead.
+    """
 
     system: str
     user: str
@@ -46,7 +53,15 @@ class Call:
 class TextWriter:
     """Asks ``model`` for texts like marked examples. ``per_call``: texts per request."""
 
-    def __init__(self, model: LanguageModel, *, per_call: int = 10, temperature: float = 0.8, version: str = "v1", seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        per_call: int = 10,
+        temperature: float = 0.8,
+        version: str = "v1",
+        seed: int = 0,
+    ) -> None:
         self.model, self.per_call, self.temperature, self.seed = model, per_call, temperature, seed
         self.prompt = load_prompt("write-texts", version)
 
@@ -63,8 +78,9 @@ class TextWriter:
         }
 
     async def write(self, examples: Sequence[str], n: int) -> list[Call]:
-        """Calls until ``n`` texts are there, or until two more calls than should be needed were made; a text counts once, in whichever call it comes. A call
-        that failed is the last, but for one whose reply cannot be read: the next one has another seed."""
+        """Calls until ``n`` texts are there, or until two more calls than should be needed were made; a text
+        counts once, in whichever call it comes. A call that failed is the last, but for one whose reply
+        cannot be read: the next one has another seed."""
         words = max(8, round(sum(len(e.split()) for e in examples) / max(1, len(examples))))
         system = self.prompt.text("system.txt")
         calls: list[Call] = []
@@ -76,8 +92,24 @@ class TextWriter:
             asked = min(self.per_call, missing)
             user = self.prompt.render("user.j2", examples=examples, n=asked, words=words)
             messages = (Message("system", system), *self._shots(), Message("user", user))
-            schema = object_schema({"texts": {"type": "array", "items": {"type": "string"}, "minItems": asked, "maxItems": asked}})
-            request = Request(messages, 200 + asked * max(64, 4 * words), self.temperature, self.seed + number, schema=schema, check=read_texts)
+            schema = object_schema(
+                {
+                    "texts": {
+                        "type": "array",
+                        "items": {"type": "string"},
+                        "minItems": asked,
+                        "maxItems": asked,
+                    }
+                }
+            )
+            request = Request(
+                messages,
+                200 + asked * max(64, 4 * words),
+                self.temperature,
+                self.seed + number,
+                schema=schema,
+                check=read_texts,
+            )
             try:
                 reply = await self.model.complete(request)
                 new = new_texts(read_texts(reply), seen)[:asked]
@@ -94,7 +126,12 @@ class TextWriter:
 
     def _shots(self) -> Iterator[Message]:
         for shot in self.prompt.json("few_shot.json"):
-            yield Message("user", self.prompt.render("user.j2", examples=shot["examples"], n=len(shot["texts"]), words=shot["words"]))
+            yield Message(
+                "user",
+                self.prompt.render(
+                    "user.j2", examples=shot["examples"], n=len(shot["texts"]), words=shot["words"]
+                ),
+            )
             yield Message("assistant", json.dumps({"texts": shot["texts"]}, ensure_ascii=False))
 
 
@@ -103,7 +140,9 @@ class _Written(pydantic.BaseModel):
 
 
 def read_texts(reply: Reply) -> list[str]:
-    """The texts of a reply, without the last one where it was cut. Raises ``MalformedReplyError`` when there is none."""
+    """The texts of a reply, without the last one where it was cut. Raises ``MalformedReplyError`` when there
+    is none.
+    """
     found, cut = _texts(reply.text)
     if reply.truncated[0] or cut:
         found = found[:-1]  # the last one was cut
@@ -113,8 +152,9 @@ def read_texts(reply: Reply) -> list[str]:
 
 
 def parse_texts(reply: str) -> list[str]:
-    """The texts in a reply, exactly as they stand in its JSON, or in its numbered list where it holds no JSON; those that are empty or there twice are left
-    out, and so are the numbers of texts that are numbered in order. Raises ``MalformedReplyError``."""
+    """The texts in a reply, exactly as they stand in its JSON, or in its numbered list where it holds no
+    JSON; those that are empty or there twice are left out, and so are the numbers of texts that are numbered
+    in order. Raises ``MalformedReplyError``."""
     return _texts(reply)[0]
 
 
@@ -131,22 +171,33 @@ def _texts(reply: str) -> tuple[list[str], bool]:
 
 
 def without_numbers(texts: Sequence[str]) -> list[str]:
-    """Texts that are all numbered, in order (``1. …``, ``2) …``), without their numbers; others as they are."""
+    """Texts that are all numbered, in order (``1. …``, ``2) …``), without their numbers; others as they
+    are.
+    """
     found = [_NUMBER.match(text) for text in texts]
     numbers = [int(m[1]) for m in found if m is not None]
-    if len(texts) < 2 or numbers != list(range(numbers[0] if numbers else 0, len(texts) + (numbers[0] if numbers else 0))):
+    if len(texts) < 2 or numbers != list(
+        range(numbers[0] if numbers else 0, len(texts) + (numbers[0] if numbers else 0))
+    ):
         return list(texts)
     return [text[m.end() :] for text, m in zip(texts, found, strict=True) if m is not None]
 
 
 def _numbered_list(answer: str) -> list[str]:
-    """The items of a plain list that is numbered from 1, each up to an empty line; nothing for any other text."""
+    """The items of a plain list that is numbered from 1, each up to an empty line; nothing for any other
+    text.
+    """
     starts = list(_LINE_NUMBER.finditer(answer))
     if "{" in answer or len(starts) < 2 or [int(m[1]) for m in starts] != list(range(1, len(starts) + 1)):
         return []
     ends = [*(m.start() for m in starts[1:]), len(answer)]
-    items = (answer[m.end() : end].strip().split("\n\n")[0].strip() for m, end in zip(starts, ends, strict=True))
-    return [item[1:-1] if len(item) > 1 and item[0] == item[-1] == '"' and '"' not in item[1:-1] else item for item in items]
+    items = (
+        answer[m.end() : end].strip().split("\n\n")[0].strip() for m, end in zip(starts, ends, strict=True)
+    )
+    return [
+        item[1:-1] if len(item) > 1 and item[0] == item[-1] == '"' and '"' not in item[1:-1] else item
+        for item in items
+    ]
 
 
 def same_text(text: str) -> str:
@@ -163,5 +214,7 @@ def new_texts(texts: Sequence[str], known: set[str]) -> list[str]:
 
 
 def without_marks(text: str) -> str:
-    """The text without ``<<`` and ``>>`` around a part of it, which a model may have copied from the examples."""
+    """The text without ``<<`` and ``>>`` around a part of it, which a model may have copied from the
+    examples.
+    """
     return _MARK.sub(r"\1", text)

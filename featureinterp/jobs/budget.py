@@ -37,12 +37,22 @@ class Budget:
 
 
 class Guard:
-    """Called before every request: raises ``BudgetReachedError`` when a limit has been reached. Called with every stage's outcome: raises
-    ``TooManyFailuresError`` when at least 20 stages have run and more than ``max_failure_rate`` of them failed."""
+    """Called before every request: raises ``BudgetReachedError`` when a limit has been reached. Called with
+    every stage's outcome: raises ``TooManyFailuresError`` when at least 20 stages have run and more than
+    ``max_failure_rate`` of them failed."""
 
-    def __init__(self, budget: Budget, usage: Callable[[], Usage], *, max_failure_rate: float = 0.5, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        budget: Budget,
+        usage: Callable[[], Usage],
+        *,
+        max_failure_rate: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         if not 0 < max_failure_rate <= 1:
-            raise InputError(f"a failure rate of {max_failure_rate:g} is not possible: give one above 0 and up to 1")
+            raise InputError(
+                f"a failure rate of {max_failure_rate:g} is not possible: give one above 0 and up to 1"
+            )
         self.budget, self.max_failure_rate = budget, max_failure_rate
         self._usage, self._clock, self._start = usage, clock, clock()
         self._outcomes: Counter[bool] = Counter()
@@ -53,12 +63,17 @@ class Guard:
         budget, used = self.budget, self._usage()
         if budget.usd is not None and used.cost_usd is None:
             raise BudgetReachedError(
-                f"the budget of ${budget.usd:g} cannot be kept: what a reply cost is not known, as its model has no price and it came without a bill"
+                f"the budget of ${budget.usd:g} cannot be kept: what a reply cost is not known, as its "
+                "model has no price and it came without a bill"
             )
         if budget.usd is not None and (used.cost_usd or 0.0) >= budget.usd:
-            raise BudgetReachedError(f"the budget of ${budget.usd:g} is spent (${used.cost_usd:.4f}{estimate(used)})")
+            raise BudgetReachedError(
+                f"the budget of ${budget.usd:g} is spent (${used.cost_usd:.4f}{estimate(used)})"
+            )
         if budget.tokens is not None and used.tokens >= budget.tokens:
-            raise BudgetReachedError(f"the budget of {budget.tokens:,} tokens is spent ({used.tokens:,}{estimate(used)})")
+            raise BudgetReachedError(
+                f"the budget of {budget.tokens:,} tokens is spent ({used.tokens:,}{estimate(used)})"
+            )
         if budget.minutes is not None and self._clock() - self._start >= budget.minutes * 60:
             raise BudgetReachedError(f"the time of {budget.minutes:g} minutes is over")
 
@@ -78,7 +93,10 @@ class Guard:
         n, failed = sum(self._outcomes.values()), self._outcomes[False]
         if n >= FAILURES_COUNT_FROM and failed > self.max_failure_rate * n:
             causes = "; ".join(f"{count} times {cause}" for cause, count in self._causes.most_common(3))
-            raise TooManyFailuresError(f"{failed} of {n} stages failed, more than {self.max_failure_rate:.0%}, so the job stopped: {causes}")
+            raise TooManyFailuresError(
+                f"{failed} of {n} stages failed, more than {self.max_failure_rate:.0%}, so the job "
+                f"stopped: {causes}"
+            )
 
 
 async def check_endpoint(
@@ -89,16 +107,19 @@ async def check_endpoint(
     price: Price | None,
     path: Path,
 ) -> None:
-    """Asks a first small request before any work. A budget in USD needs the model's ``price``, or the bill that this request comes
-    with (OpenRouter's ``usage.cost``); ``path``: where prices belong.
+    """Asks a first small request before any work. A budget in USD needs the model's ``price``, or the bill
+    that this request comes with (OpenRouter's ``usage.cost``); ``path``: where prices belong.
 
-    Raises ``InputError`` where there is neither, and a ``LanguageModelError`` when the endpoint cannot be used.
+    Raises ``InputError`` where there is neither, and a ``LanguageModelError`` when the endpoint cannot be
+    used.
     """
     reply = await check()
     if budget.usd is not None and price is None and reply is not None and reply.usage.cost_usd is None:
         raise InputError(
-            f"a budget in USD needs the price of {model!r}, which is not known, and its endpoint does not say what a reply "
-            f"costs: add [prices.{json.dumps(model)}] with input and output (USD per million tokens) to {path}, or give a "
+            f"a budget in USD needs the price of {model!r}, which is not known, and its endpoint does not "
+            "say what a reply "
+            f"costs: add [prices.{json.dumps(model)}] with input and output (USD per million tokens) to "
+            f"{path}, or give a "
             "budget in tokens or minutes"
         )
 

@@ -1,4 +1,6 @@
-"""Explaining and scoring features: records in, results out, with everything that was paid for kept in a journal."""
+"""Explaining and scoring features: records in, results out, with everything that was paid for kept in a
+journal.
+"""
 
 from __future__ import annotations
 
@@ -51,14 +53,17 @@ FORMAT = 3
 
 
 class ExplainJob:
-    """Explains and scores features. ``judge`` answers detection, fuzzing and complexity questions; ``falsifier`` puts explanations on trial, and ``reviser``
-    improves those that were contradicted; ``interventions`` push the subject along the feature while it writes. None leaves them out.
+    """Explains and scores features. ``judge`` answers detection, fuzzing and complexity questions;
+    ``falsifier`` puts explanations on trial, and ``reviser`` improves those that were contradicted;
+    ``interventions`` push the subject along the feature while it writes. None leaves them out.
 
-    Features are worked on in an order that depends on their indices and the seed alone, so that each can take the next one's explanation
-    as its null, few records are in memory at once, and another list of features changes few nulls. The failure of one feature is a row
-    with its cause and stops nothing; a refused key or model, a spent budget and a failure rate above ``max_failure_rate`` stop the job.
+    Features are worked on in an order that depends on their indices and the seed alone, so that each can take
+    the next one's explanation as its null, few records are in memory at once, and another list of features
+    changes few nulls. The failure of one feature is a row with its cause and stops nothing; a refused key or
+    model, a spent budget and a failure rate above ``max_failure_rate`` stop the job.
 
-    ``source``: what the records come from, as part of the job's key. ``meter``: that of all models, for budget and progress.
+    ``source``: what the records come from, as part of the job's key. ``meter``: that of all models, for
+    budget and progress.
     """
 
     def __init__(
@@ -95,7 +100,11 @@ class ExplainJob:
             asked = [kind(self.judge).prompt.name + kind(self.judge).prompt.hash for on, kind in wanted if on]
         trial: dict[str, Any] = {}
         if self.falsifier is not None:
-            trial["trial"] = [settings_of(self.falsifier), self.falsifier.trial.rounds, self.reviser and settings_of(self.reviser)]
+            trial["trial"] = [
+                settings_of(self.falsifier),
+                self.falsifier.trial.rounds,
+                self.reviser and settings_of(self.reviser),
+            ]
         if self.interventions is not None:
             trial["steering"] = settings_of(self.interventions)
         return {
@@ -137,14 +146,30 @@ class ExplainJob:
         finished = self.journal.finished(self.key)
         status = {f: finished[f] for f in ring if f in finished}
         worked = set(left) - work.worked
-        return Outcome(self.key, status, tuple(f for f in left if f in worked), work.progress(), stopped, work.price_of_the_rest())
+        return Outcome(
+            self.key,
+            status,
+            tuple(f for f in left if f in worked),
+            work.progress(),
+            stopped,
+            work.price_of_the_rest(),
+        )
 
     async def result(self, state: FeatureState) -> FeatureResult:
         """What is known of a feature, as a result."""
         return await anyio.to_thread.run_sync(result_of, state, self.plan, self.document_name)
 
-    async def _stage(self, state: FeatureState, stage: str, depends: Mapping[str, Any], work: Callable[[], Any], provenance: Mapping[str, Any]) -> Any | None:
-        """The journalled value of a stage, or what ``work`` gives now; None when it failed. ``work`` returns (value, why parts of it failed)."""
+    async def _stage(
+        self,
+        state: FeatureState,
+        stage: str,
+        depends: Mapping[str, Any],
+        work: Callable[[], Any],
+        provenance: Mapping[str, Any],
+    ) -> Any | None:
+        """The journalled value of a stage, or what ``work`` gives now; None when it failed. ``work`` returns
+        (value, why parts of it failed).
+        """
         key = content_key({"format": FORMAT, "stage": stage, "record": state.record_key, **depends})
         known = self.journal.get(key)
         if known is not None and known.status == "done":
@@ -156,16 +181,28 @@ class ExplainJob:
                 value, gaps = await work()
             except (EndpointRefusedError, JobStoppedError, StorageError):
                 raise
-            except FeatureInterpError as error:  # what goes wrong with one feature is a row and stops no other; a bug stops the run
+            except (
+                FeatureInterpError
+            ) as error:  # what goes wrong with one feature is a row and stops no other; a bug stops the run
                 failure = Failure(state.record.feature.index, stage, type(error).__name__, str(error))
-                if known is not None:  # with gaps from an earlier run, which is more than nothing and holds their causes
+                if (
+                    known is not None
+                ):  # with gaps from an earlier run, which is more than nothing and holds their causes
                     state.partial = True
                 else:
                     state.failures.append(failure)
                     self.journal.failed(key, failure, usage=spent.usage)
                 self.guard.outcome(failure)
                 return known.value if known is not None else None
-            self.journal.stage(key, state.record.feature.index, stage, value, usage=spent.usage, provenance=provenance, gaps=gaps)
+            self.journal.stage(
+                key,
+                state.record.feature.index,
+                stage,
+                value,
+                usage=spent.usage,
+                provenance=provenance,
+                gaps=gaps,
+            )
         self.guard.outcome(None)
         state.partial = state.partial or bool(gaps)
         return value
@@ -195,7 +232,9 @@ class ExplainJob:
         if self.plan.simulate:
             state.own = await self._simulated(state, "simulate", explanation, self.plan.parts())
             if state.null is not None:
-                state.null_simulated = await self._simulated(state, "simulate-null", state.null.explanation, self.plan.parts())
+                state.null_simulated = await self._simulated(
+                    state, "simulate-null", state.null.explanation, self.plan.parts()
+                )
             state.search = await self._search(state, explanation)
         if self.judge is not None:
             await self._ask(state, explanation, self.judge)
@@ -204,7 +243,9 @@ class ExplainJob:
         if self.interventions is not None:
             await self._steer(state, explanation, self.interventions)
 
-    async def _simulated(self, state: FeatureState, stage: str, explanation: Explanation, parts: Sequence[tuple[Part, int]]) -> dict[Part, list[Simulation]]:
+    async def _simulated(
+        self, state: FeatureState, stage: str, explanation: Explanation, parts: Sequence[tuple[Part, int]]
+    ) -> dict[Part, list[Simulation]]:
         chosen = {part: state.record.get(*part)[:n] for part, n in parts}
         windows = [w for part in chosen.values() for w in part]
 
@@ -228,21 +269,35 @@ class ExplainJob:
         return {part: [next(simulations) for _ in windows] for part, windows in chosen.items()}
 
     async def _search(self, state: FeatureState, explanation: Explanation) -> tuple[SearchNode, ...]:
-        """The nodes of a search with their correlations on the test windows, which the search itself never sees."""
+        """The nodes of a search with their correlations on the test windows, which the search itself never
+        sees.
+        """
         parts = self.plan.main_parts()
         simulated: dict[tuple[Rule, ...], float | None] = {}
 
         async def test(rules: tuple[Rule, ...]) -> None:
             chosen = rules == explanation.rules
-            found = state.own if chosen else await self._simulated(state, "simulate-search-test", replace(explanation, rules=rules), parts)
-            simulations = [(w, s) for part, _ in parts for w, s in zip(state.record.get(*part), found.get(part, ()), strict=False)]
+            found = (
+                state.own
+                if chosen
+                else await self._simulated(
+                    state, "simulate-search-test", replace(explanation, rules=rules), parts
+                )
+            )
+            simulations = [
+                (w, s)
+                for part, _ in parts
+                for w, s in zip(state.record.get(*part), found.get(part, ()), strict=False)
+            ]
             simulated[rules] = agreement([w for w, _ in simulations], [s for _, s in simulations]).value
 
         await each(test, dict.fromkeys(node.rules for node in explanation.search if node.rules))
         return tuple(replace(node, test=simulated.get(node.rules)) for node in explanation.search)
 
     async def _try(self, state: FeatureState, explanation: Explanation, falsifier: Falsifier) -> None:
-        """Explain, falsify, revise: the explanation's trial, and while texts contradict it and rounds are left, a revision and its trial."""
+        """Explain, falsify, revise: the explanation's trial, and while texts contradict it and rounds are
+        left, a revision and its trial.
+        """
         record, rounds = state.record, falsifier.trial.rounds
         settings = settings_of(falsifier)
         for number in range(rounds):
@@ -252,7 +307,9 @@ class ExplainJob:
                 return (await falsifier.run(tried, record)).to_json(), ()
 
             rules = [[r.activates_on, r.strength] for r in tried.rules]
-            value = await self._stage(state, "falsify", {"falsifier": settings, "rules": rules}, trial, settings)
+            value = await self._stage(
+                state, "falsify", {"falsifier": settings, "rules": rules}, trial, settings
+            )
             if value is None:
                 return
             state.trials.append(Trial.from_json(value))
@@ -263,7 +320,11 @@ class ExplainJob:
                 return
             state.revised = revised
             simulated = await self._simulated(state, "simulate-revised", revised, self.plan.main_parts())
-            pairs = [(w, s) for part, _ in self.plan.main_parts() for w, s in zip(record.get(*part), simulated.get(part, ()), strict=False)]
+            pairs = [
+                (w, s)
+                for part, _ in self.plan.main_parts()
+                for w, s in zip(record.get(*part), simulated.get(part, ()), strict=False)
+            ]
             state.revised_correlation = agreement([w for w, _ in pairs], [s for _, s in pairs]).value
 
     async def _revised(self, state: FeatureState, tried: Explanation, reviser: Reviser) -> Explanation | None:
@@ -275,11 +336,17 @@ class ExplainJob:
                 return (await reviser.revise(record, tried)).to_json(), ()
 
         settings = settings_of(reviser)
-        depends = {"reviser": settings, "trials": [t.to_json() for t in state.trials], "rules": [[r.activates_on, r.strength] for r in tried.rules]}
+        depends = {
+            "reviser": settings,
+            "trials": [t.to_json() for t in state.trials],
+            "rules": [[r.activates_on, r.strength] for r in tried.rules],
+        }
         value = await self._stage(state, "revise", depends, revise, settings)
         return Explanation.from_json(value) if value else None
 
-    async def _steer(self, state: FeatureState, explanation: Explanation, interventions: Interventions) -> None:
+    async def _steer(
+        self, state: FeatureState, explanation: Explanation, interventions: Interventions
+    ) -> None:
         """What the subject writes at every dose, and how well it fits the explanation."""
         settings = settings_of(interventions)
 
@@ -296,11 +363,22 @@ class ExplainJob:
             return found.to_json(), ["a text could not be judged" for t in found.texts if t.match is None]
 
         judge_settings = settings_of(interventions.judge)
-        value = await self._stage(state, "steer-judged", {"texts": value, "explanation": explanation.text, "judge": judge_settings}, judge, judge_settings)
+        value = await self._stage(
+            state,
+            "steer-judged",
+            {"texts": value, "explanation": explanation.text, "judge": judge_settings},
+            judge,
+            judge_settings,
+        )
         state.intervention = written if value is None else Intervention.from_json(value)
 
     async def _asked(
-        self, state: FeatureState, stage: str, scorer: Detection | Fuzzing, explanation: Explanation, windows: Sequence[Window]
+        self,
+        state: FeatureState,
+        stage: str,
+        scorer: Detection | Fuzzing,
+        explanation: Explanation,
+        windows: Sequence[Window],
     ) -> list[Score] | None:
         """The scores of a stage of questions; None when it failed."""
 
@@ -311,7 +389,11 @@ class ExplainJob:
                 raise LanguageModelError(f"no question was answered: {failed[0]}")
             return [[v.label, v.said, v.probability, v.failure, v.row] for v in verdicts], failed
 
-        provenance = {"model": scorer.model.name, "prompt": scorer.prompt.name, "prompt_hash": scorer.prompt.hash}
+        provenance = {
+            "model": scorer.model.name,
+            "prompt": scorer.prompt.name,
+            "prompt_hash": scorer.prompt.hash,
+        }
         depends = {
             "text": explanation.text,
             "model": scorer.model.name,
@@ -323,13 +405,18 @@ class ExplainJob:
         if value is None:
             return None
         verdicts = [Verdict(*v) for v in value]
-        return await anyio.to_thread.run_sync(partial(judge, stage.removesuffix("-null"), verdicts, seed=self.plan.seed))
+        return await anyio.to_thread.run_sync(
+            partial(judge, stage.removesuffix("-null"), verdicts, seed=self.plan.seed)
+        )
 
     async def _ask(self, state: FeatureState, explanation: Explanation, judge_model: LanguageModel) -> None:
         """Detection, fuzzing and complexity; each is a stage of its own."""
         record = state.record
         top = record.get("test", "top")[: self.plan.n_test]
-        by_kind = ([w for w in record.get("test", source)[: self.plan.n_test] if not w.fires] for source in self.plan.negatives)
+        by_kind = (
+            [w for w in record.get("test", source)[: self.plan.n_test] if not w.fires]
+            for source in self.plan.negatives
+        )
         silent = [w for of_each in zip_longest(*by_kind) for w in of_each if w is not None][: len(top)]
         for name, wanted, scorer, windows in (
             ("detection", self.plan.detection, Detection(judge_model), (*top, *silent)),
@@ -340,7 +427,11 @@ class ExplainJob:
             scores = await self._asked(state, name, scorer, explanation, windows)
             if scores is None:
                 continue
-            nulls = await self._asked(state, f"{name}-null", scorer, state.null.explanation, windows) if state.null is not None else None
+            nulls = (
+                await self._asked(state, f"{name}-null", scorer, state.null.explanation, windows)
+                if state.null is not None
+                else None
+            )
             state.asked += with_nulls(scores, nulls or [])
         if self.plan.complexity:
             complexity = Complexity(judge_model)
@@ -349,10 +440,20 @@ class ExplainJob:
                 score, ratings, _ = await complexity.run(explanation)
                 if ratings and not any(r is not None for r in ratings):
                     raise LanguageModelError(f"no rule could be rated: {score.undefined}")
-                return {"score": score.to_json(), "ratings": ratings}, ["a rule could not be rated" for r in ratings if r is None]
+                return {"score": score.to_json(), "ratings": ratings}, [
+                    "a rule could not be rated" for r in ratings if r is None
+                ]
 
-            provenance = {"model": judge_model.name, "prompt": complexity.prompt.name, "prompt_hash": complexity.prompt.hash}
-            depends = {"rules": [r.activates_on for r in explanation.rules], "model": judge_model.name, "prompt": complexity.prompt.hash}
+            provenance = {
+                "model": judge_model.name,
+                "prompt": complexity.prompt.name,
+                "prompt_hash": complexity.prompt.hash,
+            }
+            depends = {
+                "rules": [r.activates_on for r in explanation.rules],
+                "model": judge_model.name,
+                "prompt": complexity.prompt.hash,
+            }
             value = await self._stage(state, "complexity", depends, rate, provenance)
             if value is not None:
                 state.asked.append(Score.from_json(value["score"]))
@@ -360,7 +461,9 @@ class ExplainJob:
 
 
 def _scrambled(indices: np.ndarray, seed: int) -> np.ndarray:
-    """Numbers that look random, each from its index and the seed alone (SplitMix64, Steele et al. 2014), uint64 ``[index]``."""
+    """Numbers that look random, each from its index and the seed alone (SplitMix64, Steele et al. 2014),
+    uint64 ``[index]``.
+    """
     z = indices * np.uint64(0x9E3779B97F4A7C15) + np.uint64((seed + 1) * 0xD1B54A32D192ED03 % 2**64)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

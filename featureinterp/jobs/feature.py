@@ -1,4 +1,6 @@
-"""One feature within a job: what is known of it while it is worked on, and the result that is made of that."""
+"""One feature within a job: what is known of it while it is worked on, and the result that is made of
+that.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from featureinterp.domain.score import Failure, Score, Simulation
 from featureinterp.domain.trial import Trial
 from featureinterp.files import content_key
 from featureinterp.jobs.plan import Part, Plan
-from featureinterp.score.correlation import Pairs, correlation, deviation_explained, explained_variance, false_positives
+from featureinterp.score.correlation import (
+    Pairs,
+    correlation,
+    deviation_explained,
+    explained_variance,
+    false_positives,
+)
 from featureinterp.simulate.lexical import Lexical
 
 
@@ -54,7 +62,14 @@ class FeatureState:
         """A hash of the record's windows and activations."""
         record = self.record
         windows = [
-            [split, source, w.row, w.start, np.asarray(w.token_ids).tolist(), np.round(w.activations.astype(float), 4).tolist()]
+            [
+                split,
+                source,
+                w.row,
+                w.start,
+                np.asarray(w.token_ids).tolist(),
+                np.round(w.activations.astype(float), 4).tolist(),
+            ]
             for split, by_source in record.splits.items()
             for source, ws in by_source.items()
             for w in ws
@@ -69,7 +84,9 @@ class FeatureState:
 
 
 def result_of(state: FeatureState, plan: Plan, document_name: Callable[[int], str] = str) -> FeatureResult:
-    """What a job says of a feature: its windows, its explanation, and the scores of what was simulated and asked."""
+    """What a job says of a feature: its windows, its explanation, and the scores of what was simulated and
+    asked.
+    """
     record = state.record
     own = _scores(state, plan, state.own) if state.own else []
     if own and state.null_simulated:
@@ -85,7 +102,9 @@ def result_of(state: FeatureState, plan: Plan, document_name: Callable[[int], st
         density=record.density,
         count=record.count,
         windows=tuple(_shown(state, plan, document_name)),
-        explanation=replace(state.explanation, search=state.search) if state.explanation and state.search else state.explanation,
+        explanation=replace(state.explanation, search=state.search)
+        if state.explanation and state.search
+        else state.explanation,
         scores=(*own, *state.asked, *_trial_scores(state.trials), *_steering_scores(state.intervention)),
         baseline=state.baseline,
         baseline_scores=tuple(baseline),
@@ -112,14 +131,20 @@ def _trial_scores(trials: Sequence[Trial]) -> list[Score]:
         return []
     first = trials[0]
     none = "the feature fires on none of the texts"
-    return [first.precision.score("trial_precision", "no text was written"), first.recall.score("trial_recall", none)]
+    return [
+        first.precision.score("trial_precision", "no text was written"),
+        first.recall.score("trial_recall", none),
+    ]
 
 
 def with_nulls(scores: Sequence[Score], nulls: Sequence[Score]) -> list[Score]:
     """The scores with the nulls' values and intervals, by name."""
     known = {null.name: null for null in nulls}
     found = [(s, known.get(s.name)) for s in scores]
-    return [s if n is None else replace(s, null=n.value, null_interval=n.interval, null_failed=n.n_failed) for s, n in found]
+    return [
+        s if n is None else replace(s, null=n.value, null_interval=n.interval, null_failed=n.n_failed)
+        for s, n in found
+    ]
 
 
 def _scores(state: FeatureState, plan: Plan, simulated: Mapping[Part, list[Simulation]]) -> list[Score]:
@@ -129,16 +154,27 @@ def _scores(state: FeatureState, plan: Plan, simulated: Mapping[Part, list[Simul
 
     main = plan.negatives[0]
     top, valid = pairs(("test", "top")), pairs(("valid", "top"))
-    scores = [correlation(top + pairs(("test", s)), "correlation" if s == main else f"correlation_{s}", seed=plan.seed) for s in plan.negatives]
+    scores = [
+        correlation(
+            top + pairs(("test", s)), "correlation" if s == main else f"correlation_{s}", seed=plan.seed
+        )
+        for s in plan.negatives
+    ]
     fit, test = valid + pairs(("valid", main)), top + pairs(("test", main))
     scores += [explained_variance(fit, test, seed=plan.seed), deviation_explained(fit, test, seed=plan.seed)]
     silent = [s for s in plan.negatives if s.endswith("negative")]
-    return scores + [false_positives(valid, pairs(("test", s)), f"false_positives_{s}", seed=plan.seed) for s in silent]
+    return scores + [
+        false_positives(valid, pairs(("test", s)), f"false_positives_{s}", seed=plan.seed) for s in silent
+    ]
 
 
 def _shown(state: FeatureState, plan: Plan, document_name: Callable[[int], str]) -> list[ShownWindow]:
     record = state.record
-    parts: list[tuple[Part, int]] = [(("train", "top"), plan.n_test), (("train", "weighted"), plan.n_test), *plan.parts()]
+    parts: list[tuple[Part, int]] = [
+        (("train", "top"), plan.n_test),
+        (("train", "weighted"), plan.n_test),
+        *plan.parts(),
+    ]
     shown = []
     for part, n in parts:
         own, null = state.own.get(part, []), state.null_simulated.get(part, [])
@@ -156,11 +192,17 @@ def _shown(state: FeatureState, plan: Plan, document_name: Callable[[int], str])
                     _levels(mine),
                     _levels(other),
                     mine.failure if mine else None,
-                    None if window.holistic is None else tuple(np.round(window.holistic.astype(float), 5).tolist()),
+                    None
+                    if window.holistic is None
+                    else tuple(np.round(window.holistic.astype(float), 5).tolist()),
                 )
             )
     return shown
 
 
 def _levels(simulation: Simulation | None) -> tuple[float, ...] | None:
-    return None if simulation is None or simulation.expected is None else tuple(np.round(simulation.expected, 3).tolist())
+    return (
+        None
+        if simulation is None or simulation.expected is None
+        else tuple(np.round(simulation.expected, 3).tolist())
+    )

@@ -1,4 +1,6 @@
-"""Simulations of a search, kept in the journal, so that a search that was interrupted goes on where it was."""
+"""Simulations of a search, kept in the journal, so that a search that was interrupted goes on where it
+was.
+"""
 
 from __future__ import annotations
 
@@ -56,13 +58,24 @@ class KeptSimulator:
             simulations = await self._simulator.simulate(explanation, windows)
         failed = any(s.expected is None for s in simulations)
         if len(simulations) and not all(s.expected is None for s in simulations):
-            self._journal.stage(key, _FEATURE.get(), STAGE, value_of(simulations), usage=spent.usage, provenance=self.settings, partial=failed)
+            self._journal.stage(
+                key,
+                _FEATURE.get(),
+                STAGE,
+                value_of(simulations),
+                usage=spent.usage,
+                provenance=self.settings,
+                partial=failed,
+            )
         return simulations
 
 
 def value_of(simulations: Sequence[Simulation]) -> list[Any]:
     """Simulations as the journal keeps them."""
-    return [{"failure": s.failure} if s.expected is None else np.round(s.expected, 5).tolist() for s in simulations]
+    return [
+        {"failure": s.failure} if s.expected is None else np.round(s.expected, 5).tolist()
+        for s in simulations
+    ]
 
 
 def simulations_of(value: Sequence[Any]) -> list[Simulation]:

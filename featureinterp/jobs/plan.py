@@ -16,8 +16,9 @@ Part = tuple[SplitName, Source]
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a job is. ``in_flight``: requests under way. ``cost_usd`` None: the price is not known. ``seconds`` since the run began,
-    ``left_s`` until it is likely to end (None: not known yet). ``estimated``: requests whose tokens were not reported, but estimated."""
+    """How far a job is. ``in_flight``: requests under way. ``cost_usd`` None: the price is not known.
+    ``seconds`` since the run began, ``left_s`` until it is likely to end (None: not known yet).
+    ``estimated``: requests whose tokens were not reported, but estimated."""
 
     done: int
     failed: int
@@ -33,7 +34,9 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that a screen may show: ``stage`` ("explained", "scored"), the feature, and how many of ``total`` are through it."""
+    """Something that a screen may show: ``stage`` ("explained", "scored"), the feature, and how many of
+    ``total`` are through it.
+    """
 
     stage: str
     result: FeatureResult
@@ -44,7 +47,9 @@ class Event:
 
 
 class _Former(int):
-    """A value that was read under a field's former name, as :func:`dataclasses.replace` does, which must not overrule the field."""
+    """A value that was read under a field's former name, as :func:`dataclasses.replace` does, which must not
+    overrule the field.
+    """
 
 
 def readable_as(former: str, name: str, kind: type) -> None:
@@ -61,9 +66,10 @@ def is_read(value: object) -> bool:
 class Plan:
     """How explanations are judged.
 
-    ``n_test``, ``n_valid``: windows per source at most. ``negatives``: the kinds of windows that top windows are put beside, each
-    giving a correlation of its own; the first is the main one, and the null and the affine fit use it. ``concurrency``: how many
-    features are worked on at once. ``simulate``: whether explanations are simulated at all.
+    ``n_test``, ``n_valid``: windows per source at most. ``negatives``: the kinds of windows that top windows
+    are put beside, each giving a correlation of its own; the first is the main one, and the null and the
+    affine fit use it. ``concurrency``: how many features are worked on at once. ``simulate``: whether
+    explanations are simulated at all.
     """
 
     n_test: int = 10
@@ -83,7 +89,9 @@ class Plan:
         if concurrency is not None and not is_read(concurrency):
             object.__setattr__(self, "features_at_once", concurrency)
         if self.features_at_once < 1:
-            raise InputError(f"features_at_once = {self.features_at_once} leaves nothing to do: give at least 1")
+            raise InputError(
+                f"features_at_once = {self.features_at_once} leaves nothing to do: give at least 1"
+            )
 
     def parts(self) -> list[tuple[Part, int]]:
         """What is simulated, with the feature's own explanation and with the null's."""
@@ -105,9 +113,10 @@ readable_as("concurrency", "features_at_once", Plan)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run of a job ended. ``status`` of every feature that it is through with ("done", "partial", "failed"), those of earlier
-    runs included; ``left``: the features that it is not through with. ``stopped``: why it ended before it was through. ``price_of_the_rest``: USD that
-    the features left would take, if they cost what those of this run did; None when that is not known."""
+    """How a run of a job ended. ``status`` of every feature that it is through with ("done", "partial",
+    "failed"), those of earlier runs included; ``left``: the features that it is not through with.
+    ``stopped``: why it ended before it was through. ``price_of_the_rest``: USD that the features left would
+    take, if they cost what those of this run did; None when that is not known."""
 
     job: str
     status: Mapping[int, str]

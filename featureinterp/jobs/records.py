@@ -25,7 +25,8 @@ from featureinterp.records.similar import (
 
 
 def parse_features(text: str, store: CodesStore) -> list[int]:
-    """Feature indices from ``A:B`` (B excluded), ``A,B,C``, ``random:N`` (N alive ones) or ``alive``; several joined by commas.
+    """Feature indices from ``A:B`` (B excluded), ``A,B,C``, ``random:N`` (N alive ones) or ``alive``; several
+    joined by commas.
 
     Raises ``InputError`` for another form and ``FeatureRangeError`` for an index outside the dictionary.
     """
@@ -34,7 +35,9 @@ def parse_features(text: str, store: CodesStore) -> list[int]:
         try:
             chosen.update(dict.fromkeys(_features_of(part, store)))
         except ValueError as error:
-            raise InputError(f"{part!r} names no features: write 0:40, 3,17,256, random:20 or alive") from error
+            raise InputError(
+                f"{part!r} names no features: write 0:40, 3,17,256, random:20 or alive"
+            ) from error
     if not chosen:
         raise InputError(f"{text!r} names no features: write 0:40, 3,17,256, random:20 or alive")
     return list(chosen)
@@ -69,7 +72,8 @@ def alive_features(store: CodesStore) -> np.ndarray:
 
 
 def random_features(store: CodesStore, n: int, *, seed: int, min_windows: int = 1) -> list[int]:
-    """``n`` different alive features at random that fire in at least ``min_windows`` windows, in random order.
+    """``n`` different alive features at random that fire in at least ``min_windows`` windows, in random
+    order.
 
     Raises ``InputError`` when there are not as many.
     """
@@ -81,7 +85,10 @@ def random_features(store: CodesStore, n: int, *, seed: int, min_windows: int = 
             chosen.append(index)
             if len(chosen) == n:
                 return chosen
-    raise InputError(f"only {len(chosen)} features fire in at least {min_windows} windows, but {n} were asked for: collect more tokens or ask for fewer")
+    raise InputError(
+        f"only {len(chosen)} features fire in at least {min_windows} windows, but {n} were asked for: "
+        "collect more tokens or ask for fewer"
+    )
 
 
 def build_records(
@@ -94,13 +101,19 @@ def build_records(
     neighbours: Neighbours | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[FeatureRecord]:
-    """Records of ``features``. Windows are embedded when the policy asks for similar ones, once per run folder."""
+    """Records of ``features``. Windows are embedded when the policy asks for similar ones, once per run
+    folder.
+    """
     for index in features:
         store.check_feature(index)
     similar = None
     if policy.embeds:
         folder = run / "embeddings"
-        with owned(folder, "embeddings", waiting=lambda _: None) if os.access(run, os.W_OK) else nullcontext():
-            embeddings = window_embeddings(store.windows, embedder or SentenceEmbedder(), folder, progress=progress)
+        with (
+            owned(folder, "embeddings", waiting=lambda _: None) if os.access(run, os.W_OK) else nullcontext()
+        ):
+            embeddings = window_embeddings(
+                store.windows, embedder or SentenceEmbedder(), folder, progress=progress
+            )
         similar = SimilarWindows(embeddings)
     return RecordBuilder(store, policy, similar, neighbours).build(features)

@@ -12,7 +12,9 @@ from featureinterp.jobs.journal import Journal
 
 
 class KeptResults(Sequence[FeatureResult]):
-    """Results in a journal, in the order of ``features``: those that ``job`` (its key) is through with. They are read when they are asked for."""
+    """Results in a journal, in the order of ``features``: those that ``job`` (its key) is through with. They
+    are read when they are asked for.
+    """
 
     def __init__(self, path: Path, job: str, features: Sequence[int]) -> None:
         self.path, self.job = path, job

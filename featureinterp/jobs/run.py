@@ -49,11 +49,22 @@ from featureinterp.simulate.prompt_logprobs import PromptLogprobs
 from featureinterp.simulate.rated import Rated
 from featureinterp.stored.sums import write_marker
 
-HOLISTIC = {"exact": "exact, every token left out in turn", "gradient": "approximate, gradient times embedding"}
+HOLISTIC = {
+    "exact": "exact, every token left out in turn",
+    "gradient": "approximate, gradient times embedding",
+}
 REHEARSED = 24
 """How many of a job's features a dry run goes through; the rest are taken to be like them."""
 
-JOB_PARTS = ("job.json", "journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm", "results.jsonl", "about.json", "report.html")
+JOB_PARTS = (
+    "job.json",
+    "journal.sqlite",
+    "journal.sqlite-wal",
+    "journal.sqlite-shm",
+    "results.jsonl",
+    "about.json",
+    "report.html",
+)
 """What a job's folder holds that is of its codes; replies are of their requests."""
 
 Steps = Callable[[str, int, int], None]
@@ -61,8 +72,9 @@ Steps = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Local:
-    """What needs a model library: the local simulator of a job, model and tokenizer of a name for a job, a tokenizer alone; what adds holistic
-    activations to the records of a job; which features have the nearest decoder directions; and a job's model and SAE on new texts and as a writer."""
+    """What needs a model library: the local simulator of a job, model and tokenizer of a name for a job, a
+    tokenizer alone; what adds holistic activations to the records of a job; which features have the nearest
+    decoder directions; and a job's model and SAE on new texts and as a writer."""
 
     simulator: Callable[[Job], Simulator]
     load: Callable[[Job, str], tuple[Any, Any]]
@@ -75,7 +87,9 @@ class Local:
 
 @dataclass(frozen=True)
 class Ran:
-    """A run of a job: its outcome, what is known of the features in the order that was asked for, and what a report says above them."""
+    """A run of a job: its outcome, what is known of the features in the order that was asked for, and what a
+    report says above them.
+    """
 
     outcome: Outcome
     results: Sequence[FeatureResult]
@@ -84,8 +98,9 @@ class Ran:
 
 @dataclass(frozen=True)
 class DryRun:
-    """What a job would do. Requests, tokens and USD are estimates for all features that are left, from going through a sample of them with
-    a model that answers at once; what an answer costs is guessed from its form. ``cost_usd`` None: the price is not known."""
+    """What a job would do. Requests, tokens and USD are estimates for all features that are left, from going
+    through a sample of them with a model that answers at once; what an answer costs is guessed from its form.
+    ``cost_usd`` None: the price is not known."""
 
     features: int
     done: int
@@ -111,12 +126,14 @@ async def run_job(
     on_event: Callable[[Event], None] = lambda _: None,
     steps: Steps = lambda *_: None,
 ) -> Ran:
-    """Runs a job as far as it gets. What is in its journal is not done again; a job that is through asks nothing at all. ``retry_failed``: what was
-    answered unusably is asked again. ``replace``: a job on other codes in the folder is deleted, but for its replies. ``write``: is given the outcome
-    while the folder is held.
+    """Runs a job as far as it gets. What is in its journal is not done again; a job that is through asks
+    nothing at all. ``retry_failed``: what was answered unusably is asked again. ``replace``: a job on other
+    codes in the folder is deleted, but for its replies. ``write``: is given the outcome while the folder is
+    held.
 
-    Raises ``InputError`` for what cannot work and a ``LanguageModelError`` when
-    the endpoint cannot be used at all, both before anything is written, and ``FolderInUseError`` when another process works in the folder.
+    Raises ``InputError`` for what cannot work and a ``LanguageModelError`` when the endpoint cannot be used
+    at all, both before anything is written, and ``FolderInUseError`` when another process works in the
+    folder.
     """
     endpoint, features = job.endpoint, _features(job, store)
     config = load_config()
@@ -124,15 +141,26 @@ async def run_job(
     meter = Meter()
     path = job.folder / "journal.sqlite"
     async with AsyncExitStack() as opened:
-        endpoints = [endpoint] if job.judge_endpoint == endpoint else [endpoint, job.judge_endpoint]  # never twice, as each has limits of its own
+        endpoints = (
+            [endpoint] if job.judge_endpoint == endpoint else [endpoint, job.judge_endpoint]
+        )  # never twice, as each has limits of its own
         parts: dict[str, Any] = {"load": partial(local.load, job), "tokenizer": local.tokenizer}
-        stack, *own = [await opened.enter_async_context(open_stack(e, meter, price=config.price(e), **parts)) for e in endpoints]
+        stack, *own = [
+            await opened.enter_async_context(open_stack(e, meter, price=config.price(e), **parts))
+            for e in endpoints
+        ]
         if _asks(job) and not path.exists():
             price = config.price(endpoint)
-            await check_endpoint(stack.check, endpoint.model, budget=job.budget, price=price, path=config.path)
+            await check_endpoint(
+                stack.check, endpoint.model, budget=job.budget, price=price, path=config.path
+            )
         opened.enter_context(owned(job.folder, "explain"))
         claim_job(job, store, replace=replace)
-        with explained_storage(job.folder), Journal(path) as journal, closing(ReplyStore(job.folder / "replies.sqlite")) as replies:
+        with (
+            explained_storage(job.folder),
+            Journal(path) as journal,
+            closing(ReplyStore(job.folder / "replies.sqlite")) as replies,
+        ):
             journal.check()
             replies.check()
             model = stack.model(replies, retry_failed=retry_failed)
@@ -152,7 +180,9 @@ async def run_job(
 
 
 def claim_job(job: Job, store: CodesStore, *, replace: bool = False) -> None:
-    """Claims a job's folder for the codes that it is about. Everything else that a job depends on is part of its journal's keys."""
+    """Claims a job's folder for the codes that it is about. Everything else that a job depends on is part of
+    its journal's keys.
+    """
     asked = {"codes": store.fingerprint}
 
     def earlier() -> dict[str, str] | None:
@@ -163,7 +193,9 @@ def claim_job(job: Job, store: CodesStore, *, replace: bool = False) -> None:
         return asked if run.resolve() == job.run.resolve() else None
 
     about, anew = {"run": str(job.run)}, "'featureinterp explain --replace' (or run)"
-    claim(job.folder, "a job", asked, parts=JOB_PARTS, about=about, replace=replace, earlier=earlier, anew=anew)
+    claim(
+        job.folder, "a job", asked, parts=JOB_PARTS, about=about, replace=replace, earlier=earlier, anew=anew
+    )
 
 
 async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = lambda *_: None) -> DryRun:
@@ -173,9 +205,18 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
     path = job.folder / "journal.sqlite"
     meter = Meter()
     asked = [(e.name, config.price(e)) for e in (endpoint, job.judge_endpoint)]
-    model, judge = (Tallied(Cached(Metered(_Understudy(name), meter, price=price), ReplyStore(None))) for name, price in asked)
+    model, judge = (
+        Tallied(Cached(Metered(_Understudy(name), meter, price=price), ReplyStore(None)))
+        for name, price in asked
+    )
     real = local.simulator
-    local = replace(local, simulator=lambda job: _NoSimulator(real(job)), causes=_no_causes, activator=_no_activator(local), steerer=_no_steerer(local))
+    local = replace(
+        local,
+        simulator=lambda job: _NoSimulator(real(job)),
+        causes=_no_causes,
+        activator=_no_activator(local),
+        steerer=_no_steerer(local),
+    )
     with Journal(path if path.exists() else ":memory:") as journal, Rehearsal(journal) as rehearsal:
         explainer, simulator = _parts(job, model, local, rehearsal)
         tests = _tests(job, store, model, judge, simulator, local, rehearsal)
@@ -186,14 +227,22 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
             await work.run(sample, _records(job, store, local, steps))
     used = meter.usage
     scale = len(left) / len(sample) if sample else 0.0
-    requests, prompt_tokens, completion_tokens = (round(x * scale) for x in (used.requests, used.prompt_tokens, used.completion_tokens))
+    requests, prompt_tokens, completion_tokens = (
+        round(x * scale) for x in (used.requests, used.prompt_tokens, used.completion_tokens)
+    )
     cost = None if used.cost_usd is None else used.cost_usd * scale
-    return DryRun(len(features), len(features) - len(left), len(left), requests, prompt_tokens, completion_tokens, cost)
+    return DryRun(
+        len(features), len(features) - len(left), len(left), requests, prompt_tokens, completion_tokens, cost
+    )
 
 
 def _asks(job: Job) -> bool:
     """Whether a job needs its language model at all."""
-    return job.explainer != "top-tokens" or job.simulator in ("rated", "prompt-logprobs") or not {"score", "falsify", "steer"}.isdisjoint(job.stages)
+    return (
+        job.explainer != "top-tokens"
+        or job.simulator in ("rated", "prompt-logprobs")
+        or not {"score", "falsify", "steer"}.isdisjoint(job.stages)
+    )
 
 
 def _features(job: Job, store: CodesStore) -> list[int]:
@@ -209,19 +258,41 @@ def _parts(job: Job, model: LanguageModel, local: Local, journal: Journal) -> tu
     if job.explainer == "top-tokens":
         return TopTokens(), simulator
     if job.explainer == "tree":
-        return Tree(model, job.form(), KeptSimulator(simulator, journal), agreement, tree=job.tree, seed=job.plan.seed), simulator
+        return Tree(
+            model, job.form(), KeptSimulator(simulator, journal), agreement, tree=job.tree, seed=job.plan.seed
+        ), simulator
     return OneShot(model, job.form()), simulator
 
 
-def _tests(job: Job, store: CodesStore, model: LanguageModel, judge: LanguageModel, simulator: Simulator, local: Local, journal: Journal) -> dict[str, Any]:
-    """What puts explanations on trial, what revises those that fail (one level of a tree search), and what pushes the subject."""
+def _tests(
+    job: Job,
+    store: CodesStore,
+    model: LanguageModel,
+    judge: LanguageModel,
+    simulator: Simulator,
+    local: Local,
+    journal: Journal,
+) -> dict[str, Any]:
+    """What puts explanations on trial, what revises those that fail (one level of a tree search), and what
+    pushes the subject.
+    """
     found: dict[str, Any] = {}
     if "falsify" in job.stages:
         shape = replace(job.tree, roots=1, depth=1, width=1)
-        found["falsifier"] = Falsifier(model, local.activator(job, store), FitJudge(judge), job.trial, seed=job.plan.seed)
-        found["reviser"] = Tree(model, job.form(), KeptSimulator(simulator, journal), agreement, tree=shape, seed=job.plan.seed)
+        found["falsifier"] = Falsifier(
+            model, local.activator(job, store), FitJudge(judge), job.trial, seed=job.plan.seed
+        )
+        found["reviser"] = Tree(
+            model, job.form(), KeptSimulator(simulator, journal), agreement, tree=shape, seed=job.plan.seed
+        )
     if "steer" in job.stages:
-        found["interventions"] = Interventions(local.steerer(job, store), local.activator(job, store), FitJudge(judge), job.steering, seed=job.plan.seed)
+        found["interventions"] = Interventions(
+            local.steerer(job, store),
+            local.activator(job, store),
+            FitJudge(judge),
+            job.steering,
+            seed=job.plan.seed,
+        )
     return found
 
 
@@ -232,13 +303,18 @@ def _simulator(job: Job, model: LanguageModel, local: Local) -> Simulator:
         return Lexical()
     if job.simulator == "prompt-logprobs":
         temperature, chat = job.simulator_temperature, job.simulator_chat
-        return PromptLogprobs(model, lambda: local.tokenizer(_tokenizer_name(job.endpoint)), temperature=temperature, chat=chat)
+        return PromptLogprobs(
+            model, lambda: local.tokenizer(_tokenizer_name(job.endpoint)), temperature=temperature, chat=chat
+        )
     return local.simulator(job)
 
 
 def _tokenizer_name(endpoint: Endpoint) -> str:
     if endpoint.base_url is None:
-        raise InputError("the embedded model's server does not read prompts: use --simulator token-wise, or give an endpoint that does")
+        raise InputError(
+            "the embedded model's server does not read prompts: use --simulator token-wise, or give an "
+            "endpoint that does"
+        )
     return endpoint.tokenizer or endpoint.model
 
 
@@ -282,29 +358,45 @@ def _drawn(job: Job) -> list[Any]:
     return found if job.holistic is None else [*found, job.holistic]
 
 
-def _records(job: Job, store: CodesStore, local: Local, steps: Steps) -> Callable[[Sequence[int]], Iterator[FeatureRecord]]:
+def _records(
+    job: Job, store: CodesStore, local: Local, steps: Steps
+) -> Callable[[Sequence[int]], Iterator[FeatureRecord]]:
     def records(features: Sequence[int]) -> Iterator[FeatureRecord]:
         policy = job.policy
         neighbours = local.neighbours(job, store) if policy.wants("coactive_negative") else None
-        built = build_records(job.run, store, features, policy, neighbours=neighbours, progress=lambda done, total: steps("windows embedded", done, total))
+        built = build_records(
+            job.run,
+            store,
+            features,
+            policy,
+            neighbours=neighbours,
+            progress=lambda done, total: steps("windows embedded", done, total),
+        )
         return built if job.holistic is None else local.causes(job, store)(built)
 
     return records
 
 
 def _no_causes(job: Job, store: CodesStore) -> Callable[[Iterator[FeatureRecord]], Iterator[FeatureRecord]]:
-    """Stands for holistic activations, of prompts that are about as long: every token causes its own activation."""
+    """Stands for holistic activations, of prompts that are about as long: every token causes its own
+    activation.
+    """
 
     def add(records: Iterator[FeatureRecord]) -> Iterator[FeatureRecord]:
         for record in records:
-            train = {s: tuple(replace(w, holistic=w.activations) for w in windows) for s, windows in record.splits.get("train", {}).items()}
+            train = {
+                s: tuple(replace(w, holistic=w.activations) for w in windows)
+                for s, windows in record.splits.get("train", {}).items()
+            }
             yield replace(record, splits={**record.splits, "train": train}, holistic=job.holistic)
 
     return add
 
 
 def _no_activator(local: Local) -> Callable[[Job, CodesStore], Activator]:
-    """Stands for texts through the model: the feature fires on none of them, so that every explanation is revised."""
+    """Stands for texts through the model: the feature fires on none of them, so that every explanation is
+    revised.
+    """
 
     def make(job: Job, store: CodesStore) -> Activator:
         return _NoActivator(local.activator(job, store))
@@ -312,25 +404,41 @@ def _no_activator(local: Local) -> Callable[[Job, CodesStore], Activator]:
     return make
 
 
-def _about(store: CodesStore, job: Job, endpoint: Endpoint, explainer: Explainer, simulator: Simulator, outcome: Outcome) -> dict[str, Any]:
+def _about(
+    store: CodesStore,
+    job: Job,
+    endpoint: Endpoint,
+    explainer: Explainer,
+    simulator: Simulator,
+    outcome: Outcome,
+) -> dict[str, Any]:
     from featureinterp import __version__
 
     meta, n = store.meta, len(outcome.status)
     settings = [getattr(p, "settings", {}) for p in (explainer, simulator)]
     facts = {
         "Subject": f"{meta['model']['name']} ({meta['model']['dtype']})",
-        "SAE": f"{meta['sae']['name']}, {meta['sae']['architecture']}, {store.n_features:,} features at {meta['sae']['hook']}",
-        "Corpus": f"{meta['corpus']['name']}: {store.windows.n_tokens:,} tokens in {len(store.windows):,} windows of {store.windows.length}",
+        "SAE": f"{meta['sae']['name']}, {meta['sae']['architecture']}, {store.n_features:,} features at "
+        f"{meta['sae']['hook']}",
+        "Corpus": f"{meta['corpus']['name']}: {store.windows.n_tokens:,} tokens in {len(store.windows):,} "
+        f"windows of {store.windows.length}",
         "Explainer": job.explainer if job.explainer == "top-tokens" else f"{job.explainer}, {endpoint.model}",
         **({"Holistic activations": HOLISTIC[job.holistic]} if job.holistic else {}),
         "Simulator": _named(job.simulator, settings[1]) if "simulate" in job.stages else "none",
-        "Prompts": ", ".join(f"{s['prompt']} {s['prompt_hash'][:8]}" for s in settings if s.get("prompt")) or "none",
+        "Prompts": ", ".join(f"{s['prompt']} {s['prompt_hash'][:8]}" for s in settings if s.get("prompt"))
+        or "none",
         "Windows judged": f"{job.plan.n_test} of each kind, from documents that the explainer did not see",
-        "Fingerprints": f"model {meta['model']['fingerprint'][:12]}, SAE {meta['sae']['fingerprint'][:12]}, windows {meta['corpus']['windows'][:12]}",
+        "Fingerprints": f"model {meta['model']['fingerprint'][:12]}, SAE "
+        f"{meta['sae']['fingerprint'][:12]}, windows {meta['corpus']['windows'][:12]}",
         "Made with": f"featureinterp {__version__}",
     }
     title = f"{n} feature{'' if n == 1 else 's'} of {meta['model']['name']}"
-    return {"title": title, "subtitle": f"SAE {meta['sae']['name']} at {meta['sae']['hook']}, explained and tested", "facts": facts, "job": outcome.job}
+    return {
+        "title": title,
+        "subtitle": f"SAE {meta['sae']['name']} at {meta['sae']['hook']}, explained and tested",
+        "facts": facts,
+        "job": outcome.job,
+    }
 
 
 def _named(simulator: str, settings: Mapping[str, Any]) -> str:
@@ -353,7 +461,15 @@ class _NoSteerer:
         self.settings = settings_of(real)
 
     async def write(
-        self, feature: int, amount: float, openings: Sequence[str], *, random: int | None = None, max_tokens: int, temperature: float, seed: int
+        self,
+        feature: int,
+        amount: float,
+        openings: Sequence[str],
+        *,
+        random: int | None = None,
+        max_tokens: int,
+        temperature: float,
+        seed: int,
     ) -> list[str]:
         return [f" text {feature} {amount} {random} {i}" + " word" * max_tokens for i in range(len(openings))]
 
@@ -365,7 +481,12 @@ class _NoActivator:
         self.settings = settings_of(real)
 
     async def run(self, feature: FeatureId, texts: Sequence[str]) -> list[Window]:
-        return [Window(i, i, np.zeros(n := len(text.split()), np.int32), tuple(text.split()), np.zeros(n, np.float32)) for i, text in enumerate(texts)]
+        return [
+            Window(
+                i, i, np.zeros(n := len(text.split()), np.int32), tuple(text.split()), np.zeros(n, np.float32)
+            )
+            for i, text in enumerate(texts)
+        ]
 
 
 class _NoSimulator:
@@ -390,7 +511,13 @@ class _Understudy:
         text = json.dumps(self._instance(dict(request.schema))) if request.schema is not None else "Yes"
         prompt = sum(len(m.content.encode()) // 4 + 4 for m in request.messages) + len(request.prompt)
         if request.prompt:
-            return Reply(("",), (False,), Usage(1, len(request.prompt), 1, 0.0, None), ({},), ({"0": -0.1},) * len(request.read_at))
+            return Reply(
+                ("",),
+                (False,),
+                Usage(1, len(request.prompt), 1, 0.0, None),
+                ({},),
+                ({"0": -0.1},) * len(request.read_at),
+            )
         first = {"Yes": -0.1, "No": -2.4, "2": -0.1} if request.top_logprobs else {}
         return Reply((text,), (False,), Usage(1, prompt, max(1, len(text) // 4), 0.0, None), (first,))
 

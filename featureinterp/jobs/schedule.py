@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 NULL_REACH = 8
 """How many of the following features are looked at for an explanation that can be a null."""
 REMEMBERED = 64
-"""Explanations of finished features that are kept in memory; those of others are read from the journal again."""
+"""Explanations of finished features that are kept in memory; those of others are read from the journal again.
+"""
 RecordsOf = Callable[[Sequence[int]], Iterator[FeatureRecord]]
 
 
@@ -73,7 +74,8 @@ class Run:
         try:
             with tally() as self._begun[feature]:
                 await self._work(FeatureState(record))
-        except Exception as error:  # bugs, too: what is in flight is let finish, as it may be paid for, and then they are raised
+        except Exception as error:
+            # Bugs, too: what is in flight is let finish, as it may be paid for, and then they are raised.
             self._give_up(error)
         finally:
             self._backlog.release()
@@ -131,7 +133,9 @@ class Run:
         return None
 
     def _forget(self, feature: int) -> None:
-        """Keeps the explanations of the features that are under way, and of few others: the journal has them."""
+        """Keeps the explanations of the features that are under way, and of few others: the journal has
+        them.
+        """
         self._finished.append(feature)
         if len(self._finished) > REMEMBERED:
             self._explained.pop(self._finished.popleft(), None)
@@ -146,8 +150,14 @@ class Run:
         self.job.on_event(Event(stage, result, done, len(self.left), self.progress(), state.reused))
 
     def price_of_the_rest(self) -> float | None:
-        """USD for what is left: the mean of the features that are through, less what those that were interrupted hold of their answers."""
-        total, held, n = self._spent.cost_usd, sum((t.usage for t in self._begun.values()), Usage()).cost_usd, len(self.worked)
+        """USD for what is left: the mean of the features that are through, less what those that were
+        interrupted hold of their answers.
+        """
+        total, held, n = (
+            self._spent.cost_usd,
+            sum((t.usage for t in self._begun.values()), Usage()).cost_usd,
+            len(self.worked),
+        )
         if total is None or held is None or not n:
             return None
         return max(0.0, total / n * (len(self.left) - n) - held)

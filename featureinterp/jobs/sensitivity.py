@@ -33,9 +33,9 @@ OnFeature = Callable[[FeatureSensitivity, int, int], None]
 
 @dataclass(frozen=True)
 class SensitivityPlan:
-    """``samples``: new texts per feature. ``n_top``, ``n_weighted``: examples that the writer is shown; ``n_held_out``: further ones of each kind that
-    it is not. ``half_width``: tokens of an example on each side of its strongest one. ``features_at_once`` (formerly
-    ``concurrency``)."""
+    """``samples``: new texts per feature. ``n_top``, ``n_weighted``: examples that the writer is shown;
+    ``n_held_out``: further ones of each kind that it is not. ``half_width``: tokens of an example on each
+    side of its strongest one. ``features_at_once`` (formerly ``concurrency``)."""
 
     samples: int = 10
     per_call: int = 10
@@ -56,16 +56,23 @@ class SensitivityPlan:
         for name in ("samples", "per_call", "features_at_once"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)} leaves nothing to do: give at least 1")
-        if self.n_top + self.n_weighted < 1 or min(self.n_top, self.n_weighted, self.n_held_out, self.half_width) < 0:
-            raise InputError("a writer needs at least one example: give positive numbers of top or importance-weighted ones")
+        if (
+            self.n_top + self.n_weighted < 1
+            or min(self.n_top, self.n_weighted, self.n_held_out, self.half_width) < 0
+        ):
+            raise InputError(
+                "a writer needs at least one example: give positive numbers of top or importance-weighted "
+                "ones"
+            )
 
 
 readable_as("concurrency", "features_at_once", SensitivityPlan)
 
 
 class SensitivityJob:
-    """The features of one SAE. ``sae``: its name; ``source``: what the activations depend on (model, SAE), for the journal's keys. ``base_rate`` is given
-    a feature and the lengths of its texts in tokens. ``guard``: the limits of all jobs of a run together."""
+    """The features of one SAE. ``sae``: its name; ``source``: what the activations depend on (model, SAE),
+    for the journal's keys. ``base_rate`` is given a feature and the lengths of its texts in tokens.
+    ``guard``: the limits of all jobs of a run together."""
 
     def __init__(
         self,
@@ -89,9 +96,12 @@ class SensitivityJob:
         self.stopped: JobStoppedError | None = None
 
     async def run(self, features: Sequence[FeatureSensitivity]) -> list[FeatureSensitivity]:
-        """Takes features with their examples and gives them back with texts and activations, as far as it gets: ``stopped`` says why it ended early. What
-        failed has its cause in it. Raises ``EndpointRefusedError`` and ``StorageError``."""
-        number = self.journal.start(content_key({"sensitivity": self.sae, "source": self.source}), len(features))
+        """Takes features with their examples and gives them back with texts and activations, as far as it
+        gets: ``stopped`` says why it ended early. What failed has its cause in it. Raises
+        ``EndpointRefusedError`` and ``StorageError``."""
+        number = self.journal.start(
+            content_key({"sensitivity": self.sae, "source": self.source}), len(features)
+        )
         ended = "interrupted"
         found: dict[int, FeatureSensitivity] = {}
         limit = anyio.Semaphore(self.plan.features_at_once)
@@ -117,7 +127,9 @@ class SensitivityJob:
             for error in broken:
                 if not isinstance(error, JobStoppedError):
                     raise error
-            done = await self._read_all([found[f.feature] for f in features if f.feature in found], len(features))
+            done = await self._read_all(
+                [found[f.feature] for f in features if f.feature in found], len(features)
+            )
             ended = type(self.stopped).__name__ if self.stopped else "done"
             return done
         except Exception as error:
@@ -130,7 +142,12 @@ class SensitivityJob:
         """The feature with texts that were written for it, from the journal where they are there."""
         shown = [e.shown for e in feature.examples if not e.held_out]
         if not shown:
-            failure = Failure(feature.feature, "examples", "InputError", "it fires in no window of the corpus that could be shown")
+            failure = Failure(
+                feature.feature,
+                "examples",
+                "InputError",
+                "it fires in no window of the corpus that could be shown",
+            )
             return replace(feature, failure=failure)
         depends = {"examples": shown, "samples": self.plan.samples, **self.writer.settings}
         key = content_key({"format": FORMAT, "stage": "write-texts", **depends})
@@ -151,12 +168,22 @@ class SensitivityJob:
         if not gaps and len(texts) < self.plan.samples:
             gaps = [f"{len(texts)} of {self.plan.samples} texts came"]
         value = [asdict(c) for c in calls]
-        self.journal.stage(key, feature.feature, "write-texts", value, usage=spent.usage, provenance=self.writer.settings, gaps=gaps)
+        self.journal.stage(
+            key,
+            feature.feature,
+            "write-texts",
+            value,
+            usage=spent.usage,
+            provenance=self.writer.settings,
+            gaps=gaps,
+        )
         self.guard.outcome(None)
         return _with_calls(feature, calls)
 
     async def _read_all(self, features: Sequence[FeatureSensitivity], total: int) -> list[FeatureSensitivity]:
-        """The features with activations: on their own texts, on their examples, and on the texts of the next feature that has any."""
+        """The features with activations: on their own texts, on their examples, and on the texts of the next
+        feature that has any.
+        """
         writers = [f for f in features if f.texts]
         done = []
         for feature in features:
@@ -168,7 +195,9 @@ class SensitivityJob:
             windows = await self._read(feature.feature, texts) if feature.examples else []
             n, m = len(own), len(feature.examples)
             samples = tuple(windows[:n])
-            rate = await anyio.to_thread.run_sync(partial(self.base_rate, feature.feature, [len(w.pieces) for w in samples]))
+            rate = await anyio.to_thread.run_sync(
+                partial(self.base_rate, feature.feature, [len(w.pieces) for w in samples])
+            )
             done.append(
                 replace(
                     feature,
@@ -184,15 +213,29 @@ class SensitivityJob:
 
     async def _read(self, feature: int, texts: Sequence[str]) -> list[Window]:
         """Windows of the texts, from the journal where they are there."""
-        key = content_key({"format": FORMAT, "stage": "read-texts", "source": self.source, "feature": feature, "texts": list(texts)})
+        key = content_key(
+            {
+                "format": FORMAT,
+                "stage": "read-texts",
+                "source": self.source,
+                "feature": feature,
+                "texts": list(texts),
+            }
+        )
         known = self.journal.get(key)
         if known is None:
             windows = await self.activator.run(FeatureId(self.sae, feature), texts)
-            value = [[w.token_ids.tolist(), list(w.pieces), np.round(w.activations.astype(float), 6).tolist()] for w in windows]
+            value = [
+                [w.token_ids.tolist(), list(w.pieces), np.round(w.activations.astype(float), 6).tolist()]
+                for w in windows
+            ]
             self.journal.stage(key, feature, "read-texts", value)
         else:
             value = known.value
-        return [Window(i, i, np.array(ids, np.int32), tuple(pieces), np.array(a, np.float32)) for i, (ids, pieces, a) in enumerate(value)]
+        return [
+            Window(i, i, np.array(ids, np.int32), tuple(pieces), np.array(a, np.float32))
+            for i, (ids, pieces, a) in enumerate(value)
+        ]
 
 
 def _with_calls(feature: FeatureSensitivity, calls: Sequence[Call]) -> FeatureSensitivity:

@@ -36,10 +36,10 @@ Steps = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class SensitivityJobSpec:
-    """What is measured. ``saes``: names, all of ``model``. ``features``: how many alive ones at random, or which (``3,17``, ``0:50``). ``dataset``,
-    ``total_tokens``, ``context_size``: the corpus, about how much of it, and tokens per window. ``examples``: from the corpus, or from the results that
-    SAEBench published. ``text_field``, ``document_separator``: how
-    the corpus is read."""
+    """What is measured. ``saes``: names, all of ``model``. ``features``: how many alive ones at random, or
+    which (``3,17``, ``0:50``). ``dataset``, ``total_tokens``, ``context_size``: the corpus, about how much of
+    it, and tokens per window. ``examples``: from the corpus, or from the results that SAEBench published.
+    ``text_field``, ``document_separator``: how the corpus is read."""
 
     model: str
     saes: tuple[str, ...]
@@ -67,7 +67,9 @@ class SensitivityJobSpec:
         folders = [folder_name(name) for name in self.saes]
         for name, folder in zip(self.saes, folders, strict=True):
             if folders.count(folder) > 1:
-                raise InputError(f"the SAE {name!r} is named twice, or has the same folder as another one: name each once")
+                raise InputError(
+                    f"the SAE {name!r} is named twice, or has the same folder as another one: name each once"
+                )
 
     @property
     def endpoint(self) -> Endpoint:
@@ -77,7 +79,9 @@ class SensitivityJobSpec:
     @property
     def effective_plan(self) -> SensitivityPlan:
         """The plan, with one feature at a time on a model of this machine."""
-        return replace(self.plan, features_at_once=1) if self.endpoint.base_url in (None, LOCAL) else self.plan
+        return (
+            replace(self.plan, features_at_once=1) if self.endpoint.base_url in (None, LOCAL) else self.plan
+        )
 
 
 @dataclass(frozen=True)
@@ -95,9 +99,12 @@ def folder_name(sae: str) -> str:
     return re.sub(r"[^0-9A-Za-z._@-]+", "_", sae).strip("._") or "sae"
 
 
-async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = lambda *_: None, steps: Steps = lambda *_: None) -> AsyncIterator[Measured]:
-    """Measures one SAE after the other. Model and SAEs are checked against each other before anything is computed or paid for; activations of the corpus are
-    computed once for all SAEs at one hook. Raises ``InputError`` for what cannot work, and a ``LanguageModelError`` when the endpoint cannot be used."""
+async def run_sensitivity(
+    spec: SensitivityJobSpec, *, on_feature: OnFeature = lambda *_: None, steps: Steps = lambda *_: None
+) -> AsyncIterator[Measured]:
+    """Measures one SAE after the other. Model and SAEs are checked against each other before anything is
+    computed or paid for; activations of the corpus are computed once for all SAEs at one hook. Raises
+    ``InputError`` for what cannot work, and a ``LanguageModelError`` when the endpoint cannot be used."""
     from featureinterp.codes.activator import TextActivator
     from featureinterp.codes.collect import collect_shared
     from featureinterp.codes.fit import check_fit
@@ -113,7 +120,9 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
     published = [_published(spec, name) for name in spec.saes]
     corpus = None
     if spec.examples == "corpus":
-        corpus = load_corpus(spec.dataset, text_field=spec.text_field, document_separator=spec.document_separator)
+        corpus = load_corpus(
+            spec.dataset, text_field=spec.text_field, document_separator=spec.document_separator
+        )
     policy = WindowPolicy(spec.context_size, min(8, spec.context_size), spec.total_tokens)
     saes = [load_sae(name, device=pick_device(spec.device), steps=steps) for name in spec.saes]
     subject = load_subject(spec.model, device=spec.device, dtype=spec.dtype)
@@ -125,21 +134,39 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
     parts: dict[str, Any] = {"load": partial(load_causal_lm, device=spec.device), "tokenizer": load_tokenizer}
     async with open_stack(endpoint, meter, price=price, **parts) as stack, AsyncExitStack() as held:
         if not (spec.out / "journal.sqlite").exists():
-            await check_endpoint(stack.check, endpoint.model, budget=spec.budget, price=price, path=config.path)
+            await check_endpoint(
+                stack.check, endpoint.model, budget=spec.budget, price=price, path=config.path
+            )
         held.enter_context(owned(spec.out, "sensitivity"))
         if corpus is not None:
             progress = lambda done, total: steps("tokens", done, total)  # noqa: E731 (one line)
             targets = list(zip(saes, folders, strict=True))
             stores: list[CodesStore | None] = list(
-                collect_shared(subject, targets, corpus, policy, value_dtype=spec.value_dtype, progress=progress, replace=spec.replace)
+                collect_shared(
+                    subject,
+                    targets,
+                    corpus,
+                    policy,
+                    value_dtype=spec.value_dtype,
+                    progress=progress,
+                    replace=spec.replace,
+                )
             )
         else:
             stores = [None] * len(saes)
-        with Journal(spec.out / "journal.sqlite") as journal, closing(ReplyStore(spec.out / "replies.sqlite")) as replies:
+        with (
+            Journal(spec.out / "journal.sqlite") as journal,
+            closing(ReplyStore(spec.out / "replies.sqlite")) as replies,
+        ):
             journal.check()
             replies.check()
             plan = spec.effective_plan
-            writer = TextWriter(stack.model(replies, retry_failed=spec.retry_failed), per_call=plan.per_call, temperature=plan.temperature, seed=plan.seed)
+            writer = TextWriter(
+                stack.model(replies, retry_failed=spec.retry_failed),
+                per_call=plan.per_call,
+                temperature=plan.temperature,
+                seed=plan.seed,
+            )
             for sae, folder, store, examples in zip(saes, folders, stores, published, strict=True):
                 job = SensitivityJob(
                     journal,
@@ -155,12 +182,16 @@ async def run_sensitivity(spec: SensitivityJobSpec, *, on_feature: OnFeature = l
                 )
                 wanted = _from_corpus(spec, store) if store is not None else _chosen(spec, examples or {})
                 features = await job.run(wanted)
-                yield Measured(folder, _about(spec, subject, sae, store, writer), tuple(features), job.stopped)
+                yield Measured(
+                    folder, _about(spec, subject, sae, store, writer), tuple(features), job.stopped
+                )
                 if job.stopped is not None:
                     return
 
 
-def _about(spec: SensitivityJobSpec, subject: Subject, sae: LoadedSae, store: CodesStore | None, writer: TextWriter) -> dict[str, Any]:
+def _about(
+    spec: SensitivityJobSpec, subject: Subject, sae: LoadedSae, store: CodesStore | None, writer: TextWriter
+) -> dict[str, Any]:
     """What is known of an SAE and of how it was measured. ``l0``: codes per token of the corpus."""
     settings = writer.settings
     return {
@@ -183,18 +214,28 @@ def _base_rate(store: CodesStore | None, seed: int) -> Callable[[int, Sequence[i
     if store is None:
         return lambda *_: None
     windows = store.windows
-    return lambda feature, sizes: base_rate(store.feature(feature).positions, windows.lengths, windows.length, sizes, seed=seed)
+    return lambda feature, sizes: base_rate(
+        store.feature(feature).positions, windows.lengths, windows.length, sizes, seed=seed
+    )
 
 
 def _from_corpus(spec: SensitivityJobSpec, store: CodesStore) -> list[FeatureSensitivity]:
     """The chosen features with examples from the corpus."""
     plan = spec.plan
-    chosen = random_features(store, spec.features, seed=plan.seed) if isinstance(spec.features, int) else parse_features(spec.features, store)
+    chosen = (
+        random_features(store, spec.features, seed=plan.seed)
+        if isinstance(spec.features, int)
+        else parse_features(spec.features, store)
+    )
     policy = RecordPolicy(
-        {"top": (plan.n_top, 0, plan.n_held_out), "weighted": (plan.n_weighted, 0, plan.n_held_out)}, half_width=plan.half_width, seed=plan.seed
+        {"top": (plan.n_top, 0, plan.n_held_out), "weighted": (plan.n_weighted, 0, plan.n_held_out)},
+        half_width=plan.half_width,
+        seed=plan.seed,
     )
     return [
-        FeatureSensitivity(r.feature.index, r.scale, examples_of(r, plan.n_top, plan.n_weighted, plan.half_width))
+        FeatureSensitivity(
+            r.feature.index, r.scale, examples_of(r, plan.n_top, plan.n_weighted, plan.half_width)
+        )
         for r in RecordBuilder(store, policy).build(chosen)
     ]
 
@@ -217,8 +258,16 @@ def _chosen(spec: SensitivityJobSpec, examples: dict[int, Any]) -> list[FeatureS
         try:
             wanted = [int(part) for part in spec.features.split(",")]
         except ValueError as error:
-            raise InputError(f"{spec.features!r} names no features: with published examples write their numbers, such as 3,17") from error
+            raise InputError(
+                f"{spec.features!r} names no features: with published examples write their numbers, such "
+                "as 3,17"
+            ) from error
         for index in wanted:
             if index not in examples:
-                raise FeatureRangeError(f"feature {index} has no published examples: some that have are {', '.join(map(str, list(examples)[:8]))}")
-    return [FeatureSensitivity(i, max(e.activation for e in examples[i]), tuple(examples[i][:n])) for i in wanted]
+                raise FeatureRangeError(
+                    f"feature {index} has no published examples: some that have are "
+                    f"{', '.join(map(str, list(examples)[:8]))}"
+                )
+    return [
+        FeatureSensitivity(i, max(e.activation for e in examples[i]), tuple(examples[i][:n])) for i in wanted
+    ]

@@ -43,18 +43,21 @@ LOCAL_SIMULATORS = ("token-wise", "all-at-once")
 class Job(pydantic.BaseModel):
     """Which features of which run are explained and judged, by which models, for how much.
 
-    ``run``: folder that ``collect`` wrote. ``features``: ``"0:40"``, ``"3,17"``, ``"random:20"``, ``"alive"`` or indices. ``out``: folder for
-    journal, results and report (``RUN/explain``). ``stages``: ``explain`` is always needed; ``simulate`` adds correlations, ``score`` detection,
-    fuzzing and complexity, ``falsify`` texts that are written to contradict the explanation (``trial`` says how many), and its revision by them,
+    ``run``: folder that ``collect`` wrote. ``features``: ``"0:40"``, ``"3,17"``, ``"random:20"``, ``"alive"``
+    or indices. ``out``: folder for journal, results and report (``RUN/explain``). ``stages``: ``explain`` is
+    always needed; ``simulate`` adds correlations, ``score`` detection, fuzzing and complexity, ``falsify``
+    texts that are written to contradict the explanation (``trial`` says how many), and its revision by them,
     ``steer`` what the subject writes while the feature is pushed (``steering`` says how far).
     ``llm``: an endpoint, the name of one in the configuration file, or None for the embedded model.
-    ``simulator_chat``: the simulator's prompt as turns of a chat; ``simulator_temperature``: sharpens (below 1) its level distribution; the
-    simulator's own when not given.
-    ``few_shot``: a JSON file with worked examples in place of the style's own. ``holistic``: shows the explainer which tokens cause the activations,
-    found by leaving out each in turn ("exact") or by the gradient. ``model``, ``sae``: where the subject and the SAE of the run are found now,
-    for holistic activations and co-active windows; by the names that the run recorded when not given. ``subject_device``: of the subject and the
-    SAE; ``simulator_device``, ``simulator_dtype``: of models of this process that simulate and judge; ``device``: both devices, where they are
-    not named. ``max_failure_rate``: the job stops when more of its stages fail.
+    ``simulator_chat``: the simulator's prompt as turns of a chat; ``simulator_temperature``: sharpens (below
+    1) its level distribution; the simulator's own when not given.
+    ``few_shot``: a JSON file with worked examples in place of the style's own. ``holistic``: shows the
+    explainer which tokens cause the activations, found by leaving out each in turn ("exact") or by the
+    gradient. ``model``, ``sae``: where the subject and the SAE of the run are found now, for holistic
+    activations and co-active windows; by the names that the run recorded when not given. ``subject_device``:
+    of the subject and the SAE; ``simulator_device``, ``simulator_dtype``: of models of this process that
+    simulate and judge; ``device``: both devices, where they are not named. ``max_failure_rate``: the job
+    stops when more of its stages fail.
     """
 
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -107,13 +110,18 @@ class Job(pydantic.BaseModel):
     @pydantic.model_validator(mode="after")
     def _causes_are_shown(self) -> Job:
         if self.holistic is not None and self.explainer == "top-tokens":
-            raise ValueError("top-tokens looks at no causes: leave holistic out, or choose the explainer one-shot or tree")
+            raise ValueError(
+                "top-tokens looks at no causes: leave holistic out, or choose the explainer one-shot or tree"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
     def _chats(self) -> Job:
         if self.simulator_chat and self.simulator not in ("all-at-once", "prompt-logprobs"):
-            raise ValueError(f"the simulator {self.simulator} has no chat form: leave simulator_chat out, or choose the simulator all-at-once")
+            raise ValueError(
+                f"the simulator {self.simulator} has no chat form: leave simulator_chat out, or choose the "
+                "simulator all-at-once"
+            )
         return self
 
     @pydantic.model_validator(mode="after")
@@ -124,11 +132,15 @@ class Job(pydantic.BaseModel):
 
     def form(self) -> Style:
         """The style of explanations. Raises ``InputError`` when the file of worked examples is none."""
-        return style(self.style, rule_cap=self.rule_cap, causes=self.holistic is not None, few_shot=self.few_shot)
+        return style(
+            self.style, rule_cap=self.rule_cap, causes=self.holistic is not None, few_shot=self.few_shot
+        )
 
     @property
     def policy(self) -> RecordPolicy:
-        """The record policy, with enough windows of every kind that the plan judges by and the search learns from."""
+        """The record policy, with enough windows of every kind that the plan judges by and the search learns
+        from.
+        """
         counts = dict(self.records.counts)
 
         def at_least(source: Source, *wanted: int) -> None:
@@ -151,17 +163,23 @@ class Job(pydantic.BaseModel):
 
     @property
     def endpoint(self) -> Endpoint:
-        """The endpoint that is meant. Raises ``UnknownNameError`` for a name that the configuration file lacks."""
+        """The endpoint that is meant. Raises ``UnknownNameError`` for a name that the configuration file
+        lacks.
+        """
         if isinstance(self.llm, str):
             return load_config().endpoint(self.llm)
         return self.llm or Endpoint()
 
     @property
     def judge_endpoint(self) -> Endpoint:
-        """Where the questions of scores go: to the job's endpoint, but to the simulator itself when that is the embedded model in this
-        process, which answers many short questions in one pass."""
+        """Where the questions of scores go: to the job's endpoint, but to the simulator itself when that is
+        the embedded model in this process, which answers many short questions in one pass."""
         endpoint = self.endpoint
-        simulates = "simulate" in self.stages and self.simulator in LOCAL_SIMULATORS and self.simulator_model == endpoint.model
+        simulates = (
+            "simulate" in self.stages
+            and self.simulator in LOCAL_SIMULATORS
+            and self.simulator_model == endpoint.model
+        )
         return replace(endpoint, base_url=LOCAL) if endpoint.base_url is None and simulates else endpoint
 
     @property
@@ -187,8 +205,8 @@ def make_job(**fields: Any) -> Job:
 
 
 def changed(job: Job, **fields: Any) -> Job:
-    """The job with other fields; of a table (``budget``, ``plan``, ``trial``, ``steering`` …) a mapping changes what it names and keeps the
-    rest. Raises ``InputError`` that names the first one that is wrong."""
+    """The job with other fields; of a table (``budget``, ``plan``, ``trial``, ``steering`` …) a mapping
+    changes what it names and keeps the rest. Raises ``InputError`` that names the first one that is wrong."""
     kept = {name: getattr(job, name) for name in type(job).model_fields}
     if fields.get("device") is not None:  # what is named now goes before what the job says
         kept |= {"subject_device": None, "simulator_device": None}
@@ -204,11 +222,16 @@ def job_of(folder: Path) -> Job:
     try:
         return Job.model_validate(read_marker(path, "run 'featureinterp explain' again").value["job"])
     except (StorageError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"the job in {folder} cannot be read ({str(error).splitlines()[0]}): run 'featureinterp explain' again") from error
+        raise InputError(
+            f"the job in {folder} cannot be read ({str(error).splitlines()[0]}): run 'featureinterp "
+            "explain' again"
+        ) from error
 
 
 def load_job(path: Path) -> Job:
-    """A job from a TOML file; relative paths in it start from the file's folder. Raises ``InputError`` that names what is wrong."""
+    """A job from a TOML file; relative paths in it start from the file's folder. Raises ``InputError`` that
+    names what is wrong.
+    """
     try:
         fields = parse_toml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, UnparsedError) as error:

@@ -14,8 +14,9 @@ from featureinterp.stored.sums import described, read_marker
 
 @dataclass(frozen=True)
 class JobStatus:
-    """``wanted``: features of the job; ``done``, ``partial`` (some requests failed), ``failed``, ``left``. ``stages``: per stage and status, how
-    many rows and what they cost. ``causes``: the commonest failures. ``last_run``: how the newest run ended, or that it goes on."""
+    """``wanted``: features of the job; ``done``, ``partial`` (some requests failed), ``failed``, ``left``.
+    ``stages``: per stage and status, how many rows and what they cost. ``causes``: the commonest failures.
+    ``last_run``: how the newest run ended, or that it goes on."""
 
     folder: str
     wanted: int
@@ -33,7 +34,9 @@ class JobStatus:
 
 
 def job_folder(folder: Path) -> Path:
-    """The job's folder: the one that is named, or ``explain`` in it. Raises ``InputError`` when neither holds a job."""
+    """The job's folder: the one that is named, or ``explain`` in it. Raises ``InputError`` when neither holds
+    a job.
+    """
     for place in (folder, folder / "explain"):
         if (place / "job.json").is_file():
             return place
@@ -53,7 +56,17 @@ def job_status(folder: Path) -> JobStatus:
         last = journal.last_run()
         stages, causes = journal.stages(), journal.causes()
     left = len(features) - sum(counts.values())
-    return JobStatus(str(folder), len(features), counts["done"], counts["partial"], counts["failed"], left, _told(last), stages, causes)
+    return JobStatus(
+        str(folder),
+        len(features),
+        counts["done"],
+        counts["partial"],
+        counts["failed"],
+        left,
+        _told(last),
+        stages,
+        causes,
+    )
 
 
 def _told(run: dict[str, Any] | None) -> str:
@@ -63,4 +76,7 @@ def _told(run: dict[str, Any] | None) -> str:
     if run["ended"] is None:
         return f"began {began}; it is under way, or was killed"
     cost = "at a price that is not known" if run["cost_usd"] is None else f"for ${run['cost_usd']:.4f}"
-    return f"began {began}, ended as {run['outcome']} after {run['ended'] - run['started']:.0f} s and {run['requests']:,} requests {cost}"
+    return (
+        f"began {began}, ended as {run['outcome']} after {run['ended'] - run['started']:.0f} s and "
+        f"{run['requests']:,} requests {cost}"
+    )

@@ -1,1 +1,3 @@
-"""Calls to language models: one adapter for every OpenAI-compatible endpoint, wrappers around it, and a local server."""
+"""Calls to language models: one adapter for every OpenAI-compatible endpoint, wrappers around it, and a local
+server.
+"""

@@ -1,4 +1,6 @@
-"""Reading a completion: its choices, what each ended by, and what it cost; whole, or collected from a stream."""
+"""Reading a completion: its choices, what each ended by, and what it cost; whole, or collected from a
+stream.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Choice(NamedTuple):
 
 
 def text_of(content: Any) -> str:
-    """A message's content as text: a text, parts of one (OpenAI, Anthropic, Mistral), or nothing. Parts that are thoughts are none of it."""
+    """A message's content as text: a text, parts of one (OpenAI, Anthropic, Mistral), or nothing. Parts that
+    are thoughts are none of it.
+    """
     if isinstance(content, str):
         return content
     if isinstance(content, Mapping):
@@ -44,26 +48,38 @@ def text_of(content: Any) -> str:
 
 
 def thought_of(message: Mapping[str, Any]) -> int:
-    """How many characters of thoughts a message shows: ``reasoning_content`` (DeepSeek, vLLM, SGLang, llama.cpp), ``reasoning`` (OpenRouter, Groq,
-    Ollama), ``thinking``, or parts of that type (Mistral)."""
-    found = max(len(str(message.get(name) or "")) for name in ("reasoning_content", "reasoning", "thinking", "reasoning_details"))
+    """How many characters of thoughts a message shows: ``reasoning_content`` (DeepSeek, vLLM, SGLang,
+    llama.cpp), ``reasoning`` (OpenRouter, Groq, Ollama), ``thinking``, or parts of that type (Mistral)."""
+    found = max(
+        len(str(message.get(name) or ""))
+        for name in ("reasoning_content", "reasoning", "thinking", "reasoning_details")
+    )
     content = message.get("content")
     if isinstance(content, list):
         kinds = ("thinking", "reasoning")
-        found = max(found, sum(len(str(p)) for p in content if isinstance(p, Mapping) and p.get("type") in kinds))
+        found = max(
+            found, sum(len(str(p)) for p in content if isinstance(p, Mapping) and p.get("type") in kinds)
+        )
     return found
 
 
 def read_choices(completion: Any, where: str) -> list[Choice]:
-    """The choices of a completion; empty where there are none. Raises ``MalformedReplyError`` for what is no completion."""
+    """The choices of a completion; empty where there are none. Raises ``MalformedReplyError`` for what is no
+    completion.
+    """
     choices = completion.get("choices") if isinstance(completion, dict) else None
     if not isinstance(completion, dict) or not isinstance(choices, list | None):
-        raise MalformedReplyError(f"{where} answered in another form than OpenAI's: is it an OpenAI-compatible endpoint?")
+        raise MalformedReplyError(
+            f"{where} answered in another form than OpenAI's: is it an OpenAI-compatible endpoint?"
+        )
     try:
         return [_choice(choice) for choice in choices or ()]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {error}"[:100]
-        raise MalformedReplyError(f"{where} answered in another form than OpenAI's ({problem}): is it an OpenAI-compatible endpoint?") from None
+        raise MalformedReplyError(
+            f"{where} answered in another form than OpenAI's ({problem}): is it an OpenAI-compatible "
+            "endpoint?"
+        ) from None
 
 
 def _choice(choice: Mapping[str, Any]) -> Choice:
@@ -74,30 +90,56 @@ def _choice(choice: Mapping[str, Any]) -> Choice:
     text = text_of(message.get("content"))
     reason = choice.get("finish_reason") or choice.get("native_finish_reason")
     refusal = message.get("refusal")
-    return Choice(text, end_of(reason), str(reason), answer_tokens(tokens, text), thought_of(message), refusal if isinstance(refusal, str) else "")
+    return Choice(
+        text,
+        end_of(reason),
+        str(reason),
+        answer_tokens(tokens, text),
+        thought_of(message),
+        refusal if isinstance(refusal, str) else "",
+    )
 
 
 def reply_of(choices: list[Choice], usage: Usage, where: str) -> Reply:
-    """The reply from the choices that say something. A refusal or a filter that leaves none of them is kept as the reply's ``refused``.
-    Raises ``EndpointUnavailableError`` for one that broke off and ``MalformedReplyError`` for one that only thought or called a tool."""
+    """The reply from the choices that say something. A refusal or a filter that leaves none of them is kept
+    as the reply's ``refused``. Raises ``EndpointUnavailableError`` for one that broke off and
+    ``MalformedReplyError`` for one that only thought or called a tool."""
     good = [c for c in choices if c.end in ("whole", "cut") and not c.refusal]
     if not good:
         broken = next((c for c in choices if c.end == "broken"), None)
         if broken is not None:
-            raise _billed(EndpointUnavailableError(f"the endpoint {where} broke its reply off ({broken.reason}): try again later"), usage)
+            raise _billed(
+                EndpointUnavailableError(
+                    f"the endpoint {where} broke its reply off ({broken.reason}): try again later"
+                ),
+                usage,
+            )
         first = choices[0]
-        cause = f"the model refuses to answer: {' '.join(first.refusal.split())[:200]!r}" if first.refusal else f"a filter held the reply back ({first.reason})"
+        cause = (
+            f"the model refuses to answer: {' '.join(first.refusal.split())[:200]!r}"
+            if first.refusal
+            else f"a filter held the reply back ({first.reason})"
+        )
         return Reply(("",), (False,), usage, ({},), refused=cause)
     if all(not c.text.strip() and c.end == "whole" for c in good):
         if any(c.thought for c in good):
-            why = "holds thoughts and no answer: give the model more room with --thinking-tokens, or switch its thinking off (docs/endpoints.md)"
+            why = (
+                "holds thoughts and no answer: give the model more room with --thinking-tokens, or "
+                "switch its thinking off (docs/endpoints.md)"
+            )
         elif any(c.reason in ("tool_calls", "function_call", "tool_use") for c in good):
             why = "calls a tool, and none was offered: choose another model"
         else:
             why = "is empty"
         raise _billed(MalformedReplyError(f"the reply of {where} {why}"), usage)
     heads = tuple(dict(c.tokens[0][1]) if c.tokens else {} for c in good)
-    return Reply(tuple(c.text for c in good), tuple(c.end == "cut" for c in good), usage, heads, tokens=tuple(c.tokens for c in good))
+    return Reply(
+        tuple(c.text for c in good),
+        tuple(c.end == "cut" for c in good),
+        usage,
+        heads,
+        tokens=tuple(c.tokens for c in good),
+    )
 
 
 def _billed(error: Any, usage: Usage) -> Any:
@@ -119,7 +161,11 @@ def whole_characters(value: Any) -> Any:
         return valid_unicode(value)
     if isinstance(value, list):
         return [whole_characters(v) for v in value]
-    return {valid_unicode(k): whole_characters(v) for k, v in value.items()} if isinstance(value, dict) else value
+    return (
+        {valid_unicode(k): whole_characters(v) for k, v in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def is_stream(content_type: str, body: bytes) -> bool:
@@ -128,8 +174,9 @@ def is_stream(content_type: str, body: bytes) -> bool:
 
 
 def collect(body: bytes, *, read: Callable[[bytes], Any] = json.loads) -> Any:
-    """A completion from the pieces of a stream, of all its choices; an error that comes as a piece is returned as it is. Raises ``ValueError``
-    when the stream broke off: no piece says why it ended and there is no ``[DONE]``."""
+    """A completion from the pieces of a stream, of all its choices; an error that comes as a piece is
+    returned as it is. Raises ``ValueError`` when the stream broke off: no piece says why it ended and there
+    is no ``[DONE]``."""
     choices: dict[int, dict[str, Any]] = {}
     whole: dict[str, Any] = {}
     done = False
@@ -145,7 +192,11 @@ def collect(body: bytes, *, read: Callable[[bytes], Any] = json.loads) -> Any:
             continue
         if piece.get("error"):
             return piece
-        whole |= {name: value for name, value in piece.items() if name not in ("choices", "usage") and value is not None}
+        whole |= {
+            name: value
+            for name, value in piece.items()
+            if name not in ("choices", "usage") and value is not None
+        }
         if isinstance(piece.get("usage"), dict):
             whole["usage"] = piece["usage"]
         for part in piece.get("choices") or ():

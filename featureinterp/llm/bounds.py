@@ -18,18 +18,27 @@ MAX_ALTERNATIVES = 256
 
 
 def bounded(choices: list[Choice], request: Request, room: int, where: str) -> list[Choice]:
-    """The choices that were asked for, each with its likeliest alternatives. ``room``: tokens that each could have.
+    """The choices that were asked for, each with its likeliest alternatives. ``room``: tokens that each could
+    have.
 
-    Raises ``MalformedReplyError`` for far more choices than were asked for, and for a text that is far longer than its tokens can be.
+    Raises ``MalformedReplyError`` for far more choices than were asked for, and for a text that is far longer
+    than its tokens can be.
     """
     if len(choices) > request.n + MAX_SURPLUS:
-        raise MalformedReplyError(f"the endpoint {where} sent {len(choices):,} choices where {request.n} were asked for")
+        raise MalformedReplyError(
+            f"the endpoint {where} sent {len(choices):,} choices where {request.n} were asked for"
+        )
     longest = room * MOST_BYTES_PER_TOKEN + SLACK_BYTES
     for choice in choices:
         if len(choice.text) > longest:
             asked = f"where at most {room:,} tokens were asked for"
-            raise MalformedReplyError(f"the endpoint {where} sent a text of {len(choice.text):,} characters {asked}")
-    return [choice._replace(tokens=tuple((t, likeliest(a)) for t, a in choice.tokens)) for choice in choices[: request.n]]
+            raise MalformedReplyError(
+                f"the endpoint {where} sent a text of {len(choice.text):,} characters {asked}"
+            )
+    return [
+        choice._replace(tokens=tuple((t, likeliest(a)) for t, a in choice.tokens))
+        for choice in choices[: request.n]
+    ]
 
 
 def likeliest(alternatives: Mapping[str, float]) -> Mapping[str, float]:

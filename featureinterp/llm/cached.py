@@ -31,15 +31,20 @@ _REMEDY = "restore it from a copy, or delete it to ask the model again"
 
 
 class ReplyStore:
-    """A SQLite file of replies. Table ``replies``: ``key`` (hash of endpoint, model and everything in the request that can change
-    the answer), ``model``, ``reply`` (JSON), ``created`` (Unix seconds). A reply is on disk before it is used. ``path`` None: kept in memory."""
+    """A SQLite file of replies. Table ``replies``: ``key`` (hash of endpoint, model and everything in the
+    request that can change the answer), ``model``, ``reply`` (JSON), ``created`` (Unix seconds). A reply is
+    on disk before it is used. ``path`` None: kept in memory."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._tables = Tables(path or ":memory:", TABLES, "the cache of replies", version=VERSION, reads=READS, remedy=_REMEDY)
+        self._tables = Tables(
+            path or ":memory:", TABLES, "the cache of replies", version=VERSION, reads=READS, remedy=_REMEDY
+        )
 
     def check(self) -> int:
-        """Raises ``DamagedStoreError`` when anything in the file is not what was written. How many rows have no checksum."""
+        """Raises ``DamagedStoreError`` when anything in the file is not what was written. How many rows have
+        no checksum.
+        """
         return self._tables.check()
 
     def get(self, key: str) -> Reply | None:
@@ -69,10 +74,12 @@ class _Pending:
 class Cached:
     """Asks ``model`` only what it has not answered before. Equal requests at the same time are one request.
 
-    ``identity`` is what beside the request determines the answer: the endpoint's address and its own parameters. A reply that
-    the request's ``check`` refuses is passed on. It settles the request, too, when asking again would be paid for and end in the same way (at
-    temperature 0, with a seed, refused by the model or a filter, or cut): it is kept, and with ``retry_failed`` asked for once more. A reply that was
-    cut, and is no answer, is asked again once there is more ``room`` for it. The usage of a kept reply is what it cost when it was new.
+    ``identity`` is what beside the request determines the answer: the endpoint's address and its own
+    parameters. A reply that the request's ``check`` refuses is passed on. It settles the request, too, when
+    asking again would be paid for and end in the same way (at temperature 0, with a seed, refused by the
+    model or a filter, or cut): it is kept, and with ``retry_failed`` asked for once more. A reply that was
+    cut, and is no answer, is asked again once there is more ``room`` for it. The usage of a kept reply is
+    what it cost when it was new.
     """
 
     def __init__(
@@ -133,7 +140,12 @@ class Cached:
             reply = await self._model.complete(request)
             if self._retry_failed:
                 self._asked.add(key)
-            same = request.temperature == 0 or request.seed is not None or reply.refused is not None or (any(reply.truncated) and reply.room)
+            same = (
+                request.temperature == 0
+                or request.seed is not None
+                or reply.refused is not None
+                or (any(reply.truncated) and reply.room)
+            )
             if same or is_answer(request, reply):
                 self._store.put(key, self.name, reply)
             pending.reply = reply
@@ -165,7 +177,11 @@ def _to_json(reply: Reply) -> dict[str, Any]:
         "read": [dict(f) for f in reply.read],
         **({"refused": reply.refused} if reply.refused is not None else {}),
         **({"room": reply.room} if reply.room else {}),
-        **({"tokens": [[[t, dict(a)] for t, a in head] for head in reply.tokens]} if any(reply.tokens) else {}),
+        **(
+            {"tokens": [[[t, dict(a)] for t, a in head] for head in reply.tokens]}
+            if any(reply.tokens)
+            else {}
+        ),
     }
 
 

@@ -44,14 +44,18 @@ EMBEDDED = "qwen2.5-coder-1.5b-instruct"
 @dataclass(frozen=True)
 class Endpoint:
     """An OpenAI-compatible endpoint. ``base_url`` None stands for the embedded model ``model``, and
-    ``"local"`` for a transformers model (a Hugging Face name or folder) that runs in this process, one request at a time.
+    ``"local"`` for a transformers model (a Hugging Face name or folder) that runs in this process, one
+    request at a time.
 
-    ``api_key_env``: name of the environment variable with the key; None: the endpoint needs none (OpenAI's own: ``OPENAI_API_KEY``).
-    ``rpm``, ``tpm``: requests and tokens per minute at most. ``max_attempts``, ``max_wait_s``: how often and how long a request is tried again.
-    ``price``: USD per million tokens. ``tokenizer``: Hugging Face name or folder of the model's tokenizer, for reading prompts token by token.
-    ``extra_body``, ``extra_headers``: fields and headers that are added to every request; a header's value ``env:NAME`` is that of the variable.
-    ``reply_tokens``: at least so much room for every reply (an explanation has 300 tokens, or 400 in a search, a verdict 4). ``thinking_tokens``: room
-    for a model's thoughts beside it (None: 4,096 once a reply shows that it thinks). ``effort``: how hard it is to think, in the provider's words.
+    ``api_key_env``: name of the environment variable with the key; None: the endpoint needs none (OpenAI's
+    own: ``OPENAI_API_KEY``). ``rpm``, ``tpm``: requests and tokens per minute at most. ``max_attempts``,
+    ``max_wait_s``: how often and how long a request is tried again.
+    ``price``: USD per million tokens. ``tokenizer``: Hugging Face name or folder of the model's tokenizer,
+    for reading prompts token by token. ``extra_body``, ``extra_headers``: fields and headers that are added
+    to every request; a header's value ``env:NAME`` is that of the variable.
+    ``reply_tokens``: at least so much room for every reply (an explanation has 300 tokens, or 400 in a
+    search, a verdict 4). ``thinking_tokens``: room for a model's thoughts beside it (None: 4,096 once a reply
+    shows that it thinks). ``effort``: how hard it is to think, in the provider's words.
     """
 
     base_url: str | None = None
@@ -75,7 +79,9 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """The model as results name it; the embedded one's weights in this process are of another precision than its server's."""
+        """The model as results name it; the embedded one's weights in this process are of another precision
+        than its server's.
+        """
         return f"{self.model} in this process" if self.base_url == LOCAL else self.model
 
     def __post_init__(self) -> None:
@@ -89,7 +95,9 @@ class Endpoint:
             if value is not None and not value > 0:
                 raise InputError(f"an endpoint's {name} of {value} is not possible: give one above 0")
         if self.thinking_tokens is not None and self.thinking_tokens < 0:
-            raise InputError(f"an endpoint's thinking_tokens of {self.thinking_tokens} is not possible: give 0 or more")
+            raise InputError(
+                f"an endpoint's thinking_tokens of {self.thinking_tokens} is not possible: give 0 or more"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,11 @@ class Config:
         """The endpoint of that name. Raises ``UnknownNameError`` with those that exist."""
         if name in self.endpoints:
             return self.endpoints[name]
-        known = f"it has {', '.join(self.endpoints)}" if self.endpoints else f"add a table [endpoints.{name}] with base_url and model"
+        known = (
+            f"it has {', '.join(self.endpoints)}"
+            if self.endpoints
+            else f"add a table [endpoints.{name}] with base_url and model"
+        )
         raise UnknownNameError(f"there is no endpoint {name!r} in {self.path}: {known}")
 
     def price(self, endpoint: Endpoint) -> Price | None:
@@ -122,7 +134,9 @@ class _File(pydantic.BaseModel):
 
 
 def config_path() -> Path:
-    """Where the configuration file is looked for: ``$FEATUREINTERP_CONFIG``, or ``config.toml`` in the user's configuration folder."""
+    """Where the configuration file is looked for: ``$FEATUREINTERP_CONFIG``, or ``config.toml`` in the user's
+    configuration folder.
+    """
     import platformdirs
 
     named = os.environ.get(CONFIG_VARIABLE)

@@ -1,4 +1,6 @@
-"""The embedded explainer as a language model: its server starts with the first request and ends with ``close``."""
+"""The embedded explainer as a language model: its server starts with the first request and ends with
+``close``.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,21 @@ from featureinterp.llm.openai import OpenAIModel
 from featureinterp.llm.types import Reply, Request
 
 FIRST_READ, FIRST_WRITE = 4.0, 0.5
-"""Tokens per second, read and written, that the slowest machine in use is trusted with before anything is measured."""
+"""Tokens per second, read and written, that the slowest machine in use is trusted with before anything is
+measured.
+"""
 PATIENCE, LEAST_S, LONGEST_S = 6.0, 120.0, 3600.0
 _BYTES_PER_TOKEN = 3.0
 
 
 @dataclass
 class Pace:
-    """How long a reply may take: ``PATIENCE`` times what the speeds seen so far let expect, and at least two minutes.
+    """How long a reply may take: ``PATIENCE`` times what the speeds seen so far let expect, and at least two
+    minutes.
 
-    ``read`` and ``write`` are tokens per second, of the slowest reply so far. A cached beginning of a prompt is read at once, so a
-    reply says at least how fast its machine is when nothing is cached; the estimate errs on the patient side.
+    ``read`` and ``write`` are tokens per second, of the slowest reply so far. A cached beginning of a prompt
+    is read at once, so a reply says at least how fast its machine is when nothing is cached; the estimate
+    errs on the patient side.
     """
 
     read: float = FIRST_READ
@@ -42,7 +48,9 @@ class Pace:
         return min(max(PATIENCE * expected, LEAST_S), LONGEST_S)
 
     def saw(self, reply: Reply, seconds: float) -> None:
-        """Learns from a reply that took ``seconds``: what is written takes at least half of the time for as many tokens."""
+        """Learns from a reply that took ``seconds``: what is written takes at least half of the time for as
+        many tokens.
+        """
         usage = reply.usage
         if seconds <= 0 or not usage.completion_tokens:
             return
@@ -54,10 +62,11 @@ class Pace:
 
 
 class EmbeddedModel:
-    """An embedded GGUF model behind a server of our own. Use it as an async context manager, so that the server ends with it.
+    """An embedded GGUF model behind a server of our own. Use it as an async context manager, so that the
+    server ends with it.
 
-    No more requests are under way than the server has ``slots``, so that none waits inside it while its time runs; how long one
-    may take follows the speed that was measured.
+    No more requests are under way than the server has ``slots``, so that none waits inside it while its time
+    runs; how long one may take follows the speed that was measured.
     """
 
     identity = "embedded"
@@ -88,8 +97,8 @@ class EmbeddedModel:
             await anyio.to_thread.run_sync(self._stack.close)
 
     async def complete(self, request: Request) -> Reply:
-        """One request, when a slot is free. Raises ``EndpointUnavailableError`` when the server does not start or does not answer
-        in time."""
+        """One request, when a slot is free. Raises ``EndpointUnavailableError`` when the server does not
+        start or does not answer in time."""
         async with self._starting:
             if self._model is None:
                 self._model = await anyio.to_thread.run_sync(self._start)
@@ -100,8 +109,10 @@ class EmbeddedModel:
                     reply = await self._model.complete(request)
             except TimeoutError as error:
                 raise EndpointUnavailableError(
-                    f"the embedded model did not answer within {limit:.0f} s, {PATIENCE:.0f} times what its speed so far "
-                    f"({self.pace.write:.1f} tokens/s written) lets expect: is the machine busy with other work?"
+                    f"the embedded model did not answer within {limit:.0f} s, {PATIENCE:.0f} times what "
+                    "its speed so far "
+                    f"({self.pace.write:.1f} tokens/s written) lets expect: is the machine busy with other "
+                    "work?"
                 ) from error
             self.pace.saw(reply, time.monotonic() - start)
             return reply

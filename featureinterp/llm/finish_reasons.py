@@ -24,7 +24,11 @@ _ZHIPU = "Zhipu's finish_reason (docs.bigmodel.cn/api-reference)"
 REASONS: tuple[Reasons, ...] = (
     Reasons("whole", ("stop", "tool_calls", "function_call"), _OPENAI),
     Reasons("whole", ("end_turn", "stop_sequence", "tool_use", "pause_turn"), _ANTHROPIC),
-    Reasons("whole", ("eos_token",), "text-generation-inference before 2.3 (huggingface/text-generation-inference#2344)"),
+    Reasons(
+        "whole",
+        ("eos_token",),
+        "text-generation-inference before 2.3 (huggingface/text-generation-inference#2344)",
+    ),
     Reasons("whole", ("finish_reason_unspecified",), _GEMINI),
     Reasons("whole", ("load",), "Ollama: the model was loaded and wrote nothing (ollama/ollama#4235)"),
     Reasons("cut", ("length",), _OPENAI),
@@ -35,8 +39,16 @@ REASONS: tuple[Reasons, ...] = (
     Reasons("cut", ("repetition_truncation",), "Xiaomi's MiMo, when it repeats itself"),
     Reasons("filtered", ("content_filter",), _OPENAI),
     Reasons("filtered", ("refusal",), _ANTHROPIC),
-    Reasons("filtered", ("safety", "recitation", "blocklist", "prohibited_content", "spii", "language", "image_safety"), _GEMINI),
-    Reasons("filtered", ("model_armor",), "Vertex AI's FinishReason (cloud.google.com/python, vertexai.generative_models)"),
+    Reasons(
+        "filtered",
+        ("safety", "recitation", "blocklist", "prohibited_content", "spii", "language", "image_safety"),
+        _GEMINI,
+    ),
+    Reasons(
+        "filtered",
+        ("model_armor",),
+        "Vertex AI's FinishReason (cloud.google.com/python, vertexai.generative_models)",
+    ),
     Reasons("filtered", ("guardrail_intervened", "content_filtered"), _BEDROCK),
     Reasons("filtered", ("sensitive",), _ZHIPU),
     Reasons("broken", ("other", "malformed_function_call"), _GEMINI),

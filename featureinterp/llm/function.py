@@ -9,7 +9,9 @@ from featureinterp.llm.types import Reply, Request
 
 
 class FunctionModel:
-    """Answers each request with ``answer(request)``: a text, or a whole :class:`Reply`; keeps the requests in ``requests``."""
+    """Answers each request with ``answer(request)``: a text, or a whole :class:`Reply`; keeps the requests in
+    ``requests``.
+    """
 
     def __init__(self, answer: Callable[[Request], str | Reply], name: str = "function") -> None:
         self.name = name
@@ -19,4 +21,8 @@ class FunctionModel:
     async def complete(self, request: Request) -> Reply:
         self.requests.append(request)
         answer = self._answer(request)
-        return answer if isinstance(answer, Reply) else Reply((answer,), (False,), Usage(1, cost_usd=None), ({},))
+        return (
+            answer
+            if isinstance(answer, Reply)
+            else Reply((answer,), (False,), Usage(1, cost_usd=None), ({},))
+        )

@@ -44,13 +44,23 @@ def recall(base_url: str, model: str, now: float | None = None) -> Accepts | Non
 
 
 def remember(base_url: str, model: str, accepts: Accepts, now: float | None = None) -> None:
-    """Keeps it. Whether prompts can be read is asked anew each time, because it depends on how a server was started."""
+    """Keeps it. Whether prompts can be read is asked anew each time, because it depends on how a server was
+    started.
+    """
     path = _file(base_url, model)
     if path is None:
         return
     kept = asdict(replace(accepts, prompt_logprobs="prompt_logprobs"))
     try:
-        write_json(path, {"endpoint": base_url, "model": model, "at": time.time() if now is None else now, "accepts": kept})
+        write_json(
+            path,
+            {
+                "endpoint": base_url,
+                "model": model,
+                "at": time.time() if now is None else now,
+                "accepts": kept,
+            },
+        )
     except (OSError, StorageError):
         return  # it is learnt again next time
 

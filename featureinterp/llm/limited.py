@@ -15,7 +15,9 @@ from featureinterp.llm.types import Reply, Request
 
 WINDOW_S = 60.0
 MARGIN_S = 1.0
-"""Requests count for a minute and this long, because they reach the endpoint later than they are sent, some later than others."""
+"""Requests count for a minute and this long, because they reach the endpoint later than they are sent, some
+later than others.
+"""
 FIRST_BYTES_PER_TOKEN = 2.0
 """Of the first prompt; later ones are estimated by the densest prompt that was answered."""
 
@@ -27,10 +29,11 @@ class _Entry:
 
 
 class Limits:
-    """What all users of one endpoint share: ``concurrency`` slots, and the requests and tokens of the last minute.
+    """What all users of one endpoint share: ``concurrency`` slots, and the requests and tokens of the last
+    minute.
 
-    A request's tokens are estimated when it is sent (its prompt, and the room of each reply, as providers count them) and put right when it is
-    answered. Requests are let through in the order in which they came.
+    A request's tokens are estimated when it is sent (its prompt, and the room of each reply, as providers
+    count them) and put right when it is answered. Requests are let through in the order in which they came.
     """
 
     def __init__(
@@ -42,7 +45,11 @@ class Limits:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = anyio.sleep,
     ) -> None:
-        for name, value in (("concurrency", concurrency), ("requests per minute", rpm), ("tokens per minute", tpm)):
+        for name, value in (
+            ("concurrency", concurrency),
+            ("requests per minute", rpm),
+            ("tokens per minute", tpm),
+        ):
             if value is not None and value < 1:
                 raise InputError(f"{name} of {value} is not possible: give at least 1")
         self.concurrency, self.rpm, self.tpm = concurrency, rpm, tpm
@@ -64,15 +71,19 @@ class Limits:
         self._closed_until = max(self._closed_until, self._clock() + min(seconds, WINDOW_S))
 
     async def admit(self, request: Request, room: int | None = None) -> _Entry | None:
-        """Waits until the request fits into the minute. ``room``: tokens that each reply may have, thoughts among them (``max_tokens`` where it is not
-        known): providers count them when a request comes (Groq, OpenAI). Raises ``InputError`` for one that fits into no minute."""
+        """Waits until the request fits into the minute. ``room``: tokens that each reply may have, thoughts
+        among them (``max_tokens`` where it is not known): providers count them when a request comes (Groq,
+        OpenAI). Raises ``InputError`` for one that fits into no minute."""
         if self.rpm is None and self.tpm is None:
             return None
         expected = self._estimate(request, room or request.max_tokens)
         if self.tpm is not None and expected > self.tpm:
-            thoughts = "" if self._estimate(request, request.max_tokens) > self.tpm else ", lower --thinking-tokens"
+            thoughts = (
+                "" if self._estimate(request, request.max_tokens) > self.tpm else ", lower --thinking-tokens"
+            )
             raise InputError(
-                f"a request of about {expected:,} tokens does not fit into {self.tpm:,} tokens per minute: raise --tpm{thoughts} or shorten the prompt"
+                f"a request of about {expected:,} tokens does not fit into {self.tpm:,} tokens per minute: "
+                f"raise --tpm{thoughts} or shorten the prompt"
             )
         async with self._turn:
             while (wait := self._wait(expected)) > 0:

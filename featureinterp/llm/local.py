@@ -1,4 +1,6 @@
-"""A transformers model in this process as a language model: its own chat template, generation in a worker thread."""
+"""A transformers model in this process as a language model: its own chat template, generation in a worker
+thread.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,14 @@ class _Question:
 
 
 class LocalModel:
-    """Answers requests with a causal language model and its tokenizer; ``load`` gives both when the first one comes.
+    """Answers requests with a causal language model and its tokenizer; ``load`` gives both when the first one
+    comes.
 
-    Requests that name their ``answers`` are read together, as many as wait: what they begin with in common is read once, and one pass
-    gives every reply's first token. All others are answered one at a time. Sampling is reproducible: the same request has the same
-    answer. A JSON schema is not enforced, so that structured replies rest on the prompt. Raises ``InputError`` for a tokenizer without
-    a chat template and ``RequestRefusedError`` for a prompt beyond the context.
+    Requests that name their ``answers`` are read together, as many as wait: what they begin with in common is
+    read once, and one pass gives every reply's first token. All others are answered one at a time. Sampling
+    is reproducible: the same request has the same answer. A JSON schema is not enforced, so that structured
+    replies rest on the prompt. Raises ``InputError`` for a tokenizer without a chat template and
+    ``RequestRefusedError`` for a prompt beyond the context.
     """
 
     identity = "local"
@@ -74,7 +78,9 @@ class LocalModel:
         return await anyio.to_thread.run_sync(self._complete, request, abandon_on_cancel=True)
 
     async def _answer(self, question: _Question) -> Reply:
-        """The reply to a question. Whoever has its turn answers all that wait, so that most find theirs answered."""
+        """The reply to a question. Whoever has its turn answers all that wait, so that most find theirs
+        answered.
+        """
         self._questions.append(question)
         try:
             async with self._turn:
@@ -123,7 +129,9 @@ class LocalModel:
         padded = torch.tensor([ids + [ids[-1]] * (width - len(ids)) for ids in rest], device=model.device)
         last = torch.tensor([len(ids) - 1 for ids in rest], device=model.device)
         prefixed = self._prefixes.model
-        logits = prefixed.logits(prefixed.hidden(prefix, padded)[torch.arange(len(rest), device=model.device), last])
+        logits = prefixed.logits(
+            prefixed.hidden(prefix, padded)[torch.arange(len(rest), device=model.device), last]
+        )
         seconds = (time.monotonic() - start) / len(batch)
         ends = _ends(model, tokenizer)
         for (question, ids), row in zip(batch, logits, strict=True):
@@ -134,7 +142,9 @@ class LocalModel:
                 first = _alternatives(tokenizer, row, request.top_logprobs)
                 question.reply = Reply((text,), (not whole,), Usage(1, len(ids), 1, seconds, 0.0), (first,))
             else:  # it says something else, or an answer of several tokens
-                question.reply = self._generate(model, tokenizer, torch.tensor([ids], device=model.device), request, time.monotonic())
+                question.reply = self._generate(
+                    model, tokenizer, torch.tensor([ids], device=model.device), request, time.monotonic()
+                )
 
     def _ids(self, request: Request) -> list[int]:
         """The tokens that a request's reply begins after."""
@@ -142,7 +152,10 @@ class LocalModel:
         ids = list(request.prompt) or self._chat(tokenizer, request)
         most = getattr(model.config, "max_position_embeddings", None)
         if most is not None and len(ids) + request.max_tokens > most:
-            raise RequestRefusedError(f"{len(ids):,} prompt tokens and {request.max_tokens:,} of a reply do not fit into the {most:,} of {self.name}")
+            raise RequestRefusedError(
+                f"{len(ids):,} prompt tokens and {request.max_tokens:,} of a reply do not fit into the "
+                f"{most:,} of {self.name}"
+            )
         return ids
 
     def _chat(self, tokenizer: Any, request: Request) -> list[int]:
@@ -150,16 +163,24 @@ class LocalModel:
             raise InputError(f"the tokenizer of {self.name} has no chat template: give an instruct model")
         return chat_ids(tokenizer, request.messages)
 
-    def _generate(self, model: Any, tokenizer: Any, ids: torch.Tensor, request: Request, start: float) -> Reply:
+    def _generate(
+        self, model: Any, tokenizer: Any, ids: torch.Tensor, request: Request, start: float
+    ) -> Reply:
         torch.manual_seed(request.seed or 0)
-        sampling = {"do_sample": True, "temperature": request.temperature, "top_k": 0, "top_p": 1.0} if request.temperature > 0 else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": request.temperature, "top_k": 0, "top_p": 1.0}
+            if request.temperature > 0
+            else {"do_sample": False}
+        )
         stops = {"stop_strings": list(request.stop), "tokenizer": tokenizer} if request.stop else {}
         made = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=request.max_tokens,
             num_return_sequences=request.n,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id
+            if tokenizer.pad_token_id is not None
+            else tokenizer.eos_token_id,
             return_dict_in_generate=True,
             output_logits=True,
             **sampling,
@@ -174,19 +195,25 @@ class LocalModel:
             texts.append(text if cut is None else text[:cut])
             truncated.append(whole is None and cut is None)
             n += len(sequence) if whole is None else whole + 1
-            heads.append(_head(tokenizer, sequence, [step[row] for step in made.logits[:KEPT]], request.top_logprobs))
+            heads.append(
+                _head(tokenizer, sequence, [step[row] for step in made.logits[:KEPT]], request.top_logprobs)
+            )
             first.append(dict(heads[-1][0][1]) if heads[-1] else {})
         usage = Usage(1, ids.shape[1], n, time.monotonic() - start, 0.0)
         return Reply(tuple(texts), tuple(truncated), usage, tuple(first), tokens=tuple(heads))
 
     def _read(self, model: Any, tokenizer: Any, ids: torch.Tensor, request: Request, start: float) -> Reply:
         logits = model(ids).logits[0]
-        read = tuple(_alternatives(tokenizer, logits[place - 1], request.top_logprobs) for place in request.read_at)
+        read = tuple(
+            _alternatives(tokenizer, logits[place - 1], request.top_logprobs) for place in request.read_at
+        )
         return Reply(("",), (False,), Usage(1, ids.shape[1], 0, time.monotonic() - start, 0.0), ({},), read)
 
 
 def _batches(prompts: Sequence[tuple[_Question, list[int]]]) -> Iterator[list[tuple[_Question, list[int]]]]:
-    """Prompts that begin alike, together, with at most about ``BATCH_TOKENS`` tokens after what they share."""
+    """Prompts that begin alike, together, with at most about ``BATCH_TOKENS`` tokens after what they
+    share.
+    """
     for _, group in groupby(sorted(prompts, key=itemgetter(1)), key=lambda p: p[1][:1]):
         alike = list(group)
         width = max(len(ids) for _, ids in alike) - len(shared_tokens([ids for _, ids in alike]))
@@ -200,14 +227,20 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
     return ends | ({tokenizer.eos_token_id} - {None})
 
 
-def _head(tokenizer: Any, sequence: Sequence[int], logits: Sequence[torch.Tensor], n: int) -> tuple[Token, ...]:
-    """The first tokens of a reply with their ``n`` most probable alternatives; nothing where none are asked for."""
+def _head(
+    tokenizer: Any, sequence: Sequence[int], logits: Sequence[torch.Tensor], n: int
+) -> tuple[Token, ...]:
+    """The first tokens of a reply with their ``n`` most probable alternatives; nothing where none are asked
+    for.
+    """
     pairs = zip(sequence, logits, strict=False) if n else ()
     return tuple((tokenizer.decode([token]), _alternatives(tokenizer, row, n)) for token, row in pairs)
 
 
 def _alternatives(tokenizer: Any, logits: torch.Tensor, n: int) -> dict[str, float]:
-    """The ``n`` most probable tokens by their text, with natural-log probabilities; of equal texts the more probable."""
+    """The ``n`` most probable tokens by their text, with natural-log probabilities; of equal texts the more
+    probable.
+    """
     if not n:
         return {}
     values, ids = torch.log_softmax(logits.float(), -1).topk(min(n, logits.shape[-1]))

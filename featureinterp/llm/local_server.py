@@ -1,8 +1,8 @@
 """The embedded explainer behind llama.cpp's HTTP server, as a child process that cannot outlive us.
 
-The child (``python -m featureinterp.llm.local_server``) binds a free port of the loopback interface, asks for a key made for
-this one start, prints its port, and ends as soon as its standard input closes, which the system does whatever way the
-parent ends.
+The child (``python -m featureinterp.llm.local_server``) binds a free port of the loopback interface, asks for
+a key made for this one start, prints its port, and ends as soon as its standard input closes, which the
+system does whatever way the parent ends.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def local_server(
 ) -> Iterator[LocalServer]:
     """Starts a server for a GGUF file and stops it at the end of the block, whatever happens in it.
 
-    ``threads``: one for each core of this process when not given. ``command``: what is started; it reads its settings from the first
-    line of standard input and prints its address. Raises ``EndpointUnavailableError`` with the server's last words when it does not
-    come up within ``timeout_s``.
+    ``threads``: one for each core of this process when not given. ``command``: what is started; it reads its
+    settings from the first line of standard input and prints its address. Raises ``EndpointUnavailableError``
+    with the server's last words when it does not come up within ``timeout_s``.
     """
     key = secrets.token_hex(16)
     settings = {"path": str(gguf), "slots": slots, "threads": threads or physical_cores(), "key": key}
-    process = subprocess.Popen(  # noqa: S603 - our own module, or what the caller names
+    process = subprocess.Popen(  # noqa: S603 (our own module, or what the caller names)
         list(command),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -69,7 +69,9 @@ def local_server(
             if hangs:
                 process.kill()
             what = f"did not start within {timeout_s:.0f} s" if hangs else "did not start"
-            raise EndpointUnavailableError(f"the local server for {gguf.name} {what}: {log.last() or 'it printed nothing'}")
+            raise EndpointUnavailableError(
+                f"the local server for {gguf.name} {what}: {log.last() or 'it printed nothing'}"
+            )
         yield LocalServer(address, key, process)
     finally:
         if process.stdin:
@@ -82,7 +84,9 @@ def local_server(
 
 
 def physical_cores() -> int:
-    """Cores that this process may use, two threads of one core counted once: a second thread of a core makes llama.cpp no faster."""
+    """Cores that this process may use, two threads of one core counted once: a second thread of a core makes
+    llama.cpp no faster.
+    """
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -94,7 +98,9 @@ def physical_cores() -> int:
 
 
 def slots_for(threads: int | None = None) -> int:
-    """How many requests a server answers at once: on few cores one, since several share the same speed and each waits longer."""
+    """How many requests a server answers at once: on few cores one, since several share the same speed and
+    each waits longer.
+    """
     cores = threads or physical_cores()
     return 1 if cores < 8 else 2 if cores < 16 else 4
 
@@ -131,13 +137,17 @@ class _Tail(threading.Thread):
 
 
 def _serve() -> None:
-    """The child: reads its settings from the first line of standard input, serves, and ends when that input does."""
+    """The child: reads its settings from the first line of standard input, serves, and ends when that input
+    does.
+    """
     settings = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         import xllamacpp
     except ImportError:
-        sys.exit("the package xllamacpp is missing: pip install xllamacpp, or give an endpoint with --base-url")
+        sys.exit(
+            "the package xllamacpp is missing: pip install xllamacpp, or give an endpoint with --base-url"
+        )
     params = xllamacpp.CommonParams()
     params.model.path = settings["path"]
     params.hostnames = ["127.0.0.1"]
@@ -167,7 +177,10 @@ def check_runtime() -> None:
     import importlib.util
 
     if importlib.util.find_spec("xllamacpp") is None:
-        raise InputError("the embedded explainer needs the package xllamacpp: pip install xllamacpp, or give an endpoint with --base-url")
+        raise InputError(
+            "the embedded explainer needs the package xllamacpp: pip install xllamacpp, or give an "
+            "endpoint with --base-url"
+        )
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ LEARNT_AFTER = 8
 
 @dataclass
 class Meter:
-    """What a job has used so far, over all its models. ``before`` is called before every request and raises when there is nothing left
-    to spend; ``fits`` says whether what is under way and one more request stay within it. ``in_flight``: requests under way.
+    """What a job has used so far, over all its models. ``before`` is called before every request and raises
+    when there is nothing left to spend; ``fits`` says whether what is under way and one more request stay
+    within it. ``in_flight``: requests under way.
     ``reserved``: what they are expected to use. ``refused``: why no further request has a chance."""
 
     usage: Usage = field(default_factory=Usage)
@@ -34,7 +35,9 @@ class Meter:
     _changed: anyio.Event | None = None
 
     async def enter(self, expected: Usage) -> None:
-        """Reserves what a request is expected to use; waits while others are under way and it does not fit beside them."""
+        """Reserves what a request is expected to use; waits while others are under way and it does not fit
+        beside them.
+        """
         while True:
             if self.refused is not None:
                 raise self.refused
@@ -63,13 +66,15 @@ def _negative(usage: Usage) -> Usage:
 
 
 class Metered:
-    """Passes requests on to ``model``, prices the replies and adds them up in ``meter``. Stands inside of ``Limited``: a request that
-    waits for its turn is not sent any more when the budget has been reached or the key refused meanwhile.
+    """Passes requests on to ``model``, prices the replies and adds them up in ``meter``. Stands inside of
+    ``Limited``: a request that waits for its turn is not sent any more when the budget has been reached or
+    the key refused meanwhile.
 
-    Counts of tokens that are missing or too low to be true are estimated, with ``count`` or by the length of the texts. A request that
-    failed after the endpoint had worked on it counts as much as it was expected to use, unless the error knows better. Without a ``price``
-    the provider's own bill is the measure, and its dearest token so far that of what comes without a bill. ``room``: tokens that the reply
-    to a request may have.
+    Counts of tokens that are missing or too low to be true are estimated, with ``count`` or by the length of
+    the texts. A request that failed after the endpoint had worked on it counts as much as it was expected to
+    use, unless the error knows better. Without a ``price`` the provider's own bill is the measure, and its
+    dearest token so far that of what comes without a bill. ``room``: tokens that the reply to a request may
+    have.
     """
 
     def __init__(
@@ -110,14 +115,20 @@ class Metered:
         except LanguageModelError as error:
             if error.billed:
                 known = error.usage
-                used = self._priced(known) if isinstance(known, Usage) and known.tokens else replace(expected, estimated=1)
+                used = (
+                    self._priced(known)
+                    if isinstance(known, Usage) and known.tokens
+                    else replace(expected, estimated=1)
+                )
                 error.usage = used
             raise
         finally:
             self.meter.leave(expected, used)
 
     def expected(self, request: Request) -> Usage:
-        """What a request is likely to use at most: its prompt, and the longest reply that may come, or that came to requests like it."""
+        """What a request is likely to use at most: its prompt, and the longest reply that may come, or that
+        came to requests like it.
+        """
         if request.prompt or not self._per_byte:
             prompt = estimated_prompt(request, self._count)
         else:
@@ -128,7 +139,9 @@ class Metered:
         return self._priced(Usage(1, prompt, reply * request.n, 0.0, None))
 
     def _priced(self, usage: Usage) -> Usage:
-        """With its cost: the provider's own bill, unless it is a small part of what the price says; or by the price, or by bills so far."""
+        """With its cost: the provider's own bill, unless it is a small part of what the price says; or by the
+        price, or by bills so far.
+        """
         if self._price is None:
             if usage.cost_usd is None and self._dearest is not None:
                 return replace(usage, cost_usd=self._dearest * usage.tokens, estimated=usage.requests)
@@ -152,4 +165,6 @@ class Metered:
 
 
 LEAST_OF_PRICE = 0.01
-"""A bill below this part of the price is not believed: a key of one's own at a router costs nothing there, and its price elsewhere."""
+"""A bill below this part of the price is not believed: a key of one's own at a router costs nothing there,
+and its price elsewhere.
+"""

@@ -1,10 +1,11 @@
 """Forward passes of many short suffixes behind one long prefix, which is computed and read once.
 
-The prefix's keys and values are computed in one pass and can be extended. A batch of suffixes then attends to them through an
-attention function of our own: all queries of the batch read the prefix as one block (nothing is copied per suffix), attend
-causally to their own suffix, and the two results are merged by their log-sum-exps, which is exact. A prefix may have several short
-branches (the rules of an explanation behind one header), each computed once and read by its own share of the batch. Models with attention of
-another kind (soft-capping, a sliding window shorter than the prompt, no attention interface) are found out by a check on a
+The prefix's keys and values are computed in one pass and can be extended. A batch of suffixes then attends to
+them through an attention function of our own: all queries of the batch read the prefix as one block (nothing
+is copied per suffix), attend causally to their own suffix, and the two results are merged by their
+log-sum-exps, which is exact. A prefix may have several short branches (the rules of an explanation behind one
+header), each computed once and read by its own share of the batch. Models with attention of another kind
+(soft-capping, a sliding window shorter than the prompt, no attention interface) are found out by a check on a
 few tokens and take the plain way, with the prefix's keys and values repeated for every suffix.
 """
 
@@ -25,7 +26,9 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """Keys and values of a computed prefix: one pair ``[1, head, token, d_head]`` per layer; ``n_tokens`` in it."""
+    """Keys and values of a computed prefix: one pair ``[1, head, token, d_head]`` per layer; ``n_tokens`` in
+    it.
+    """
 
     layers: tuple[tuple[torch.Tensor, torch.Tensor], ...]
     n_tokens: int
@@ -37,8 +40,9 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True)
 class Branches:
-    """Several continuations of a prefix. ``layers``: keys and values of all of them, ``[branch, head, token, d_head]``, padded on the right to the
-    longest; ``lengths``: tokens of each; ``whole``: prefix and branch as one prefix each, where the model cannot share (``layers`` is then empty)."""
+    """Several continuations of a prefix. ``layers``: keys and values of all of them, ``[branch, head, token,
+    d_head]``, padded on the right to the longest; ``lengths``: tokens of each; ``whole``: prefix and branch
+    as one prefix each, where the model cannot share (``layers`` is then empty)."""
 
     prefix: Prefix
     lengths: tuple[int, ...]
@@ -47,7 +51,9 @@ class Branches:
 
 
 class _Current(threading.local):
-    """What this thread's forward pass reads, and where it leaves its own keys and values when they are wanted."""
+    """What this thread's forward pass reads, and where it leaves its own keys and values when they are
+    wanted.
+    """
 
     prefix: Prefix
     branches: Branches | None = None
@@ -58,14 +64,24 @@ _current = _Current()
 
 
 def lock_of(model: Any) -> threading.Lock:
-    """The lock that whoever computes with a model holds: a pass behind a shared prefix changes the model's attention for its time."""
+    """The lock that whoever computes with a model holds: a pass behind a shared prefix changes the model's
+    attention for its time.
+    """
     return model.__dict__.setdefault("_featureinterp_lock", threading.Lock())
 
 
 def _attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, scaling: float | None = None, **_: Any
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of ``query [batch, head, n, d]`` to the current prefix and, causally, to the batch's own keys and values."""
+    """Attention of ``query [batch, head, n, d]`` to the current prefix and, causally, to the batch's own keys
+    and values.
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
     if _current.left is not None:
@@ -74,8 +90,13 @@ def _attention(
     found = _read_shared(query, *_current.prefix.layers[layer], scale)
     if branches is not None:
         keys, values = branches.layers[layer]
-        padding = torch.arange(keys.shape[2], device=query.device) >= torch.tensor(branches.lengths, device=query.device)[:, None]
-        mask = torch.zeros(len(keys), 1, 1, keys.shape[2], dtype=query.dtype, device=query.device).masked_fill_(padding[:, None, None], -torch.inf)
+        padding = (
+            torch.arange(keys.shape[2], device=query.device)
+            >= torch.tensor(branches.lengths, device=query.device)[:, None]
+        )
+        mask = torch.zeros(
+            len(keys), 1, 1, keys.shape[2], dtype=query.dtype, device=query.device
+        ).masked_fill_(padding[:, None, None], -torch.inf)
         found = _merge(found, _read_shared(query, keys, values, scale, mask))
     if heads != kv_heads:
         key, value = (t.repeat_interleave(heads // kv_heads, 1) for t in (key, value))
@@ -86,15 +107,28 @@ _Attended = tuple[torch.Tensor, torch.Tensor]
 """Attention and its log-sum-exp, ``[batch, head, n, d]`` and ``[batch, head, n]``."""
 
 
-def _read_shared(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float, mask: torch.Tensor | None = None) -> _Attended:
-    """Attention of ``query [batch, head, n, d]`` to keys and values ``[part, kv_head, token, d]``, each part of which belongs to an equal share of the
-    batch, in order; the queries of a part read them as one block."""
+def _read_shared(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+) -> _Attended:
+    """Attention of ``query [batch, head, n, d]`` to keys and values ``[part, kv_head, token, d]``, each part
+    of which belongs to an equal share of the batch, in order; the queries of a part read them as one block.
+    """
     batch, heads, n, width = query.shape
     parts, kv_heads = keys.shape[:2]
     share, group = batch // parts, heads // kv_heads
-    block = query.view(parts, share, kv_heads, group, n, width).permute(0, 2, 3, 1, 4, 5).reshape(parts, kv_heads, -1, width)
+    block = (
+        query.view(parts, share, kv_heads, group, n, width)
+        .permute(0, 2, 3, 1, 4, 5)
+        .reshape(parts, kv_heads, -1, width)
+    )
     out, lse = _attend(block, keys, values, scale, causal=False, mask=mask)
-    out = out.view(parts, kv_heads, group, share, n, -1).permute(0, 3, 1, 2, 4, 5).reshape(batch, heads, n, -1)
+    out = (
+        out.view(parts, kv_heads, group, share, n, -1).permute(0, 3, 1, 2, 4, 5).reshape(batch, heads, n, -1)
+    )
     return out, lse.view(parts, kv_heads, group, share, n).permute(0, 3, 1, 2, 4).reshape(batch, heads, n)
 
 
@@ -104,8 +138,18 @@ def _merge(one: _Attended, other: _Attended) -> _Attended:
     return torch.lerp(one[0], other[0], weight), torch.logaddexp(one[1].float(), other[1].float())
 
 
-def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, causal: bool, mask: torch.Tensor | None = None) -> _Attended:
-    """Attention and its log-sum-exp (natural): ``[…, n, d]`` and ``[…, n]``. ``mask`` is added to the scores."""
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool,
+    mask: torch.Tensor | None = None,
+) -> _Attended:
+    """Attention and its log-sum-exp (natural): ``[…, n, d]`` and ``[…, n]``. ``mask`` is added to the
+    scores.
+    """
     if q.shape[-1] != v.shape[-1]:
         return _matmul_attention(q, k, v, scale, causal, mask)
     return _kernel(q.device, q.dtype, q.shape[-1], causal, mask is not None)(q, k, v, scale, causal, mask)
@@ -114,30 +158,46 @@ def _attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, *, 
 _Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, bool, torch.Tensor | None], _Attended]
 
 
-def _cpu_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, mask: torch.Tensor | None) -> _Attended:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+def _cpu_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, mask: torch.Tensor | None
+) -> _Attended:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+    )
     return out, lse
 
 
-def _flash_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, mask: torch.Tensor | None) -> _Attended:
+def _flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, mask: torch.Tensor | None
+) -> _Attended:
     if mask is not None:
         raise ValueError("flash attention takes no mask")
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[
+        :2
+    ]
     return out, lse[..., : q.shape[-2]]
 
 
-def _efficient_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, mask: torch.Tensor | None) -> _Attended:
-    """Its log-sum-exp has rows up to a multiple of 32, and its mask must begin every row at a multiple of 16 bytes."""
+def _efficient_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, mask: torch.Tensor | None
+) -> _Attended:
+    """Its log-sum-exp has rows up to a multiple of 32, and its mask must begin every row at a multiple of 16
+    bytes.
+    """
     if mask is not None:
         n = k.shape[-2]
         room = mask.new_zeros(*mask.shape[:-1], -(-n // 16) * 16)
         room[..., :n] = mask
         mask = room[..., :n].expand(q.shape[0], q.shape[1], q.shape[2], n)
-    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, causal, scale=scale)[:2]
+    out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
+        q, k, v, mask, True, 0.0, causal, scale=scale
+    )[:2]
     return out, lse[..., : q.shape[-2]]
 
 
-def _matmul_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, mask: torch.Tensor | None) -> _Attended:
+def _matmul_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool, mask: torch.Tensor | None
+) -> _Attended:
     scores = torch.matmul(q, k.transpose(-1, -2)).float() * scale
     if mask is not None:
         scores = scores + mask
@@ -148,24 +208,33 @@ def _matmul_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
     return torch.matmul(torch.exp(scores - lse.unsqueeze(-1)).to(v.dtype), v), lse
 
 
-_KERNELS: dict[str, tuple[_Kernel, ...]] = {"cpu": (_cpu_attention,), "cuda": (_flash_attention, _efficient_attention)}
+_KERNELS: dict[str, tuple[_Kernel, ...]] = {
+    "cpu": (_cpu_attention,),
+    "cuda": (_flash_attention, _efficient_attention),
+}
 _KERNEL_TOLERANCE = {torch.float32: 0.01, torch.float16: 0.01, torch.bfloat16: 0.05}
 
 
 @lru_cache(64)
 def _kernel(device: torch.device, dtype: torch.dtype, width: int, causal: bool, masked: bool) -> _Kernel:
-    """The first kernel of a device that computes, on a few tokens, the attention and the log-sum-exp that plain products give; else the products."""
+    """The first kernel of a device that computes, on a few tokens, the attention and the log-sum-exp that
+    plain products give; else the products.
+    """
     for kernel in _KERNELS.get(device.type, ()):
         if _agrees(kernel, device, dtype, width, causal, masked):
             return kernel
     return _matmul_attention
 
 
-def _agrees(kernel: _Kernel, device: torch.device, dtype: torch.dtype, width: int, causal: bool, masked: bool) -> bool:
+def _agrees(
+    kernel: _Kernel, device: torch.device, dtype: torch.dtype, width: int, causal: bool, masked: bool
+) -> bool:
     """Queries and keys are no multiple of what kernels work on at once, so that what they fill up shows."""
     n, others = (37, 37) if causal else (37, 53)
     random = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 3, rows, width, generator=random).to(device, dtype) for rows in (n, others, others))
+    q, k, v = (
+        torch.randn(2, 3, rows, width, generator=random).to(device, dtype) for rows in (n, others, others)
+    )
     mask = None
     if masked:
         hidden = torch.arange(others) >= torch.tensor([11, others])[:, None]
@@ -176,7 +245,10 @@ def _agrees(kernel: _Kernel, device: torch.device, dtype: torch.dtype, width: in
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
     near = _KERNEL_TOLERANCE.get(dtype, 0.01)
-    return all(a.shape == b.shape and bool(((a.float() - b.float()).abs() <= near).all()) for a, b in zip(found, wanted, strict=True))
+    return all(
+        a.shape == b.shape and bool(((a.float() - b.float()).abs() <= near).all())
+        for a, b in zip(found, wanted, strict=True)
+    )
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
@@ -184,8 +256,8 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 
 class PrefixModel:
-    """A causal language model for work behind a shared prefix. ``model`` is the whole model with its head, in evaluation mode. Hold its
-    :func:`lock_of` while anything is computed, where several threads may."""
+    """A causal language model for work behind a shared prefix. ``model`` is the whole model with its head, in
+    evaluation mode. Hold its :func:`lock_of` while anything is computed, where several threads may."""
 
     def __init__(self, model: Any) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
@@ -216,7 +288,9 @@ class PrefixModel:
     def branches(self, prefix: Prefix, rows: Sequence[Sequence[int]]) -> Branches:
         """Keys and values of several continuations of ``prefix``, none of them empty, in one pass."""
         lengths = tuple(map(len, rows))
-        ids = torch.tensor([[*row, *[row[-1]] * (max(lengths) - len(row))] for row in rows], device=self.device)
+        ids = torch.tensor(
+            [[*row, *[row[-1]] * (max(lengths) - len(row))] for row in rows], device=self.device
+        )
         if not (self.shares_prefix and self._fits(prefix.n_tokens + ids.shape[1])):
             return Branches(prefix, lengths, whole=tuple(self.prefix(row, prefix) for row in rows))
         _current.left = []
@@ -228,10 +302,14 @@ class PrefixModel:
 
     @torch.inference_mode()
     def hidden(self, before: Prefix | Branches, ids: torch.Tensor) -> torch.Tensor:
-        """Final hidden states of suffixes ``ids [batch, n]`` behind a prefix: ``[batch, n, d_model]``. Pad on the right. Behind branches each has an
-        equal share of the batch, in order."""
+        """Final hidden states of suffixes ``ids [batch, n]`` behind a prefix: ``[batch, n, d_model]``. Pad on
+        the right. Behind branches each has an equal share of the batch, in order."""
         if isinstance(before, Prefix):
-            return self._shared(before, ids) if self.shares_prefix and self._fits(before.n_tokens + ids.shape[1]) else self._plain(before, ids)
+            return (
+                self._shared(before, ids)
+                if self.shares_prefix and self._fits(before.n_tokens + ids.shape[1])
+                else self._plain(before, ids)
+            )
         share = len(ids) // len(before.lengths)
         longest = max(before.lengths)
         if before.layers and self._fits(before.prefix.n_tokens + longest + ids.shape[1]):
@@ -242,20 +320,27 @@ class PrefixModel:
             finally:
                 _current.branches = None
         whole = before.whole or tuple(self._joined(before, i) for i in range(len(before.lengths)))
-        return torch.cat([self._plain(prefix, part) for prefix, part in zip(whole, ids.split(share), strict=True)])
+        return torch.cat(
+            [self._plain(prefix, part) for prefix, part in zip(whole, ids.split(share), strict=True)]
+        )
 
     def _joined(self, branches: Branches, number: int) -> Prefix:
         """A branch and what it continues, as one prefix."""
         n, before = branches.lengths[number], branches.prefix
         layers = (
-            (torch.cat([k, bk[number : number + 1, :, :n]], 2), torch.cat([v, bv[number : number + 1, :, :n]], 2))
+            (
+                torch.cat([k, bk[number : number + 1, :, :n]], 2),
+                torch.cat([v, bv[number : number + 1, :, :n]], 2),
+            )
             for (k, v), (bk, bv) in zip(before.layers, branches.layers, strict=True)
         )
         return Prefix(tuple(layers), before.n_tokens + n)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of a few tokens only (None: of all), float32 ``[…, token]``, for hidden states ``[…, d_model]``."""
+        """Logits of a few tokens only (None: of all), float32 ``[…, token]``, for hidden states ``[…,
+        d_model]``.
+        """
         rows = slice(None) if token_ids is None else token_ids
         if token_ids is None:
             out = torch.matmul(hidden, self.head.weight.T).float()
@@ -267,7 +352,9 @@ class PrefixModel:
 
     def _shared(self, prefix: Prefix, ids: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         """``starts [batch]``: tokens between the prefix and each suffix."""
-        positions = torch.arange(prefix.n_tokens, prefix.n_tokens + ids.shape[1], device=self.device).unsqueeze(0)
+        positions = torch.arange(
+            prefix.n_tokens, prefix.n_tokens + ids.shape[1], device=self.device
+        ).unsqueeze(0)
         if starts is not None:
             positions = positions + starts.unsqueeze(1)
         with self._attention(_NAME):
@@ -278,9 +365,13 @@ class PrefixModel:
                 del _current.prefix
 
     def _plain(self, prefix: Prefix, ids: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(prefix.n_tokens, prefix.n_tokens + ids.shape[1], device=self.device).unsqueeze(0)
+        positions = torch.arange(
+            prefix.n_tokens, prefix.n_tokens + ids.shape[1], device=self.device
+        ).unsqueeze(0)
         cache = self._cache(prefix, ids.shape[0])
-        return self.body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).last_hidden_state
+        return self.body(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
+        ).last_hidden_state
 
     def _cache(self, prefix: Prefix | None, batch: int) -> Any:
         from transformers import DynamicCache
@@ -310,12 +401,17 @@ class PrefixModel:
 
     @torch.inference_mode()
     def _sharing_works(self) -> bool:
-        """Compares both ways on a few tokens; False when the model's attention is of a kind that ours does not compute."""
+        """Compares both ways on a few tokens; False when the model's attention is of a kind that ours does
+        not compute.
+        """
         if getattr(self.model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
             return False
         vocabulary = self.head.weight.shape[0]
         prefix = self.prefix([i * 37 % vocabulary for i in range(1, 9)])
-        ids = torch.tensor([[i * 53 % vocabulary for i in range(1, 7)], [i * 71 % vocabulary for i in range(1, 7)]], device=self.device)
+        ids = torch.tensor(
+            [[i * 53 % vocabulary for i in range(1, 7)], [i * 71 % vocabulary for i in range(1, 7)]],
+            device=self.device,
+        )
         plain = self._plain(prefix, ids).float()
         try:
             shared = self._shared(prefix, ids).float()
@@ -326,15 +422,17 @@ class PrefixModel:
 
 
 class PrefixCache:
-    """The keys and values of the last few prompts' common beginnings, so that prompts which begin alike are read from where they part."""
+    """The keys and values of the last few prompts' common beginnings, so that prompts which begin alike are
+    read from where they part.
+    """
 
     def __init__(self, model: PrefixModel, *, kept: int = 4) -> None:
         self.model, self.kept = model, kept
         self._known: list[tuple[tuple[int, ...], Prefix]] = []
 
     def common(self, prompts: Sequence[Sequence[int]]) -> Prefix:
-        """The longest beginning that all ``prompts`` share, at least one token shorter than each of them. Raises ``ValueError`` when
-        they share nothing."""
+        """The longest beginning that all ``prompts`` share, at least one token shorter than each of them.
+        Raises ``ValueError`` when they share nothing."""
         start = shared_tokens(prompts)[: min(len(p) for p in prompts) - 1]
         if not start:
             raise ValueError("the prompts have no common beginning")

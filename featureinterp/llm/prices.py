@@ -13,8 +13,8 @@ from featureinterp.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """USD per million tokens of the prompt and of the reply. ``cached_input``: of those that the provider has in its cache; as much as
-    ``input`` when not given."""
+    """USD per million tokens of the prompt and of the reply. ``cached_input``: of those that the provider has
+    in its cache; as much as ``input`` when not given."""
 
     input: float
     output: float
@@ -26,7 +26,9 @@ class Price:
         for name in ("input", "output", "cached_input"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < float("inf"):
-                raise InputError(f"a price of {value} for {name} is not possible: give USD per million tokens, 0 or more")
+                raise InputError(
+                    f"a price of {value} for {name} is not possible: give USD per million tokens, 0 or more"
+                )
 
     def of(self, usage: Usage) -> float:
         """USD for the tokens of ``usage``."""
@@ -46,10 +48,12 @@ PRICES: Mapping[str, Price] = {
     "gemini-2.5-flash": Price(0.30, 2.50, 0.075),
     "gemini-2.5-flash-lite": Price(0.10, 0.40, 0.025),
 }
-"""List prices of 2025-10, without discounts but that for cached tokens, of Gemini's the smaller one that it began with; a provider's
-present ones belong into the configuration file."""
+"""List prices of 2025-10, without discounts but that for cached tokens, of Gemini's the smaller one that it
+began with; a provider's present ones belong into the configuration file."""
 
 
 def price_of(model: str, table: Mapping[str, Price] = PRICES) -> Price | None:
-    """The price of a model, also when a router's prefix (``vendor/``) stands before its name; None when it is not known."""
+    """The price of a model, also when a router's prefix (``vendor/``) stands before its name; None when it is
+    not known.
+    """
     return table.get(model) or table.get(model.rsplit("/", 1)[-1])

@@ -21,7 +21,12 @@ from featureinterp.llm.stack import open_stack
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.replies import parse_reply
 
-_SCHEMA = {"type": "object", "properties": {"colour": {"type": "string"}}, "required": ["colour"], "additionalProperties": False}
+_SCHEMA = {
+    "type": "object",
+    "properties": {"colour": {"type": "string"}},
+    "required": ["colour"],
+    "additionalProperties": False,
+}
 _ASK = (Message("user", 'Name a colour, as JSON: {"colour": "..."}'),)
 _YES = (Message("user", "Say yes."),)
 _ONE, _OTHER = tuple(range(100, 116)), tuple(range(200, 216))
@@ -34,10 +39,12 @@ class _Colour(pydantic.BaseModel):
 
 @dataclass(frozen=True)
 class Probed:
-    """What was found. ``reply_form``: the strictest form of a structured reply that is taken, None when none was given. ``follows``: whether the reply
-    had it. ``prompt_logprobs``: the field that asks for the probabilities of a prompt's tokens, None when there is none. ``order_matters``: whether they
-    changed when another prompt was read in between; None when there are none. ``call``: of one small call. ``usage``: of all. ``problem``: why the
-    endpoint could not be asked further. ``otherwise``: what it is sent in another form than OpenAI's older one. ``thinks``: its replies begin with thoughts."""
+    """What was found. ``reply_form``: the strictest form of a structured reply that is taken, None when none
+    was given. ``follows``: whether the reply had it. ``prompt_logprobs``: the field that asks for the
+    probabilities of a prompt's tokens, None when there is none. ``order_matters``: whether they changed when
+    another prompt was read in between; None when there are none. ``call``: of one small call. ``usage``: of
+    all. ``problem``: why the endpoint could not be asked further. ``otherwise``: what it is sent in another
+    form than OpenAI's older one. ``thinks``: its replies begin with thoughts."""
 
     reply_form: str | None
     follows: bool
@@ -58,7 +65,15 @@ class Probed:
         if self.reply_form is None:
             return "does not answer"
         names = [self.reply_form.replace("_", " ")]
-        names += [name for name, on in (("logprobs", self.logprobs), ("prompt logprobs", self.prompt_logprobs), ("several choices", self.choices)) if on]
+        names += [
+            name
+            for name, on in (
+                ("logprobs", self.logprobs),
+                ("prompt logprobs", self.prompt_logprobs),
+                ("several choices", self.choices),
+            )
+            if on
+        ]
         return ", ".join(names)
 
     def to_json(self) -> dict[str, Any]:
@@ -68,17 +83,34 @@ class Probed:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Probed:
         """Reads what :meth:`to_json` wrote."""
-        again = {"call": Usage(**value["call"]), "usage": Usage(**value["usage"]), "otherwise": tuple(value.get("otherwise", ()))}
+        again = {
+            "call": Usage(**value["call"]),
+            "usage": Usage(**value["usage"]),
+            "otherwise": tuple(value.get("otherwise", ())),
+        }
         return cls(**{**value, **again})
 
     def lines(self) -> list[tuple[str, str]]:
         """What a person reads."""
         tested = self.reply_form is not None
-        prompts = {"prompt_logprobs": "yes (prompt_logprobs)", "echo": "yes (echo)", None: "no: use the rated simulator, or a local one"}
-        warning = "; they depend on the order of requests, so scores do a little, too" if self.order_matters else ""
+        prompts = {
+            "prompt_logprobs": "yes (prompt_logprobs)",
+            "echo": "yes (echo)",
+            None: "no: use the rated simulator, or a local one",
+        }
+        warning = (
+            "; they depend on the order of requests, so scores do a little, too" if self.order_matters else ""
+        )
         rows = [
-            ("answers", "yes" if self.problem is None else f"{'in part' if tested else 'no'}: {self.problem}"),
-            ("structured replies", _FORM_NAMES[self.reply_form or "none"] + ("" if self.follows or not tested else ", but its reply did not have the form")),
+            (
+                "answers",
+                "yes" if self.problem is None else f"{'in part' if tested else 'no'}: {self.problem}",
+            ),
+            (
+                "structured replies",
+                _FORM_NAMES[self.reply_form or "none"]
+                + ("" if self.follows or not tested else ", but its reply did not have the form"),
+            ),
             ("logprobs", "yes" if self.logprobs else "no: verdicts are words, without probabilities"),
             ("prompt logprobs", prompts[self.prompt_logprobs] + warning),
             ("several choices", "yes" if self.choices else "no"),
@@ -88,7 +120,11 @@ class Probed:
         if not tested:
             rows = [(name, value if name == "answers" else "not tested") for name, value in rows]
         spent = f"{self.call.seconds:.2f} s, {_spent(self.call)}" if tested else "none was answered"
-        return [*rows, ("one small call", spent), ("this test", f"{self.usage.requests} calls, {_spent(self.usage)}")]
+        return [
+            *rows,
+            ("one small call", spent),
+            ("this test", f"{self.usage.requests} calls, {_spent(self.usage)}"),
+        ]
 
 
 _FORM_NAMES = {
@@ -107,8 +143,8 @@ def _spent(usage: Usage) -> str:
 
 
 async def probe(endpoint: Endpoint, price: Price | None = None) -> Probed:
-    """Asks an endpoint what it can do, and learns anew what it takes. An endpoint that does not answer is a finding with its cause in ``problem``;
-    raises ``InputError`` for what cannot even be asked."""
+    """Asks an endpoint what it can do, and learns anew what it takes. An endpoint that does not answer is a
+    finding with its cause in ``problem``; raises ``InputError`` for what cannot even be asked."""
     meter = Meter()
     if endpoint.base_url not in (None, LOCAL):
         forget(str(endpoint.base_url), endpoint.model)
@@ -119,7 +155,9 @@ async def probe(endpoint: Endpoint, price: Price | None = None) -> Probed:
 
 
 class _Test:
-    """The questions of one test, in order; each failure is noted, and ends it only when nothing can be asked any more."""
+    """The questions of one test, in order; each failure is noted, and ends it only when nothing can be asked
+    any more.
+    """
 
     def __init__(self, model: Metered, bare: Any, meter: Meter) -> None:
         self.model, self.bare, self.meter = model, bare, meter
@@ -140,7 +178,20 @@ class _Test:
             way, order_matters = await self.prompts()
         accepts = self.accepts
         otherwise, thinks = (accepts.differences, accepts.thinks) if accepts else ((), False)
-        return Probed(form, follows, logprobs, choices, way, order_matters, call, self.meter.usage, time.time(), self.problem, otherwise, thinks)
+        return Probed(
+            form,
+            follows,
+            logprobs,
+            choices,
+            way,
+            order_matters,
+            call,
+            self.meter.usage,
+            time.time(),
+            self.problem,
+            otherwise,
+            thinks,
+        )
 
     @property
     def accepts(self) -> Accepts | None:
@@ -163,12 +214,18 @@ class _Test:
         """How prompts can be read, and whether the order of requests changes what is read."""
         if self.accepts is None:
             return None, None
-        read = [Request(prompt=ids, read_at=tuple(range(1, len(ids))), top_logprobs=5) for ids in (_ONE, _OTHER, _ONE)]
+        read = [
+            Request(prompt=ids, read_at=tuple(range(1, len(ids))), top_logprobs=5)
+            for ids in (_ONE, _OTHER, _ONE)
+        ]
         try:
             first, _, again = [(await self.model.complete(r)).read for r in read]
         except LanguageModelError:
             return None, None
-        changed = any(a.keys() != b.keys() or any(abs(a[t] - b[t]) > _SAME for t in a) for a, b in zip(first, again, strict=True))
+        changed = any(
+            a.keys() != b.keys() or any(abs(a[t] - b[t]) > _SAME for t in a)
+            for a, b in zip(first, again, strict=True)
+        )
         return self.accepts.prompt_logprobs, changed
 
 

@@ -1,7 +1,9 @@
-"""What an endpoint means when it refuses, and the endpoint's own words (the tables are in :mod:`featureinterp.llm.refusal_tables`).
+"""What an endpoint means when it refuses, and the endpoint's own words (the tables are in
+:mod:`featureinterp.llm.refusal_tables`).
 
-A refusal is first about the request as such (money, key, place, filter, length, model: ``CASES``), then perhaps about one of its parameters
-(``PARAMETERS``), and otherwise what its status says. Nothing here knows a provider by its name: one provider's words come through many gateways.
+A refusal is first about the request as such (money, key, place, filter, length, model: ``CASES``), then
+perhaps about one of its parameters (``PARAMETERS``), and otherwise what its status says. Nothing here knows a
+provider by its name: one provider's words come through many gateways.
 """
 
 from __future__ import annotations
@@ -13,7 +15,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from featureinterp.llm.accepts import Accepts, ReplyForm
-from featureinterp.llm.refusal_tables import CASES, GENERIC, GENERIC_ORDER, NAMELESS, PARAMETERS, Kind, kind_of_status
+from featureinterp.llm.refusal_tables import (
+    CASES,
+    GENERIC,
+    GENERIC_ORDER,
+    NAMELESS,
+    PARAMETERS,
+    Kind,
+    kind_of_status,
+)
 from featureinterp.llm.waiting import wait_s
 
 MAX_WORDS, MAX_ABOUT = 300, 4000
@@ -21,8 +31,9 @@ MAX_WORDS, MAX_ABOUT = 300, 4000
 
 @dataclass(frozen=True)
 class Refusal:
-    """``status``: HTTP status, or the code inside of a 200. ``words``: what the endpoint says, on one line. ``about``: all that a case can be
-    recognised by, in small letters. ``param``: the parameter that it names. ``value``: the body, where it is JSON. ``page``: it is a web page."""
+    """``status``: HTTP status, or the code inside of a 200. ``words``: what the endpoint says, on one line.
+    ``about``: all that a case can be recognised by, in small letters. ``param``: the parameter that it names.
+    ``value``: the body, where it is JSON. ``page``: it is a web page."""
 
     status: int
     words: str
@@ -51,29 +62,43 @@ class Refusal:
 
 
 def read_refusal(status: int, headers: Mapping[str, str], body: bytes) -> Refusal:
-    """Reads a body in any of the forms that endpoints give: OpenAI's, a list of it, ``detail`` of FastAPI, an error in an error's message or in
-    ``metadata.raw``, plain text, or a page."""
+    """Reads a body in any of the forms that endpoints give: OpenAI's, a list of it, ``detail`` of FastAPI, an
+    error in an error's message or in ``metadata.raw``, plain text, or a page."""
     text = body[:200_000].decode("utf-8", "replace").strip()
     value = _json(text)
     if value is None:
         page = "<html" in text[:2000].lower() or text.lower().startswith("<!doctype")
         words = _line(_title(text) if page else text)
-        return Refusal(status, words or "no reason given", f"{'<html ' if page else ''}{words}".lower(), headers=headers, page=page)
+        return Refusal(
+            status,
+            words or "no reason given",
+            f"{'<html ' if page else ''}{words}".lower(),
+            headers=headers,
+            page=page,
+        )
     said: list[str] = []
     names: list[str] = []
     params: list[str] = []
     for kind, found in _said(value):
         {"words": said, "names": names, "params": params}[kind].append(found)
-    said = [w for i, w in enumerate(dict.fromkeys(said)) if not any(w in other for other in list(dict.fromkeys(said))[i + 1 :])]
+    said = [
+        w
+        for i, w in enumerate(dict.fromkeys(said))
+        if not any(w in other for other in list(dict.fromkeys(said))[i + 1 :])
+    ]
     words = _line("; ".join(said))
     if params and params[0].lower() not in words.lower():
         words = _line(f"{words} ({params[0]})")
     about = " ".join([*said, *names, *params]).lower()[:MAX_ABOUT]
-    return Refusal(_status(status, value), words or "no reason given", about, (params or [""])[0].lower(), value, headers)
+    return Refusal(
+        _status(status, value), words or "no reason given", about, (params or [""])[0].lower(), value, headers
+    )
 
 
 def error_within(value: Any) -> bool:
-    """Whether a body of status 200 is an error all the same: it has one, and no choices; or the only choice is one (OpenRouter)."""
+    """Whether a body of status 200 is an error all the same: it has one, and no choices; or the only choice
+    is one (OpenRouter).
+    """
     if isinstance(value, list):
         return bool(value) and error_within(value[0])
     if not isinstance(value, dict):
@@ -81,8 +106,16 @@ def error_within(value: Any) -> bool:
     choices = value.get("choices")
     if isinstance(choices, list) and choices:
         first = choices[0]
-        return isinstance(first, dict) and bool(first.get("error")) and not (first.get("message") or {}).get("content")
-    return bool(value.get("error")) or (value.get("object") == "error") or ("detail" in value and "choices" not in value)
+        return (
+            isinstance(first, dict)
+            and bool(first.get("error"))
+            and not (first.get("message") or {}).get("content")
+        )
+    return (
+        bool(value.get("error"))
+        or (value.get("object") == "error")
+        or ("detail" in value and "choices" not in value)
+    )
 
 
 def _status(status: int, value: Any) -> int:
@@ -111,11 +144,25 @@ def _dicts(value: Any, depth: int = 5) -> Iterator[dict[str, Any]]:
 
 _WORDS = ("message", "detail", "error_description", "description", "msg", "error_msg", "title", "reason")
 _NAMES = ("code", "type", "status", "quotaId", "reasons", "@type", "retryDelay", "object", "limit_source")
-_INSIDE = ("error", "errors", "metadata", "details", "innererror", "inner_error", "violations", "fieldViolations", "upstream_error", "choices", "headers")
+_INSIDE = (
+    "error",
+    "errors",
+    "metadata",
+    "details",
+    "innererror",
+    "inner_error",
+    "violations",
+    "fieldViolations",
+    "upstream_error",
+    "choices",
+    "headers",
+)
 
 
 def _said(value: Any, depth: int = 7) -> Iterator[tuple[str, str]]:
-    """What a body says: sentences, names of the error, parameters. What it quotes of the request (``input``, ``flagged_input``) is left out."""
+    """What a body says: sentences, names of the error, parameters. What it quotes of the request (``input``,
+    ``flagged_input``) is left out.
+    """
     if depth == 0:
         return
     if isinstance(value, str):
@@ -166,33 +213,41 @@ def _json(text: str) -> Any:
 
 
 def _title(page: str) -> str:
-    found = re.search(r"<title[^>]*>(.*?)</title>", page, re.IGNORECASE | re.DOTALL) or re.search(r"<h1[^>]*>(.*?)</h1>", page, re.IGNORECASE | re.DOTALL)
+    found = re.search(r"<title[^>]*>(.*?)</title>", page, re.IGNORECASE | re.DOTALL) or re.search(
+        r"<h1[^>]*>(.*?)</h1>", page, re.IGNORECASE | re.DOTALL
+    )
     return re.sub(r"<[^>]*>", " ", found[1] if found else page)
 
 
 def _line(text: str) -> str:
     """One line of printable characters, bounded."""
-    return " ".join("".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text[: 10 * MAX_WORDS]).split())[:MAX_WORDS]
+    return " ".join(
+        "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text[: 10 * MAX_WORDS]).split()
+    )[:MAX_WORDS]
 
 
 _LEARNABLE = (200, 400, 403, 404, 415, 422, 500, 501, 502)
 _LEAST = re.compile(
-    r"(?:max\w*_tokens|maxoutputtokens)\D{0,80}?(?:>=|at least|greater than or equal to|minimum value[^0-9]*|minimum (?:is|of))\s*(\d+)|"
+    r"(?:max\w*_tokens|maxoutputtokens)\D{0,80}?(?:>=|at least|greater than or equal to|minimum "
+    r"value[^0-9]*|minimum (?:is|of))\s*(\d+)|"
     r"below (?:the )?minimum value\D{0,40}?(\d+)"
 )
 _MOST = re.compile(
-    r"(?:max\w*_tokens|maxoutputtokens|completion tokens)\D{0,80}?(?:<=|at most|less than or equal to|maximum (?:value )?(?:is|of)|up to)\s*(\d+)|"
+    r"(?:max\w*_tokens|maxoutputtokens|completion tokens)\D{0,80}?(?:<=|at most|less than or equal "
+    r"to|maximum (?:value )?(?:is|of)|up to)\s*(\d+)|"
     r"supports? at most (\d+) completion tokens|valid range of max\w*_tokens is \[\d+, ?(\d+)\]"
 )
 _MOST_LOGPROBS = re.compile(
-    r"logprobs\D{0,80}?(?:\d+\D{0,60}?)?(?:max(?:imum)? allowed\D{0,10}|<=|at most|less than or equal to|between [01] and|in \[[01], ?|maximum of)\s*(\d+)|"
+    r"logprobs\D{0,80}?(?:\d+\D{0,60}?)?(?:max(?:imum)? allowed\D{0,10}|<=|at most|less than or equal "
+    r"to|between [01] and|in \[[01], ?|maximum of)\s*(\d+)|"
     r"greater than the maximum of (\d+) - 'logprobs'|maximum value\D{0,30}?<= ?(\d+)"
 )
 
 
 def gives_way(refusal: Refusal, sent: Mapping[str, Any], by: Accepts, now: Accepts) -> Accepts | None:
-    """What is known after a refusal of the body ``sent``, which was written by ``by``; None when it was about nothing that can be put otherwise.
-    ``now``: what is known by now. What another request has learnt meanwhile stays, and is not learnt twice."""
+    """What is known after a refusal of the body ``sent``, which was written by ``by``; None when it was about
+    nothing that can be put otherwise. ``now``: what is known by now. What another request has learnt
+    meanwhile stays, and is not learnt twice."""
     learnt = _step(refusal, sent, by)
     if not learnt:
         return None
@@ -205,13 +260,21 @@ def _step(refusal: Refusal, sent: Mapping[str, Any], by: Accepts) -> dict[str, A
     length = sent.get(by.length_field)
     if refusal.status not in _LEARNABLE or refusal.page:
         return {}
-    if isinstance(length, int) and (least := _first_number(_LEAST, about)) is not None and length < least <= 1_000_000:
+    if (
+        isinstance(length, int)
+        and (least := _first_number(_LEAST, about)) is not None
+        and length < least <= 1_000_000
+    ):
         return {"least_tokens": least}
     if refusal.kind in ("content", "credit", "key", "long", "loading", "place", "quota", "redirect"):
         return {}
     if isinstance(length, int) and (most := _first_number(_MOST, about)) is not None and 0 < most < length:
         return {"most_tokens": most}
-    named = refusal.param.split(".")[-1] if not refusal.param.startswith(("response_format", "messages")) else refusal.param
+    named = (
+        refusal.param.split(".")[-1]
+        if not refusal.param.startswith(("response_format", "messages"))
+        else refusal.param
+    )
     for parameter in PARAMETERS:
         if named and parameter.sent in sent and re.fullmatch(parameter.names, named):
             return _without(parameter.field, about, sent, by)
@@ -222,7 +285,9 @@ def _step(refusal: Refusal, sent: Mapping[str, Any], by: Accepts) -> dict[str, A
         if said and (found := _without(parameter.field, about, sent, by)):
             return found
     ours = {p.sent for p in PARAMETERS} | {"model", "top_logprobs", "stream_options", by.length_field}
-    theirs = any(re.search(rf"\b{re.escape(name)}\b", about) for name in sent.keys() - ours)  # a field that the user asked for
+    theirs = any(
+        re.search(rf"\b{re.escape(name)}\b", about) for name in sent.keys() - ours
+    )  # a field that the user asked for
     if named or (theirs and not re.search(NAMELESS, about)):
         return {}
     if re.search(GENERIC, about):
@@ -233,12 +298,20 @@ def _step(refusal: Refusal, sent: Mapping[str, Any], by: Accepts) -> dict[str, A
 
 def _without(field: str, about: str, sent: Mapping[str, Any], by: Accepts) -> dict[str, Any]:
     if field == "length_field":
-        return {field: "max_completion_tokens"} if by.length_field == "max_tokens" and "max_completion_tokens" in about else {}
+        return (
+            {field: "max_completion_tokens"}
+            if by.length_field == "max_tokens" and "max_completion_tokens" in about
+            else {}
+        )
     if field == "reply_form":
         return {field: _looser(by.reply_form, about)} if by.reply_form != "text" else {}
     if field == "stream":
         return {} if by.stream else {field: True}
-    if field == "logprobs" and (most := _first_number(_MOST_LOGPROBS, about)) and most < sent.get("top_logprobs", 0):
+    if (
+        field == "logprobs"
+        and (most := _first_number(_MOST_LOGPROBS, about))
+        and most < sent.get("top_logprobs", 0)
+    ):
         return {"most_logprobs": most}
     if field == "system" and not any(m["role"] == "system" for m in sent["messages"]):
         return {}
@@ -249,11 +322,21 @@ def _looser(form: ReplyForm, about: str) -> ReplyForm:
     """The next form: a schema with fewer words where the words are the matter, else none at all."""
     if form == "json_object":
         return "text"
-    if re.search(r"additional_?properties", about) and not re.search(r"additional_?properties['\"]? is required", about):
+    if re.search(r"additional_?properties", about) and not re.search(
+        r"additional_?properties['\"]? is required", about
+    ):
         return "bare_schema" if form != "bare_schema" else "json_object"
-    if form == "json_schema" and re.search(r"(min|max)(imum|items|length)|prefix_?items|missing items|not permitted|invalid schema|grammar|keyword", about):
+    if form == "json_schema" and re.search(
+        r"(min|max)(imum|items|length)|prefix_?items|missing items|not permitted|invalid "
+        r"schema|grammar|keyword",
+        about,
+    ):
         return "plain_schema"
-    return "json_object" if not re.search(r"json_?object", about) or re.search(r"json_?schema|must be", about) else "text"
+    return (
+        "json_object"
+        if not re.search(r"json_?object", about) or re.search(r"json_?schema|must be", about)
+        else "text"
+    )
 
 
 def _first_number(pattern: re.Pattern[str], about: str) -> int | None:

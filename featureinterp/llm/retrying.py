@@ -16,12 +16,12 @@ FIRST_WAIT_S, MAX_WAIT_S = 0.5, 30.0
 
 
 class Retrying:
-    """Repeats a request of ``model`` after an :class:`EndpointUnavailableError`, at most ``attempts`` times in ``max_seconds``; after an
-    :class:`EndpointBusyError` (a limit per minute, an overload, a model that loads) as often as ``max_seconds`` allow; once after an
-    :class:`EmptyReplyError`.
+    """Repeats a request of ``model`` after an :class:`EndpointUnavailableError`, at most ``attempts`` times
+    in ``max_seconds``; after an :class:`EndpointBusyError` (a limit per minute, an overload, a model that
+    loads) as often as ``max_seconds`` allow; once after an :class:`EmptyReplyError`.
 
-    Waits as long as the endpoint asks, otherwise exponentially with full jitter. Stands outside of ``Limited``, so that a wait holds no slot.
-    The last error is raised as it is.
+    Waits as long as the endpoint asks, otherwise exponentially with full jitter. Stands outside of
+    ``Limited``, so that a wait holds no slot. The last error is raised as it is.
     """
 
     def __init__(

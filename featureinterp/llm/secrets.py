@@ -23,9 +23,10 @@ _ESCAPE = re.compile(rb"\\+u00([0-9a-fA-F]{2})|\\+x([0-9a-fA-F]{2})")
 
 
 class Secrets:
-    """Texts that are replaced wherever an endpoint repeats them: as they are, in other case, spelled with marks between their
-    letters, backwards, and in the encodings that cost little to look for (JSON's and Python's escapes, HTML's, those of an
-    address, hexadecimal, base64 and lists of character codes). Who knows the key can always hide it in a form that nobody looks for.
+    """Texts that are replaced wherever an endpoint repeats them: as they are, in other case, spelled with
+    marks between their letters, backwards, and in the encodings that cost little to look for (JSON's and
+    Python's escapes, HTML's, those of an address, hexadecimal, base64 and lists of character codes). Who
+    knows the key can always hide it in a form that nobody looks for.
     """
 
     def __init__(self, *values: str | None) -> None:
@@ -33,7 +34,9 @@ class Secrets:
         self._exact = tuple(v.encode() for v in self._values)
         self._any_case = tuple(v.lower().encode() for v in self._values if len(v) >= _LONG)
         self._packed = tuple({form for v in self._values for form in _packed_forms(v)})
-        self._patterns = [re.compile(_spaced(form), re.IGNORECASE) for v in self._values for form in _written_forms(v)]
+        self._patterns = [
+            re.compile(_spaced(form), re.IGNORECASE) for v in self._values for form in _written_forms(v)
+        ]
 
     def found_in(self, data: bytes) -> bool:
         """Whether a secret is in ``data`` (UTF-8) in any of the forms."""
@@ -42,7 +45,9 @@ class Secrets:
         plain = _unescaped(data)
         lower = plain.lower()
         packed = lower.translate(None, _DROPPED)
-        written = any(value in plain for value in self._exact) or any(value in lower for value in self._any_case)
+        written = any(value in plain for value in self._exact) or any(
+            value in lower for value in self._any_case
+        )
         return written or any(form in packed for form in self._packed)
 
     def clean(self, text: str) -> str:
@@ -63,11 +68,15 @@ class Secrets:
         if not self.found_in(body):
             return body
         try:
-            cleaned = json.dumps(self._clean_value(json.loads(body)), ensure_ascii=False).encode("utf-8", "surrogatepass")
+            cleaned = json.dumps(self._clean_value(json.loads(body)), ensure_ascii=False).encode(
+                "utf-8", "surrogatepass"
+            )
         except (ValueError, RecursionError):
             return self.clean(body.decode("utf-8", "replace")).encode()
         if self.found_in(cleaned):
-            raise MalformedReplyError("the endpoint's reply repeats the key in pieces: it is not read, and not kept")
+            raise MalformedReplyError(
+                "the endpoint's reply repeats the key in pieces: it is not read, and not kept"
+            )
         return cleaned
 
     def _clean_value(self, value: Any) -> Any:
@@ -95,7 +104,9 @@ def _encoded(value: str) -> list[str]:
     """The encodings of a secret that are looked for."""
     raw = value.encode()
     found = [value[::-1], raw.hex(), "".join(map(str, raw))]
-    for offset in range(3):  # base64 reads three bytes at a time, so that a text looks different at each offset
+    for offset in range(
+        3
+    ):  # base64 reads three bytes at a time, so that a text looks different at each offset
         bits = 8 * (offset + len(raw))
         coded = base64.b64encode(b"\0" * offset + raw + b"\0" * 3).decode()
         found.append(coded[-(-8 * offset // 6) : bits // 6])
@@ -103,8 +114,8 @@ def _encoded(value: str) -> list[str]:
 
 
 def _packed_forms(value: str) -> list[bytes]:
-    """The forms as they are once everything but letters and digits is dropped. A value that could be an ordinary word or a phrase
-    is looked for in itself only as it is written."""
+    """The forms as they are once everything but letters and digits is dropped. A value that could be an
+    ordinary word or a phrase is looked for in itself only as it is written."""
     forms = _encoded(value)
     if len(value) >= _LONG and any(c.isdigit() for c in value):
         forms.append(value)
@@ -141,35 +152,50 @@ _WORD = re.compile(r"[A-Za-z][A-Za-z0-9.-]{0,30}\Z")
 
 
 def check_address(address: str) -> None:
-    """Raises ``InputError``, without repeating it, for an address that holds a secret: a user name, a fragment, or a query that is
-    more than a version (``?api-version=2024-10-21``), a switch or the name of a place (``?region=…``)."""
+    """Raises ``InputError``, without repeating it, for an address that holds a secret: a user name, a
+    fragment, or a query that is more than a version (``?api-version=2024-10-21``), a switch or the name of a
+    place (``?region=…``)."""
     try:
         parts = urllib.parse.urlsplit(address)
     except ValueError as error:
         raise InputError("the endpoint's address cannot be read: give one like https://host/v1") from error
     if "@" in parts.netloc or parts.fragment:
-        raise InputError("the endpoint's address holds a user name or key: name the variable that holds the key with --api-key-env instead")
+        raise InputError(
+            "the endpoint's address holds a user name or key: name the variable that holds the key with "
+            "--api-key-env instead"
+        )
     for name, value in urllib.parse.parse_qsl(parts.query, keep_blank_values=True):
         word = bool(_WORD.match(value)) and name.lower() in _PLACES
-        if looks_secret(name) or looks_like_key(name) or looks_like_key(value) or not (_VERSION.match(value) or word or not value):
+        if (
+            looks_secret(name)
+            or looks_like_key(name)
+            or looks_like_key(value)
+            or not (_VERSION.match(value) or word or not value)
+        ):
             shown = name if _NAME.match(name.replace("-", "_")) and not looks_like_key(name) else "a field"
             raise InputError(
-                f"the endpoint's address holds what may be a key (in its query: {shown[:40]}): name the variable that holds the key "
+                f"the endpoint's address holds what may be a key (in its query: {shown[:40]}): name the "
+                "variable that holds the key "
                 "with --api-key-env instead; versions such as ?api-version=2024-10-21 may stay"
             )
 
 
 def check_variable(name: str | None) -> None:
-    """Raises ``InputError``, without repeating it, for a key that was given where the name of its variable belongs."""
+    """Raises ``InputError``, without repeating it, for a key that was given where the name of its variable
+    belongs.
+    """
     if name and (not _NAME.match(name) or looks_like_key(name)):  # an empty name: no key is sent
         raise InputError(
-            "what was given as the name of the variable with the key is no name, and may be the key itself: put the key "
+            "what was given as the name of the variable with the key is no name, and may be the key "
+            "itself: put the key "
             "into an environment variable, and give the variable's name"
         )
 
 
 def check_fields(fields: Mapping[str, Any], where: str) -> None:
-    """Raises ``InputError`` for fields that hold a key, at any depth; they would be written into every job's folder."""
+    """Raises ``InputError`` for fields that hold a key, at any depth; they would be written into every job's
+    folder.
+    """
     for name, value in _leaves(fields):
         if isinstance(value, str) and value and (_FIELD_NAMES.search(name) or _BEGINNINGS.match(value)):
             raise InputError(
@@ -184,7 +210,9 @@ def looks_secret(name: str) -> bool:
 
 
 def looks_like_key(value: str) -> bool:
-    """Whether a value looks random enough to be a key: long, of one piece, with digits among small letters (or a known beginning)."""
+    """Whether a value looks random enough to be a key: long, of one piece, with digits among small letters
+    (or a known beginning).
+    """
     if _BEGINNINGS.match(value):
         return True
     piece = max(re.split(r"[^A-Za-z0-9]+", value), key=len)

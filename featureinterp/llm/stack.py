@@ -30,8 +30,9 @@ PROBE = Request((Message("user", "Say yes."),), max_tokens=4)
 
 @dataclass(frozen=True)
 class Stack:
-    """An endpoint that is open. ``once``: its requests metered and within their limits. ``limited``: these, tried again. ``bare``: the adapter alone.
-    ``own``: whether it is a model of this machine, which needs no check. ``max_wait_s``: how long a check waits for an endpoint that is busy."""
+    """An endpoint that is open. ``once``: its requests metered and within their limits. ``limited``: these,
+    tried again. ``bare``: the adapter alone. ``own``: whether it is a model of this machine, which needs no
+    check. ``max_wait_s``: how long a check waits for an endpoint that is busy."""
 
     once: LanguageModel
     limited: LanguageModel
@@ -40,21 +41,32 @@ class Stack:
     max_wait_s: float = 300.0
 
     def model(self, replies: ReplyStore | None = None, *, retry_failed: bool = False) -> LanguageModel:
-        """The model for all work; with a store of replies it asks nothing twice, with ``retry_failed`` but what was answered unusably."""
+        """The model for all work; with a store of replies it asks nothing twice, with ``retry_failed`` but
+        what was answered unusably.
+        """
         room = getattr(self.bare, "room", lambda request: request.max_tokens)
         if replies is None:
             return Answering(Tallied(self.limited))
-        asked = Cached(self.limited, replies, identity=self.bare.identity, room=room, retry_failed=retry_failed)
+        asked = Cached(
+            self.limited, replies, identity=self.bare.identity, room=room, retry_failed=retry_failed
+        )
         return Answering(Tallied(asked))
 
     async def check(self) -> Reply | None:
-        """One small request, so that a wrong key, name or address is known before any work; None for a model of this machine, which is not asked.
-        A model that is loading is waited for. It counts like every other request: towards the limits, the budget and the bill."""
-        return None if self.own else await Retrying(self.once, attempts=1, max_seconds=self.max_wait_s).complete(PROBE)
+        """One small request, so that a wrong key, name or address is known before any work; None for a model
+        of this machine, which is not asked. A model that is loading is waited for. It counts like every other
+        request: towards the limits, the budget and the bill."""
+        return (
+            None
+            if self.own
+            else await Retrying(self.once, attempts=1, max_seconds=self.max_wait_s).complete(PROBE)
+        )
 
 
 class Answering:
-    """Raises ``ContentRefusedError`` where ``model`` passes on that a filter or the model itself refused; what that cost was counted by then."""
+    """Raises ``ContentRefusedError`` where ``model`` passes on that a filter or the model itself refused;
+    what that cost was counted by then.
+    """
 
     def __init__(self, model: LanguageModel) -> None:
         self.name = model.name
@@ -76,9 +88,10 @@ async def open_stack(
     load: LoadModel | None = None,
     tokenizer: Callable[[str], Any] | None = None,
 ) -> AsyncIterator[Stack]:
-    """Innermost first: the adapter; metered; limited, so that what waits for its turn has not been spent; retrying, so that a backoff
-    holds no slot; then cached and tallied (:meth:`Stack.model`). The adapter is closed at the end of the block. ``load`` gives model and
-    tokenizer of a name, for an endpoint that is this process itself; ``tokenizer`` that of the endpoint's, for counting what it does not report."""
+    """Innermost first: the adapter; metered; limited, so that what waits for its turn has not been spent;
+    retrying, so that a backoff holds no slot; then cached and tallied (:meth:`Stack.model`). The adapter is
+    closed at the end of the block. ``load`` gives model and tokenizer of a name, for an endpoint that is this
+    process itself; ``tokenizer`` that of the endpoint's, for counting what it does not report."""
     bare: Any
     if endpoint.base_url is None:
         from featureinterp.llm.embedded import EmbeddedModel
@@ -88,7 +101,9 @@ async def open_stack(
         from featureinterp.llm.local import LocalModel
 
         if load is None:
-            raise InputError(f"a local language model cannot be loaded here: give {endpoint.model!r} an endpoint's address")
+            raise InputError(
+                f"a local language model cannot be loaded here: give {endpoint.model!r} an endpoint's address"
+            )
         bare = LocalModel(partial(load, endpoint.model), name=endpoint.name)
     else:
         from featureinterp.llm.openai import OpenAIModel
@@ -108,7 +123,8 @@ async def open_stack(
         )
     try:
         limited = Limited(
-            Metered(bare, meter, price=price, count=await _counter(endpoint, tokenizer)), Limits(endpoint.concurrency, rpm=endpoint.rpm, tpm=endpoint.tpm)
+            Metered(bare, meter, price=price, count=await _counter(endpoint, tokenizer)),
+            Limits(endpoint.concurrency, rpm=endpoint.rpm, tpm=endpoint.tpm),
         )
         retrying = Retrying(limited, attempts=endpoint.max_attempts, max_seconds=endpoint.max_wait_s)
         yield Stack(limited, retrying, bare, endpoint.base_url in (None, LOCAL), endpoint.max_wait_s)

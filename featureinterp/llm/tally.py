@@ -1,4 +1,6 @@
-"""What one piece of work cost, whichever of its tasks asked, and whether or not the answer was kept from an earlier time."""
+"""What one piece of work cost, whichever of its tasks asked, and whether or not the answer was kept from an
+earlier time.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ _CURRENT: ContextVar[Tally | None] = ContextVar("tally", default=None)
 
 @contextmanager
 def tally() -> Iterator[Tally]:
-    """Adds up what :class:`Tallied` models are asked within the block, by the tasks that are started in it, too. What an inner block adds up
-    counts towards the outer one when it ends."""
+    """Adds up what :class:`Tallied` models are asked within the block, by the tasks that are started in it,
+    too. What an inner block adds up counts towards the outer one when it ends."""
     found = Tally()
     token = _CURRENT.set(found)
     try:

@@ -12,8 +12,8 @@ _VARIABLES = {"SSL_CERT_FILE": "cafile", "SSL_CERT_DIR": "capath"}
 
 
 def context_for(encrypted: bool) -> ssl.SSLContext | bool:
-    """The certificates of ``SSL_CERT_FILE`` or ``SSL_CERT_DIR``, else the system's; none are read for an address without encryption.
-    Raises ``InputError`` for a variable that names no certificates."""
+    """The certificates of ``SSL_CERT_FILE`` or ``SSL_CERT_DIR``, else the system's; none are read for an
+    address without encryption. Raises ``InputError`` for a variable that names no certificates."""
     if not encrypted:
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     for variable, argument in _VARIABLES.items():
@@ -21,11 +21,17 @@ def context_for(encrypted: bool) -> ssl.SSLContext | bool:
             exists = Path(place).is_file() if argument == "cafile" else Path(place).is_dir()
             if not exists:
                 kind = "file" if argument == "cafile" else "folder"
-                raise InputError(f"the environment variable {variable} names {place!r}, which is no {kind}: correct it, or unset it to use the system's")
+                raise InputError(
+                    f"the environment variable {variable} names {place!r}, which is no {kind}: correct it, "
+                    "or unset it to use the system's"
+                )
             try:
                 return ssl.create_default_context(**{argument: place})  # type: ignore[arg-type]
             except (OSError, ValueError) as error:
-                raise InputError(f"the environment variable {variable} names {place!r}, which holds no certificates ({error}): correct or unset it") from None
+                raise InputError(
+                    f"the environment variable {variable} names {place!r}, which holds no certificates "
+                    f"({error}): correct or unset it"
+                ) from None
     return True
 
 
@@ -35,7 +41,9 @@ def certificate_problem(error: BaseException) -> str | None:
     for _ in range(8):
         if seen is None:
             return None
-        inner = getattr(seen, "certificate_error", None) or getattr(seen, "os_error", None)  # aiohttp's wrap the one of ssl
+        inner = getattr(seen, "certificate_error", None) or getattr(
+            seen, "os_error", None
+        )  # aiohttp's wrap the one of ssl
         for candidate in (inner, seen):
             if isinstance(candidate, ssl.SSLCertVerificationError):
                 return f"its certificate is not trusted: {getattr(candidate, 'verify_message', candidate)}"

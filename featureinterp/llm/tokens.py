@@ -14,16 +14,21 @@ Token = tuple[str, Mapping[str, float]]
 
 
 def answer_tokens(content: Sequence[Mapping[str, Any]], text: str) -> tuple[Token, ...]:
-    """The first tokens of an answer from the log-probabilities of a choice (OpenAI's ``logprobs.content``), behind the thoughts that
-    servers count among its tokens. ``text``: the choice's whole text."""
+    """The first tokens of an answer from the log-probabilities of a choice (OpenAI's ``logprobs.content``),
+    behind the thoughts that servers count among its tokens. ``text``: the choice's whole text."""
     pieces = [str(t["token"]) for t in content]
     start = _first(pieces, text)
     kept = zip(pieces[start:], content[start : start + KEPT], strict=False)
-    return tuple((piece, {str(a["token"]): float(a["logprob"]) for a in t.get("top_logprobs") or ()}) for piece, t in kept)
+    return tuple(
+        (piece, {str(a["token"]): float(a["logprob"]) for a in t.get("top_logprobs") or ()})
+        for piece, t in kept
+    )
 
 
 def _first(pieces: Sequence[str], text: str) -> int:
-    """The place of the token in which the answer begins; 0 where nothing but white space stands in front of it, or it is not found."""
+    """The place of the token in which the answer begins; 0 where nothing but white space stands in front of
+    it, or it is not found.
+    """
     answer, said = answer_of(text), "".join(pieces)
     start = said.rfind(answer) if answer else -1
     if start <= 0 or not said[:start].strip():

@@ -1,4 +1,6 @@
-"""The HTTP client of an endpoint. What it returns is bounded, holds no secret, and comes from the address that was given."""
+"""The HTTP client of an endpoint. What it returns is bounded, holds no secret, and comes from the address
+that was given.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from featureinterp.llm.secrets import HIDDEN, Secrets
 MAX_REPLY_BYTES = 4 * 2**20
 """Of one reply, after decompression. 100,000 tokens are less than 1 MB."""
 READ_BYTES_PER_BYTE = 512
-"""A prompt that is read comes back with the probabilities of every token: so many bytes more for each byte of the request."""
+"""A prompt that is read comes back with the probabilities of every token: so many bytes more for each byte of
+the request.
+"""
 MAX_READ_BYTES = 64 * 2**20
 MAX_ERROR_BYTES = 64 * 2**10
 MAX_HEADERS = 100
@@ -28,9 +32,9 @@ _DROPPED = {b"content-encoding", b"content-length", b"transfer-encoding", b"set-
 class EndpointClient(openai.DefaultAioHttpClient):
     """Sends requests to ``where`` and nowhere else.
 
-    A reply is read to its end, at most ``most_bytes`` of it, and ``secrets`` are replaced in body and headers before anybody sees
-    them. Raises ``MalformedReplyError`` for what is too large or no HTTP, and ``EndpointRefusedError`` for a redirect. Keeps no
-    cookies.
+    A reply is read to its end, at most ``most_bytes`` of it, and ``secrets`` are replaced in body and headers
+    before anybody sees them. Raises ``MalformedReplyError`` for what is too large or no HTTP, and
+    ``EndpointRefusedError`` for a redirect. Keeps no cookies.
     """
 
     def __init__(self, where: str, secrets: Secrets, **options: Any) -> None:
@@ -58,11 +62,14 @@ class EndpointClient(openai.DefaultAioHttpClient):
                 self._forget_cookies()
         except (httpx2.DecodingError, aiohttp.ClientResponseError) as error:
             raise MalformedReplyError(
-                f"the endpoint {self._where} sent what is no HTTP answer, or headers that are too long or too many "
+                f"the endpoint {self._where} sent what is no HTTP answer, or headers that are too long or "
+                "too many "
                 f"({type(error).__name__}): check that the address is that of an OpenAI-compatible endpoint"
             ) from None
         body = self._secrets.clean_body(body if response.is_success else bounded_error(body))
-        return httpx2.Response(response.status_code, headers=self._kept_headers(response), content=body, request=request)
+        return httpx2.Response(
+            response.status_code, headers=self._kept_headers(response), content=body, request=request
+        )
 
     async def _read(self, response: httpx2.Response, most: int) -> bytes:
         parts: list[bytes] = []
@@ -71,7 +78,8 @@ class EndpointClient(openai.DefaultAioHttpClient):
             size += len(part)
             if size > most:
                 raise MalformedReplyError(
-                    f"the endpoint {self._where} sent a reply of more than {most / 2**20:.0f} MB, which is no answer to what it was "
+                    f"the endpoint {self._where} sent a reply of more than {most / 2**20:.0f} MB, which is "
+                    "no answer to what it was "
                     "asked: check that it is an OpenAI-compatible endpoint"
                 )
             parts.append(part)
@@ -79,8 +87,15 @@ class EndpointClient(openai.DefaultAioHttpClient):
 
     def _kept_headers(self, response: httpx2.Response) -> list[tuple[bytes, bytes]]:
         """The reply's headers but those of its transfer and cookies."""
-        kept = [(k, v) for k, v in response.headers.raw if k.lower() not in _DROPPED and len(k) + len(v) <= MAX_HEADER_BYTES]
-        cleaned = ((k, self._secrets.clean(v.decode("latin-1")).encode("latin-1", "replace")) for k, v in kept[:MAX_HEADERS])
+        kept = [
+            (k, v)
+            for k, v in response.headers.raw
+            if k.lower() not in _DROPPED and len(k) + len(v) <= MAX_HEADER_BYTES
+        ]
+        cleaned = (
+            (k, self._secrets.clean(v.decode("latin-1")).encode("latin-1", "replace"))
+            for k, v in kept[:MAX_HEADERS]
+        )
         return [(k, v) for k, v in cleaned if not self._secrets.found_in(k)]
 
     def _check_redirect(self, response: httpx2.Response) -> None:
@@ -88,7 +103,8 @@ class EndpointClient(openai.DefaultAioHttpClient):
             return
         target = shown_address(self._secrets.clean(response.headers.get("location", "")))
         raise EndpointRefusedError(
-            f"the endpoint {self._where} redirects to {target or 'nowhere'} (HTTP {response.status_code}), which is not followed, so "
+            f"the endpoint {self._where} redirects to {target or 'nowhere'} (HTTP {response.status_code}), "
+            "which is not followed, so "
             "that prompts and keys go nowhere else: if that address is the right one, give it with --base-url"
         )
 
@@ -107,7 +123,9 @@ def most_bytes(request: httpx2.Request) -> int:
 
 
 def shown_address(address: str) -> str:
-    """An address from elsewhere for a message: without query, user name and marks that a terminal would act on."""
+    """An address from elsewhere for a message: without query, user name and marks that a terminal would act
+    on.
+    """
     try:
         parts = urlsplit(address)
     except ValueError:
@@ -118,8 +136,8 @@ def shown_address(address: str) -> str:
 
 
 def read_json(body: bytes, where: str) -> Any:
-    """The JSON of a reply; NaN, which no field of a reply can be, becomes None. Halves of characters stay: the pieces of a stream may be cut
-    between them.
+    """The JSON of a reply; NaN, which no field of a reply can be, becomes None. Halves of characters stay:
+    the pieces of a stream may be cut between them.
 
     Raises ``MalformedReplyError`` for one that is nested too deep, and ``ValueError`` for what is no JSON.
     """
@@ -127,7 +145,8 @@ def read_json(body: bytes, where: str) -> Any:
         return json.loads(body, parse_constant={"Infinity": math.inf, "-Infinity": -math.inf}.get)
     except RecursionError:
         raise MalformedReplyError(
-            f"the endpoint {where} sent an answer that is nested too deep to be read: check that it is an OpenAI-compatible endpoint"
+            f"the endpoint {where} sent an answer that is nested too deep to be read: check that it is an "
+            "OpenAI-compatible endpoint"
         ) from None
 
 

@@ -19,12 +19,14 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion: of a chat (``messages``), or the reading of a raw prompt (``prompt``, token ids of the model's own tokenizer).
+    """One completion: of a chat (``messages``), or the reading of a raw prompt (``prompt``, token ids of the
+    model's own tokenizer).
 
-    ``schema``: JSON schema of the reply, or None for free text. ``top_logprobs``: how many alternatives to return for the reply's
-    first token, or for each place of the prompt in ``read_at`` (0: none). ``n``: how many replies. ``answers``: the short replies
-    that are expected; a model may end with the first token that is one of them. ``check`` is called with the reply and raises a
-    ``LanguageModelError`` when it is no answer.
+    ``schema``: JSON schema of the reply, or None for free text. ``top_logprobs``: how many alternatives to
+    return for the reply's first token, or for each place of the prompt in ``read_at`` (0: none). ``n``: how
+    many replies. ``answers``: the short replies that are expected; a model may end with the first token that
+    is one of them. ``check`` is called with the reply and raises a ``LanguageModelError`` when it is no
+    answer.
     """
 
     messages: tuple[Message, ...] = ()
@@ -43,12 +45,13 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """``texts``: one per choice. ``truncated``: which of them were cut by ``max_tokens``. ``first_token``: for each choice the
-    natural-log probabilities of the first token's alternatives, empty where the endpoint gives none. ``read``: the same for each
-    place of ``read_at``, the alternatives by their text. ``refused``: why there is no answer, when a filter or the model itself
-    refuses what the request is about; it was billed all the same. ``room``: how many tokens each could have had, thoughts among them; 0:
-    not known. ``tokens``: for each choice the first few tokens of its answer, behind its thoughts, each as it was chosen and with its
-    alternatives; empty where they are not known."""
+    """``texts``: one per choice. ``truncated``: which of them were cut by ``max_tokens``. ``first_token``:
+    for each choice the natural-log probabilities of the first token's alternatives, empty where the endpoint
+    gives none. ``read``: the same for each place of ``read_at``, the alternatives by their text. ``refused``:
+    why there is no answer, when a filter or the model itself refuses what the request is about; it was billed
+    all the same. ``room``: how many tokens each could have had, thoughts among them; 0: not known.
+    ``tokens``: for each choice the first few tokens of its answer, behind its thoughts, each as it was chosen
+    and with its alternatives; empty where they are not known."""
 
     texts: tuple[str, ...]
     truncated: tuple[bool, ...]

@@ -1,4 +1,6 @@
-"""What an endpoint says that a reply cost, in the forms that providers have; and what it must have cost at least."""
+"""What an endpoint says that a reply cost, in the forms that providers have; and what it must have cost at
+least.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +27,22 @@ Count = Callable[[str], int]
 
 
 def reported_usage(completion: Any, seconds: float) -> Usage:
-    """The counts that a completion comes with; 0 for those that it lacks. ``cost_usd`` is the provider's own bill, None without one.
+    """The counts that a completion comes with; 0 for those that it lacks. ``cost_usd`` is the provider's own
+    bill, None without one.
 
-    Thoughts that ``completion_tokens`` leaves out, as Gemini's and xAI's endpoints do, are found in ``total_tokens`` or in
-    ``completion_tokens_details``. Cached tokens are OpenAI's ``prompt_tokens_details``, DeepSeek's ``prompt_cache_hit_tokens`` or
-    Moonshot's ``cached_tokens``. Raises ``MalformedReplyError`` for counts and costs that no reply can have.
+    Thoughts that ``completion_tokens`` leaves out, as Gemini's and xAI's endpoints do, are found in
+    ``total_tokens`` or in ``completion_tokens_details``. Cached tokens are OpenAI's
+    ``prompt_tokens_details``, DeepSeek's ``prompt_cache_hit_tokens`` or Moonshot's ``cached_tokens``. Raises
+    ``MalformedReplyError`` for counts and costs that no reply can have.
     """
     found = completion.get("usage") if isinstance(completion, Mapping) else None
     if found is None:
         return Usage(1, seconds=seconds, cost_usd=None)
     if not isinstance(found, Mapping):
         raise _impossible("usage", found)
-    prompt, reply, total = (_count(found, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens"))
+    prompt, reply, total = (
+        _count(found, name) for name in ("prompt_tokens", "completion_tokens", "total_tokens")
+    )
     thoughts = _count(_inner(found, "completion_tokens_details"), "reasoning_tokens")
     if not prompt and total > reply:
         prompt = total - reply
@@ -57,13 +63,20 @@ def _count(found: Mapping[str, Any], name: str) -> int:
     value = found.get(name)
     if value is None:
         return 0
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_TOKENS or value != int(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 <= value <= MAX_TOKENS
+        or value != int(value)
+    ):
         raise _impossible(name, value)
     return int(value)
 
 
 def _cost(found: Mapping[str, Any]) -> float | None:
-    """The provider's own bill in USD: OpenRouter's (with what its user pays elsewhere), Perplexity's, DeepInfra's or xAI's."""
+    """The provider's own bill in USD: OpenRouter's (with what its user pays elsewhere), Perplexity's,
+    DeepInfra's or xAI's.
+    """
     cost, ticks = found.get("cost"), found.get("cost_in_usd_ticks")
     if isinstance(cost, Mapping):
         cost = cost.get("total_cost")
@@ -73,7 +86,9 @@ def _cost(found: Mapping[str, Any]) -> float | None:
         cost = _money("cost_in_usd_ticks", ticks, TICKS_PER_USD)
     if cost is None:
         return None
-    elsewhere = _inner(found, "cost_details").get("upstream_inference_cost") if found.get("is_byok") is True else None
+    elsewhere = (
+        _inner(found, "cost_details").get("upstream_inference_cost") if found.get("is_byok") is True else None
+    )
     return _money("cost", cost) + (0.0 if elsewhere is None else _money("upstream_inference_cost", elsewhere))
 
 
@@ -86,11 +101,16 @@ def _money(name: str, value: Any, unit: float = 1.0) -> float:
 
 def _impossible(name: str, value: Any) -> MalformedReplyError:
     shown = str(value)[:40] if isinstance(value, int | float) else type(value).__name__
-    return MalformedReplyError(f"the endpoint says {name} = {shown} of its reply, which no reply can have: its counts cannot be used, so the reply is not")
+    return MalformedReplyError(
+        f"the endpoint says {name} = {shown} of its reply, which no reply can have: its counts cannot be "
+        "used, so the reply is not"
+    )
 
 
 def checked_usage(request: Request, reply: Reply, count: Count | None = None) -> Usage:
-    """What ``reply`` reports; in place of counts that are missing, or too low for the length of the texts, an estimate."""
+    """What ``reply`` reports; in place of counts that are missing, or too low for the length of the texts, an
+    estimate.
+    """
     usage = reply.usage
     prompt = prompt_size(request)
     text = sum(len(t.encode("utf-8", "replace")) for t in reply.texts)
@@ -104,7 +124,9 @@ def checked_usage(request: Request, reply: Reply, count: Count | None = None) ->
     if low_reply or (low_prompt and not reply_tokens):
         reply_tokens = max(reply_tokens, _estimated_reply(request, reply, count))
     cached = min(usage.cached_tokens, prompt_tokens)
-    return Usage(usage.requests, prompt_tokens, reply_tokens, usage.seconds, usage.cost_usd, cached, usage.requests)
+    return Usage(
+        usage.requests, prompt_tokens, reply_tokens, usage.seconds, usage.cost_usd, cached, usage.requests
+    )
 
 
 def prompt_size(request: Request) -> int:

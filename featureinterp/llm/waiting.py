@@ -11,31 +11,42 @@ from typing import Any
 
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|[smhd])")
-_IN_WORDS = re.compile(r"(?:try again|retry|wait|available)[^.\d]{0,40}?((?:\d+(?:\.\d+)?\s*(?:ms|s|m|h)(?![a-z])\s*)+)")
+_IN_WORDS = re.compile(
+    r"(?:try again|retry|wait|available)[^.\d]{0,40}?((?:\d+(?:\.\d+)?\s*(?:ms|s|m|h)(?![a-z])\s*)+)"
+)
 _SECONDS_IN_WORDS = re.compile(r"(?:try again|retry|wait)[^.\d]{0,40}?(\d+(?:\.\d+)?)\s*sec")
 _RESETS = ("x-ratelimit-reset-requests", "x-ratelimit-reset-tokens", "x-ratelimit-reset", "ratelimit-reset")
 _LATER_THAN = 1e9
 """A larger number is a moment in Unix seconds (or, a thousand times that, milliseconds), not a duration."""
 
 
-def wait_s(headers: Mapping[str, str], body: Any = None, words: str = "", now: float | None = None) -> float | None:
-    """Seconds to wait, or None when the endpoint does not say. In this order: ``retry-after-ms`` (Azure), ``Retry-After`` in both forms
-    (RFC 9110), ``retryDelay`` of google.rpc.RetryInfo in the body, ``estimated_time`` (Hugging Face), the sentence ("try again in 7.66s"),
-    and when a limit that is used up is reset: ``x-ratelimit-reset-*`` (OpenAI, Groq: ``6m0s``; OpenRouter: Unix milliseconds, also in the
+def wait_s(
+    headers: Mapping[str, str], body: Any = None, words: str = "", now: float | None = None
+) -> float | None:
+    """Seconds to wait, or None when the endpoint does not say. In this order: ``retry-after-ms`` (Azure),
+    ``Retry-After`` in both forms (RFC 9110), ``retryDelay`` of google.rpc.RetryInfo in the body,
+    ``estimated_time`` (Hugging Face), the sentence ("try again in 7.66s"), and when a limit that is used up
+    is reset: ``x-ratelimit-reset-*`` (OpenAI, Groq: ``6m0s``; OpenRouter: Unix milliseconds, also in the
     body's ``metadata.headers``) and ``anthropic-ratelimit-*-reset`` (RFC 3339)."""
     now = time.time() if now is None else now
     headers = {name.lower(): value for name, value in headers.items()} | _headers_within(body)
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds is not None and milliseconds >= 0:
         return milliseconds / 1000
-    for found in (retry_after_s(headers.get("retry-after"), now), _from_body(body), _from_words(words.lower())):
+    for found in (
+        retry_after_s(headers.get("retry-after"), now),
+        _from_body(body),
+        _from_words(words.lower()),
+    ):
         if found is not None:
             return found
     return max(_resets(headers, now), default=None)
 
 
 def retry_after_s(header: str | None, now: float | None = None) -> float | None:
-    """Seconds that a Retry-After header asks for, in either of its forms (seconds, or an HTTP date); None when there is none."""
+    """Seconds that a Retry-After header asks for, in either of its forms (seconds, or an HTTP date); None
+    when there is none.
+    """
     if not header:
         return None
     seconds = _number(header)
@@ -65,7 +76,9 @@ def _number(text: object) -> float | None:
 
 
 def _resets(headers: Mapping[str, str], now: float) -> Iterator[float]:
-    """When each limit that is used up is free again; one that says how much is left, and that it is not nothing, is not the cause."""
+    """When each limit that is used up is free again; one that says how much is left, and that it is not
+    nothing, is not the cause.
+    """
     for name, value in headers.items():
         anthropic = name.startswith("anthropic-ratelimit-") and name.endswith("-reset")
         if name not in _RESETS and not anthropic:

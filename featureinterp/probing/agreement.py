@@ -1,4 +1,6 @@
-"""Does an explanation agree with the concept that a feature was annotated with? Judged by what the explanation predicts on the windows that were simulated."""
+"""Does an explanation agree with the concept that a feature was annotated with? Judged by what the
+explanation predicts on the windows that were simulated.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,10 @@ Verdict = Literal["agrees", "disagrees", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """An annotation beside the explanation of the same feature. ``predicted``: AUROC of the predicted levels for the concept's tokens on the simulated
-    test windows, with a 95 % interval over windows; ``actual``: that of the feature's activations there. ``n_tokens``: simulated tokens; ``n_labelled``: those
-    of the concept."""
+    """An annotation beside the explanation of the same feature. ``predicted``: AUROC of the predicted levels
+    for the concept's tokens on the simulated test windows, with a 95 % interval over windows; ``actual``:
+    that of the feature's activations there. ``n_tokens``: simulated tokens; ``n_labelled``: those of the
+    concept."""
 
     annotation: Annotation
     predicted: float | None
@@ -32,8 +35,9 @@ class Agreement:
 
     @property
     def verdict(self) -> Verdict:
-        """``disagrees`` when the predictions find the concept's tokens at most half as well as the feature does (the interval lies below the middle of ½ and
-        ``actual``), ``agrees`` when they find them better than chance (the interval lies above ½), and otherwise ``unknown``; so too when the feature's own
+        """``disagrees`` when the predictions find the concept's tokens at most half as well as the feature
+        does (the interval lies below the middle of ½ and ``actual``), ``agrees`` when they find them better
+        than chance (the interval lies above ½), and otherwise ``unknown``; so too when the feature's own
         activations do not find them in these windows."""
         if self.interval is None or self.actual is None or self.actual <= 0.5:
             return "unknown"
@@ -42,8 +46,12 @@ class Agreement:
         return "agrees" if self.interval.low > 0.5 else "unknown"
 
 
-def agreement_with(result: FeatureResult, annotation: Annotation, labelled: np.ndarray, window_length: int) -> Agreement:
-    """``labelled``: positions of the concept's tokens, ascending (row of the window · ``window_length`` + offset)."""
+def agreement_with(
+    result: FeatureResult, annotation: Annotation, labelled: np.ndarray, window_length: int
+) -> Agreement:
+    """``labelled``: positions of the concept's tokens, ascending (row of the window · ``window_length`` +
+    offset).
+    """
     windows = [w for w in result.windows if w.split == "test" and w.predicted is not None]
     tokens = [_tokens(w, labelled, window_length) for w in windows]
     if not tokens:
@@ -56,19 +64,36 @@ def agreement_with(result: FeatureResult, annotation: Annotation, labelled: np.n
     return Agreement(annotation, known[0], interval, known[1], len(label), int(label.sum()))
 
 
-def _tokens(window: ShownWindow, labelled: np.ndarray, window_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _tokens(
+    window: ShownWindow, labelled: np.ndarray, window_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Predicted levels, activations, and whether each token has the label."""
     positions = window.row * window_length + np.arange(len(window.pieces))
-    return np.array(window.predicted, float), np.array(window.activations, float), np.isin(positions, labelled)
+    return (
+        np.array(window.predicted, float),
+        np.array(window.activations, float),
+        np.isin(positions, labelled),
+    )
 
 
 def agreements(
-    results: Sequence[FeatureResult], annotations: Sequence[Annotation], labelled: Mapping[str, np.ndarray], window_length: int
+    results: Sequence[FeatureResult],
+    annotations: Sequence[Annotation],
+    labelled: Mapping[str, np.ndarray],
+    window_length: int,
 ) -> dict[int, list[Agreement]]:
-    """Per feature that has annotations: one agreement for each of its labels, its best annotation standing for it."""
+    """Per feature that has annotations: one agreement for each of its labels, its best annotation standing
+    for it.
+    """
     found: dict[int, dict[str, Annotation]] = {}
     for annotation in annotations:
         mine = found.setdefault(annotation.feature_id, {})
-        if annotation.label not in mine or annotation.auroc is not None:  # what was found by AUROC is compared with an AUROC
+        if (
+            annotation.label not in mine or annotation.auroc is not None
+        ):  # what was found by AUROC is compared with an AUROC
             mine[annotation.label] = annotation
-    return {r.feature: [agreement_with(r, a, labelled[a.label], window_length) for a in found[r.feature].values()] for r in results if r.feature in found}
+    return {
+        r.feature: [agreement_with(r, a, labelled[a.label], window_length) for a in found[r.feature].values()]
+        for r in results
+        if r.feature in found
+    }

@@ -20,9 +20,11 @@ Method = Literal["auroc", "domain_f1"]
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """A feature and the concept that it separates best. ``auroc`` (None by F1) and ``f1`` (None by AUROC) are of the test tokens, ``train`` of those that chose
-    the concept. ``n_positive``: labelled test tokens. ``threshold``: share of the feature's maximum above which it fires (F1 alone). ``p``: share of shifts of
-    the labels in which any feature that chose this label reaches this score; None when nothing was shifted."""
+    """A feature and the concept that it separates best. ``auroc`` (None by F1) and ``f1`` (None by AUROC) are
+    of the test tokens, ``train`` of those that chose the concept. ``n_positive``: labelled test tokens.
+    ``threshold``: share of the feature's maximum above which it fires (F1 alone). ``p``: share of shifts of
+    the labels in which any feature that chose this label reaches this score; None when nothing was shifted.
+    """
 
     feature_id: int
     label: str
@@ -57,28 +59,43 @@ def annotate_features(
     n_shifts: int = N_SHIFTS,
     seed: int = 0,
 ) -> list[Annotation]:
-    """Per feature the concept that it fires on: chosen on the training tokens, scored on the test tokens, kept where that score is at least ``min_auroc``
-    (by ``method="domain_f1"``: ``min_f1``) and beyond chance. Features in order; those that are not kept are left out.
+    """Per feature the concept that it fires on: chosen on the training tokens, scored on the test tokens,
+    kept where that score is at least ``min_auroc`` (by ``method="domain_f1"``: ``min_f1``) and beyond chance.
+    Features in order; those that are not kept are left out.
 
-    ``labels`` bool ``[token, label]`` with ``names``; ``documents`` ``[token]`` are what :func:`split_indices` keeps together and what labels are shifted in
-    (those of the same ``texts`` as one);
-    ``instances``: concept → ids as in :func:`domain_f1` (a concept without: each run of labelled tokens of a document is an instance).
+    ``labels`` bool ``[token, label]`` with ``names``; ``documents`` ``[token]`` are what
+    :func:`split_indices` keeps together and what labels are shifted in (those of the same ``texts`` as one);
+    ``instances``: concept → ids as in :func:`domain_f1` (a concept without: each run of labelled tokens of a
+    document is an instance).
 
-    Beyond chance: of all features that chose a label in training, the largest test score in each of ``n_shifts`` circular shifts of the test labels is taken;
-    a feature needs a score that at most a share ``alpha`` of these reach. So the chance that noise gets a given label even once is at most ``alpha``, however
-    many features there are. A concept that stands in a few places only is easily met by one of thousands of features, and so is given to none.
-    ``alpha=None``: no such control.
+    Beyond chance: of all features that chose a label in training, the largest test score in each of
+    ``n_shifts`` circular shifts of the test labels is taken; a feature needs a score that at most a share
+    ``alpha`` of these reach. So the chance that noise gets a given label even once is at most ``alpha``,
+    however many features there are. A concept that stands in a few places only is easily met by one of
+    thousands of features, and so is given to none. ``alpha=None``: no such control.
     """
     columns = as_columns(codes)
     labels = as_labels(labels, columns.n_rows)
     if len(names) != labels.shape[1] or len(set(names)) != len(names):
-        raise IncompatibleError(f"there are {len(names)} names ({len(set(names))} different) for {labels.shape[1]} labels: give each label its own")
+        raise IncompatibleError(
+            f"there are {len(names)} names ({len(set(names))} different) for {labels.shape[1]} labels: "
+            "give each label its own"
+        )
     if alpha is not None and not 1 / (n_shifts + 1) <= alpha <= 1:
-        raise InputError(f"a chance of {alpha:g} cannot be seen in {n_shifts} shifts: use at least {int(np.ceil(1 / max(alpha, 1e-9))) - 1}")
+        raise InputError(
+            f"a chance of {alpha:g} cannot be seen in {n_shifts} shifts: use at least "
+            f"{int(np.ceil(1 / max(alpha, 1e-9))) - 1}"
+        )
     train, test = split or split_indices(columns.n_rows, seed=seed, groups=documents, texts=texts)
     by_run = None if documents is None else np.asarray(documents)
     groups = by_run if texts is None else joined(by_run, texts)
-    judge = _by_auroc if method == "auroc" else _by_f1(names, instances or {}, by_run) if method == "domain_f1" else None
+    judge = (
+        _by_auroc
+        if method == "auroc"
+        else _by_f1(names, instances or {}, by_run)
+        if method == "domain_f1"
+        else None
+    )
     if judge is None:
         raise UnknownNameError(f"there is no method {method!r}: choose auroc or domain_f1")
     judged = judge(columns, labels, train, test)
@@ -86,7 +103,11 @@ def annotate_features(
     kept, p = scores >= (min_auroc if method == "auroc" else min_f1), None
     if alpha is not None and kept.any():
         chosen_by = judged.chosen[:, None] == np.arange(len(names))
-        p = _p(scores, judged.chosen, judged.null(None if groups is None else groups[test], chosen_by, n_shifts, seed))
+        p = _p(
+            scores,
+            judged.chosen,
+            judged.null(None if groups is None else groups[test], chosen_by, n_shifts, seed),
+        )
         kept &= p <= alpha
     positives = labels[test].sum(0)
     found = []
@@ -94,14 +115,26 @@ def annotate_features(
         label, score = int(judged.chosen[f]), float(scores[f])
         threshold = None if judged.thresholds is None else float(judged.thresholds[f])
         area, f1 = (score, None) if method == "auroc" else (None, score)
-        found.append(Annotation(f, names[label], area, f1, float(judged.first[f]), int(positives[label]), threshold, None if p is None else float(p[f])))
+        found.append(
+            Annotation(
+                f,
+                names[label],
+                area,
+                f1,
+                float(judged.first[f]),
+                int(positives[label]),
+                threshold,
+                None if p is None else float(p[f]),
+            )
+        )
     return found
 
 
 @dataclass(frozen=True)
 class _Judged:
-    """Per feature the label that the training tokens chose (−1: none), its score there and on the test tokens, and the threshold; ``null``: (documents of the
-    test tokens, features that count for a label, shifts, seed) → the largest scores by chance."""
+    """Per feature the label that the training tokens chose (−1: none), its score there and on the test
+    tokens, and the threshold; ``null``: (documents of the test tokens, features that count for a label,
+    shifts, seed) → the largest scores by chance."""
 
     chosen: np.ndarray
     first: np.ndarray
@@ -120,18 +153,37 @@ def _by_auroc(columns: Columns, labels: np.ndarray, train: np.ndarray, test: np.
     return _Judged(chosen, first, _at(auroc_all(held, labels[test]), chosen), None, null)
 
 
-def _by_f1(names: Sequence[str], instances: Mapping[str, Any], documents: np.ndarray | None) -> Callable[..., _Judged]:
+def _by_f1(
+    names: Sequence[str], instances: Mapping[str, Any], documents: np.ndarray | None
+) -> Callable[..., _Judged]:
     def judge(columns: Columns, labels: np.ndarray, train: np.ndarray, test: np.ndarray) -> _Judged:
-        ids = [np.asarray(instances[name]) if name in instances else runs_of(labels[:, i], documents) for i, name in enumerate(names)]
+        ids = [
+            np.asarray(instances[name]) if name in instances else runs_of(labels[:, i], documents)
+            for i, name in enumerate(names)
+        ]
         learnt, held = columns.take(train), columns.take(test)
-        # training tokens are scaled by the maxima of the test tokens and the other way round: never by those of the tokens that are scored
+        # training tokens are scaled by the maxima of the test tokens and the other way round: never by those
+        # of the tokens that are scored
         tried = domain_f1(learnt, held.maxima, labels[train], [i[train] for i in ids])
         chosen, first = _choice(tried.f1)
-        held_ids, at = [i[test] for i in ids], np.argmax(np.nan_to_num(tried.curve), axis=1)  # the threshold, too, is chosen in training
+        held_ids, at = (
+            [i[test] for i in ids],
+            np.argmax(np.nan_to_num(tried.curve), axis=1),
+        )  # the threshold, too, is chosen in training
         found = domain_f1(held, learnt.maxima, labels[test], held_ids)
 
         def null(groups: np.ndarray | None, among: np.ndarray, n_shifts: int, seed: int) -> np.ndarray:
-            return f1_null(held, learnt.maxima, labels[test], held_ids, groups, at=at, among=among, n_shifts=n_shifts, seed=seed)
+            return f1_null(
+                held,
+                learnt.maxima,
+                labels[test],
+                held_ids,
+                groups,
+                at=at,
+                among=among,
+                n_shifts=n_shifts,
+                seed=seed,
+            )
 
         scores = np.take_along_axis(found.curve, at[:, None], 1)[:, 0]
         return _Judged(chosen, first, _at(scores, chosen), _at(tried.threshold, chosen), null)
@@ -140,7 +192,9 @@ def _by_f1(names: Sequence[str], instances: Mapping[str, Any], documents: np.nda
 
 
 def runs_of(labelled: np.ndarray, documents: np.ndarray | None = None) -> np.ndarray:
-    """An instance id for every run of labelled tokens, which ends with its document: int32 ``[token]``, −1 elsewhere."""
+    """An instance id for every run of labelled tokens, which ends with its document: int32 ``[token]``, −1
+    elsewhere.
+    """
     starts = labelled & ~np.concatenate([[False], labelled[:-1]])
     if documents is not None and len(labelled):
         starts |= labelled & np.concatenate([[True], documents[1:] != documents[:-1]])
@@ -148,7 +202,9 @@ def runs_of(labelled: np.ndarray, documents: np.ndarray | None = None) -> np.nda
 
 
 def _choice(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The best label of every feature in ``[feature, label]`` and its score; −1 and NaN where none is known."""
+    """The best label of every feature in ``[feature, label]`` and its score; −1 and NaN where none is
+    known.
+    """
     known = ~np.isnan(table).all(1)
     best = np.argmax(np.where(np.isnan(table), -1, table), axis=1)
     return np.where(known, best, -1), np.where(known, table[np.arange(len(table)), best], np.nan)

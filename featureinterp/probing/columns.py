@@ -17,8 +17,9 @@ PART_NONZEROS = 2_000_000
 
 @dataclass(frozen=True)
 class Columns:
-    """Codes of ``n_rows`` tokens, feature by feature. The nonzeros of feature f are ``rows[offsets[f]:offsets[f + 1]]`` (each row once, in any order) and the
-    ``values`` there, > 0. ``offsets`` int64 ``[feature + 1]``; ``rows`` and ``values`` ``[nonzero]``, which may be memory-mapped."""
+    """Codes of ``n_rows`` tokens, feature by feature. The nonzeros of feature f are
+    ``rows[offsets[f]:offsets[f + 1]]`` (each row once, in any order) and the ``values`` there, > 0.
+    ``offsets`` int64 ``[feature + 1]``; ``rows`` and ``values`` ``[nonzero]``, which may be memory-mapped."""
 
     n_rows: int
     offsets: np.ndarray
@@ -72,7 +73,9 @@ class Columns:
             start = end
 
     def take(self, rows: np.ndarray) -> Columns:
-        """The codes of some tokens, numbered anew in the order of ``rows`` (int ``[n]``, each at most once)."""
+        """The codes of some tokens, numbered anew in the order of ``rows`` (int ``[n]``, each at most
+        once).
+        """
         place = np.full(self.n_rows, -1, np.int64)
         place[rows] = np.arange(len(rows))
         offsets, taken, values = np.zeros(self.n_features + 1, np.int64), [], []
@@ -85,7 +88,12 @@ class Columns:
             taken.append(moved[kept])
             values.append(np.asarray(self.values[span])[kept])
         empty = np.zeros(0, np.asarray(self.values).dtype)
-        return Columns(len(rows), offsets, np.concatenate([np.zeros(0, np.int64), *taken]), np.concatenate([empty, *values]))
+        return Columns(
+            len(rows),
+            offsets,
+            np.concatenate([np.zeros(0, np.int64), *taken]),
+            np.concatenate([empty, *values]),
+        )
 
     def select(self, features: np.ndarray) -> Columns:
         """The codes of some features, in that order (the same one may come again)."""
@@ -96,7 +104,9 @@ class Columns:
 
 
 def as_columns(codes: Any) -> Columns:
-    """Codes in any of the forms that probing accepts. Raises ``InputError`` for a negative code, NaN or infinity, and for what is no matrix."""
+    """Codes in any of the forms that probing accepts. Raises ``InputError`` for a negative code, NaN or
+    infinity, and for what is no matrix.
+    """
     if isinstance(codes, Columns):
         return codes
     if is_torch(codes):
@@ -113,9 +123,14 @@ def as_columns(codes: Any) -> Columns:
         return checked_columns(matrix.shape[0], matrix.indptr.astype(np.int64), matrix.indices, matrix.data)
     array = np.asarray(codes)
     if array.ndim != 2 or array.dtype == object:
-        raise InputError(f"codes of shape {array.shape} and type {array.dtype} are not a matrix of numbers: give [token, feature]")
+        raise InputError(
+            f"codes of shape {array.shape} and type {array.dtype} are not a matrix of numbers: give "
+            "[token, feature]"
+        )
     features, rows = np.nonzero(array.T)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(features, minlength=array.shape[1]))]).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(features, minlength=array.shape[1]))]).astype(
+        np.int64
+    )
     return checked_columns(array.shape[0], offsets, rows, array[rows, features])
 
 
@@ -129,7 +144,10 @@ def checked_columns(n_rows: int, offsets: np.ndarray, rows: np.ndarray, values: 
     if len(values) and not np.isfinite(values).all():
         raise InputError(f"the codes hold {values[~np.isfinite(values)][0]}: codes must be finite")
     if len(values) and values.min() < 0:
-        raise InputError(f"the codes hold {float(values.min()):g}: codes must not be negative, take the activations after the SAE's nonlinearity")
+        raise InputError(
+            f"the codes hold {float(values.min()):g}: codes must not be negative, take the activations "
+            "after the SAE's nonlinearity"
+        )
     kept = values != 0
     if not kept.all():
         offsets = np.concatenate([[0], np.cumsum(kept)])[offsets].astype(np.int64)
@@ -138,14 +156,20 @@ def checked_columns(n_rows: int, offsets: np.ndarray, rows: np.ndarray, values: 
 
 
 def as_labels(labels: Any, n_rows: int) -> np.ndarray:
-    """Labels as bool ``[token, label]``; a single label may come as ``[token]``. Raises ``InputError`` for anything but 0, 1, False and True, and
-    ``IncompatibleError`` for another number of tokens."""
-    array = labels.detach().cpu().numpy() if is_torch(labels) else np.asarray(labels.todense() if hasattr(labels, "todense") else labels)
+    """Labels as bool ``[token, label]``; a single label may come as ``[token]``. Raises ``InputError`` for
+    anything but 0, 1, False and True, and ``IncompatibleError`` for another number of tokens."""
+    array = (
+        labels.detach().cpu().numpy()
+        if is_torch(labels)
+        else np.asarray(labels.todense() if hasattr(labels, "todense") else labels)
+    )
     if array.ndim not in (1, 2):
         raise InputError(f"labels of shape {array.shape} are not a matrix: give [token, label]")
     array = array[:, None] if array.ndim == 1 else array
     if len(array) != n_rows:
-        raise IncompatibleError(f"there are labels of {len(array)} tokens and codes of {n_rows}: both must be of the same tokens")
+        raise IncompatibleError(
+            f"there are labels of {len(array)} tokens and codes of {n_rows}: both must be of the same tokens"
+        )
     if array.dtype != bool:
         if array.dtype == object or not np.isin(array, (0, 1)).all():
             raise InputError("labels must be True or False (or 1 or 0)")

@@ -1,8 +1,10 @@
-"""Linear decoders of labels: from all codes at once, and from the dense activations that the SAE was made for.
+"""Linear decoders of labels: from all codes at once, and from the dense activations that the SAE was made
+for.
 
-The codes are standardised with the mean and deviation of the training tokens. For sparse codes that is never done in memory: the deviation goes into the
-weights and the mean into the bias. The loss is the mean log loss over training tokens plus λ/2 · ‖w‖² on the standardised scale (the bias is free); it is
-minimised by L-BFGS (Liu and Nocedal 1989), all labels in one problem.
+The codes are standardised with the mean and deviation of the training tokens. For sparse codes that is never
+done in memory: the deviation goes into the weights and the mean into the bias. The loss is the mean log loss
+over training tokens plus λ/2 · ‖w‖² on the standardised scale (the bias is free); it is minimised by L-BFGS
+(Liu and Nocedal 1989), all labels in one problem.
 """
 
 from __future__ import annotations
@@ -28,8 +30,9 @@ TOLERANCE, ROUGH = 1e-4, 3e-3
 
 @dataclass(frozen=True)
 class LinearDecoder:
-    """logits = x · ``weights`` + ``bias``, for x as it was given (not standardised). ``weights`` float64 ``[input, output]``, ``bias`` ``[output]``;
-    ``l2``: the λ that it was fitted with; ``steps``: evaluations of the loss."""
+    """logits = x · ``weights`` + ``bias``, for x as it was given (not standardised). ``weights`` float64
+    ``[input, output]``, ``bias`` ``[output]``; ``l2``: the λ that it was fitted with; ``steps``: evaluations
+    of the loss."""
 
     weights: np.ndarray
     bias: np.ndarray
@@ -43,7 +46,9 @@ class LinearDecoder:
 
 
 def standardize(x: Any, train: Any, epsilon: float = EPSILON) -> np.ndarray:
-    """``x`` ``[token, input]`` less the mean of the training rows, over their deviation, which is taken to be ``epsilon`` at least: float64."""
+    """``x`` ``[token, input]`` less the mean of the training rows, over their deviation, which is taken to be
+    ``epsilon`` at least: float64.
+    """
     array = np.asarray(x.detach().cpu().numpy() if is_torch(x) else x, np.float64)
     rows = array[np.asarray(train)]
     if not len(rows):
@@ -53,29 +58,46 @@ def standardize(x: Any, train: Any, epsilon: float = EPSILON) -> np.ndarray:
 
 
 def fit_logreg(
-    x: Any, labels: Any, train: Any = None, *, l2: float | Sequence[float] = LAMBDAS, groups: Any = None, texts: Any = None, seed: int = 0
+    x: Any,
+    labels: Any,
+    train: Any = None,
+    *,
+    l2: float | Sequence[float] = LAMBDAS,
+    groups: Any = None,
+    texts: Any = None,
+    seed: int = 0,
 ) -> LinearDecoder:
     """A logistic regression per label, on the rows ``train`` (all when not given).
 
-    ``x``: codes in any form of :func:`as_columns`, or a dense array or tensor ``[token, input]`` of any sign. ``labels`` bool ``[token, label]``. With several
-    ``l2`` a fifth of the training rows (whole ``groups``, and none of the ``texts`` that the others have, as in :func:`split_indices`) is held out to choose by
-    the log loss there, and the chosen one is fitted on all of them.
+    ``x``: codes in any form of :func:`as_columns`, or a dense array or tensor ``[token, input]`` of any sign.
+    ``labels`` bool ``[token, label]``. With several ``l2`` a fifth of the training rows (whole ``groups``,
+    and none of the ``texts`` that the others have, as in :func:`split_indices`) is held out to choose by the
+    log loss there, and the chosen one is fitted on all of them.
     """
     return _fitted(x, as_labels(labels, len_of(x)), train, _sigmoid_loss, l2, groups, texts, seed)
 
 
 def fit_softmax(
-    x: Any, classes: Any, train: Any = None, *, l2: float | Sequence[float] = LAMBDAS, groups: Any = None, texts: Any = None, seed: int = 0
+    x: Any,
+    classes: Any,
+    train: Any = None,
+    *,
+    l2: float | Sequence[float] = LAMBDAS,
+    groups: Any = None,
+    texts: Any = None,
+    seed: int = 0,
 ) -> LinearDecoder:
-    """One multinomial regression over the classes 0 to K − 1 of ``classes`` ``[token]``; the rest as in :func:`fit_logreg`."""
+    """One multinomial regression over the classes 0 to K − 1 of ``classes`` ``[token]``; the rest as in
+    :func:`fit_logreg`.
+    """
     numbers = _classes(classes, len_of(x))
     wanted = np.eye(int(numbers.max()) + 1)[numbers]
     return _fitted(x, wanted, train, _softmax_loss, l2, groups, texts, seed)
 
 
 def macro_auroc(scores: Any, classes: Any) -> tuple[float, int]:
-    """(mean one-versus-rest AUROC over the classes that some token has and some token has not, how many those are); NaN and 0 when there is none.
-    ``scores`` ``[token, class]``, ``classes`` int ``[token]``."""
+    """(mean one-versus-rest AUROC over the classes that some token has and some token has not, how many those
+    are); NaN and 0 when there is none. ``scores`` ``[token, class]``, ``classes`` int ``[token]``."""
     scores = scores.detach().cpu().numpy() if is_torch(scores) else np.asarray(scores)
     numbers = _classes(classes, len(scores))
     found = [auroc_vec(scores[:, k], numbers == k) for k in range(scores.shape[1])]
@@ -94,8 +116,9 @@ def decode_eval(
     l2: float | Sequence[float] = LAMBDAS,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Softmax decoders of ``classes`` ``[token]`` from codes and from their dense twin (None: codes alone), side by side: per input ``accuracy``,
-    ``macro_auroc``, ``n_classes`` (those that could be scored) and ``l2``, on test tokens."""
+    """Softmax decoders of ``classes`` ``[token]`` from codes and from their dense twin (None: codes alone),
+    side by side: per input ``accuracy``, ``macro_auroc``, ``n_classes`` (those that could be scored) and
+    ``l2``, on test tokens."""
     train, test = split or split_indices(len_of(codes), seed=seed, groups=groups, texts=texts)
     numbers = _classes(classes, len_of(codes))
     found = {}
@@ -104,7 +127,12 @@ def decode_eval(
             decoder = fit_softmax(x, numbers, train, l2=l2, groups=groups, texts=texts, seed=seed)
             logits = decoder.predict(x, test)
             area, n = macro_auroc(logits, numbers[test])
-            found[name] = {"accuracy": float((logits.argmax(1) == numbers[test]).mean()), "macro_auroc": area, "n_classes": n, "l2": decoder.l2}
+            found[name] = {
+                "accuracy": float((logits.argmax(1) == numbers[test]).mean()),
+                "macro_auroc": area,
+                "n_classes": n,
+                "l2": decoder.l2,
+            }
     return found
 
 
@@ -140,7 +168,9 @@ def _fitted(
         inner, held = split_indices(len(rows), 0.2, seed, kept_together, same)
         solutions: list[np.ndarray] = []
         values: list[float] = []
-        for strength in path:  # from the strongest, each from the solution of the one before, until it gets worse
+        for (
+            strength
+        ) in path:  # from the strongest, each from the solution of the one before, until it gets worse
             w, n = _minimum(inputs, labels, loss, strength, w, ROUGH, inner)
             steps += n
             solutions.append(w)
@@ -154,10 +184,16 @@ def _fitted(
 
 
 def _minimum(
-    inputs: _Standardised, wanted: np.ndarray, loss: _Loss, l2: float, start: np.ndarray, tolerance: float, counted: np.ndarray | None = None
+    inputs: _Standardised,
+    wanted: np.ndarray,
+    loss: _Loss,
+    l2: float,
+    start: np.ndarray,
+    tolerance: float,
+    counted: np.ndarray | None = None,
 ) -> tuple[np.ndarray, int]:
-    """Weights of standardised inputs with the bias as the last row, ``[input + 1, output]``, and the evaluations that it took; ``counted``: the tokens whose
-    loss counts (all when not given)."""
+    """Weights of standardised inputs with the bias as the last row, ``[input + 1, output]``, and the
+    evaluations that it took; ``counted``: the tokens whose loss counts (all when not given)."""
     from scipy.optimize import minimize
     from threadpoolctl import threadpool_limits
 
@@ -173,8 +209,16 @@ def _minimum(
         gradient[:-1] += l2 * w[:-1]
         return float(losses.sum()) / n + l2 / 2 * float((w[:-1] ** 2).sum()), gradient.ravel()
 
-    with threadpool_limits(1, user_api="blas"):  # scipy's threads, waiting for their next small task, would take the processors from the matrices
-        found = minimize(value, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": MAX_STEPS, "gtol": tolerance})
+    with threadpool_limits(
+        1, user_api="blas"
+    ):  # scipy's threads, waiting for their next small task, would take the processors from the matrices
+        found = minimize(
+            value,
+            start.ravel(),
+            jac=True,
+            method="L-BFGS-B",
+            options={"maxiter": MAX_STEPS, "gtol": tolerance},
+        )
     return found.x.reshape(start.shape), int(found.nfev)
 
 
@@ -194,8 +238,9 @@ def _softmax_loss(logits: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, n
 
 
 class _Inputs(Protocol):
-    """Some tokens' inputs x, of which ``apply(weights)`` is (x − offset) · weights in float32, and ``pull(slope)`` is (x − offset)ᵀ · slope in float64.
-    ``mean`` and ``deviation`` ``[input]`` are those of x − offset."""
+    """Some tokens' inputs x, of which ``apply(weights)`` is (x − offset) · weights in float32, and
+    ``pull(slope)`` is (x − offset)ᵀ · slope in float64. ``mean`` and ``deviation`` ``[input]`` are those of x
+    − offset."""
 
     mean: np.ndarray
     deviation: np.ndarray
@@ -213,7 +258,9 @@ class _Sparse:
         import scipy.sparse
 
         values = np.asarray(columns.values, np.float32)
-        self.matrix = scipy.sparse.csc_matrix((values, columns.rows, columns.offsets), shape=columns.shape).tocsr()
+        self.matrix = scipy.sparse.csc_matrix(
+            (values, columns.rows, columns.offsets), shape=columns.shape
+        ).tocsr()
         self.mean, self.deviation = _moments(columns)
         self.offset = np.zeros(columns.n_features)
 
@@ -238,7 +285,10 @@ def _moments(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
     sums, squares = np.zeros(columns.n_features), np.zeros(columns.n_features)
     for start, end in columns.parts():
         span = slice(columns.offsets[start], columns.offsets[end])
-        values, feature = np.asarray(columns.values[span], np.float64), np.repeat(np.arange(end - start), columns.counts[start:end])
+        values, feature = (
+            np.asarray(columns.values[span], np.float64),
+            np.repeat(np.arange(end - start), columns.counts[start:end]),
+        )
         sums[start:end] = np.bincount(feature, values, end - start)
         squares[start:end] = np.bincount(feature, values**2, end - start)
     return sums / n, np.sqrt(np.maximum(squares / n - (sums / n) ** 2, 0))
@@ -246,7 +296,9 @@ def _moments(columns: Columns) -> tuple[np.ndarray, np.ndarray]:
 
 def _rows_of(x: Any, rows: np.ndarray | None) -> _Inputs:
     """The inputs of some tokens (None: all)."""
-    sparse = isinstance(x, Columns) or hasattr(x, "tocsc") or (is_torch(x) and str(x.layout) != "torch.strided")
+    sparse = (
+        isinstance(x, Columns) or hasattr(x, "tocsc") or (is_torch(x) and str(x.layout) != "torch.strided")
+    )
     if not sparse and x.ndim != 2:
         raise InputError(f"inputs of shape {tuple(x.shape)} are not a matrix: give [token, input]")
     from featureinterp.probing.tensors import DenseMatrix, SparseMatrix
@@ -273,7 +325,9 @@ class _Standardised:
 
     def logits(self, w: np.ndarray) -> np.ndarray:
         weights = w[:-1] / self.deviation
-        return np.asarray(self.inputs.apply(weights) + (w[-1] - (self.mean * weights).sum(0)).astype(np.float32))
+        return np.asarray(
+            self.inputs.apply(weights) + (w[-1] - (self.mean * weights).sum(0)).astype(np.float32)
+        )
 
     def gradient(self, slope: np.ndarray) -> np.ndarray:
         total = slope.sum(0, keepdims=True, dtype=np.float64)
@@ -288,7 +342,9 @@ class _Standardised:
 def _classes(classes: Any, n: int) -> np.ndarray:
     array = classes.detach().cpu().numpy() if is_torch(classes) else np.asarray(classes)
     if array.shape != (n,):
-        raise IncompatibleError(f"there are classes of shape {array.shape} for {n} tokens: give one per token")
+        raise IncompatibleError(
+            f"there are classes of shape {array.shape} for {n} tokens: give one per token"
+        )
     if not np.issubdtype(array.dtype, np.integer) or (len(array) and array.min() < 0):
         raise InputError("classes must be whole numbers from 0")
     return np.asarray(array)

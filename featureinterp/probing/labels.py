@@ -1,4 +1,5 @@
-"""Labelled spans of documents, and where they come from: a JSONL file, regular expressions, a Python function.
+"""Labelled spans of documents, and where they come from: a JSONL file, regular expressions, a Python
+function.
 
 Spans are in characters of the document's text, from ``start`` to before ``end``.
 """
@@ -20,7 +21,9 @@ from featureinterp.files import UnparsedError, explained_storage, parse_json, pa
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """``label`` from ``start`` to before ``end``. Spans of a document with the same label and ``instance`` are parts of one; None: an instance of its own."""
+    """``label`` from ``start`` to before ``end``. Spans of a document with the same label and ``instance``
+    are parts of one; None: an instance of its own.
+    """
 
     start: int
     end: int
@@ -29,12 +32,15 @@ class Span:
 
 
 Marker = Callable[[str], Iterable[Any]]
-"""A document's text → spans: :class:`Span`, or tuples (start, end, label) and (start, end, label, instance)."""
+"""A document's text → spans: :class:`Span`, or tuples (start, end, label) and (start, end, label, instance).
+"""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """A set of labels. ``names``: those that are known beforehand. Either ``listed`` (document id → spans), or ``mark``, which needs the documents' text."""
+    """A set of labels. ``names``: those that are known beforehand. Either ``listed`` (document id → spans),
+    or ``mark``, which needs the documents' text.
+    """
 
     names: tuple[str, ...]
     source: str
@@ -42,7 +48,9 @@ class Labels:
     mark: Marker | None = None
 
     def of(self, document: str, text: str) -> Iterator[Span]:
-        """The spans of one document. Raises ``InputError`` for one that lies outside the text or has no label."""
+        """The spans of one document. Raises ``InputError`` for one that lies outside the text or has no
+        label.
+        """
         if self.listed is not None:
             yield from self.listed.get(document, ())
             return
@@ -50,7 +58,10 @@ class Labels:
         for found in self.mark(text):
             span = found if isinstance(found, Span) else _span_of(found, self.source)
             if not 0 <= span.start <= span.end <= len(text):
-                raise InputError(f"{self.source} gives a span from {span.start} to {span.end} in the document {document!r} of {len(text)} characters")
+                raise InputError(
+                    f"{self.source} gives a span from {span.start} to {span.end} in the document "
+                    f"{document!r} of {len(text)} characters"
+                )
             if span.end > span.start:
                 yield span
 
@@ -66,9 +77,10 @@ def _span_of(found: Any, source: str) -> Span:
 def load_labels(source: str | Path | Mapping[str, str] | Marker | None) -> Labels:
     """Labels from what a user names.
 
-    ``source``: None or ``ready`` (the concepts that ship, :func:`ready_labels`); names of those, separated by commas; a ``.jsonl`` file with one span per line
-    (``document``, ``start``, ``end``, ``label`` and perhaps ``instance``); a ``.toml`` file or a mapping with a regular expression per label; or a function
-    of a document's text. Raises ``UnknownNameError`` and ``InputError``.
+    ``source``: None or ``ready`` (the concepts that ship, :func:`ready_labels`); names of those, separated by
+    commas; a ``.jsonl`` file with one span per line (``document``, ``start``, ``end``, ``label`` and perhaps
+    ``instance``); a ``.toml`` file or a mapping with a regular expression per label; or a function of a
+    document's text. Raises ``UnknownNameError`` and ``InputError``.
     """
     if source is None or source == "ready":
         return ready_labels()
@@ -84,28 +96,41 @@ def load_labels(source: str | Path | Mapping[str, str] | Marker | None) -> Label
     known, names = ready_labels(), [name.strip() for name in str(source).split(",")]
     if unknown := [name for name in names if name not in known.names]:
         choice = ", ".join(known.names)
-        raise UnknownNameError(f"there are no labels {unknown[0]!r}: give a .jsonl or .toml file that exists, or names among {choice}")
+        raise UnknownNameError(
+            f"there are no labels {unknown[0]!r}: give a .jsonl or .toml file that exists, or names among "
+            f"{choice}"
+        )
     return _ready(names)
 
 
 def ready_labels() -> Labels:
-    """Concepts that are computed from English text: years, numbers, months, money, names, quotations, sentence starts, negation, function words."""
+    """Concepts that are computed from English text: years, numbers, months, money, names, quotations,
+    sentence starts, negation, function words.
+    """
     return _ready(None)
 
 
 def _ready(names: Iterable[str] | None) -> Labels:
-    table = tomllib.loads((resources.files("featureinterp.probing") / "concepts.toml").read_text(encoding="utf-8"))
-    return pattern_labels({name: table[name]["pattern"] for name in (table if names is None else names)}, "the ready labels")
+    table = tomllib.loads(
+        (resources.files("featureinterp.probing") / "concepts.toml").read_text(encoding="utf-8")
+    )
+    return pattern_labels(
+        {name: table[name]["pattern"] for name in (table if names is None else names)}, "the ready labels"
+    )
 
 
 def pattern_labels(patterns: Mapping[str, str], source: str) -> Labels:
-    """A label per regular expression; where it has a group ``x``, that group is the span. ``^`` and ``$`` are the ends of lines."""
+    """A label per regular expression; where it has a group ``x``, that group is the span. ``^`` and ``$`` are
+    the ends of lines.
+    """
     compiled = {}
     for name, pattern in patterns.items():
         try:
             compiled[name] = re.compile(pattern, re.MULTILINE)
         except (re.error, TypeError) as error:
-            raise InputError(f"the pattern of {name!r} in {source} is no regular expression ({error})") from error
+            raise InputError(
+                f"the pattern of {name!r} in {source} is no regular expression ({error})"
+            ) from error
 
     def mark(text: str) -> Iterator[Span]:
         for name, pattern in compiled.items():
@@ -124,7 +149,9 @@ def _toml(path: Path) -> Labels:
         table = parse_toml(text)
     except UnparsedError as error:
         raise InputError(f"{path} {error.says}") from error
-    patterns: dict[str, Any] = {name: value.get("pattern") if isinstance(value, dict) else value for name, value in table.items()}
+    patterns: dict[str, Any] = {
+        name: value.get("pattern") if isinstance(value, dict) else value for name, value in table.items()
+    }
     if not patterns:
         raise InputError(f"{path} holds no label: write name = 'regular expression', one per line")
     return pattern_labels(patterns, str(path))
@@ -147,7 +174,9 @@ def _jsonl(path: Path) -> Labels:
             names[span.label] = None
     if not listed:
         raise InputError(f"{path} holds no span")
-    return Labels(tuple(names), str(path), listed={document: tuple(spans) for document, spans in listed.items()})
+    return Labels(
+        tuple(names), str(path), listed={document: tuple(spans) for document, spans in listed.items()}
+    )
 
 
 def _listed(row: Any, where: str) -> Span:
@@ -155,8 +184,13 @@ def _listed(row: Any, where: str) -> Span:
     for name, kind in fields.items():
         value = row.get(name) if isinstance(row, dict) else None
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise InputError(f"{where} has no {name!r} that is {'text' if kind is str else 'a whole number'}: write document, start, end and label")
+            raise InputError(
+                f"{where} has no {name!r} that is {'text' if kind is str else 'a whole number'}: write "
+                "document, start, end and label"
+            )
     if not 0 <= row["start"] < row["end"]:
-        raise InputError(f"{where} has a span from {row['start']} to {row['end']}: it must have at least one character")
+        raise InputError(
+            f"{where} has a span from {row['start']} to {row['end']}: it must have at least one character"
+        )
     instance = row.get("instance")
     return Span(row["start"], row["end"], row["label"], None if instance is None else str(instance))

@@ -1,7 +1,9 @@
-"""How sure a score is, and what chance would give: bootstrap over documents, and labels shifted within their documents.
+"""How sure a score is, and what chance would give: bootstrap over documents, and labels shifted within their
+documents.
 
-Neighbouring tokens are alike, and labels come in runs; so whole documents are drawn again, and a null keeps the runs: the labels of every document are
-turned by a random amount. (A permutation of single tokens destroys the runs, and its null is far too narrow.)
+Neighbouring tokens are alike, and labels come in runs; so whole documents are drawn again, and a null keeps
+the runs: the labels of every document are turned by a random amount. (A permutation of single tokens destroys
+the runs, and its null is far too narrow.)
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ N_SHIFTS = 200
 
 
 class Shifts:
-    """Circular shifts of what belongs to tokens, within documents. ``documents`` ``[token]``; None: all tokens are one document. The tokens of a document
-    need not stand together; their order is that of the rows."""
+    """Circular shifts of what belongs to tokens, within documents. ``documents`` ``[token]``; None: all
+    tokens are one document. The tokens of a document need not stand together; their order is that of the
+    rows."""
 
     def __init__(self, documents: Any, n: int) -> None:
         member = as_documents(documents, n)
@@ -48,9 +51,18 @@ def shift_rows(documents: Any, n: int, rng: np.random.Generator) -> np.ndarray:
     return Shifts(documents, n).draw(rng)
 
 
-def auroc_null(codes: Any, labels: Any, documents: Any = None, *, among: np.ndarray | None = None, n_shifts: int = N_SHIFTS, seed: int = 0) -> np.ndarray:
-    """The largest AUROC that any feature reaches for each label when the labels are shifted: float64 ``[shift, label]``, NaN for a one-sided label or one
-    without features. ``among``: bool ``[feature, label]``, the features that count for a label (all when not given)."""
+def auroc_null(
+    codes: Any,
+    labels: Any,
+    documents: Any = None,
+    *,
+    among: np.ndarray | None = None,
+    n_shifts: int = N_SHIFTS,
+    seed: int = 0,
+) -> np.ndarray:
+    """The largest AUROC that any feature reaches for each label when the labels are shifted: float64
+    ``[shift, label]``, NaN for a one-sided label or one without features. ``among``: bool ``[feature,
+    label]``, the features that count for a label (all when not given)."""
     columns = as_columns(codes)
     labels = as_labels(labels, columns.n_rows)
     parts = list(weighted_parts(columns))  # ranks do not change with the labels
@@ -79,8 +91,9 @@ def f1_null(
     n_shifts: int = N_SHIFTS,
     seed: int = 0,
 ) -> np.ndarray:
-    """As :func:`auroc_null` for the F1 of :func:`featureinterp.probing.domain_f1`: concepts and their instances are shifted together. ``at`` int
-    ``[feature, label]``: the place among ``thresholds`` at which F1 is taken (when not given: at the best)."""
+    """As :func:`auroc_null` for the F1 of :func:`featureinterp.probing.domain_f1`: concepts and their
+    instances are shifted together. ``at`` int ``[feature, label]``: the place among ``thresholds`` at which
+    F1 is taken (when not given: at the best)."""
     columns = as_columns(codes)
     inside = as_labels(mask, columns.n_rows)
     ids = [instances_by_layer(i, columns.n_rows) for i in instances]
@@ -94,7 +107,14 @@ def f1_null(
     return _largest(measure, Shifts(documents, columns.n_rows), among, inside.shape[1], n_shifts, seed)
 
 
-def _largest(measure: Callable[[np.ndarray], np.ndarray], shifts: Shifts, among: np.ndarray | None, n_labels: int, n_shifts: int, seed: int) -> np.ndarray:
+def _largest(
+    measure: Callable[[np.ndarray], np.ndarray],
+    shifts: Shifts,
+    among: np.ndarray | None,
+    n_labels: int,
+    n_shifts: int,
+    seed: int,
+) -> np.ndarray:
     rng = np.random.default_rng(seed)
     out = np.full((n_shifts, n_labels), np.nan)
     for row in out:
@@ -106,20 +126,30 @@ def _largest(measure: Callable[[np.ndarray], np.ndarray], shifts: Shifts, among:
 
 
 def p_values(observed: np.ndarray, null: np.ndarray) -> np.ndarray:
-    """(1 + shifts that reach the value) / (1 + shifts), for each of ``observed`` ``[n]`` against one label's ``null`` ``[shift]``; NaN where undefined."""
+    """(1 + shifts that reach the value) / (1 + shifts), for each of ``observed`` ``[n]`` against one label's
+    ``null`` ``[shift]``; NaN where undefined.
+    """
     reached = len(null) - np.searchsorted(np.sort(null), observed, side="left")
     return np.where(np.isnan(observed) | np.isnan(null).any(), np.nan, (1 + reached) / (1 + len(null)))
 
 
-def auroc_interval(scores: Any, labels: Any, documents: Any = None, *, n_resamples: int = 1000, seed: int = 0) -> Interval | None:
-    """The 95 % interval of the AUROC of one vector of scores over bootstrap samples of documents; None with fewer than two documents, or when most samples
-    leave it undefined."""
+def auroc_interval(
+    scores: Any, labels: Any, documents: Any = None, *, n_resamples: int = 1000, seed: int = 0
+) -> Interval | None:
+    """The 95 % interval of the AUROC of one vector of scores over bootstrap samples of documents; None with
+    fewer than two documents, or when most samples leave it undefined."""
     scores = np.asarray(scores, float)
     wanted = as_labels(labels, len(scores))[:, 0]
     member = as_documents(documents, len(scores))
     order = np.lexsort((member, wanted, scores))
-    units = np.stack([scores, wanted, member])[:, order]  # tokens that are alike in all three count as one unit
-    first = np.flatnonzero(np.concatenate([[True], (units[:, 1:] != units[:, :-1]).any(0)])) if len(order) else order
+    units = np.stack([scores, wanted, member])[
+        :, order
+    ]  # tokens that are alike in all three count as one unit
+    first = (
+        np.flatnonzero(np.concatenate([[True], (units[:, 1:] != units[:, :-1]).any(0)]))
+        if len(order)
+        else order
+    )
     sizes, (values, labelled, of) = np.diff(np.append(first, len(order))), units[:, first]
 
     def statistic(counts: np.ndarray) -> np.ndarray:
@@ -130,9 +160,12 @@ def auroc_interval(scores: Any, labels: Any, documents: Any = None, *, n_resampl
     return bootstrap(statistic, int(member.max()) + 1, np.random.default_rng(seed), n_resamples)
 
 
-def f1_interval(fires: Any, mask: Any, instances: Any, documents: Any = None, *, n_resamples: int = 1000, seed: int = 0) -> Interval | None:
-    """The 95 % interval, over bootstrap samples of documents, of the F1 (precision by token, recall by instance) of one feature at one threshold.
-    ``fires``, ``mask``: bool ``[token]``; ``instances`` as in :func:`featureinterp.probing.domain_f1`; an instance counts in each document that it is in."""
+def f1_interval(
+    fires: Any, mask: Any, instances: Any, documents: Any = None, *, n_resamples: int = 1000, seed: int = 0
+) -> Interval | None:
+    """The 95 % interval, over bootstrap samples of documents, of the F1 (precision by token, recall by
+    instance) of one feature at one threshold. ``fires``, ``mask``: bool ``[token]``; ``instances`` as in
+    :func:`featureinterp.probing.domain_f1`; an instance counts in each document that it is in."""
     fires, inside = np.asarray(fires, bool), np.asarray(mask, bool)
     member = as_documents(documents, len(fires))
     n = int(member.max()) + 1
@@ -147,7 +180,9 @@ def f1_interval(fires: Any, mask: Any, instances: Any, documents: Any = None, *,
     def statistic(counts: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore", divide="ignore"):
             precision, recall = counts @ hits / (counts @ firing), counts @ met / (counts @ present)
-            return np.where(counts @ present > 0, np.nan_to_num(2 * precision * recall / (precision + recall)), np.nan)
+            return np.where(
+                counts @ present > 0, np.nan_to_num(2 * precision * recall / (precision + recall)), np.nan
+            )
 
     return bootstrap(statistic, n, np.random.default_rng(seed), n_resamples)
 
@@ -158,7 +193,9 @@ def as_documents(documents: Any, n: int) -> np.ndarray:
         return np.zeros(n, np.int64)
     array = np.asarray(documents)
     if array.shape != (n,):
-        raise IncompatibleError(f"there are documents of shape {array.shape} for {n} tokens: give one per token")
+        raise IncompatibleError(
+            f"there are documents of shape {array.shape} for {n} tokens: give one per token"
+        )
     return np.asarray(np.unique(array, return_inverse=True)[1])
 
 

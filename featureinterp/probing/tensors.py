@@ -20,7 +20,9 @@ def nonzeros(codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
         rows, features = torch.nonzero(codes, as_tuple=True)
         values = codes[rows, features]
     else:
-        sparse = (codes if codes.layout == torch.sparse_coo else codes.to_sparse(layout=torch.sparse_coo)).coalesce()
+        sparse = (
+            codes if codes.layout == torch.sparse_coo else codes.to_sparse(layout=torch.sparse_coo)
+        ).coalesce()
         rows, features = sparse.indices()
         values = sparse.values()
     return rows, features, values.float() if values.dtype == torch.bfloat16 else values
@@ -31,12 +33,16 @@ def by_feature(codes: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     rows, features, values = nonzeros(codes)
     order = torch.argsort(features, stable=True)
     counts = torch.bincount(features, minlength=codes.shape[1]).cpu().numpy()
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64), rows[order].cpu().numpy(), values[order].cpu().numpy()
+    return (
+        np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        rows[order].cpu().numpy(),
+        values[order].cpu().numpy(),
+    )
 
 
 def rank_sums(codes: torch.Tensor, labels: np.ndarray) -> np.ndarray | None:
-    """Mann and Whitney's U of every feature for every label, float64 ``[feature, label]``, by the formula of :mod:`featureinterp.probing.auroc`; None when
-    a code is negative or not finite."""
+    """Mann and Whitney's U of every feature for every label, float64 ``[feature, label]``, by the formula of
+    :mod:`featureinterp.probing.auroc`; None when a code is negative or not finite."""
     n, n_features = codes.shape
     wanted = torch.as_tensor(labels, device=codes.device).double()
     positives = wanted.sum(0)
@@ -58,14 +64,21 @@ def rank_sums(codes: torch.Tensor, labels: np.ndarray) -> np.ndarray | None:
     midrank = (first - edges[features[first]]).double() + (tied + 1) / 2
     w = midrank[group] + (n - counts[features] - 1) / 2
     sums = _by_row(edges, rows, w, (n_features, n)) @ wanted
-    return np.asarray((positives * (n - counts[:, None] + 1) / 2 + sums - positives * (positives + 1) / 2).cpu().numpy())
+    return np.asarray(
+        (positives * (n - counts[:, None] + 1) / 2 + sums - positives * (positives + 1) / 2).cpu().numpy()
+    )
 
 
 class SparseMatrix:
     """Codes ``[token, feature]`` on a device, given by feature."""
 
-    def __init__(self, shape: tuple[int, int], offsets: np.ndarray, rows: np.ndarray, values: np.ndarray, device: Any) -> None:
-        at = [torch.as_tensor(np.ascontiguousarray(a), device=device) for a in (offsets, rows.astype(np.int64), values.astype(np.float32))]
+    def __init__(
+        self, shape: tuple[int, int], offsets: np.ndarray, rows: np.ndarray, values: np.ndarray, device: Any
+    ) -> None:
+        at = [
+            torch.as_tensor(np.ascontiguousarray(a), device=device)
+            for a in (offsets, rows.astype(np.int64), values.astype(np.float32))
+        ]
         self.transposed = _by_row(at[0], at[1], at[2], (shape[1], shape[0]))
         self.matrix = self.transposed.to_sparse_coo().T.coalesce().to_sparse_csr()
         self.device = device
@@ -80,14 +93,16 @@ class SparseMatrix:
 
 
 class DenseMatrix:
-    """Dense inputs ``[token, input]`` (an array or a tensor) less ``offset``, about their mean (beside which float32 would lose what matters), where they are.
-    ``mean`` and ``deviation`` are of what is left."""
+    """Dense inputs ``[token, input]`` (an array or a tensor) less ``offset``, about their mean (beside which
+    float32 would lose what matters), where they are. ``mean`` and ``deviation`` are of what is left."""
 
     def __init__(self, inputs: Any, rows: np.ndarray | None) -> None:
         if not isinstance(inputs, torch.Tensor):
             inputs = torch.from_numpy(np.ascontiguousarray(inputs if rows is None else inputs[rows]))
             rows = None
-        taken = inputs.detach() if rows is None else inputs.detach()[torch.as_tensor(rows, device=inputs.device)]
+        taken = (
+            inputs.detach() if rows is None else inputs.detach()[torch.as_tensor(rows, device=inputs.device)]
+        )
         offset = taken.mean(0, dtype=torch.float64).float()
         self.matrix, self.device = taken.float() - offset, inputs.device
         mean = self.matrix.mean(0, dtype=torch.float64)
@@ -104,7 +119,9 @@ class DenseMatrix:
         return _times(self.matrix.T, slope, self.device)
 
 
-def _by_row(offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def _by_row(
+    offsets: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]
+) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that such tensors are young
         return torch.sparse_csr_tensor(offsets, columns, values, size=shape)

@@ -1,7 +1,9 @@
-"""Tokens of windows as rows of a table, with the labels, and those of a run with the codes, that belong to them.
+"""Tokens of windows as rows of a table, with the labels, and those of a run with the codes, that belong to
+them.
 
-A token belongs to a span of the document when they share a character that is not white space; a token without such a character (a line break, a part of
-a character of several tokens) belongs to it when it lies wholly inside.
+A token belongs to a span of the document when they share a character that is not white space; a token without
+such a character (a line break, a part of a character of several tokens) belongs to it when it lies wholly
+inside.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from featureinterp.probing.labels import Labels, Span
 
 
 class TableTokens:
-    """Some tokens of a table of windows. ``positions``: of the rows, ascending, int64 ``[token]``: row of the window · window length + place in it."""
+    """Some tokens of a table of windows. ``positions``: of the rows, ascending, int64 ``[token]``: row of the
+    window · window length + place in it.
+    """
 
     def __init__(self, windows: WindowTable, positions: np.ndarray) -> None:
         self.windows, self.positions = windows, positions
@@ -36,7 +40,9 @@ class TableTokens:
 
     @property
     def texts(self) -> np.ndarray:
-        """A hash of the text of every row's window, uint64 ``[token]``: what may not be on two sides of a split."""
+        """A hash of the text of every row's window, uint64 ``[token]``: what may not be on two sides of a
+        split.
+        """
         hashes: np.ndarray = self.windows.contents[self.positions // self.windows.length]
         return hashes
 
@@ -48,8 +54,9 @@ class TableTokens:
         return out
 
     def labelled(self, labels: Labels, corpus: Corpus | None = None) -> Labelled:
-        """Labels of these tokens. ``corpus``: the run's, for labels that are computed from text. Raises ``IncompatibleError`` when it is not the text that the
-        windows were cut from, and ``UnknownNameError`` for spans of a document that the run does not have."""
+        """Labels of these tokens. ``corpus``: the run's, for labels that are computed from text. Raises
+        ``IncompatibleError`` when it is not the text that the windows were cut from, and ``UnknownNameError``
+        for spans of a document that the run does not have."""
         table = self.windows
         names: dict[str, int] = {name: i for i, name in enumerate(labels.names)}
         found: list[_Layers] = [_Layers(len(self.positions)) for _ in names]
@@ -62,12 +69,16 @@ class TableTokens:
                     names[span.label] = len(names)
                     found.append(_Layers(len(self.positions)))
                 met += 1
-                found[names[span.label]].add(rows, None if span.instance is None else f"{number}:{span.instance}")
+                found[names[span.label]].add(
+                    rows, None if span.instance is None else f"{number}:{span.instance}"
+                )
             n_outside += len(spans) - met
         if not names:
             raise InputError(f"{labels.source} labels nothing in this corpus")
         matrix = np.stack([layers.labelled() for layers in found], axis=1)
-        return Labelled(matrix, tuple(names), {name: found[i].ids() for name, i in names.items()}, n_spans, n_outside)
+        return Labelled(
+            matrix, tuple(names), {name: found[i].ids() for name, i in names.items()}, n_spans, n_outside
+        )
 
 
 class RunTokens(TableTokens):
@@ -80,13 +91,19 @@ class RunTokens(TableTokens):
     @cached_property
     def codes(self) -> Columns:
         """The codes of these tokens."""
-        return Columns(len(self.positions), np.asarray(self.store.offsets), self.row_of_position[np.asarray(self.store.positions)], self.store.values)
+        return Columns(
+            len(self.positions),
+            np.asarray(self.store.offsets),
+            self.row_of_position[np.asarray(self.store.positions)],
+            self.store.values,
+        )
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """``labels`` bool ``[token, label]``, their ``names``, the ``instances`` of each (int32 ``[token]``, or ``[token, depth]`` where some overlap), how many
-    spans there were, and how many of them met no scored token."""
+    """``labels`` bool ``[token, label]``, their ``names``, the ``instances`` of each (int32 ``[token]``, or
+    ``[token, depth]`` where some overlap), how many spans there were, and how many of them met no scored
+    token."""
 
     labels: np.ndarray
     names: tuple[str, ...]
@@ -123,8 +140,8 @@ class _Layers:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """One document's scored tokens in order: their ``rows``, the span of what is not white space in each (``starts``, ``ends``; all of it where nothing is),
-    and ``blank``: those without such a character."""
+    """One document's scored tokens in order: their ``rows``, the span of what is not white space in each
+    (``starts``, ``ends``; all of it where nothing is), and ``blank``: those without such a character."""
 
     rows: np.ndarray
     starts: np.ndarray
@@ -138,7 +155,11 @@ class _Tokens:
         for span, a, b in zip(spans, first, last, strict=True):
             if a < b:
                 starts, ends, blank = self.starts[a:b], self.ends[a:b], self.blank[a:b]
-                belongs = np.where(blank, (starts >= span.start) & (ends <= span.end), (starts < span.end) & (ends > span.start))
+                belongs = np.where(
+                    blank,
+                    (starts >= span.start) & (ends <= span.end),
+                    (starts < span.end) & (ends > span.start),
+                )
                 if belongs.any():
                     yield span, self.rows[a:b][belongs]
 
@@ -163,7 +184,9 @@ def _tokens_of(tokens: TableTokens, document: int) -> _Tokens:
                 ends.append(first + start + len(bare or piece))
                 blank.append(not bare)
             at += len(piece)
-    return _Tokens(np.array(rows, np.int64), np.array(starts, np.int64), np.array(ends, np.int64), np.array(blank, bool))
+    return _Tokens(
+        np.array(rows, np.int64), np.array(starts, np.int64), np.array(ends, np.int64), np.array(blank, bool)
+    )
 
 
 def _spans(table: WindowTable, labels: Labels, corpus: Corpus | None) -> Iterator[tuple[int, list[Span]]]:
@@ -173,7 +196,10 @@ def _spans(table: WindowTable, labels: Labels, corpus: Corpus | None) -> Iterato
         number_of = {document: i for i, document in enumerate(ids)}
         for name, spans in labels.listed.items():
             if name not in number_of:
-                raise UnknownNameError(f"{labels.source} has spans of the document {name!r}, which the run does not have (it has {ids[0]!r}, …)")
+                raise UnknownNameError(
+                    f"{labels.source} has spans of the document {name!r}, which the run does not have (it "
+                    f"has {ids[0]!r}, …)"
+                )
             yield number_of[name], list(spans)
         return
     if corpus is None:
@@ -182,9 +208,17 @@ def _spans(table: WindowTable, labels: Labels, corpus: Corpus | None) -> Iterato
     n_read = 0
     for number, document in enumerate(islice(corpus, len(ids))):
         text = valid_unicode(document.text)
-        if not all(text.startswith(table.text(w), int(table.chars[w])) for w in range(edges[number], edges[number + 1])):
-            raise IncompatibleError(f"the document {ids[number]!r} of the corpus {corpus.name} is not the one that the run was made from: give the same corpus")
+        if not all(
+            text.startswith(table.text(w), int(table.chars[w]))
+            for w in range(edges[number], edges[number + 1])
+        ):
+            raise IncompatibleError(
+                f"the document {ids[number]!r} of the corpus {corpus.name} is not the one that the run was "
+                "made from: give the same corpus"
+            )
         yield number, list(labels.of(ids[number], text))
         n_read += 1
     if n_read < len(ids):
-        raise IncompatibleError(f"the corpus {corpus.name} has fewer documents than the run was made from: give the same corpus")
+        raise IncompatibleError(
+            f"the corpus {corpus.name} has fewer documents than the run was made from: give the same corpus"
+        )

@@ -38,21 +38,36 @@ _CACHED_ROWS = 16_384
 
 
 class RecordBuilder:
-    """Builds records from a codes store. ``similar`` is needed when the policy asks for similar or projected similar windows, ``neighbours``, which
-    gives the features of the nearest decoder directions and their cosines, for co-active ones."""
+    """Builds records from a codes store. ``similar`` is needed when the policy asks for similar or projected
+    similar windows, ``neighbours``, which gives the features of the nearest decoder directions and their
+    cosines, for co-active ones."""
 
-    def __init__(self, store: CodesStore, policy: RecordPolicy, similar: SimilarWindows | None = None, neighbours: Neighbours | None = None) -> None:
+    def __init__(
+        self,
+        store: CodesStore,
+        policy: RecordPolicy,
+        similar: SimilarWindows | None = None,
+        neighbours: Neighbours | None = None,
+    ) -> None:
         if policy.embeds and similar is None:
-            raise InputError("similar windows need the embeddings of all windows: pass SimilarWindows, or set their counts to 0")
+            raise InputError(
+                "similar windows need the embeddings of all windows: pass SimilarWindows, or set their "
+                "counts to 0"
+            )
         if policy.wants("coactive_negative") and neighbours is None:
-            raise InputError("co-active windows need the SAE's decoder: pass the features' neighbours, or set their counts to 0")
+            raise InputError(
+                "co-active windows need the SAE's decoder: pass the features' neighbours, or set their "
+                "counts to 0"
+            )
         self.store, self.policy, self.similar = store, policy, similar if policy.embeds else None
         self._neighbours = neighbours
         self._documents: list[int] = np.asarray(store.windows.documents).tolist()
         self._contents: list[int] = store.windows.contents.tolist()
         self._check_documents()
         self._fires = np.zeros(len(store.windows), bool)
-        self._row = lru_cache(_CACHED_ROWS)(lambda row: (store.windows.ids(row), store.windows.pieces(row), self._documents[row]))
+        self._row = lru_cache(_CACHED_ROWS)(
+            lambda row: (store.windows.ids(row), store.windows.pieces(row), self._documents[row])
+        )
 
     def _check_documents(self) -> None:
         """Raises ``InputError`` when there are fewer documents than splits that get windows."""
@@ -60,7 +75,9 @@ class RecordBuilder:
         check_documents(self.store.windows, wanted)
 
     def build(self, features: Iterable[int]) -> Iterator[FeatureRecord]:
-        """The records of ``features``, in order. Raises ``FeatureRangeError`` before any work when one does not exist."""
+        """The records of ``features``, in order. Raises ``FeatureRangeError`` before any work when one does
+        not exist.
+        """
         wanted = list(features)
         for index in wanted:
             self.store.check_feature(index)
@@ -92,12 +109,16 @@ class RecordBuilder:
                 if not any(wanted.values()):
                     continue
                 centres: dict[int, int] = {}
-                offered = self._offer(source, summary, rng, assigner, query, known, centres, sum(wanted.values()))
+                offered = self._offer(
+                    source, summary, rng, assigner, query, known, centres, sum(wanted.values())
+                )
                 kept = partial(self._content_of_part, centres) if source == "weighted" else None
                 for split, rows in assigner.take(offered, wanted, kept).items():
                     taken.append((split, source, rows, centres))
                     if len(rows) < wanted[split]:
-                        shortfalls[f"{split}/{source}"] = f"{len(rows)} of {wanted[split]}: {self._why_short(source, summary)}"
+                        shortfalls[f"{split}/{source}"] = (
+                            f"{len(rows)} of {wanted[split]}: {self._why_short(source, summary)}"
+                        )
         finally:
             self._fires[summary.rows] = False
         n = len(summary.positions)
@@ -112,7 +133,9 @@ class RecordBuilder:
 
     def _part(self, centre: int, n_tokens: int) -> slice:
         """What is kept of a window around a token."""
-        return slice(max(0, centre - self.policy.half_width), min(n_tokens, centre + self.policy.half_width + 1))
+        return slice(
+            max(0, centre - self.policy.half_width), min(n_tokens, centre + self.policy.half_width + 1)
+        )
 
     def _content_of_part(self, centres: Mapping[int, int], row: int) -> int:
         ids = self._row(row)[0]
@@ -129,13 +152,23 @@ class RecordBuilder:
         centres: dict[int, int],
         n_wanted: int,
     ) -> Iterable[int]:
-        """Rows in the order in which a source offers them; fills ``centres`` with the token that a row is centred on."""
+        """Rows in the order in which a source offers them; fills ``centres`` with the token that a row is
+        centred on.
+        """
         n_windows = len(self.store.windows)
         match source:
             case "top":
-                return summary.ranked_rows[top_order(len(summary.rows), n_windows, n_wanted, self.policy.n_quantiles, rng)].tolist()
+                return summary.ranked_rows[
+                    top_order(len(summary.rows), n_windows, n_wanted, self.policy.n_quantiles, rng)
+                ].tolist()
             case "quantile":
-                return summary.rows[quantile_order(summary.maxima, summary.scale, max(n_wanted, 1), rng)].tolist() if len(summary.rows) else []
+                return (
+                    summary.rows[
+                        quantile_order(summary.maxima, summary.scale, max(n_wanted, 1), rng)
+                    ].tolist()
+                    if len(summary.rows)
+                    else []
+                )
             case "weighted":
                 return self._offer_weighted(summary, rng, assigner, centres)
             case "random":
@@ -153,14 +186,26 @@ class RecordBuilder:
                 if not len(summary.rows):
                     return []
                 positives = np.sort(summary.ranked_rows[:MAX_QUERIES])
-                ranking = projected_ranking(self.similar.embeddings, positives, self.policy.projection, rng, np.flatnonzero(~self._fires))
-                return ranking if source == "projected_similar" else (row for row in ranking if not self._fires[row])
+                ranking = projected_ranking(
+                    self.similar.embeddings,
+                    positives,
+                    self.policy.projection,
+                    rng,
+                    np.flatnonzero(~self._fires),
+                )
+                return (
+                    ranking
+                    if source == "projected_similar"
+                    else (row for row in ranking if not self._fires[row])
+                )
             case "coactive_negative":
                 return (row for row in self._coactive_rows(summary.index) if not self._fires[row])
         raise InputError(f"there is no source {source!r}")
 
     def _coactive_rows(self, feature: int) -> list[int]:
-        """Windows where a neighbour fires, by cosine times its activation there as a share of its largest, the largest first."""
+        """Windows where a neighbour fires, by cosine times its activation there as a share of its largest,
+        the largest first.
+        """
         assert self._neighbours is not None
         strength = np.zeros(len(self._fires), np.float64)
         for index, cosine in zip(*self._neighbours(feature), strict=True):
@@ -170,7 +215,9 @@ class RecordBuilder:
         rows = np.flatnonzero(strength)
         return rows[np.argsort(-strength[rows], kind="stable")].tolist()  # type: ignore[no-any-return]
 
-    def _offer_weighted(self, summary: _Summary, rng: np.random.Generator, assigner: SplitAssigner, centres: dict[int, int]) -> Iterator[int]:
+    def _offer_weighted(
+        self, summary: _Summary, rng: np.random.Generator, assigner: SplitAssigner, centres: dict[int, int]
+    ) -> Iterator[int]:
         taken = np.zeros(len(self._fires), bool)
         taken[list(assigner.used)] = True
         weakest = summary.maxima[taken[summary.rows]].min(initial=np.inf)
@@ -182,10 +229,14 @@ class RecordBuilder:
                 centres[row] = int(summary.positions[below[i]] - row * self.store.windows.length)
                 yield row
 
-    def _windows(self, feature: int, taken: Sequence[_Taken]) -> dict[SplitName, dict[Source, tuple[Window, ...]]]:
+    def _windows(
+        self, feature: int, taken: Sequence[_Taken]
+    ) -> dict[SplitName, dict[Source, tuple[Window, ...]]]:
         """The windows of the rows that were taken, cut around their centre where they have one."""
         splits: dict[SplitName, dict[Source, tuple[Window, ...]]] = {s: {} for s in SPLITS}
-        activations = iter(self.store.window_activations(feature, [row for *_, rows, _ in taken for row in rows]))
+        activations = iter(
+            self.store.window_activations(feature, [row for *_, rows, _ in taken for row in rows])
+        )
         for split, source, rows, centres in taken:
             windows = []
             for row, own in zip(rows, activations, strict=False):
@@ -201,12 +252,22 @@ class RecordBuilder:
 
     def _why_short(self, source: Source, summary: _Summary) -> str:
         if source == "coactive_negative":
-            return "its neighbours fire in no more windows where it is silent, that are unused and in a document of this split"
+            return (
+                "its neighbours fire in no more windows where it is silent, that are unused and in a "
+                "document of this split"
+            )
         n_documents = len(np.unique(self._documents))
         if source in ("top", "weighted", "quantile"):
-            return f"the feature fires in {_counted(len(summary.rows), self.store.windows.contents[summary.rows])} of {len(self.store.windows)} windows"
+            return (
+                "the feature fires in "
+                f"{_counted(len(summary.rows), self.store.windows.contents[summary.rows])} of "
+                f"{len(self.store.windows)} windows"
+            )
         every = _counted(len(self.store.windows), self.store.windows.contents)
-        return f"{every} windows in {n_documents} documents have no more that are unused and in a document of this split"
+        return (
+            f"{every} windows in {n_documents} documents have no more that are unused and in a document "
+            "of this split"
+        )
 
 
 def _counted(n: int, contents: np.ndarray) -> str:

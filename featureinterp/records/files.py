@@ -16,8 +16,8 @@ SUMS = ".sums.json"
 
 
 def record_to_json(record: FeatureRecord) -> dict[str, Any]:
-    """One record as plain data: windows are [row, first token, number of tokens, largest activation]; ``holistic`` holds the
-    method and, in the order of ``splits``, the values of each window that has them."""
+    """One record as plain data: windows are [row, first token, number of tokens, largest activation];
+    ``holistic`` holds the method and, in the order of ``splits``, the values of each window that has them."""
     return {
         "feature": record.feature.index,
         "sae": record.feature.sae,
@@ -25,7 +25,10 @@ def record_to_json(record: FeatureRecord) -> dict[str, Any]:
         "density": record.density,
         "count": record.count,
         "splits": {
-            split: {source: [[w.row, w.start, len(w.pieces), round(w.max_activation, 6)] for w in windows] for source, windows in by_source.items()}
+            split: {
+                source: [[w.row, w.start, len(w.pieces), round(w.max_activation, 6)] for w in windows]
+                for source, windows in by_source.items()
+            }
             for split, by_source in record.splits.items()
         },
         **({"holistic": _holistic(record)} if record.holistic else {}),
@@ -35,7 +38,9 @@ def record_to_json(record: FeatureRecord) -> dict[str, Any]:
 
 def _holistic(record: FeatureRecord) -> dict[str, Any]:
     windows = {
-        f"{split}/{source}": [None if w.holistic is None else [round(h, 6) for h in w.holistic.tolist()] for w in windows]
+        f"{split}/{source}": [
+            None if w.holistic is None else [round(h, 6) for h in w.holistic.tolist()] for w in windows
+        ]
         for split, by_source in record.splits.items()
         for source, windows in by_source.items()
         if any(w.holistic is not None for w in windows)
@@ -44,8 +49,9 @@ def _holistic(record: FeatureRecord) -> dict[str, Any]:
 
 
 def write_records(path: Path, records: Iterable[FeatureRecord], codes: str | None = None) -> int:
-    """Writes records as JSON lines, atomically and one at a time; returns how many. ``NAME.sums.json`` beside ``NAME.jsonl``
-    has their checksums and ``codes``, the fingerprint of the store that they name windows of."""
+    """Writes records as JSON lines, atomically and one at a time; returns how many. ``NAME.sums.json`` beside
+    ``NAME.jsonl`` has their checksums and ``codes``, the fingerprint of the store that they name windows of.
+    """
     n = 0
     with replaced_atomically(path) as file:
         out = SummedFile(file)
@@ -57,7 +63,9 @@ def write_records(path: Path, records: Iterable[FeatureRecord], codes: str | Non
 
 
 def check_records(run: Path, codes: str) -> None:
-    """Raises ``IncompatibleError`` when a run's ``records.jsonl`` names windows of other codes than ``codes``."""
+    """Raises ``IncompatibleError`` when a run's ``records.jsonl`` names windows of other codes than
+    ``codes``.
+    """
     path, again = (run / "records.jsonl").with_suffix(SUMS), "run 'featureinterp records' again"
     if path.exists() and read_marker(path, again).value.get("codes") not in (None, codes):
         raise IncompatibleError(f"{run / 'records.jsonl'} is of other codes than {run / 'codes'}: {again}")

@@ -16,9 +16,10 @@ from featureinterp.records.projected import PROJECTIONS, Projection
 class RecordPolicy:
     """How many windows of each source go to (train, valid, test), and how they are drawn.
 
-    ``n_quantiles``: the ranking is cut into so many parts and top windows come from the first. ``half_width``: tokens kept on
-    each side of an importance-weighted position. ``projection``: that of ``projected_similar`` windows. ``n_neighbours``: how many features of the
-    nearest decoder directions ``coactive_negative`` windows are looked for with.
+    ``n_quantiles``: the ranking is cut into so many parts and top windows come from the first.
+    ``half_width``: tokens kept on each side of an importance-weighted position. ``projection``: that of
+    ``projected_similar`` windows. ``n_neighbours``: how many features of the nearest decoder directions
+    ``coactive_negative`` windows are looked for with.
     """
 
     counts: Mapping[Source, tuple[int, int, int]] = field(
@@ -43,9 +44,14 @@ class RecordPolicy:
     def __post_init__(self) -> None:
         for source, counts in self.counts.items():
             if source not in SOURCES or len(counts) != 3 or min(counts) < 0:
-                raise InputError(f"the record policy has {source}: {counts}: give a known source ({', '.join(SOURCES)}) and three counts ≥ 0")
+                raise InputError(
+                    f"the record policy has {source}: {counts}: give a known source ({', '.join(SOURCES)}) "
+                    "and three counts ≥ 0"
+                )
         if self.projection not in PROJECTIONS:
-            raise InputError(f"there is no projection {self.projection!r}: choose from {', '.join(PROJECTIONS)}")
+            raise InputError(
+                f"there is no projection {self.projection!r}: choose from {', '.join(PROJECTIONS)}"
+            )
         if self.n_neighbours < 1:
             raise InputError(f"co-active windows of {self.n_neighbours} neighbours are none: give at least 1")
 

@@ -6,8 +6,8 @@ import numpy as np
 
 
 def quantile_order(maxima: np.ndarray, scale: float, n_bins: int, rng: np.random.Generator) -> np.ndarray:
-    """An order of ``maxima [window]`` in (0, scale] that takes one random window from each of ``n_bins`` equal bins of the
-    activation range in turn, strongest bin first, skipping bins that have run out."""
+    """An order of ``maxima [window]`` in (0, scale] that takes one random window from each of ``n_bins``
+    equal bins of the activation range in turn, strongest bin first, skipping bins that have run out."""
     bins = np.minimum((maxima.astype(np.float64) * n_bins / scale).astype(int), n_bins - 1)
     shuffled = rng.permutation(len(maxima))
     by_bin = shuffled[np.argsort(bins[shuffled], kind="stable")]

@@ -25,8 +25,8 @@ BATCH, BATCH_ON_GPU = 64, 512
 
 
 class SentenceEmbedder:
-    """A sentence-transformers model by the name of the embedded part, a hub name or a folder; on the GPU when there is one, unless ``device`` says
-    otherwise."""
+    """A sentence-transformers model by the name of the embedded part, a hub name or a folder; on the GPU when
+    there is one, unless ``device`` says otherwise."""
 
     def __init__(self, name: str = EMBEDDED, *, device: str | None = None) -> None:
         self.name = name
@@ -68,18 +68,32 @@ class SentenceEmbedder:
                 return SentenceTransformer(source, device=self._device)
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise UnknownNameError(f"the embedder {self.name!r} cannot be loaded ({reason}): give {EMBEDDED!r} or a sentence-transformers model") from error
+            raise UnknownNameError(
+                f"the embedder {self.name!r} cannot be loaded ({reason}): give {EMBEDDED!r} or a "
+                "sentence-transformers model"
+            ) from error
 
 
-def window_embeddings(windows: WindowTable, embedder: Any, folder: Path, *, chunk: int = 512, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-    """Embeddings of all windows, float32 ``[n, d]``, memory-mapped from ``folder``; computed once and reused after that. A JSON
-    file beside them names windows and embedder, and holds their checksums.
+def window_embeddings(
+    windows: WindowTable,
+    embedder: Any,
+    folder: Path,
+    *,
+    chunk: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Embeddings of all windows, float32 ``[n, d]``, memory-mapped from ``folder``; computed once and reused
+    after that. A JSON file beside them names windows and embedder, and holds their checksums.
 
-    Raises ``DamagedStoreError`` where they are not what was written, and ``IncompatibleError`` when they are of other windows.
+    Raises ``DamagedStoreError`` where they are not what was written, and ``IncompatibleError`` when they are
+    of other windows.
     """
     path = folder / f"{windows.fingerprint[:16]}-{embedder.fingerprint}.npy"
     if not path.exists():
-        half, named = path.with_suffix(".part"), {"windows": windows.fingerprint, "embedder": embedder.fingerprint}
+        half, named = (
+            path.with_suffix(".part"),
+            {"windows": windows.fingerprint, "embedder": embedder.fingerprint},
+        )
         with explained_storage(path):
             folder.mkdir(parents=True, exist_ok=True)
             with half.open("wb") as file:
@@ -113,22 +127,30 @@ def _opened(path: Path, windows: WindowTable, embedder: str) -> np.ndarray:
     remedy = f"delete {path} and run the same command again, which embeds the windows anew"
     n, files = len(windows), None
     if _marker(path).exists():
-        marker = read_marker(_marker(path), f"delete {_marker(path)} and {path}, and run the same command again")
+        marker = read_marker(
+            _marker(path), f"delete {_marker(path)} and {path}, and run the same command again"
+        )
         files = marker.files
         if (marker.value.get("windows"), marker.value.get("embedder")) != (windows.fingerprint, embedder):
-            raise IncompatibleError(f"{path} holds embeddings of other windows, or by another embedder, than its name says: {remedy}")
+            raise IncompatibleError(
+                f"{path} holds embeddings of other windows, or by another embedder, than its name says: "
+                f"{remedy}"
+            )
     begin = len(_header(n, 1))
     with explained_storage(path), path.open("rb") as file:
         width, rest = divmod(os.fstat(file.fileno()).st_size - begin, 4 * max(1, n))
         good = rest == 0 and width > 0 and file.read(begin) == _header(n, width)
     if not good:
-        raise DamagedStoreError(f"{path} is damaged: it has not float32 numbers of each of {n:,} windows; {remedy}")
+        raise DamagedStoreError(
+            f"{path} is damaged: it has not float32 numbers of each of {n:,} windows; {remedy}"
+        )
     return mapped(path, np.float32, (n, width), files, _marker(path).name, remedy, _normalised, begin)
 
 
 def check_embeddings(folder: Path, windows: WindowTable) -> None:
-    """Raises ``IncompatibleError`` for embeddings in ``folder`` whose marker names other windows than their name does, and
-    ``DamagedStoreError`` for those that do not fit the windows. Those of other windows, by their name, are let alone."""
+    """Raises ``IncompatibleError`` for embeddings in ``folder`` whose marker names other windows than their
+    name does, and ``DamagedStoreError`` for those that do not fit the windows. Those of other windows, by
+    their name, are let alone."""
     for path in sorted(folder.glob(f"{windows.fingerprint[:16]}-*.npy")):
         _opened(path, windows, path.stem.partition("-")[2])
 
@@ -152,7 +174,8 @@ def _chunks(items: Iterator[str], size: int) -> Iterator[list[str]]:
 class SimilarWindows:
     """Ranks all windows by mean cosine similarity to a set of query windows, exactly.
 
-    The mean of cosines to normalised vectors is the inner product with their mean, so a feature costs one search.
+    The mean of cosines to normalised vectors is the inner product with their mean, so a feature costs one
+    search.
     """
 
     def __init__(self, embeddings: np.ndarray) -> None:
@@ -163,17 +186,23 @@ class SimilarWindows:
         self._index.add(np.ascontiguousarray(embeddings))
 
     def query(self, rows: np.ndarray) -> np.ndarray:
-        """The query vector for a feature's strongest windows ``rows`` (at most 400 of them are used): float32 ``[d]``."""
+        """The query vector for a feature's strongest windows ``rows`` (at most 400 of them are used): float32
+        ``[d]``.
+        """
         rows = np.sort(rows[:MAX_QUERIES])
         return np.asarray(self.embeddings[rows], np.float32).mean(0)
 
     def search(self, queries: np.ndarray, depth: int = FIRST_DEPTH) -> np.ndarray:
-        """Rows of the ``depth`` most similar windows for each query ``[feature, d]``: int64 ``[feature, depth]``, best first."""
-        return self._index.search(np.ascontiguousarray(queries, np.float32), min(depth, self._index.ntotal))[1]
+        """Rows of the ``depth`` most similar windows for each query ``[feature, d]``: int64 ``[feature,
+        depth]``, best first.
+        """
+        return self._index.search(np.ascontiguousarray(queries, np.float32), min(depth, self._index.ntotal))[
+            1
+        ]
 
     def ranking(self, query: np.ndarray, known: np.ndarray) -> Iterator[int]:
-        """All rows by similarity, each once, starting from the ones already ``known``; the search is widened only when those run
-        out. Rows of equal similarity may come in any order."""
+        """All rows by similarity, each once, starting from the ones already ``known``; the search is widened
+        only when those run out. Rows of equal similarity may come in any order."""
         seen: set[int] = set()
         while True:
             for row in known.tolist():

@@ -10,9 +10,10 @@ from featureinterp.domain.record import SPLITS, SplitName
 class SplitAssigner:
     """One feature's bookkeeping: which texts are used, and which split each document belongs to.
 
-    A document is given to a split when its first window is taken and stays there. The split that lacks most takes next, so
-    that windows offered by rank are interleaved and every split is equally strong. ``contents``: a value of each row that is the same
-    for rows of the same tokens; a text is taken once at most, whichever of its rows is offered first.
+    A document is given to a split when its first window is taken and stays there. The split that lacks most
+    takes next, so that windows offered by rank are interleaved and every split is equally strong.
+    ``contents``: a value of each row that is the same for rows of the same tokens; a text is taken once at
+    most, whichever of its rows is offered first.
     """
 
     def __init__(self, documents: Sequence[int], contents: Sequence[int]) -> None:
@@ -21,9 +22,11 @@ class SplitAssigner:
         self.used: set[int] = set()
         self.texts: set[int] = set()
 
-    def take(self, offered: Iterable[int], wanted: dict[SplitName, int], cut: Callable[[int], int] | None = None) -> dict[SplitName, list[int]]:
-        """Takes from ``offered`` rows, in order, up to ``wanted`` for each split; stops when all are served. ``cut``: the content of the part
-        that is kept of a row, where that is not the whole of it."""
+    def take(
+        self, offered: Iterable[int], wanted: dict[SplitName, int], cut: Callable[[int], int] | None = None
+    ) -> dict[SplitName, list[int]]:
+        """Takes from ``offered`` rows, in order, up to ``wanted`` for each split; stops when all are served.
+        ``cut``: the content of the part that is kept of a row, where that is not the whole of it."""
         taken: tuple[list[int], ...] = tuple([] for _ in SPLITS)
         missing = [wanted.get(s, 0) for s in SPLITS]
         open_places = sum(missing)

@@ -1,5 +1,6 @@
-"""JSON with small errors that leave no doubt about what is meant: another kind of quotation marks, line breaks within a text, a comma too
-many, names without quotation marks, Python's constants, an end that is missing. Whatever else is wrong is refused, and nothing is left out.
+"""JSON with small errors that leave no doubt about what is meant: another kind of quotation marks, line
+breaks within a text, a comma too many, names without quotation marks, Python's constants, an end that is
+missing. Whatever else is wrong is refused, and nothing is left out.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ _CUT_ESCAPE = re.compile(r"(?:\\(?:u[0-9a-fA-F]{0,3})?)?")
 
 
 def parse_lenient(text: str, start: int, end: int) -> tuple[Any, int, bool]:
-    """The value that begins at ``start``, where it ends, and whether the text ends (at ``end``) before it does. Raises ``UnreadableError``."""
+    """The value that begins at ``start``, where it ends, and whether the text ends (at ``end``) before it
+    does. Raises ``UnreadableError``.
+    """
     reader = _Reader(text[start:end].rstrip())
     value = reader.value(0)
     return value, start + reader.at, reader.cut
 
 
 def balanced_end(text: str, start: int, end: int) -> int:
-    """Where the bracket at ``start`` is closed, counting those outside of quotation marks; ``end`` where it is not."""
+    """Where the bracket at ``start`` is closed, counting those outside of quotation marks; ``end`` where it
+    is not.
+    """
     depth = 0
     for found in _TEXT_OR_BRACKET.finditer(text, start, end):
         depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)

@@ -1,9 +1,11 @@
-"""Reading a model's reply: its thoughts are dropped, JSON is read where it is JSON or nearly is, and refused where it is not.
+"""Reading a model's reply: its thoughts are dropped, JSON is read where it is JSON or nearly is, and refused
+where it is not.
 
-Nothing is read that is not in the reply, and nothing of an answer is dropped. The whole answer is parsed strictly first. Then each JSON
-value in it is a candidate, strict or, where small errors of syntax leave no doubt (:mod:`featureinterp.replies.lenient`), mended. One
-object is asked for: the last whole one counts. A list is asked for: objects that stand together are read together. An object that is broken and
-could be the answer makes the reply malformed.
+Nothing is read that is not in the reply, and nothing of an answer is dropped. The whole answer is parsed
+strictly first. Then each JSON value in it is a candidate, strict or, where small errors of syntax leave no
+doubt (:mod:`featureinterp.replies.lenient`), mended. One object is asked for: the last whole one counts. A
+list is asked for: objects that stand together are read together. An object that is broken and could be the
+answer makes the reply malformed.
 """
 
 from __future__ import annotations
@@ -28,12 +30,16 @@ _FENCE = re.compile(r"^[ \t]{0,3}(?:```|~~~)[^\n`]*$", re.MULTILINE)
 _BRACKET = re.compile(r"[\[{]")
 _LIKE_JSON = re.compile(r"\{\s*(?:[\"'“}]|[A-Za-z_]\w*\s*:)|\[\s*(?:[\"'“\[{\]]|-?\d)")
 _TOGETHER = re.compile(r"(?:```\w*|\d{1,3}[.)]|[^\w])*")
-"""What may stand between objects that are read together: white space, punctuation, fences, a bullet or number; no words."""
+"""What may stand between objects that are read together: white space, punctuation, fences, a bullet or
+number; no words.
+"""
 _PART = re.compile(r"[\"“”']\s*(?:,?\s*[}\]]|:\s*[\"“'\[{\d])")
 _SYNTAX = re.compile(r"[\"“”{}\[\]]")
 """What is no prose: a text's end before a bracket, a name and its value; any mark of JSON."""
 _GOES_ON = re.compile(r"[ \t]*,?[ \t]*[\"'”]")
-"""Behind a value that is not at its end: a quotation mark, so that its last string was cut short by one of its own."""
+"""Behind a value that is not at its end: a quotation mark, so that its last string was cut short by one of
+its own.
+"""
 
 
 def _no_truth_value(value: object) -> object:
@@ -54,11 +60,17 @@ Level = Annotated[int, pydantic.BeforeValidator(_no_truth_value), pydantic.After
 
 def object_schema(properties: Mapping[str, Any]) -> dict[str, Any]:
     """JSON schema of an object with exactly these properties."""
-    return {"type": "object", "properties": dict(properties), "required": list(properties), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": dict(properties),
+        "required": list(properties),
+        "additionalProperties": False,
+    }
 
 
 def parse_reply(text: str, form: type[Form]) -> Form:
-    """The reply as ``form``; see this module's docstring. A form with one field that is a list is asked for as a list.
+    """The reply as ``form``; see this module's docstring. A form with one field that is a list is asked for
+    as a list.
 
     Raises ``MalformedReplyError``, quoting the start of the reply, when it does not have the form.
     """
@@ -66,7 +78,9 @@ def parse_reply(text: str, form: type[Form]) -> Form:
 
 
 def parse_with_end(text: str, form: type[Form]) -> tuple[Form, bool]:
-    """The reply as ``form``, and whether it ends within what was read, so that the last of it may not be whole."""
+    """The reply as ``form``, and whether it ends within what was read, so that the last of it may not be
+    whole.
+    """
     answer = answer_of(text) if len(text) <= _MAX_WITH_THOUGHTS else text
     if len(answer) > _MAX_REPLY:
         raise MalformedReplyError(f"the reply has {len(answer):,} characters, more than {_MAX_REPLY:,}")
@@ -88,7 +102,9 @@ def parse_with_end(text: str, form: type[Form]) -> tuple[Form, bool]:
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A JSON value of an answer. ``problem``: why it cannot be read (``value`` is then None). ``cut``: the answer ends within it."""
+    """A JSON value of an answer. ``problem``: why it cannot be read (``value`` is then None). ``cut``: the
+    answer ends within it.
+    """
 
     start: int
     end: int
@@ -111,18 +127,28 @@ def _candidates(answer: str) -> list[_Candidate]:
         found = [_Candidate(0, len(answer), stripped, decoder.decode(stripped))]
     except (ValueError, RecursionError):
         bounds = [0, *(x for m in _FENCE.finditer(answer) for x in m.span()), len(answer)]
-        found = [c for start, end in zip(bounds[::2], bounds[1::2], strict=True) for c in _within(answer, start, end)]
+        found = [
+            c
+            for start, end in zip(bounds[::2], bounds[1::2], strict=True)
+            for c in _within(answer, start, end)
+        ]
         _check_gaps(answer, found)
     return [c for candidate in found for c in _members(candidate)]
 
 
 def _check_gaps(answer: str, found: list[_Candidate]) -> None:
-    """Raises ``UnreadableError`` when what stands between the values looks like a part of them: they are then not whole themselves."""
+    """Raises ``UnreadableError`` when what stands between the values looks like a part of them: they are then
+    not whole themselves.
+    """
     places = [0, *(x for c in found for x in (c.start, c.end)), len(answer)]
     gaps = [answer[start : end + 1] for start, end in zip(places[::2], places[1::2], strict=True)]
     for number, gap in enumerate(gaps):
         behind_a_cut = number > 0 and found[number - 1].cut
-        if _PART.search(gap) or _closes_too_much(gap[:-1] if number < len(found) else gap.replace("}", "")) or (behind_a_cut and _SYNTAX.search(gap)):
+        if (
+            _PART.search(gap)
+            or _closes_too_much(gap[:-1] if number < len(found) else gap.replace("}", ""))
+            or (behind_a_cut and _SYNTAX.search(gap))
+        ):
             raise UnreadableError("a part of a value stands beside it")
 
 
@@ -141,7 +167,10 @@ def _members(candidate: _Candidate) -> list[_Candidate]:
     if not isinstance(value, list) or not value or not all(isinstance(v, dict) for v in value):
         return [candidate]
     start, end = candidate.start, candidate.end
-    return [_Candidate(start if i == 0 else end, end, candidate.text, v, None, candidate.cut) for i, v in enumerate(value)]
+    return [
+        _Candidate(start if i == 0 else end, end, candidate.text, v, None, candidate.cut)
+        for i, v in enumerate(value)
+    ]
 
 
 def _within(answer: str, start: int, end: int) -> Iterator[_Candidate]:
@@ -166,7 +195,9 @@ def _within(answer: str, start: int, end: int) -> Iterator[_Candidate]:
 
 
 def _goes_on(answer: str, start: int, stop: int, end: int) -> str | None:
-    """What is wrong with a value behind which a quotation mark stands that does not stand in front of it, too."""
+    """What is wrong with a value behind which a quotation mark stands that does not stand in front of it,
+    too.
+    """
     found = _GOES_ON.match(answer, stop, end)
     wrapped = found is not None and start > 0 and answer[start - 1] == found[0][-1]
     return "a quotation mark stands behind its end" if found and not wrapped else None
@@ -208,7 +239,9 @@ def _anything(found: list[_Candidate]) -> Any:
 def _list_field(form: type[pydantic.BaseModel]) -> str | None:
     """The name of a form's only field, when that is a list."""
     names = list(form.model_fields)
-    return names[0] if len(names) == 1 and get_origin(form.model_fields[names[0]].annotation) is list else None
+    return (
+        names[0] if len(names) == 1 and get_origin(form.model_fields[names[0]].annotation) is list else None
+    )
 
 
 def _list(answer: str, found: list[_Candidate], form: type[Form], field: str) -> tuple[Form, bool]:
@@ -216,9 +249,13 @@ def _list(answer: str, found: list[_Candidate], form: type[Form], field: str) ->
     for candidate in found:  # it may hold a part of the list
         _readable(candidate)
     (item,) = get_args(form.model_fields[field].annotation)
-    of_item = set(item.model_fields) if isinstance(item, type) and issubclass(item, pydantic.BaseModel) else set()
+    of_item = (
+        set(item.model_fields) if isinstance(item, type) and issubclass(item, pydantic.BaseModel) else set()
+    )
     lists = [_wrapped(c, field, form) for c in found]
-    relevant = [(c, w) for c, w in zip(found, lists, strict=True) if w is not None or c.speaks_of({field, *of_item})]
+    relevant = [
+        (c, w) for c, w in zip(found, lists, strict=True) if w is not None or c.speaks_of({field, *of_item})
+    ]
     if not relevant:
         return form.model_validate(_anything(found)), False
     if any(w is not None for _, w in relevant):
@@ -233,7 +270,9 @@ def _list(answer: str, found: list[_Candidate], form: type[Form], field: str) ->
 
 
 def _check_names(answer: str, found: list[_Candidate], first: _Candidate) -> None:
-    """Raises ``UnreadableError`` when beside the objects that are read, with ``first`` in front, stands one with a list by another name."""
+    """Raises ``UnreadableError`` when beside the objects that are read, with ``first`` in front, stands one
+    with a list by another name.
+    """
     place = found.index(first)
     while place > 0 and not _apart(answer, found[place - 1], found[place]):
         place -= 1
@@ -259,10 +298,16 @@ def _wrapped(candidate: _Candidate, field: str, form: type[pydantic.BaseModel]) 
     return None
 
 
-def _last_together(answer: str, relevant: list[tuple[_Candidate, list[Any] | None]]) -> list[tuple[_Candidate, list[Any] | None]]:
-    """The last of the candidates between which nothing stands, and with them all that follow but are broken."""
+def _last_together(
+    answer: str, relevant: list[tuple[_Candidate, list[Any] | None]]
+) -> list[tuple[_Candidate, list[Any] | None]]:
+    """The last of the candidates between which nothing stands, and with them all that follow but are
+    broken.
+    """
     first = len(relevant) - 1
-    while first > 0 and (_apart(answer, relevant[first - 1][0], relevant[first][0]) is False or relevant[first][1] is None):
+    while first > 0 and (
+        _apart(answer, relevant[first - 1][0], relevant[first][0]) is False or relevant[first][1] is None
+    ):
         first -= 1
     return relevant[first:]
 

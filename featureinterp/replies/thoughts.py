@@ -1,4 +1,6 @@
-"""What of a reply is its answer: models that reason write their thoughts in front of it, between marks of many kinds."""
+"""What of a reply is its answer: models that reason write their thoughts in front of it, between marks of
+many kinds.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +9,28 @@ import re
 from featureinterp.replies.strict import spans
 
 _NAMES = r"(?:think|thinking|thought|thoughts|reasoning|analysis|seed:think|antml:thinking)"
-_OPENS = re.compile(rf"<{_NAMES}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<unused94>|<\|channel>thought\b", re.IGNORECASE)
-_CLOSES = re.compile(rf"</{_NAMES}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<unused95>|<channel\|>", re.IGNORECASE)
-_CHANNEL = re.compile(r"(?:\A|assistant|<\|end\|>|<\|start\|>)\s*<\|channel\|>\s*(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>")
-_BARE_CHANNEL = re.compile(r"\A\s*(?:assistant\s*)?(?:analysis.*?assistant\s*final|(?<=assistant)\s*final)", re.DOTALL)
+_OPENS = re.compile(
+    rf"<{_NAMES}>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|<\|START_THINKING\|>|<unused94>|<\|channel>thought\b",
+    re.IGNORECASE,
+)
+_CLOSES = re.compile(
+    rf"</{_NAMES}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>|<unused95>|<channel\|>",
+    re.IGNORECASE,
+)
+_CHANNEL = re.compile(
+    r"(?:\A|assistant|<\|end\|>|<\|start\|>)\s*<\|channel\|>\s*(\w+)[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>"
+)
+_BARE_CHANNEL = re.compile(
+    r"\A\s*(?:assistant\s*)?(?:analysis.*?assistant\s*final|(?<=assistant)\s*final)", re.DOTALL
+)
 """gpt-oss behind a server that leaves out special tokens: the channels' names alone are left."""
 _EDGE = r"(?:<\|[\w-]{1,40}\|>|<｜[^｜>]{1,40}｜>|</?s>|<(?:bos|eos|end_of_turn|start_of_turn)>|\[/?INST\])"
 _EDGES = re.compile(rf"\A(?:\s*{_EDGE})+|(?:{_EDGE}\s*)+\Z")
 
 
 def answer_of(reply: str) -> str:
-    """A reply without its thoughts, and without marks of turns and channels around it; empty when it ends before its answer.
+    """A reply without its thoughts, and without marks of turns and channels around it; empty when it ends
+    before its answer.
 
     Marks within a whole JSON value are part of that value.
     """
@@ -30,7 +43,9 @@ def answer_of(reply: str) -> str:
 
 
 def _final_channel(text: str) -> str:
-    """What stands in the last channel named ``final``; nothing when there are channels and none of that name."""
+    """What stands in the last channel named ``final``; nothing when there are channels and none of that
+    name.
+    """
     channels = _outside(text, _CHANNEL)
     if not channels:
         bare = _BARE_CHANNEL.match(text)
@@ -40,7 +55,9 @@ def _final_channel(text: str) -> str:
 
 
 def _without_thoughts(text: str) -> str:
-    """What follows the last end of thoughts, whether or not their beginning is there; nothing when thoughts begin and do not end."""
+    """What follows the last end of thoughts, whether or not their beginning is there; nothing when thoughts
+    begin and do not end.
+    """
     closed = _outside(text, _CLOSES)
     rest = text[closed[-1].end() :] if closed else text
     return "" if _OPENS.match(rest.lstrip()) else rest

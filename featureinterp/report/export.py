@@ -39,8 +39,8 @@ class _Rows:
 
 
 def write_table(path: Path, rows: Iterable[dict[str, Any]], to: str) -> tuple[Path, int]:
-    """Writes rows in one of ``FORMATS``; a column is there when any row has it. ``rows`` are gone through several times and never held all at
-    once. Returns the file and the number of rows."""
+    """Writes rows in one of ``FORMATS``; a column is there when any row has it. ``rows`` are gone through
+    several times and never held all at once. Returns the file and the number of rows."""
     names = list(dict.fromkeys(name for r in rows for name in r))
 
     def whole() -> Iterator[dict[str, Any]]:
@@ -65,10 +65,11 @@ def write_table(path: Path, rows: Iterable[dict[str, Any]], to: str) -> tuple[Pa
 
 
 def row(result: FeatureResult) -> dict[str, Any]:
-    """A feature's row: what it is, its explanation, each score with interval and null, what it cost, and why anything is missing.
+    """A feature's row: what it is, its explanation, each score with interval and null, what it cost, and why
+    anything is missing.
 
-    Columns of a score: ``NAME``, ``NAME_low``, ``NAME_high`` (95 % interval), ``NAME_null``, ``NAME_n`` (windows or questions), and
-    ``top_tokens_NAME`` for the baseline. A figure that is undefined is empty.
+    Columns of a score: ``NAME``, ``NAME_low``, ``NAME_high`` (95 % interval), ``NAME_null``, ``NAME_n``
+    (windows or questions), and ``top_tokens_NAME`` for the baseline. A figure that is undefined is empty.
     """
     explanation = result.explanation
     usage = explanation.provenance.usage if explanation else None
@@ -78,7 +79,9 @@ def row(result: FeatureResult) -> dict[str, Any]:
         "scale": result.scale,
         "density": result.density,
         "explanation": explanation.text if explanation else None,
-        "rules": json.dumps([[r.activates_on, r.strength] for r in explanation.rules], ensure_ascii=False) if explanation else None,
+        "rules": json.dumps([[r.activates_on, r.strength] for r in explanation.rules], ensure_ascii=False)
+        if explanation
+        else None,
         "model": explanation.provenance.model if explanation else None,
         "prompt": explanation.provenance.prompt if explanation else None,
         "explain_cost_usd": usage.cost_usd if usage else None,

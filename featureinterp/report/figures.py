@@ -20,9 +20,12 @@ _STYLE: Any = {
 
 
 @contextmanager
-def figure(stem: Path, *, width: float, height: float, panels: int = 1, share_y: bool = False) -> Iterator[tuple[Any, Any]]:
-    """A figure of ``width`` × ``height`` inches and its axes (one, or an array of ``panels`` side by side); written as ``stem``.png and .svg when the block
-    ends. The same content gives the same files. Raises ``InputError`` without matplotlib."""
+def figure(
+    stem: Path, *, width: float, height: float, panels: int = 1, share_y: bool = False
+) -> Iterator[tuple[Any, Any]]:
+    """A figure of ``width`` × ``height`` inches and its axes (one, or an array of ``panels`` side by side);
+    written as ``stem``.png and .svg when the block ends. The same content gives the same files. Raises
+    ``InputError`` without matplotlib."""
     try:
         import matplotlib
     except ImportError as error:
@@ -31,7 +34,9 @@ def figure(stem: Path, *, width: float, height: float, panels: int = 1, share_y:
     from matplotlib import pyplot
 
     with pyplot.rc_context(_STYLE):
-        drawn, axes = pyplot.subplots(1, panels, figsize=(width, height), layout="constrained", sharey=share_y)
+        drawn, axes = pyplot.subplots(
+            1, panels, figsize=(width, height), layout="constrained", sharey=share_y
+        )
         try:
             yield drawn, axes
             with explained_storage(stem):

@@ -16,7 +16,9 @@ LAYER_FILES = ("layers.csv", "layers.json", "layers.png", "layers.svg")
 
 
 def write_layers(folder: Path, study: Mapping[str, Any]) -> None:
-    """Writes ``layers.csv``, ``layers.json`` and, where matplotlib is there, ``layers.png`` and ``.svg``. ``study``: what ``LayerStudy.to_json`` gives."""
+    """Writes ``layers.csv``, ``layers.json`` and, where matplotlib is there, ``layers.png`` and ``.svg``.
+    ``study``: what ``LayerStudy.to_json`` gives.
+    """
     write_table(folder / "layers.csv", layer_rows(study), "csv")
     with suppress(InputError):
         plot_layers(folder, study)
@@ -28,7 +30,10 @@ def layer_rows(study: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for layer in study["layers"]:
         row = {name: layer[name] for name in ("block", "hook", "auroc", "median_norm", "sink_share")}
-        row |= {"auroc_low": layer["interval"] and layer["interval"]["low"], "auroc_high": layer["interval"] and layer["interval"]["high"]}
+        row |= {
+            "auroc_low": layer["interval"] and layer["interval"]["low"],
+            "auroc_high": layer["interval"] and layer["interval"]["high"],
+        }
         for trim, spectrum in zip(study["trims"], layer["spectra"], strict=True):
             suffix = f"_without_{100 * trim:g}%" if trim else ""
             row |= {f"{name}{suffix}": value for name, value in spectrum.items()}
@@ -37,19 +42,33 @@ def layer_rows(study: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def plot_layers(folder: Path, study: Mapping[str, Any]) -> list[Path]:
-    """AUROC of the probes, and participation ratios with and without the tokens that dominate, over the blocks. Raises ``InputError`` without matplotlib."""
+    """AUROC of the probes, and participation ratios with and without the tokens that dominate, over the
+    blocks. Raises ``InputError`` without matplotlib.
+    """
     layers: Sequence[Mapping[str, Any]] = study["layers"]
     blocks = [layer["block"] for layer in layers]
     with figure(folder / "layers", width=9, height=3.2, panels=2) as (_, (left, right)):
         from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
         known = [layer for layer in layers if layer["interval"]]
-        left.vlines([x["block"] for x in known], [x["interval"]["low"] for x in known], [x["interval"]["high"] for x in known], color="C0", alpha=0.4)
+        left.vlines(
+            [x["block"] for x in known],
+            [x["interval"]["low"] for x in known],
+            [x["interval"]["high"] for x in known],
+            color="C0",
+            alpha=0.4,
+        )
         left.plot(blocks, [layer["auroc"] for layer in layers], "o-", markersize=3)
         left.set_ylabel("mean held-out AUROC of linear probes")
         for i, trim in enumerate(study["trims"]):
             label = f"without {100 * trim:g} % of the tokens" if trim else "all tokens"
-            right.plot(blocks, [layer["spectra"][i]["participation_ratio"] for layer in layers], "o-", markersize=3, label=label)
+            right.plot(
+                blocks,
+                [layer["spectra"][i]["participation_ratio"] for layer in layers],
+                "o-",
+                markersize=3,
+                label=label,
+            )
         right.set_yscale("log")
         right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         right.yaxis.set_major_formatter(ScalarFormatter())

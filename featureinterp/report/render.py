@@ -1,4 +1,6 @@
-"""Results → one self-contained HTML page. Everything that came from a text or a model is escaped by the template engine."""
+"""Results → one self-contained HTML page. Everything that came from a text or a model is escaped by the
+template engine.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ SCORE_NAMES = {
     **{f"correlation_{source}": f"Correlation, top + {kind}" for source, kind in WINDOW_KINDS.items()},
     "explained_variance": "Explained variance",
     "deviation_explained": "Deviation explained",
-    **{f"false_positives_{source}": f"False positives per {kind} window" for source, kind in WINDOW_KINDS.items()},
+    **{
+        f"false_positives_{source}": f"False positives per {kind} window"
+        for source, kind in WINDOW_KINDS.items()
+    },
     "detection_balanced_accuracy": "Detection, balanced accuracy",
     "detection_f1": "Detection, F1",
     "detection_auroc": "Detection, AUROC",
@@ -67,8 +72,8 @@ BINS = 12
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token as it is drawn: visible text, true activation as a share of the scale (0–1), predicted level, a title, and its holistic activation as a
-    share of the feature's largest (0–1)."""
+    """A token as it is drawn: visible text, true activation as a share of the scale (0–1), predicted level, a
+    title, and its holistic activation as a share of the feature's largest (0–1)."""
 
     text: str
     breaks: int
@@ -78,9 +83,14 @@ class Token:
     cause: float = 0.0
 
 
-def write_report(path: Path, results: Sequence[FeatureResult], about: Mapping[str, Any], labels: Mapping[int, Sequence[Agreement]] | None = None) -> Path:
-    """Writes the page for ``results``; ``about`` is shown as the run's particulars, ``labels`` beside the explanations. Raises ``InputError`` without
-    results."""
+def write_report(
+    path: Path,
+    results: Sequence[FeatureResult],
+    about: Mapping[str, Any],
+    labels: Mapping[int, Sequence[Agreement]] | None = None,
+) -> Path:
+    """Writes the page for ``results``; ``about`` is shown as the run's particulars, ``labels`` beside the
+    explanations. Raises ``InputError`` without results."""
     if not results:
         raise InputError("there is no result to report on: run 'featureinterp explain' first")
     with replaced_atomically(path) as file:
@@ -89,16 +99,26 @@ def write_report(path: Path, results: Sequence[FeatureResult], about: Mapping[st
     return path
 
 
-def render_report(results: Sequence[FeatureResult], about: Mapping[str, Any], labels: Mapping[int, Sequence[Agreement]] | None = None) -> str:
+def render_report(
+    results: Sequence[FeatureResult],
+    about: Mapping[str, Any],
+    labels: Mapping[int, Sequence[Agreement]] | None = None,
+) -> str:
     """The page as a string. ``labels``: concepts that features were annotated with."""
     return "".join(_parts(results, about, labels))
 
 
-def _parts(results: Sequence[FeatureResult], about: Mapping[str, Any], labels: Mapping[int, Sequence[Agreement]] | None) -> Iterator[str]:
+def _parts(
+    results: Sequence[FeatureResult],
+    about: Mapping[str, Any],
+    labels: Mapping[int, Sequence[Agreement]] | None,
+) -> Iterator[str]:
     """The page piece by piece; results are gone through several times, one at a time."""
     page = environment().get_template("report.html")
     holistic = any(r.holistic for r in results)
-    yield from page.generate(results=results, about=about, summary=summarise(results), labels=labels or {}, holistic=holistic)
+    yield from page.generate(
+        results=results, about=about, summary=summarise(results), labels=labels or {}, holistic=holistic
+    )
 
 
 def environment() -> jinja2.Environment:
@@ -111,7 +131,11 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"number": number, "score_name": lambda n: SCORE_NAMES.get(n, n.replace("_", " ")), "source_name": lambda s: SOURCE_NAMES.get(s, s)}
+    made.filters |= {
+        "number": number,
+        "score_name": lambda n: SCORE_NAMES.get(n, n.replace("_", " ")),
+        "source_name": lambda s: SOURCE_NAMES.get(s, s),
+    }
     used = (tokens, trial_tokens, visible, whisker, groups, largest_cause, search_rows)
     made.globals |= {function.__name__: function for function in used}
     return made
@@ -140,8 +164,8 @@ class _Figures:
 
 
 def summarise(results: Iterable[FeatureResult]) -> dict[str, Any]:
-    """The front page's figures: how many were explained, how many beat the null and the baseline, and the distribution of r. Goes through
-    ``results`` once."""
+    """The front page's figures: how many were explained, how many beat the null and the baseline, and the
+    distribution of r. Goes through ``results`` once."""
     figures = [_Figures.of(r) for r in results]
     defined = [f.main for f in figures if f.main is not None]
     values = [s.value for s in defined if s.value is not None]
@@ -173,7 +197,9 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def histogram(series: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Counts of correlations in equal bins from −0.2 to 1 (what lies below goes into the first), and the largest count."""
+    """Counts of correlations in equal bins from −0.2 to 1 (what lies below goes into the first), and the
+    largest count.
+    """
     low, high = -0.2, 1.0
     counts = {}
     for name, values in series.items():
@@ -219,7 +245,9 @@ def largest_cause(result: FeatureResult) -> float:
 
 
 def search_rows(nodes: Sequence[SearchNode]) -> list[SearchNode]:
-    """The nodes of a search as a tree is read: every node before what was made of it, siblings by their number."""
+    """The nodes of a search as a tree is read: every node before what was made of it, siblings by their
+    number.
+    """
     children: dict[int | None, list[SearchNode]] = {}
     for node in nodes:
         children.setdefault(node.parent, []).append(node)
@@ -233,22 +261,44 @@ def search_rows(nodes: Sequence[SearchNode]) -> list[SearchNode]:
 
 
 def tokens(window: ShownWindow, scale: float, largest: float = 0.0) -> list[Token]:
-    """The tokens of a window for drawing; ``largest``: that of :func:`largest_cause`. Control characters are shown as escapes, so that no text can
-    hide or break the page."""
+    """The tokens of a window for drawing; ``largest``: that of :func:`largest_cause`. Control characters are
+    shown as escapes, so that no text can hide or break the page."""
     out = []
     for i, (piece, activation) in enumerate(zip(window.pieces, window.activations, strict=True)):
         predicted = None if window.predicted is None else window.predicted[i]
         cause = 0.0 if window.holistic is None or largest <= 0 else max(0.0, window.holistic[i] / largest)
-        title = f"activation {number(activation)}" + ("" if predicted is None else f", predicted level {number(predicted, 1)}")
-        title += f", causes {number(100 * cause, 0)} % of the most that any token does" if cause >= 0.05 else ""
-        out.append(Token(visible(piece), piece.count("\n"), 0.0 if scale <= 0 else min(1.0, activation / scale), predicted, title, cause))
+        title = f"activation {number(activation)}" + (
+            "" if predicted is None else f", predicted level {number(predicted, 1)}"
+        )
+        title += (
+            f", causes {number(100 * cause, 0)} % of the most that any token does" if cause >= 0.05 else ""
+        )
+        out.append(
+            Token(
+                visible(piece),
+                piece.count("\n"),
+                0.0 if scale <= 0 else min(1.0, activation / scale),
+                predicted,
+                title,
+                cause,
+            )
+        )
     return out
 
 
 def trial_tokens(text: TrialText, scale: float) -> list[Token]:
     """The tokens of a text that was written to test an explanation."""
     pairs = zip(text.pieces, text.activations, strict=True)
-    return [Token(visible(piece), piece.count("\n"), 0.0 if scale <= 0 else min(1.0, a / scale), None, f"activation {number(a)}") for piece, a in pairs]
+    return [
+        Token(
+            visible(piece),
+            piece.count("\n"),
+            0.0 if scale <= 0 else min(1.0, a / scale),
+            None,
+            f"activation {number(a)}",
+        )
+        for piece, a in pairs
+    ]
 
 
 def visible(piece: str) -> str:
@@ -257,7 +307,9 @@ def visible(piece: str) -> str:
 
 
 def shown(value: object) -> object:
-    """A value as a page may show it: of texts that are no markup of the page's own, what cannot be seen is escaped."""
+    """A value as a page may show it: of texts that are no markup of the page's own, what cannot be seen is
+    escaped.
+    """
     return seen(value, "\n\t") if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
@@ -267,7 +319,9 @@ def groups(result: FeatureResult) -> list[tuple[str, str, list[ShownWindow]]]:
     found: dict[tuple[str, str], list[ShownWindow]] = {}
     for window in result.windows:
         found.setdefault((window.split, window.source), []).append(window)
-    return [(*key, windows) for key, windows in sorted(found.items(), key=lambda item: order.get(item[0][0], 9))]
+    return [
+        (*key, windows) for key, windows in sorted(found.items(), key=lambda item: order.get(item[0][0], 9))
+    ]
 
 
 class StoredResults(Sequence[FeatureResult]):
@@ -311,7 +365,10 @@ class StoredResults(Sequence[FeatureResult]):
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    return InputError(f"{path} cannot be read ({error}): it was changed or made by another version; run 'featureinterp explain' again")
+    return InputError(
+        f"{path} cannot be read ({error}): it was changed or made by another version; run 'featureinterp "
+        "explain' again"
+    )
 
 
 def read_results(folder: Path) -> tuple[Sequence[FeatureResult], dict[str, Any]]:
@@ -321,7 +378,10 @@ def read_results(folder: Path) -> tuple[Sequence[FeatureResult], dict[str, Any]]
     """
     path, about = folder / "results.jsonl", folder / "about.json"
     if not path.exists() or not about.exists():
-        raise InputError(f"{folder} holds no results (results.jsonl): give the folder that 'featureinterp explain' wrote with --out")
+        raise InputError(
+            f"{folder} holds no results (results.jsonl): give the folder that 'featureinterp explain' "
+            "wrote with --out"
+        )
     remedy = "run the same 'featureinterp explain' again, which writes it anew from the journal"
     marker = read_marker(about, remedy)
     sums = None if marker.files is None else marker.files.get(path.name)

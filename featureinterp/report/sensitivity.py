@@ -26,19 +26,42 @@ _ACTIVATIONS = ("text_annotated", "text_clean", "tokenized_text", "max_activatio
 Row = dict[str, Any]
 
 
-def write_sensitivity(folder: Path, features: Sequence[FeatureSensitivity], about: Mapping[str, Any], *, per_call: int) -> Row:
-    """Writes the six tables and ``summary.json`` of one SAE into ``folder``, and returns the summary. ``about``: what is known of the SAE; ``sae_name``
-    is needed."""
+def write_sensitivity(
+    folder: Path, features: Sequence[FeatureSensitivity], about: Mapping[str, Any], *, per_call: int
+) -> Row:
+    """Writes the six tables and ``summary.json`` of one SAE into ``folder``, and returns the summary.
+    ``about``: what is known of the SAE; ``sae_name`` is needed."""
     tables: dict[str, tuple[Sequence[str], Iterator[Row]]] = {
         "feature_examples": (("feature_index", "Top_act", "Sequence"), _examples(features)),
         "generation_queries_with_responses": (
-            ("sae_name", "eval_name", "feature_index", "system_prompt", "user_prompt", "separator", "num_per_call", "llm_response", "status"),
+            (
+                "sae_name",
+                "eval_name",
+                "feature_index",
+                "system_prompt",
+                "user_prompt",
+                "separator",
+                "num_per_call",
+                "llm_response",
+                "status",
+            ),
             _queries(features, str(about["sae_name"])),
         ),
         "generated_samples": (("feature_index", "sample_index", "text"), _samples(features)),
-        "generated_samples_with_activations": (("feature_index", "sample_index", "text", *_ACTIVATIONS), _samples_read(features)),
+        "generated_samples_with_activations": (
+            ("feature_index", "sample_index", "text", *_ACTIVATIONS),
+            _samples_read(features),
+        ),
         "original_examples_with_activations": (
-            ("feature_index", "sample_index", "text", *_ACTIVATIONS, "corpus_activation", "held_out", "same_tokens"),
+            (
+                "feature_index",
+                "sample_index",
+                "text",
+                *_ACTIVATIONS,
+                "corpus_activation",
+                "held_out",
+                "same_tokens",
+            ),
             _originals_read(features),
         ),
         "feature_stats": (_stats_columns(features), map(stats, features)),
@@ -58,29 +81,56 @@ def write_sensitivity(folder: Path, features: Sequence[FeatureSensitivity], abou
 
 
 def stats(feature: FeatureSensitivity) -> Row:
-    """A feature's row in ``feature_stats.csv``: the published columns, then intervals, thresholds, control, base rate and drift. Undefined is empty."""
+    """A feature's row in ``feature_stats.csv``: the published columns, then intervals, thresholds, control,
+    base rate and drift. Undefined is empty.
+    """
     generated, original = feature.generated_sensitivity(), feature.original_sensitivity()
-    row: Row = {"feature_index": feature.feature, "generated_sensitivity": generated.value, "original_sensitivity": original.value}
+    row: Row = {
+        "feature_index": feature.feature,
+        "generated_sensitivity": generated.value,
+        "original_sensitivity": original.value,
+    }
     row |= _interval("generated", generated)
     for name, threshold in list(feature.thresholds().items())[1:]:
         row[f"generated_sensitivity_{name}_of_scale"] = feature.generated_sensitivity(threshold).value
     row["original_sensitivity_held_out"] = feature.original_sensitivity(held_out=True).value
-    row |= {"control_sensitivity": feature.control_rate().value, "control_of": feature.control_of, "base_rate": feature.base_rate}
-    row |= {"retokenisation_drift": feature.drift, "scale": feature.scale, "failure": feature.failure.message if feature.failure else None}
+    row |= {
+        "control_sensitivity": feature.control_rate().value,
+        "control_of": feature.control_of,
+        "base_rate": feature.base_rate,
+    }
+    row |= {
+        "retokenisation_drift": feature.drift,
+        "scale": feature.scale,
+        "failure": feature.failure.message if feature.failure else None,
+    }
     return row
 
 
 def _interval(name: str, rate: Rate) -> Row:
     interval = rate.interval
-    return {f"n_{name}": rate.n, f"{name}_low": interval.low if interval else None, f"{name}_high": interval.high if interval else None}
+    return {
+        f"n_{name}": rate.n,
+        f"{name}_low": interval.low if interval else None,
+        f"{name}_high": interval.high if interval else None,
+    }
 
 
 def _stats_columns(features: Sequence[FeatureSensitivity]) -> list[str]:
-    return list(stats(features[0])) if features else ["feature_index", "generated_sensitivity", "original_sensitivity"]
+    return (
+        list(stats(features[0]))
+        if features
+        else ["feature_index", "generated_sensitivity", "original_sensitivity"]
+    )
 
 
 def _examples(features: Sequence[FeatureSensitivity]) -> Iterator[Row]:
-    return ({"feature_index": f.feature, "Top_act": e.activation, "Sequence": e.shown} for f in features for e in f.examples if not e.held_out)
+    return (
+        {"feature_index": f.feature, "Top_act": e.activation, "Sequence": e.shown}
+        for f in features
+        for e in f.examples
+        if not e.held_out
+    )
 
 
 def _queries(features: Sequence[FeatureSensitivity], sae: str) -> Iterator[Row]:
@@ -102,12 +152,21 @@ def _queries(features: Sequence[FeatureSensitivity], sae: str) -> Iterator[Row]:
 
 
 def _samples(features: Sequence[FeatureSensitivity]) -> Iterator[Row]:
-    return ({"feature_index": f.feature, "sample_index": i, "text": text} for f in features for i, text in enumerate(f.texts))
+    return (
+        {"feature_index": f.feature, "sample_index": i, "text": text}
+        for f in features
+        for i, text in enumerate(f.texts)
+    )
 
 
 def _samples_read(features: Sequence[FeatureSensitivity]) -> Iterator[Row]:
     return (
-        {"feature_index": f.feature, "sample_index": i, "text": text, **_read(window, without_marks(text), f.scale)}
+        {
+            "feature_index": f.feature,
+            "sample_index": i,
+            "text": text,
+            **_read(window, without_marks(text), f.scale),
+        }
         for f in features
         for i, (text, window) in enumerate(zip(f.texts, f.samples, strict=False))
     )
@@ -130,7 +189,9 @@ def _originals_read(features: Sequence[FeatureSensitivity]) -> Iterator[Row]:
 
 
 def _read(window: Window, text: str, scale: float) -> Row:
-    """What running a text gave. ``text_annotated``: the tokens that fire between ``<<`` and ``>>``; ``text_clean``: what was run."""
+    """What running a text gave. ``text_annotated``: the tokens that fire between ``<<`` and ``>>``;
+    ``text_clean``: what was run.
+    """
     return {
         "text_annotated": marked(window.pieces, (window.activations > MARK_ABOVE * scale).tolist()),
         "text_clean": text,
@@ -141,22 +202,31 @@ def _read(window: Window, text: str, scale: float) -> Row:
 
 
 def summarise(features: Sequence[FeatureSensitivity]) -> Row:
-    """Means over features with 95 % bootstrap intervals: over those whose own examples fire again at least nine times in ten, as published, and over all."""
+    """Means over features with 95 % bootstrap intervals: over those whose own examples fire again at least
+    nine times in ten, as published, and over all.
+    """
     reliable = [f for f in features if (f.original_sensitivity().value or 0) >= RELIABLE]
     out: Row = {
         "n_features": len(features),
         "n_failed": sum(f.failure is not None for f in features),
         "n_reliable": len(reliable),
         "mean_sensitivity": mean_with_interval([f.generated_sensitivity().value for f in reliable]),
-        "mean_sensitivity_unfiltered": mean_with_interval([f.generated_sensitivity().value for f in features]),
+        "mean_sensitivity_unfiltered": mean_with_interval(
+            [f.generated_sensitivity().value for f in features]
+        ),
         "mean_original_sensitivity": mean_with_interval([f.original_sensitivity().value for f in features]),
-        "mean_original_sensitivity_held_out": mean_with_interval([f.original_sensitivity(held_out=True).value for f in features]),
+        "mean_original_sensitivity_held_out": mean_with_interval(
+            [f.original_sensitivity(held_out=True).value for f in features]
+        ),
         "mean_control": mean_with_interval([f.control_rate().value for f in features]),
         "mean_base_rate": mean_with_interval([f.base_rate for f in features]),
         "mean_retokenisation_drift": mean_with_interval([f.drift for f in features]),
     }
     names = list(features[0].thresholds()) if features else []
-    out["sensitivity_by_threshold"] = {n: mean_with_interval([f.generated_sensitivity(f.thresholds()[n]).value for f in features]) for n in names}
+    out["sensitivity_by_threshold"] = {
+        n: mean_with_interval([f.generated_sensitivity(f.thresholds()[n]).value for f in features])
+        for n in names
+    }
     return out
 
 
@@ -173,16 +243,27 @@ def mean_with_interval(values: Sequence[float | None], *, seed: int = 0, n_resam
 
 
 def plot_sensitivity(folder: Path, summaries: Sequence[Row]) -> list[Path]:
-    """``sensitivity.png`` and ``.svg``: mean sensitivity of each SAE against its width and its L0, with intervals. Needs matplotlib (the extra ``figures``);
-    raises ``InputError`` without it."""
+    """``sensitivity.png`` and ``.svg``: mean sensitivity of each SAE against its width and its L0, with
+    intervals. Needs matplotlib (the extra ``figures``); raises ``InputError`` without it."""
     architectures = list(dict.fromkeys(str(s.get("architecture")) for s in summaries))
     with figure(folder / "sensitivity", width=9, height=3.6, panels=2, share_y=True) as (_, axes):
         from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-        for axis, key, label in zip(axes, ("d_sae", "l0"), ("features in the dictionary", "codes per token (L0)"), strict=True):
+        for axis, key, label in zip(
+            axes, ("d_sae", "l0"), ("features in the dictionary", "codes per token (L0)"), strict=True
+        ):
             for number, architecture in enumerate(architectures):
-                aside = 1 + 0.06 * (number - (len(architectures) - 1) / 2) if key == "d_sae" else 1.0  # widths are equal: one beside the other
-                _points(axis, [s for s in summaries if str(s.get("architecture")) == architecture], key, f"C{number}", architecture, aside)
+                aside = (
+                    1 + 0.06 * (number - (len(architectures) - 1) / 2) if key == "d_sae" else 1.0
+                )  # widths are equal: one beside the other
+                _points(
+                    axis,
+                    [s for s in summaries if str(s.get("architecture")) == architecture],
+                    key,
+                    f"C{number}",
+                    architecture,
+                    aside,
+                )
             axis.set_xlabel(label)
             axis.set_xscale("log")
             axis.set_ylim(-0.02, 1.02)
@@ -208,5 +289,13 @@ def _points(axis: Any, summaries: Sequence[Row], key: str, colour: str, label: s
                 continue
             if value["low"] is not None and full:
                 axis.plot([s[key] * aside] * 2, [value["low"], value["high"]], color=colour, linewidth=1.5)
-            axis.plot(s[key] * aside, value["mean"], "o", markersize=5, color=colour, fillstyle="full" if full else "none", label=label if full else None)
+            axis.plot(
+                s[key] * aside,
+                value["mean"],
+                "o",
+                markersize=5,
+                color=colour,
+                fillstyle="full" if full else "none",
+                label=label if full else None,
+            )
             label = "" if full else label

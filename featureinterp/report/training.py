@@ -30,9 +30,12 @@ class Chart:
     y_ticks: tuple[tuple[float, str], ...]
 
 
-def write_training(folder: Path, about: Line, recipe: Mapping[str, Any], log: Sequence[Line], metrics: Line | None) -> Path:
-    """Writes ``training.html``, and plots where matplotlib is there. ``about``, ``log``, ``metrics``: what ``run.json``, ``log.jsonl`` and ``metrics.json``
-    hold; ``recipe``: the settings by table. Returns the page."""
+def write_training(
+    folder: Path, about: Line, recipe: Mapping[str, Any], log: Sequence[Line], metrics: Line | None
+) -> Path:
+    """Writes ``training.html``, and plots where matplotlib is there. ``about``, ``log``, ``metrics``: what
+    ``run.json``, ``log.jsonl`` and ``metrics.json`` hold; ``recipe``: the settings by table. Returns the
+    page."""
     charts = [
         chart(log, "fvu", "Fraction of variance unexplained, by training tokens", logarithmic=True),
         chart(log, "dead", "Share of dead features"),
@@ -63,14 +66,21 @@ def facts(about: Line, recipe: Mapping[str, Any]) -> dict[str, str]:
     """What the run was made of, for a reader."""
     t, c = recipe["training"], recipe["corpus"]
     rows = about["n_rows"]
-    normal = {"none": "none", "global": f"one factor, {about['normalize']['scale']:.4g}", "token": "each token by its own mean and deviation"}
+    normal = {
+        "none": "none",
+        "global": f"one factor, {about['normalize']['scale']:.4g}",
+        "token": "each token by its own mean and deviation",
+    }
     return {
-        "Corpus": f"{c['name']}, windows of {c['window']} tokens" + (f", {rows:,} training activations" if rows else ""),
+        "Corpus": f"{c['name']}, windows of {c['window']} tokens"
+        + (f", {rows:,} training activations" if rows else ""),
         "Held out": f"{c['held_out']:.0%} of the tokens, in documents of their own",
         "Steps": f"{about['steps']:,} of {t['batch']:,} tokens",
-        "Learning rate": f"{t['lr']:g} after {t['warmup']} steps of warm-up, then {t['decay']} decay to {t['lr_end']:g} at the last step",
+        "Learning rate": f"{t['lr']:g} after {t['warmup']} steps of warm-up, then {t['decay']} decay to "
+        f"{t['lr_end']:g} at the last step",
         "Normalisation": normal[about["normalize"]["kind"]],
-        "Auxiliary loss": f"{about['aux_k']} dead features, weight {recipe['sae']['aux_coefficient']:g}; dead after {recipe['sae']['dead_after']:,} tokens",
+        "Auxiliary loss": f"{about['aux_k']} dead features, weight {recipe['sae']['aux_coefficient']:g}; "
+        f"dead after {recipe['sae']['dead_after']:,} tokens",
         "Precision": t["precision"],
         "Processes": str(about["processes"]),
         "Seed": str(t["seed"]),
@@ -79,21 +89,38 @@ def facts(about: Line, recipe: Mapping[str, Any]) -> dict[str, str]:
 
 def chart(log: Sequence[Line], name: str, title: str, *, logarithmic: bool = False) -> Chart | None:
     """A figure of the log over the tokens seen; None when it is never there."""
-    points = [(line["samples"], line[name]) for line in log if isinstance(line.get(name), int | float) and math.isfinite(line[name])]
+    points = [
+        (line["samples"], line[name])
+        for line in log
+        if isinstance(line.get(name), int | float) and math.isfinite(line[name])
+    ]
     if len({y for _, y in points}) < 2:  # nothing to see
         return None
-    points = points[:: max(1, len(points) // MOST_POINTS)] + ([points[-1]] if len(points) > MOST_POINTS else [])
+    points = points[:: max(1, len(points) // MOST_POINTS)] + (
+        [points[-1]] if len(points) > MOST_POINTS else []
+    )
     logarithmic = logarithmic and min(y for _, y in points) > 0
     scale: Callable[[float], float] = math.log10 if logarithmic else float
-    ys = logarithmic_ticks(min(y for _, y in points), max(y for _, y in points)) if logarithmic else nice_ticks(max(y for _, y in points))
+    ys = (
+        logarithmic_ticks(min(y for _, y in points), max(y for _, y in points))
+        if logarithmic
+        else nice_ticks(max(y for _, y in points))
+    )
     low, high, right = scale(ys[0]), scale(ys[-1]), points[-1][0]
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return LEFT + (WIDTH - LEFT - 8) * x / right, HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 12) * (scale(y) - low) / (high - low)
+        return LEFT + (WIDTH - LEFT - 8) * x / right, HEIGHT - BOTTOM - (HEIGHT - BOTTOM - 12) * (
+            scale(y) - low
+        ) / (high - low)
 
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in (place(x, y) for x, y in points))
     xs = [x for x in nice_ticks(right) if x <= right]
-    return Chart(title, (line,), tuple((place(x, ys[0])[0], compact(x)) for x in xs), tuple((place(0, y)[1], f"{y:.3g}") for y in ys))
+    return Chart(
+        title,
+        (line,),
+        tuple((place(x, ys[0])[0], compact(x)) for x in xs),
+        tuple((place(0, y)[1], f"{y:.3g}") for y in ys),
+    )
 
 
 def nice_ticks(most: float, n: int = 4) -> list[float]:
@@ -106,7 +133,11 @@ def nice_ticks(most: float, n: int = 4) -> list[float]:
 
 def logarithmic_ticks(least: float, most: float) -> list[float]:
     """1, 2 and 5 times powers of ten that enclose two positive numbers."""
-    every = [s * 10.0**e for e in range(math.floor(math.log10(least)) - 1, math.ceil(math.log10(most)) + 2) for s in (1, 2, 5)]
+    every = [
+        s * 10.0**e
+        for e in range(math.floor(math.log10(least)) - 1, math.ceil(math.log10(most)) + 2)
+        for s in (1, 2, 5)
+    ]
     first = max(i for i, y in enumerate(every) if y <= least)
     last = min(i for i, y in enumerate(every) if y >= most)
     return every[first : max(last, first + 1) + 1]
@@ -121,7 +152,9 @@ def compact(number: float) -> str:
 
 
 def density(metrics: Line) -> list[tuple[float, float]]:
-    """(lower edge, height in percent of the largest) of the histogram of how often features fire, from its first bin with any."""
+    """(lower edge, height in percent of the largest) of the histogram of how often features fire, from its
+    first bin with any.
+    """
     counts, edges = metrics["frequency"], metrics["frequency_edges"]
     first = next((i for i, c in enumerate(counts) if c), 0)
     first -= (first - edges.index(math.floor(edges[first]))) if math.floor(edges[first]) in edges else 0
@@ -139,15 +172,21 @@ def tenths(metrics: Line) -> list[dict[str, Any]]:
 
 
 def plot_run(folder: Path, log: Sequence[Line], metrics: Line | None) -> list[Path]:
-    """``curves``: loss and FVU, dead share, L0 and learning rate over the tokens; ``result``: how often features fire, and variance explained by norm; each as
-    .png and .svg. Raises ``InputError`` without matplotlib."""
+    """``curves``: loss and FVU, dead share, L0 and learning rate over the tokens; ``result``: how often
+    features fire, and variance explained by norm; each as .png and .svg. Raises ``InputError`` without
+    matplotlib."""
     samples = [line["samples"] / 1e6 for line in log]
     with figure(folder / "curves", width=10, height=2.8, panels=4) as (_, axes):
         for axis, names, title in zip(
-            axes, (("loss", "fvu"), ("dead",), ("l0",), ("lr",)), ("loss", "dead share", "codes per token", "learning rate"), strict=True
+            axes,
+            (("loss", "fvu"), ("dead",), ("l0",), ("lr",)),
+            ("loss", "dead share", "codes per token", "learning rate"),
+            strict=True,
         ):
             for name in names:
-                axis.plot(samples, [line[name] for line in log], label=name.upper() if name == "fvu" else name)
+                axis.plot(
+                    samples, [line[name] for line in log], label=name.upper() if name == "fvu" else name
+                )
             axis.set_title(title, fontsize=9)
             axis.set_xlabel("million tokens")
             if len(names) > 1:
@@ -159,7 +198,9 @@ def plot_run(folder: Path, log: Sequence[Line], metrics: Line | None) -> list[Pa
     if metrics:
         with figure(folder / "result", width=8, height=3, panels=2) as (_, axes):
             edges = metrics["frequency_edges"]
-            axes[0].bar(edges[:-1], metrics["frequency"], width=[b - a for a, b in pairwise(edges)], align="edge")
+            axes[0].bar(
+                edges[:-1], metrics["frequency"], width=[b - a for a, b in pairwise(edges)], align="edge"
+            )
             axes[0].set_xlabel("log10 of the share of tokens on which a feature fires")
             axes[0].set_ylabel("features")
             for name, label in (("sae", "SAE"), ("pca", f"PCA-{metrics['pca_k']}"), ("zero", "zero codes")):

@@ -1,4 +1,6 @@
-"""What all architectures share: the tensors' names and shapes, input normalisation, decoding, and their checks."""
+"""What all architectures share: the tensors' names and shapes, input normalisation, decoding, and their
+checks.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def all_finite(tensor: torch.Tensor) -> bool:
 
 
 def layer_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """((x − mean) / (deviation + 1e-5), mean, deviation) of every row ``[token, d_in]``; the deviation is the unbiased one."""
+    """((x − mean) / (deviation + 1e-5), mean, deviation) of every row ``[token, d_in]``; the deviation is the
+    unbiased one.
+    """
     mean = x.mean(-1, keepdim=True)
     deviation = x.std(-1, keepdim=True)
     return (x - mean) / (deviation + LAYER_NORM_EPSILON), mean.squeeze(-1), deviation.squeeze(-1)
@@ -32,9 +36,11 @@ def layer_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 class SparseAutoencoder:
     """Base of the architectures. ``decode(encode(x))`` reconstructs activations ``x`` ``[token, d_in]``.
 
-    ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``, and what ``extra`` names.
-    ``normalize``: what is done to every token before it is encoded, and undone by decoding: nothing; :func:`layer_norm`, codes
-    are then in units of the token's deviation; or ``center``, the token less its own mean.
+    ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``, and what ``extra``
+    names.
+    ``normalize``: what is done to every token before it is encoded, and undone by decoding: nothing;
+    :func:`layer_norm`, codes are then in units of the token's deviation; or ``center``, the token less its
+    own mean.
 
     Raises ``IncompatibleError`` for settings and tensors with which nothing could be encoded.
     """
@@ -46,9 +52,14 @@ class SparseAutoencoder:
     """Keys of the configuration that the encoder needs, each an integer from 1 to ``d_sae``."""
     required_biases: ClassVar[tuple[str, ...]] = ("b_enc",)
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], *, normalize: Normalize = "none", **settings: Any) -> None:
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], *, normalize: Normalize = "none", **settings: Any
+    ) -> None:
         if normalize not in get_args(Normalize):
-            raise IncompatibleError(f"there is no input normalisation {repr(normalize)[:60]}: known are {', '.join(get_args(Normalize))}")
+            raise IncompatibleError(
+                f"there is no input normalisation {repr(normalize)[:60]}: known are "
+                f"{', '.join(get_args(Normalize))}"
+            )
         self.tensors, self.normalize = dict(tensors), normalize
         self.W_enc, self.W_dec, self.b_dec = tensors["W_enc"], tensors["W_dec"], tensors["b_dec"]
         self.b_enc = tensors.get("b_enc")
@@ -56,7 +67,8 @@ class SparseAutoencoder:
             value = settings.get(name)
             if type(value) is not int or not 1 <= value <= self.d_sae:
                 raise IncompatibleError(
-                    f"a {self.architecture} SAE of {self.d_sae:,} features needs a positive integer {name!r} up to that number in its "
+                    f"a {self.architecture} SAE of {self.d_sae:,} features needs a positive integer "
+                    f"{name!r} up to that number in its "
                     f"configuration, not {repr(value)[:60]}",
                 )
         self.options = {name: settings[name] for name in self.settings}
@@ -64,7 +76,11 @@ class SparseAutoencoder:
     @classmethod
     def shapes(cls, d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of this architecture."""
-        shapes: dict[str, tuple[int, ...]] = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "W_enc": (d_in, d_sae),
+            "W_dec": (d_sae, d_in),
+            "b_dec": (d_in,),
+        }
         return shapes | dict.fromkeys((*cls.required_biases, *cls.extra), (d_sae,))
 
     @property
@@ -84,12 +100,19 @@ class SparseAutoencoder:
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> SparseAutoencoder:
         """The same SAE elsewhere or in another dtype."""
-        return type(self)({k: v.to(device, dtype) for k, v in self.tensors.items()}, normalize=self.normalize, **self.options)
+        return type(self)(
+            {k: v.to(device, dtype) for k, v in self.tensors.items()},
+            normalize=self.normalize,
+            **self.options,
+        )
 
     def encode(self, x: torch.Tensor) -> SparseCodes:
         """Sparse codes of activations ``[token, d_in]`` (any float dtype; computed in the SAE's own)."""
         if x.ndim != 2 or x.shape[1] != self.d_in:
-            raise IncompatibleError(f"the SAE takes activations [token, {self.d_in}], not {list(x.shape)}: it belongs to a model of another width")
+            raise IncompatibleError(
+                f"the SAE takes activations [token, {self.d_in}], not {list(x.shape)}: it belongs to a "
+                "model of another width"
+            )
         x = x.to(self.W_enc.device, self.W_enc.dtype)
         if self.normalize == "none":
             return self._checked(x)
@@ -100,16 +123,19 @@ class SparseAutoencoder:
         return replace(self._checked(normal), shift=mean, scale=deviation)
 
     def check(self, where: object) -> None:
-        """Raises ``IncompatibleError`` when a tensor, or what the encoder makes of one, is not finite in this dtype, or when the
-        decoder is zero. ``where``: what is named in the message."""
+        """Raises ``IncompatibleError`` when a tensor, or what the encoder makes of one, is not finite in this
+        dtype, or when the decoder is zero. ``where``: what is named in the message."""
         for name, tensor in {**self.tensors, **self._derived()}.items():
             if not all_finite(tensor):
                 raise IncompatibleError(
-                    f"{where} is not finite in {str(tensor.dtype).removeprefix('torch.')} ({name}): it is damaged, its training "
+                    f"{where} is not finite in {str(tensor.dtype).removeprefix('torch.')} ({name}): it is "
+                    "damaged, its training "
                     "diverged, or it needs a wider dtype",
                 )
         if not bool(self.W_dec.any()):
-            raise IncompatibleError(f"the decoder of {where} is zero: no code of it could be reconstructed or steered")
+            raise IncompatibleError(
+                f"the decoder of {where} is zero: no code of it could be reconstructed or steered"
+            )
 
     def _derived(self) -> dict[str, torch.Tensor]:
         """What is computed from the tensors alone, before any input."""
@@ -119,23 +145,30 @@ class SparseAutoencoder:
     def _gain(self) -> float:
         """How much longer than an input a code can be at most: the largest norm of an encoder's column."""
         wide = torch.float32 if self.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
-        return max((float(part.to(wide).norm(dim=0).max()) for part in self.W_enc.split(4096, dim=1)), default=0.0)
+        return max(
+            (float(part.to(wide).norm(dim=0).max()) for part in self.W_enc.split(4096, dim=1)), default=0.0
+        )
 
     def _checked(self, x: torch.Tensor) -> SparseCodes:
-        """The codes of normalised activations. Raises ``IncompatibleError`` when one is beyond what the dtype can hold.
+        """The codes of normalised activations. Raises ``IncompatibleError`` when one is beyond what the dtype
+        can hold.
 
-        By Cauchy and Schwarz no product exceeds the input's norm times ``_gain``; below the limit none needs to be looked at. A GPU is waited for once.
+        By Cauchy and Schwarz no product exceeds the input's norm times ``_gain``; below the limit none needs
+        to be looked at. A GPU is waited for once.
         """
         codes = self._encode(x)
         if not len(x):
             return codes
         exact = torch.promote_types(x.dtype, torch.float32)
         ends = codes.values.aminmax() if codes.values.numel() else (codes.values.new_zeros(()),) * 2
-        longest, *sizes = torch.stack([end.detach().to(exact) for end in (x.to(exact).norm(dim=1).max(), *ends)]).tolist()
+        longest, *sizes = torch.stack(
+            [end.detach().to(exact) for end in (x.to(exact).norm(dim=1).max(), *ends)]
+        ).tolist()
         fits = longest * self._gain < torch.finfo(x.dtype).max / 4 or all_finite(x @ self.W_enc)
         if not fits or not all(map(math.isfinite, sizes)):
             raise IncompatibleError(
-                f"the SAE's codes are not finite in {str(x.dtype).removeprefix('torch.')}: its weights or the activations are too "
+                f"the SAE's codes are not finite in {str(x.dtype).removeprefix('torch.')}: its weights or "
+                "the activations are too "
                 "large or damaged; use a wider dtype or another SAE",
             )
         return codes
@@ -148,8 +181,8 @@ class SparseAutoencoder:
         return found * codes.scale[:, None] + codes.shift[:, None]
 
     def units(self, x: torch.Tensor) -> torch.Tensor:
-        """By how much a code of 1 moves each token of ``x [..., d_in]`` along its decoder row, ``[...]``: the token's deviation
-        where tokens are normalised by it, else 1."""
+        """By how much a code of 1 moves each token of ``x [..., d_in]`` along its decoder row, ``[...]``: the
+        token's deviation where tokens are normalised by it, else 1."""
         return layer_norm(x)[2] if self.normalize == "layer_norm" else torch.ones_like(x[..., 0])
 
     def _encode(self, x: torch.Tensor) -> SparseCodes:

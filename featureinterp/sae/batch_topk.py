@@ -1,4 +1,6 @@
-"""BatchTopK at inference: codes of ReLU((x − b_dec) W_enc + b_enc) above one threshold for the whole dictionary."""
+"""BatchTopK at inference: codes of ReLU((x − b_dec) W_enc + b_enc) above one threshold for the whole
+dictionary.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from featureinterp.sae.codes import SparseCodes
 
 
 class BatchTopK(SparseAutoencoder):
-    """Bussmann et al. 2024, "BatchTopK sparse autoencoders". ``threshold`` is a scalar ≥ 0 learned in training."""
+    """Bussmann et al. 2024, "BatchTopK sparse autoencoders". ``threshold`` is a scalar ≥ 0 learned in
+    training.
+    """
 
     architecture = "batch_topk"
     extra = ("threshold",)
@@ -25,7 +29,10 @@ class BatchTopK(SparseAutoencoder):
         super().__init__(tensors, **settings)
         self.threshold = tensors["threshold"]
         if not float(self.threshold) >= 0:
-            raise IncompatibleError(f"the BatchTopK threshold is {float(self.threshold):g}, so it was never learned: use a checkpoint from the end of training")
+            raise IncompatibleError(
+                f"the BatchTopK threshold is {float(self.threshold):g}, so it was never learned: use a "
+                "checkpoint from the end of training"
+            )
 
     def _encode(self, x: torch.Tensor) -> SparseCodes:
         z = self._centred(x)

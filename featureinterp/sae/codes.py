@@ -12,8 +12,9 @@ import torch
 class SparseCodes:
     """The positive codes of ``n_rows`` tokens over ``n_features`` features, as coordinates.
 
-    ``rows``, ``features`` int64 ``[nonzero]``; ``values`` ``[nonzero]``, > 0, in raw SAE units. No pair (row, feature) occurs
-    twice; rows never fall. ``scale``, ``shift`` ``[row]``: what undoes the normalisation of each token, where its SAE has one.
+    ``rows``, ``features`` int64 ``[nonzero]``; ``values`` ``[nonzero]``, > 0, in raw SAE units. No pair (row,
+    feature) occurs twice; rows never fall. ``scale``, ``shift`` ``[row]``: what undoes the normalisation of
+    each token, where its SAE has one.
     """
 
     rows: torch.Tensor
@@ -43,7 +44,9 @@ class SparseCodes:
         return dense
 
     def columns(self, features: Sequence[int]) -> torch.Tensor:
-        """The codes of a few features, dense: ``[n_rows, len(features)]``. No matrix of all features is made."""
+        """The codes of a few features, dense: ``[n_rows, len(features)]``. No matrix of all features is
+        made.
+        """
         known = sorted(set(features))
         place = torch.full((self.n_features,), -1, dtype=torch.int64)
         place[known] = torch.arange(len(known))
@@ -54,7 +57,11 @@ class SparseCodes:
         return dense[:, [known.index(feature) for feature in features]]
 
     def matmul(self, matrix: torch.Tensor) -> torch.Tensor:
-        """``codes @ matrix`` for a matrix ``[n_features, d]``, reading only the rows of features that fire: ``[n_rows, d]``."""
+        """``codes @ matrix`` for a matrix ``[n_features, d]``, reading only the rows of features that fire:
+        ``[n_rows, d]``.
+        """
         counts = torch.bincount(self.rows, minlength=self.n_rows)
         offsets = torch.cumsum(counts, 0) - counts
-        return torch.nn.functional.embedding_bag(self.features, matrix, offsets, mode="sum", per_sample_weights=self.values.to(matrix.dtype))
+        return torch.nn.functional.embedding_bag(
+            self.features, matrix, offsets, mode="sum", per_sample_weights=self.values.to(matrix.dtype)
+        )

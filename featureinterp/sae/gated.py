@@ -1,4 +1,6 @@
-"""Gated: u = (x − b_dec) W_enc decides by u + gate_bias which features fire, and ReLU(exp(r_mag) u + mag_bias) how much."""
+"""Gated: u = (x − b_dec) W_enc decides by u + gate_bias which features fire, and ReLU(exp(r_mag) u +
+mag_bias) how much.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Published SAEs from the model hub, by its own client: its cache, offline mode, mirrors (``HF_ENDPOINT``) and tokens work as usual."""
+"""Published SAEs from the model hub, by its own client: its cache, offline mode, mirrors (``HF_ENDPOINT``)
+and tokens work as usual.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from featureinterp.errors import ChecksumError, DownloadError, FeatureInterpError, InputError, UnknownNameError
+from featureinterp.errors import (
+    ChecksumError,
+    DownloadError,
+    FeatureInterpError,
+    InputError,
+    UnknownNameError,
+)
 from featureinterp.files import parse_json
 from featureinterp.sae.layouts.untrusted import read_json
 from featureinterp.sae.names import RESULTS_REPOSITORY, SaeSpec, interpretability_results
@@ -36,7 +44,11 @@ def cached(spec: SaeSpec) -> SaeFiles | None:
     """The files, when the cache holds all of them."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = [try_to_load_from_cache(spec.repository, file, revision=spec.revision) for file in (spec.file, spec.config_file) if file]
+    found = [
+        try_to_load_from_cache(spec.repository, file, revision=spec.revision)
+        for file in (spec.file, spec.config_file)
+        if file
+    ]
     paths = [Path(f) for f in found if isinstance(f, str)]
     return SaeFiles(paths[0], paths[1] if spec.config_file else None) if len(paths) == len(found) else None
 
@@ -45,21 +57,28 @@ def measured_l0(spec: SaeSpec) -> float | None:
     """Codes per token as the SAE's evaluation file says, when the cache holds it."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = try_to_load_from_cache(spec.repository, str(Path(spec.file).parent / EVALUATION), revision=spec.revision)
+    found = try_to_load_from_cache(
+        spec.repository, str(Path(spec.file).parent / EVALUATION), revision=spec.revision
+    )
     if not isinstance(found, str):
         return None
     try:
         value = read_json(Path(found)).get("l0")
     except FeatureInterpError:
         return None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST_CODES else None
+    return (
+        float(value)
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MOST_CODES
+        else None
+    )
 
 
 def fetch(spec: SaeSpec, steps: Callable[[str, int, int], None] = lambda *_: None) -> SaeFiles:
-    """The files of an SAE, fetched when the cache lacks them and compared with the SHA-256 that the hub declares.
+    """The files of an SAE, fetched when the cache lacks them and compared with the SHA-256 that the hub
+    declares.
 
-    Raises ``UnknownNameError`` when the hub has no such file, ``ChecksumError`` when it is another one than declared (it is then taken out of the cache),
-    and ``DownloadError`` when it could not be had.
+    Raises ``UnknownNameError`` when the hub has no such file, ``ChecksumError`` when it is another one than
+    declared (it is then taken out of the cache), and ``DownloadError`` when it could not be had.
     """
     try:
         config = _file(spec, spec.config_file) if spec.config_file else None
@@ -78,12 +97,16 @@ def fetch(spec: SaeSpec, steps: Callable[[str, int, int], None] = lambda *_: Non
 
 
 def fetch_results(name: str) -> Any:
-    """SAEBench's published interpretability evaluation of an SAE. Raises what :func:`fetch` raises, and ``UnknownNameError`` where there is none."""
+    """SAEBench's published interpretability evaluation of an SAE. Raises what :func:`fetch` raises, and
+    ``UnknownNameError`` where there is none.
+    """
     path = _download(RESULTS_REPOSITORY, interpretability_results(name), "main", name)
     try:
         return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DownloadError(f"the published results of {name!r} are not JSON ({error}): leave --use-saebench-examples out") from error
+        raise DownloadError(
+            f"the published results of {name!r} are not JSON ({error}): leave --use-saebench-examples out"
+        ) from error
 
 
 def _file(spec: SaeSpec, file: str, progress: Callable[[int, int], None] = lambda *_: None) -> Path:
@@ -91,7 +114,12 @@ def _file(spec: SaeSpec, file: str, progress: Callable[[int, int], None] = lambd
 
 
 def _download(
-    repository: str, file: str, revision: str, name: str, progress: Callable[[int, int], None] = lambda *_: None, others: Callable[[], str] = str
+    repository: str,
+    file: str,
+    revision: str,
+    name: str,
+    progress: Callable[[int, int], None] = lambda *_: None,
+    others: Callable[[], str] = str,
 ) -> Path:
     from huggingface_hub import errors, hf_hub_download
 
@@ -99,16 +127,28 @@ def _download(
     try:
         path = Path(hf_hub_download(repository, file, revision=revision, tqdm_class=_bar(progress)))
     except errors.GatedRepoError as error:
-        raise DownloadError(f"{repository} is only open to those who accepted its terms: accept them on the hub and set HF_TOKEN") from error
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.RemoteEntryNotFoundError) as error:
+        raise DownloadError(
+            f"{repository} is only open to those who accepted its terms: accept them on the hub and set "
+            "HF_TOKEN"
+        ) from error
+    except (
+        errors.RepositoryNotFoundError,
+        errors.RevisionNotFoundError,
+        errors.RemoteEntryNotFoundError,
+    ) as error:
         raise UnknownNameError(f"the hub has no {where} for the SAE {name!r}{others()}") from error
     except errors.LocalEntryNotFoundError as error:
-        raise DownloadError(f"{where} is not in the cache and the hub cannot be reached: check the network, HF_ENDPOINT and HF_HUB_OFFLINE") from error
+        raise DownloadError(
+            f"{where} is not in the cache and the hub cannot be reached: check the network, HF_ENDPOINT "
+            "and HF_HUB_OFFLINE"
+        ) from error
     except Exception as error:  # the client's own errors, those of its HTTP library, and a body that was cut
         if isinstance(error, MemoryError):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DownloadError(f"{where} could not be fetched ({reason[:200]}): the same command tries again") from error
+        raise DownloadError(
+            f"{where} could not be fetched ({reason[:200]}): the same command tries again"
+        ) from error
     _check(path, where)
     return path
 
@@ -141,7 +181,10 @@ def _check(path: Path, where: str) -> None:
     if digest.hexdigest() != blob.name:
         blob.unlink()
         path.unlink(missing_ok=True)
-        raise ChecksumError(f"{where} has SHA-256 {digest.hexdigest()} where the hub declares {blob.name}: it was removed from the cache; fetch it again")
+        raise ChecksumError(
+            f"{where} has SHA-256 {digest.hexdigest()} where the hub declares {blob.name}: it was removed "
+            "from the cache; fetch it again"
+        )
 
 
 def _others(spec: SaeSpec, file: str) -> str:
@@ -149,7 +192,10 @@ def _others(spec: SaeSpec, file: str) -> str:
     if spec.layout != "gemma-scope":
         return ""
     folder = str(Path(file).parent.parent)
-    names = sorted(_folders(spec, folder), key=lambda n: int(n.rsplit("_", 1)[-1]) if n.rsplit("_", 1)[-1].isdecimal() else 0)
+    names = sorted(
+        _folders(spec, folder),
+        key=lambda n: int(n.rsplit("_", 1)[-1]) if n.rsplit("_", 1)[-1].isdecimal() else 0,
+    )
     return f"; {folder} has {', '.join(names[:_MAX_LISTED])}" if names else ""
 
 
@@ -160,7 +206,9 @@ def _folders(spec: SaeSpec, folder: str) -> list[str]:
 
     try:
         return [
-            entry.path.rsplit("/", 1)[-1] for entry in HfApi().list_repo_tree(spec.repository, folder, revision=spec.revision) if isinstance(entry, RepoFolder)
+            entry.path.rsplit("/", 1)[-1]
+            for entry in HfApi().list_repo_tree(spec.repository, folder, revision=spec.revision)
+            if isinstance(entry, RepoFolder)
         ]
     except Exception as error:  # a list is a help, never a reason to fail otherwise
         _log.debug("%s cannot be listed: %s", folder, error)
@@ -168,8 +216,8 @@ def _folders(spec: SaeSpec, folder: str) -> list[str]:
 
 
 def _renumbered(spec: SaeSpec) -> SaeSpec | None:
-    """The trainer that stands at the name's place when those of the folder are sorted by their configuration's k, for folders that are numbered
-    otherwise; None when there is none."""
+    """The trainer that stands at the name's place when those of the folder are sorted by their
+    configuration's k, for folders that are numbered otherwise; None when there is none."""
     folder = str(Path(spec.file).parent.parent)
     by_k = []
     for name in _folders(spec, folder):
@@ -185,5 +233,7 @@ def _renumbered(spec: SaeSpec) -> SaeSpec | None:
     if spec.trainer is None or spec.trainer >= len(by_k):
         return None
     k, name = by_k[spec.trainer]
-    _log.warning("%s: %s is missing; taking %s, the one with k = %s", spec.name, Path(spec.file).parent.name, name, k)
+    _log.warning(
+        "%s: %s is missing; taking %s, the one with k = %s", spec.name, Path(spec.file).parent.name, name, k
+    )
     return replace(spec, file=f"{folder}/{name}/ae.pt", config_file=f"{folder}/{name}/config.json")

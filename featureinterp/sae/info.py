@@ -14,11 +14,13 @@ _NONE = dict.fromkeys(("repository", "file", "config_file", "revision", "l0", "m
 
 
 def sae_info(name: str) -> dict[str, Any]:
-    """``name``, ``layout``, ``repository``, ``file``, ``config_file``, ``revision``, ``model``, ``layer``, ``hook``, ``d_in``, ``d_sae``, ``architecture``,
-    ``l0`` (that it was trained for, or has on average), ``measured_l0`` (of its evaluation file, once that is fetched) and ``cached``;
-    of an SAE in a folder ``notes``, what its files say besides.
+    """``name``, ``layout``, ``repository``, ``file``, ``config_file``, ``revision``, ``model``, ``layer``,
+    ``hook``, ``d_in``, ``d_sae``, ``architecture``, ``l0`` (that it was trained for, or has on average),
+    ``measured_l0`` (of its evaluation file, once that is fetched) and ``cached``; of an SAE in a folder
+    ``notes``, what its files say besides.
 
-    A local SAE, or one of SAELens, is loaded for it. Raises ``UnknownNameError`` for a name that stands for nothing.
+    A local SAE, or one of SAELens, is loaded for it. Raises ``UnknownNameError`` for a name that stands for
+    nothing.
     """
     if is_published(name) and not Path(name).is_dir():
         spec = resolve(name)

@@ -1,4 +1,6 @@
-"""JumpReLU: z = x W_enc + b_enc, kept where z exceeds the feature's own threshold. The input is not centred."""
+"""JumpReLU: z = x W_enc + b_enc, kept where z exceeds the feature's own threshold. The input is not
+centred.
+"""
 
 from __future__ import annotations
 

@@ -27,9 +27,10 @@ _log = logging.getLogger("featureinterp")
 
 @dataclass(frozen=True)
 class LoadedSae:
-    """An SAE with what is known about it. ``model``: what it was trained on, "" when nothing says it. ``fingerprint``: SHA-256 of
-    its configuration and weights. ``prepend_bos``: whether a BOS stood in front of the text in training, None where nothing says
-    so. ``notes``: what else its files say that a reader of results should know."""
+    """An SAE with what is known about it. ``model``: what it was trained on, "" when nothing says it.
+    ``fingerprint``: SHA-256 of its configuration and weights. ``prepend_bos``: whether a BOS stood in front
+    of the text in training, None where nothing says so. ``notes``: what else its files say that a reader of
+    results should know."""
 
     name: str
     sae: SparseAutoencoder
@@ -53,10 +54,12 @@ def load_sae(
     dtype: torch.dtype = torch.float32,
     steps: Callable[[str, int, int], None] = lambda *_: None,
 ) -> LoadedSae:
-    """Loads an SAE: ``demo`` (embedded, of ``smollm2-135m-instruct``), a published name (``py_4k_btopk_s0``, ``gscope_16k_l0_82``; fetched from the model
-    hub once), ``saelens:RELEASE/ID``, or a folder in this project's, SAELens's, dictionary_learning's or Gemma Scope's layout.
+    """Loads an SAE: ``demo`` (embedded, of ``smollm2-135m-instruct``), a published name (``py_4k_btopk_s0``,
+    ``gscope_16k_l0_82``; fetched from the model hub once), ``saelens:RELEASE/ID``, or a folder in this
+    project's, SAELens's, dictionary_learning's or Gemma Scope's layout.
 
-    Raises ``UnknownNameError`` when there is none, ``IncompatibleError`` when its files contradict each other or the name, and ``DownloadError``.
+    Raises ``UnknownNameError`` when there is none, ``IncompatibleError`` when its files contradict each other
+    or the name, and ``DownloadError``.
     """
     checkpoint = read_checkpoint(name, steps)
     hook_after_block(checkpoint.hook, f"the SAE {name}")
@@ -73,7 +76,9 @@ def build(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LoadedSae:
-    """The SAE of a checkpoint. Raises ``IncompatibleError`` when it cannot encode, or holds values that ``dtype`` cannot."""
+    """The SAE of a checkpoint. Raises ``IncompatibleError`` when it cannot encode, or holds values that
+    ``dtype`` cannot.
+    """
     kind = ARCHITECTURES[checkpoint.architecture]
     tensors = {k: v.to(device, dtype).contiguous() for k, v in checkpoint.tensors.items()}
     settings = {s: checkpoint.settings.get(s) for s in kind.settings}
@@ -94,7 +99,10 @@ def read_checkpoint(name: str, steps: Callable[[str, int, int], None] = lambda *
         return _published(resolve(name), steps)
     near = nearest(name)
     hint = f"; near to it are {', '.join(near)}" if near else ""
-    forms = "'demo', a name of 'featureinterp saes list', saelens:RELEASE/ID, or a folder with config.json and weights.safetensors"
+    forms = (
+        "'demo', a name of 'featureinterp saes list', saelens:RELEASE/ID, or a folder with config.json "
+        "and weights.safetensors"
+    )
     raise UnknownNameError(f"there is no SAE {name!r}: give {forms}{hint}")
 
 
@@ -103,17 +111,30 @@ def _folder(folder: Path) -> Checkpoint:
     if (folder / saelens.CONFIG).exists():
         return saelens.read_saelens(folder)
     if (folder / dictionary_learning.WEIGHTS).exists():
-        return dictionary_learning.read_dictionary_learning(folder / dictionary_learning.WEIGHTS, folder / "config.json")
+        return dictionary_learning.read_dictionary_learning(
+            folder / dictionary_learning.WEIGHTS, folder / "config.json"
+        )
     if (folder / gemma_scope.WEIGHTS).exists():
         return gemma_scope.read_folder(folder)
     if not (folder / "config.json").exists():
-        raise UnknownNameError(f"the folder {folder} holds no SAE: config.json and weights.safetensors, cfg.json, ae.pt or params.npz are missing")
+        raise UnknownNameError(
+            f"the folder {folder} holds no SAE: config.json and weights.safetensors, cfg.json, ae.pt or "
+            "params.npz are missing"
+        )
     return own.read_own(folder)
 
 
 def _published(spec: SaeSpec, steps: Callable[[str, int, int], None]) -> Checkpoint:
     files = fetch(spec, steps)
     if files.config is None:
-        return gemma_scope.read_gemma_scope(files.weights, model=spec.model, layer=spec.layer, d_in=spec.d_in, d_sae=spec.d_sae)
-    promised = {"architecture": spec.architecture, "activation_dim": spec.d_in, "dict_size": spec.d_sae, "layer": spec.layer, "lm_name": spec.model}
+        return gemma_scope.read_gemma_scope(
+            files.weights, model=spec.model, layer=spec.layer, d_in=spec.d_in, d_sae=spec.d_sae
+        )
+    promised = {
+        "architecture": spec.architecture,
+        "activation_dim": spec.d_in,
+        "dict_size": spec.d_sae,
+        "layer": spec.layer,
+        "lm_name": spec.model,
+    }
     return dictionary_learning.read_dictionary_learning(files.weights, files.config, expected=promised)

@@ -37,7 +37,9 @@ def is_path(model: str) -> bool:
 
 
 def same_or_variant(model: str, other: str) -> bool:
-    """Whether ``other`` is ``model`` by another name, or one that was trained on from it (``gemma-2-2b-it`` of ``gemma-2-2b``)."""
+    """Whether ``other`` is ``model`` by another name, or one that was trained on from it (``gemma-2-2b-it``
+    of ``gemma-2-2b``).
+    """
     a, b = short_name(model), short_name(other)
     rest = b[len(a) :]
     return b.startswith(a) and (not rest or (rest[0] in "-_." and not _OTHER_WEIGHTS.match(rest[1:])))
@@ -50,6 +52,8 @@ def family(model: str) -> str | None:
 
 
 def has_layer_norm(model: str) -> bool | None:
-    """Whether a model's norms take the mean away, which makes its residual stream free to be centred; None: not known."""
+    """Whether a model's norms take the mean away, which makes its residual stream free to be centred; None:
+    not known.
+    """
     kind = family(model)
     return None if kind is None else kind in _LAYER_NORM

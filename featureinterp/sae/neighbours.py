@@ -11,9 +11,12 @@ _CHUNK = 1024
 
 
 @torch.inference_mode()
-def nearest_directions(decoder: torch.Tensor, features: Sequence[int], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each of ``features`` the ``k`` others (fewer in a smaller dictionary) with the largest cosine between rows of ``decoder
-    [d_sae, d_in]``: their indices, int64 ``[feature, k]``, nearest first, and cosines, float32 of the same shape."""
+def nearest_directions(
+    decoder: torch.Tensor, features: Sequence[int], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each of ``features`` the ``k`` others (fewer in a smaller dictionary) with the largest cosine
+    between rows of ``decoder [d_sae, d_in]``: their indices, int64 ``[feature, k]``, nearest first, and
+    cosines, float32 of the same shape."""
     unit = torch.nn.functional.normalize(decoder.float(), dim=-1)
     k = min(k, len(unit) - 1)
     wanted = torch.tensor(list(features), dtype=torch.int64, device=unit.device)
@@ -25,4 +28,6 @@ def nearest_directions(decoder: torch.Tensor, features: Sequence[int], k: int) -
         indices.append(found.indices.cpu().numpy())
         cosines.append(found.values.cpu().numpy())
     shape = (0, max(k, 0))
-    return np.concatenate([np.zeros(shape, np.int64), *indices]), np.concatenate([np.zeros(shape, np.float32), *cosines])
+    return np.concatenate([np.zeros(shape, np.int64), *indices]), np.concatenate(
+        [np.zeros(shape, np.float32), *cosines]
+    )

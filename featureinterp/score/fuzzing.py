@@ -16,13 +16,19 @@ from featureinterp.score.verdicts import Question, Verdict, ask, judge
 
 
 class Fuzzing:
-    """Shows each firing window twice: with its active tokens marked, and with as many silent tokens marked instead."""
+    """Shows each firing window twice: with its active tokens marked, and with as many silent tokens marked
+    instead.
+    """
 
     def __init__(self, model: LanguageModel, version: str = "v1") -> None:
         self.model, self.prompt = model, load_prompt("fuzz", version)
 
-    async def run(self, explanation: Explanation, windows: Sequence[Window], *, seed: int = 0) -> tuple[list[Score], list[Verdict], Usage]:
-        """Scores ``fuzzing_balanced_accuracy``, ``_f1`` and ``_auroc``, with the verdicts and what they cost."""
+    async def run(
+        self, explanation: Explanation, windows: Sequence[Window], *, seed: int = 0
+    ) -> tuple[list[Score], list[Verdict], Usage]:
+        """Scores ``fuzzing_balanced_accuracy``, ``_f1`` and ``_auroc``, with the verdicts and what they
+        cost.
+        """
         rng = np.random.default_rng(seed)
         questions = [q for w in windows if w.fires for q in questions_of(w, rng)]
         verdicts, usage = await ask(self.model, self.prompt, escape(explanation.text), questions)
@@ -30,7 +36,8 @@ class Fuzzing:
 
 
 def questions_of(window: Window, rng: np.random.Generator) -> list[Question]:
-    """A firing window with its active tokens marked (yes), and with equally many silent, visible tokens marked (no).
+    """A firing window with its active tokens marked (yes), and with equally many silent, visible tokens
+    marked (no).
 
     When fewer silent tokens are visible than active ones, the second is left out.
     """

@@ -20,8 +20,9 @@ from featureinterp.tasks import each
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One answer. ``label``: what is true, from the codes. ``said``: what the model answered. ``probability`` of "yes", None where
-    the endpoint gives none. A question that failed has ``said`` None and the cause in ``failure``."""
+    """One answer. ``label``: what is true, from the codes. ``said``: what the model answered. ``probability``
+    of "yes", None where the endpoint gives none. A question that failed has ``said`` None and the cause in
+    ``failure``."""
 
     label: bool
     said: bool | None
@@ -39,9 +40,11 @@ class Question:
     row: int = -1
 
 
-async def ask(model: LanguageModel, prompt: Prompt, description: str, questions: Sequence[Question]) -> tuple[list[Verdict], Usage]:
-    """Asks every question; a failed one becomes a verdict with its cause. The description comes first in the prompt and the
-    text last, so that a server's prefix cache serves all questions of one description."""
+async def ask(
+    model: LanguageModel, prompt: Prompt, description: str, questions: Sequence[Question]
+) -> tuple[list[Verdict], Usage]:
+    """Asks every question; a failed one becomes a verdict with its cause. The description comes first in the
+    prompt and the text last, so that a server's prefix cache serves all questions of one description."""
     shots = [
         turn
         for shot in prompt.json("few_shot.json")
@@ -56,7 +59,9 @@ async def ask(model: LanguageModel, prompt: Prompt, description: str, questions:
     async def one(question: Question) -> Verdict:
         user = Message("user", prompt.render("user.j2", description=description, text=question.text))
         try:
-            reply = await model.complete(Request((*head, user), max_tokens=4, top_logprobs=10, answers=("Yes", "No"), check=read_yes))
+            reply = await model.complete(
+                Request((*head, user), max_tokens=4, top_logprobs=10, answers=("Yes", "No"), check=read_yes)
+            )
             spent.append(reply.usage)
             return Verdict(question.label, *read_yes(reply), row=question.row)
         except EndpointRefusedError:
@@ -68,15 +73,15 @@ async def ask(model: LanguageModel, prompt: Prompt, description: str, questions:
 
 
 def yes_probability(reply: Reply) -> float | None:
-    """P(yes) / (P(yes) + P(no)), whatever their case, where the two hold their share (:data:`featureinterp.score.answers.MIN_SHARE`) of a token's
-    probability; None where they do not."""
+    """P(yes) / (P(yes) + P(no)), whatever their case, where the two hold their share
+    (:data:`featureinterp.score.answers.MIN_SHARE`) of a token's probability; None where they do not."""
     mass = masses(reply, ("yes", "no"))
     return None if mass is None else mass["yes"] / sum(mass.values())
 
 
 def judge(name: str, verdicts: Sequence[Verdict], *, seed: int = 0) -> list[Score]:
-    """Balanced accuracy, F1, the AUROC of the probability of "yes", and the balanced accuracy of calibrated probabilities (:func:`calibrated`), each with a
-    bootstrap interval over windows."""
+    """Balanced accuracy, F1, the AUROC of the probability of "yes", and the balanced accuracy of calibrated
+    probabilities (:func:`calibrated`), each with a bootstrap interval over windows."""
     answered = [v for v in verdicts if v.said is not None]
     failed = len(verdicts) - len(answered)
     labels = np.array([v.label for v in answered], bool)
@@ -87,11 +92,17 @@ def judge(name: str, verdicts: Sequence[Verdict], *, seed: int = 0) -> list[Scor
         reason = "no question was answered" if not n else "all answered questions have the same right answer"
         return [Score(full, None, n, failed, undefined=reason) for full in names]
     window, table = _windows(answered), _confusion(labels, said)
-    rates: tuple[Statistic, ...] = (lambda counts: _balanced_accuracy(counts @ table), lambda counts: _f1(counts @ table))
+    rates: tuple[Statistic, ...] = (
+        lambda counts: _balanced_accuracy(counts @ table),
+        lambda counts: _f1(counts @ table),
+    )
     scores = [_score(full, rate, window, failed, seed) for full, rate in zip(names[:2], rates, strict=True)]
     known = [v for v in answered if v.probability is not None]
     if not known:
-        return scores + [Score(full, None, n, failed, undefined="the endpoint gives no probabilities") for full in names[2:]]
+        return scores + [
+            Score(full, None, n, failed, undefined="the endpoint gives no probabilities")
+            for full in names[2:]
+        ]
     return scores + _ranking(names[2:], known, failed + n - len(known), seed)
 
 
@@ -100,7 +111,9 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 def _ranking(names: Sequence[str], known: Sequence[Verdict], failed: int, seed: int) -> list[Score]:
-    """The AUROC and the calibrated accuracy of the answers whose probabilities count; the others are among the failed."""
+    """The AUROC and the calibrated accuracy of the answers whose probabilities count; the others are among
+    the failed.
+    """
     labels, window, n = np.array([v.label for v in known], bool), _windows(known), len(known)
     if not labels.any() or labels.all():
         reason = "all answered questions with probabilities have the same right answer"
@@ -109,7 +122,12 @@ def _ranking(names: Sequence[str], known: Sequence[Verdict], failed: int, seed: 
     ranked = _score(names[0], lambda counts: weighted_aurocs(p, labels, counts), window, failed, seed)
     fitted = calibrated(p, labels, window)
     if fitted is None:
-        return [ranked, Score(names[1], None, n, failed, undefined="calibration needs two windows with each right answer")]
+        return [
+            ranked,
+            Score(
+                names[1], None, n, failed, undefined="calibration needs two windows with each right answer"
+            ),
+        ]
     right = _confusion(labels, fitted > 0.5)
     return [ranked, _score(names[1], lambda counts: _balanced_accuracy(counts @ right), window, failed, seed)]
 
@@ -121,13 +139,16 @@ def _windows(verdicts: Sequence[Verdict]) -> np.ndarray:
 
 def _score(full: str, statistic: Statistic, window: np.ndarray, failed: int, seed: int) -> Score:
     """A score with its bootstrap interval over windows; ``window [question]``."""
-    interval = bootstrap(lambda counts: statistic(counts[:, window]), int(window.max()) + 1, np.random.default_rng(seed))
+    interval = bootstrap(
+        lambda counts: statistic(counts[:, window]), int(window.max()) + 1, np.random.default_rng(seed)
+    )
     return Score(full, float(statistic(np.ones((1, len(window))))[0]), len(window), failed, interval)
 
 
 def calibrated(probabilities: np.ndarray, labels: np.ndarray, windows: np.ndarray) -> np.ndarray | None:
-    """The probability that the right answer is "yes" when both are equally likely, float64 ``[question]``: a logistic regression on the log-odds of "yes"
-    (Platt 1999), fitted on the answers about all other windows. A model that leans to one answer is so put right. None with fewer than two windows of a label.
+    """The probability that the right answer is "yes" when both are equally likely, float64 ``[question]``: a
+    logistic regression on the log-odds of "yes" (Platt 1999), fitted on the answers about all other windows.
+    A model that leans to one answer is so put right. None with fewer than two windows of a label.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import LeaveOneGroupOut, cross_val_predict
@@ -137,7 +158,11 @@ def calibrated(probabilities: np.ndarray, labels: np.ndarray, windows: np.ndarra
     p = np.clip(probabilities, 1e-6, 1 - 1e-6)
     odds = np.log(p / (1 - p))[:, None]
     fit = LogisticRegression(class_weight="balanced")
-    return np.asarray(cross_val_predict(fit, odds, labels, groups=windows, cv=LeaveOneGroupOut(), method="predict_proba")[:, 1])
+    return np.asarray(
+        cross_val_predict(fit, odds, labels, groups=windows, cv=LeaveOneGroupOut(), method="predict_proba")[
+            :, 1
+        ]
+    )
 
 
 def _confusion(labels: np.ndarray, said: np.ndarray) -> np.ndarray:

@@ -36,7 +36,8 @@ MAX_LINE = 1 << 25
 _log = logging.getLogger("featureinterp.server")
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "img-src data:; connect-src 'self'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'self'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
@@ -46,10 +47,11 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class Rules:
-    """What requests may name. ``runs``: the folder whose run folders can be explained. ``endpoints``: names of the configuration file; the
-    embedded model is always allowed. ``simulator_models``: names of local simulators. ``token``: what every request must carry; None: none
-    is needed. ``queue``: how many jobs may wait. ``parallel``: how many run at once. ``min_free``: with less room on the disk, in bytes, no job
-    is taken on or started."""
+    """What requests may name. ``runs``: the folder whose run folders can be explained. ``endpoints``: names
+    of the configuration file; the embedded model is always allowed. ``simulator_models``: names of local
+    simulators. ``token``: what every request must carry; None: none is needed. ``queue``: how many jobs may
+    wait. ``parallel``: how many run at once. ``min_free``: with less room on the disk, in bytes, no job is
+    taken on or started."""
 
     jobs: Path
     runs: Path
@@ -77,20 +79,36 @@ class Submission(pydantic.BaseModel):
         strict=True,
         allow_inf_nan=False,
         protected_namespaces=(),
-        json_schema_extra={"examples": [{"run": "demo", "features": "random:10", "llm": None, "n_test": 8, "budget_usd": 1.5}]},
+        json_schema_extra={
+            "examples": [
+                {"run": "demo", "features": "random:10", "llm": None, "n_test": 8, "budget_usd": 1.5}
+            ]
+        },
     )
 
     run: str = pydantic.Field(pattern=_NAME, description="Name of a run folder (GET /api/runs).")
-    features: str = pydantic.Field("random:10", min_length=1, max_length=2000, description='"0:40", "3,17", "random:20" or "alive".')
-    llm: str | None = pydantic.Field(None, pattern=_NAME, description="Name of an endpoint (GET /api/endpoints); null: the embedded model.")
-    stages: list[Literal["explain", "simulate", "score"]] = pydantic.Field(["explain", "simulate", "score"], max_length=3)
+    features: str = pydantic.Field(
+        "random:10", min_length=1, max_length=2000, description='"0:40", "3,17", "random:20" or "alive".'
+    )
+    llm: str | None = pydantic.Field(
+        None, pattern=_NAME, description="Name of an endpoint (GET /api/endpoints); null: the embedded model."
+    )
+    stages: list[Literal["explain", "simulate", "score"]] = pydantic.Field(
+        ["explain", "simulate", "score"], max_length=3
+    )
     explainer: Literal["one-shot", "tree", "top-tokens"] = "one-shot"
-    holistic: Literal["exact", "gradient"] | None = pydantic.Field(None, description="Show the explainer which tokens cause the activations.")
+    holistic: Literal["exact", "gradient"] | None = pydantic.Field(
+        None, description="Show the explainer which tokens cause the activations."
+    )
     style: Literal["sentence", "rules"] = "sentence"
     rule_cap: Annotated[int, pydantic.Field(ge=1, le=10), Integral] = 5
     simulator: Literal["token-wise", "all-at-once", "prompt-logprobs", "rated", "lexical"] = "token-wise"
-    simulator_model: str | None = pydantic.Field(None, max_length=200, description="One of the local models that are allowed.")
-    n_test: Annotated[int, pydantic.Field(ge=1, le=100), Integral] = pydantic.Field(10, description="Test windows of each kind.")
+    simulator_model: str | None = pydantic.Field(
+        None, max_length=200, description="One of the local models that are allowed."
+    )
+    n_test: Annotated[int, pydantic.Field(ge=1, le=100), Integral] = pydantic.Field(
+        10, description="Test windows of each kind."
+    )
     seed: Annotated[int, pydantic.Field(ge=0, le=2**31 - 1), Integral] = 0
     budget_usd: float | None = pydantic.Field(None, gt=0, le=1e6)
     max_minutes: float | None = pydantic.Field(None, gt=0, le=1e5)
@@ -111,7 +129,9 @@ class Feature(pydantic.BaseModel):
 
 
 class VisibleJson(JSONResponse):
-    """JSON in which characters that steer a terminal or hide are written as JSON's own escapes; its value is the same."""
+    """JSON in which characters that steer a terminal or hide are written as JSON's own escapes; its value is
+    the same.
+    """
 
     def render(self, content: Any) -> bytes:
         """The body of an answer."""
@@ -129,7 +149,9 @@ class _RefusedError(Exception):
 
 
 _NO_ROOM = "the disk of the service is full: try again when there is room"
-_HEALTH_PROBLEM: dict[int | str, dict[str, Any]] = {503: {"description": "The service does not start jobs any more."}}
+_HEALTH_PROBLEM: dict[int | str, dict[str, Any]] = {
+    503: {"description": "The service does not start jobs any more."}
+}
 
 
 def _add_refusals(app: fastapi.FastAPI) -> None:
@@ -166,7 +188,9 @@ def _add_refusals(app: fastapi.FastAPI) -> None:
 
 
 def _problems(*codes: int, json_only: bool = True) -> dict[int | str, dict[str, Any]]:
-    """What may go wrong, for the interface's description. ``json_only`` False: the answer itself is no JSON, but these are."""
+    """What may go wrong, for the interface's description. ``json_only`` False: the answer itself is no JSON,
+    but these are.
+    """
     words = {
         400: "The request is no request.",
         401: "The token is missing or wrong.",
@@ -186,16 +210,22 @@ def _problems(*codes: int, json_only: bool = True) -> dict[int | str, dict[str, 
 
 
 def _whole(text: Any) -> Any:
-    """A number in a path or a query is written as in JSON: without spaces, signs, separators or digits of other scripts."""
+    """A number in a path or a query is written as in JSON: without spaces, signs, separators or digits of
+    other scripts.
+    """
     if isinstance(text, str) and not re.fullmatch(r"0|-?[1-9][0-9]{0,17}", text, re.ASCII):
         raise ValueError("write an integer, such as 10")
     return text
 
 
-JobId = Annotated[str, fastapi.Path(description="The job's id.", max_length=80, examples=["20260101-120000-0123abcd"])]
+JobId = Annotated[
+    str, fastapi.Path(description="The job's id.", max_length=80, examples=["20260101-120000-0123abcd"])
+]
 Whole = pydantic.BeforeValidator(_whole)
 Limit = Annotated[int, pydantic.Field(ge=1, le=1000), Whole, fastapi.Query(description="At most so many.")]
-Offset = Annotated[int, pydantic.Field(ge=0, le=10**9), Whole, fastapi.Query(description="Leave out so many first.")]
+Offset = Annotated[
+    int, pydantic.Field(ge=0, le=10**9), Whole, fastapi.Query(description="Leave out so many first.")
+]
 FeatureIndex = Annotated[int, pydantic.Field(ge=0, le=2**40), Whole, fastapi.Path()]
 
 
@@ -226,10 +256,17 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
 
     _add_refusals(app)
 
-    @app.get("/health", tags=["service"], summary="Does the service do its work? Needs no token.", responses=_HEALTH_PROBLEM)
+    @app.get(
+        "/health",
+        tags=["service"],
+        summary="Does the service do its work? Needs no token.",
+        responses=_HEALTH_PROBLEM,
+    )
     async def health() -> VisibleJson:
         found = health_of(runner, rules.queue)
-        return VisibleJson({"status": found.status, "version": __version__, **found.facts}, 200 if found.alive else 503)
+        return VisibleJson(
+            {"status": found.status, "version": __version__, **found.facts}, 200 if found.alive else 503
+        )
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
     async def front() -> HTMLResponse:
@@ -237,15 +274,31 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
         page = await anyio.to_thread.run_sync(front_page, views)
         return HTMLResponse(page, headers=_HEADERS)
 
-    @app.get("/api/runs", tags=["service"], summary="Names of the runs that can be explained", responses=_problems())
+    @app.get(
+        "/api/runs",
+        tags=["service"],
+        summary="Names of the runs that can be explained",
+        responses=_problems(),
+    )
     async def runs() -> list[str]:
         return await anyio.to_thread.run_sync(_runs, rules)
 
-    @app.get("/api/endpoints", tags=["service"], summary="Names of the endpoints that can be asked", responses=_problems())
+    @app.get(
+        "/api/endpoints",
+        tags=["service"],
+        summary="Names of the endpoints that can be asked",
+        responses=_problems(),
+    )
     async def endpoints() -> list[str]:
         return list(rules.endpoints)
 
-    @app.post("/api/jobs", status_code=201, tags=["jobs"], summary="Submit a job", responses=_problems(404, 413, 422, 429))
+    @app.post(
+        "/api/jobs",
+        status_code=201,
+        tags=["jobs"],
+        summary="Submit a job",
+        responses=_problems(404, 413, 422, 429),
+    )
     async def submit(submission: Submission) -> JobView:
         view = await anyio.to_thread.run_sync(_submit, submission, rules, jobs)
         await runner.tell()
@@ -265,7 +318,10 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
         summary="Watch a job: server-sent events, one whenever it changes, until it has ended",
         response_class=StreamingResponse,
         responses={
-            200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Events named job, each a job as JSON."},
+            200: {
+                "content": {"text/event-stream": {"schema": {"type": "string"}}},
+                "description": "Events named job, each a job as JSON.",
+            },
             **_problems(404, 422, json_only=False),
         },
     )
@@ -276,23 +332,45 @@ def make_app(rules: Rules) -> fastapi.FastAPI:
             async for view in runner.watch(job_id):
                 yield ": no news\n\n" if view is None else f"event: job\ndata: {_json(view.to_json())}\n\n"
 
-        return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return StreamingResponse(
+            stream(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
 
-    @app.post("/api/jobs/{job_id}/cancel", tags=["jobs"], summary="Ask a job to end; what is finished is kept", responses=_problems(404, 409, 422))
+    @app.post(
+        "/api/jobs/{job_id}/cancel",
+        tags=["jobs"],
+        summary="Ask a job to end; what is finished is kept",
+        responses=_problems(404, 409, 422),
+    )
     async def cancel(job_id: JobId) -> JobView:
         return await runner.cancel(job_id)
 
-    @app.post("/api/jobs/{job_id}/resume", tags=["jobs"], summary="Let a job that ended before it was through go on", responses=_problems(404, 409, 422, 429))
+    @app.post(
+        "/api/jobs/{job_id}/resume",
+        tags=["jobs"],
+        summary="Let a job that ended before it was through go on",
+        responses=_problems(404, 409, 422, 429),
+    )
     async def resume(job_id: JobId) -> JobView:
         await anyio.to_thread.run_sync(_check_room, rules)
         return await runner.resume(job_id, queue=rules.queue)
 
-    @app.get("/api/jobs/{job_id}/results", tags=["results"], summary="Features of a job, without their windows", responses=_problems(404, 422))
+    @app.get(
+        "/api/jobs/{job_id}/results",
+        tags=["results"],
+        summary="Features of a job, without their windows",
+        responses=_problems(404, 422),
+    )
     async def results(job_id: JobId, limit: Limit = PAGE, offset: Offset = 0) -> list[Feature]:
         found = await anyio.to_thread.run_sync(_results, jobs, job_id, offset, offset + limit)
         return [Feature(**{k: v for k, v in row.items() if k != "windows"}) for row in found]
 
-    @app.get("/api/jobs/{job_id}/features/{feature}", tags=["results"], summary="One feature, with its windows", responses=_problems(404, 422))
+    @app.get(
+        "/api/jobs/{job_id}/features/{feature}",
+        tags=["results"],
+        summary="One feature, with its windows",
+        responses=_problems(404, 422),
+    )
     async def feature(job_id: JobId, feature: FeatureIndex) -> Feature:
         found = await anyio.to_thread.run_sync(_feature, jobs, job_id, feature)
         return Feature(**found)
@@ -335,7 +413,9 @@ def _submit(submission: Submission, rules: Rules, jobs: JobsFolder) -> JobView:
         raise UnknownNameError(f"there is no endpoint {submission.llm!r}: GET /api/endpoints lists them")
     model = submission.simulator_model or rules.simulator_models[0]
     if model not in rules.simulator_models:
-        raise UnknownNameError(f"the simulator {model[:60]!r} is not allowed: choose from {', '.join(rules.simulator_models)}")
+        raise UnknownNameError(
+            f"the simulator {model[:60]!r} is not allowed: choose from {', '.join(rules.simulator_models)}"
+        )
     _check_room(rules)
     folder = rules.runs / submission.run
     parse_features(submission.features, api.open_run(folder))
@@ -362,7 +442,9 @@ def _results(jobs: JobsFolder, number: str, start: int, end: int) -> list[dict[s
 
 
 def _rows(jobs: JobsFolder, number: str) -> Iterator[dict[str, Any]]:
-    """The results of a job one by one. Raises ``DamagedJobError`` at the first that is not what was written."""
+    """The results of a job one by one. Raises ``DamagedJobError`` at the first that is not what was
+    written.
+    """
     path = jobs.path(number) / "out" / "results.jsonl"
     if not path.is_file():
         return
@@ -373,7 +455,9 @@ def _rows(jobs: JobsFolder, number: str) -> Iterator[dict[str, Any]]:
                 yield _row(number, i, line)
     except DamagedStoreError as error:
         if is_locked(path.parent.parent):
-            raise WrongStateError(f"the results of the job {number} are being written: ask again in a second") from error
+            raise WrongStateError(
+                f"the results of the job {number} are being written: ask again in a second"
+            ) from error
         raise DamagedJobError(str(error).replace(str(path.parent) + "/", "")) from error
 
 

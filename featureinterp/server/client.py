@@ -16,8 +16,9 @@ from featureinterp.server.folder import ENDED, JobView
 class Service:
     """A running ``featureinterp serve``. Use it as a context manager, or call :meth:`close`.
 
-    ``token_env``: name of the environment variable that holds the token. Raises ``InputError`` when that is not set; every call raises
-    ``EndpointUnavailableError`` when the service cannot be reached and ``EndpointRefusedError`` when it refuses the token.
+    ``token_env``: name of the environment variable that holds the token. Raises ``InputError`` when that is
+    not set; every call raises ``EndpointUnavailableError`` when the service cannot be reached and
+    ``EndpointRefusedError`` when it refuses the token.
 
         with fi.Service() as service:
             job = service.submit(run="demo", features="random:10")
@@ -26,14 +27,19 @@ class Service:
             results = service.results(job.id)
     """
 
-    def __init__(self, url: str = "http://127.0.0.1:8765", *, token_env: str | None = None, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self, url: str = "http://127.0.0.1:8765", *, token_env: str | None = None, timeout_s: float = 30.0
+    ) -> None:
         import httpx
 
         headers = {}
         if token_env is not None:
             token = os.environ.get(token_env)
             if not token:
-                raise InputError(f"the environment variable {token_env} with the service's token is not set: set it, or leave token_env out")
+                raise InputError(
+                    f"the environment variable {token_env} with the service's token is not set: set it, or "
+                    "leave token_env out"
+                )
             headers["Authorization"] = f"Bearer {token}"
         self.url = url.rstrip("/")
         self._httpx = httpx
@@ -42,7 +48,9 @@ class Service:
     def __enter__(self) -> Service:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -58,7 +66,9 @@ class Service:
         except ValueError:
             found = None
         if not isinstance(found, dict) or "status" not in found:
-            raise EndpointUnavailableError(f"the service at {self.url} says nothing of its health: try again later")
+            raise EndpointUnavailableError(
+                f"the service at {self.url} says nothing of its health: try again later"
+            )
         return found
 
     def runs(self) -> list[str]:
@@ -70,7 +80,9 @@ class Service:
         return list(self._get("/api/endpoints"))
 
     def submit(self, run: str, features: str = "random:10", **fields: Any) -> JobView:
-        """Submits a job; ``fields`` are those of ``POST /api/jobs``. Raises ``InputError`` for what the service does not take."""
+        """Submits a job; ``fields`` are those of ``POST /api/jobs``. Raises ``InputError`` for what the
+        service does not take.
+        """
         return JobView(**self._ask("POST", "/api/jobs", {"run": run, "features": features, **fields}))
 
     def jobs(self, *, limit: int = 100, offset: int = 0) -> list[JobView]:
@@ -95,7 +107,9 @@ class Service:
                             last = JobView(**json.loads(line[6:]))
                             yield last
             except self._httpx.ConnectError as error:
-                raise EndpointUnavailableError(f"the service at {self.url} cannot be reached: check the address and that it is up") from error
+                raise EndpointUnavailableError(
+                    f"the service at {self.url} cannot be reached: check the address and that it is up"
+                ) from error
             except self._httpx.TransportError:
                 continue
 
@@ -143,7 +157,9 @@ class Service:
         return response
 
     def _unreachable(self, error: Exception) -> EndpointUnavailableError:
-        return EndpointUnavailableError(f"the service at {self.url} cannot be reached ({type(error).__name__}): check that it is up")
+        return EndpointUnavailableError(
+            f"the service at {self.url} cannot be reached ({type(error).__name__}): check that it is up"
+        )
 
     def _raise(self, response: Any) -> None:
         try:

@@ -1,5 +1,5 @@
-"""Connections with an end: a request must arrive within seconds, an answer must be read, and there are never more than descriptors
-allow."""
+"""Connections with an end: a request must arrive within seconds, an answer must be read, and there are never
+more than descriptors allow."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ ANSWER_S = 60.0
 """Whoever reads nothing of an answer for so long is cut off."""
 MOST = 1000
 OWN = 192
-"""Descriptors that connections leave to the service for its files, workers, and the connections that it turns away."""
+"""Descriptors that connections leave to the service for its files, workers, and the connections that it turns
+away.
+"""
 
 
 def allowed_connections(*, hard_limit_wanted: int = 8192) -> int:
-    """How many connections there may be at once. Asks the system for more descriptors where that is allowed."""
+    """How many connections there may be at once. Asks the system for more descriptors where that is
+    allowed.
+    """
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -37,16 +41,19 @@ def allowed_connections(*, hard_limit_wanted: int = 8192) -> int:
 
 
 BEYOND = 64
-"""So many connections beyond the limit may say that they only ask for ``/health``; the one that has said nothing for longest goes first."""
+"""So many connections beyond the limit may say that they only ask for ``/health``; the one that has said
+nothing for longest goes first.
+"""
 _HEALTH = re.compile(rb"(GET|HEAD) /health(\?[^ ]*)? HTTP/1\.[01]\r?\n")
 _FIRST_LINE = 256
 
 
 class Bounded(H11Protocol):
-    """uvicorn's protocol with bounds. ``most``: connections at once. ``request_s``: how long a request may take to arrive.
+    """uvicorn's protocol with bounds. ``most``: connections at once. ``request_s``: how long a request may
+    take to arrive.
 
-    Beyond ``most`` a connection is answered when it asks for ``/health``, and turned away when it asks for anything else. ``_beyond``: those
-    connections, the oldest first.
+    Beyond ``most`` a connection is answered when it asks for ``/health``, and turned away when it asks for
+    anything else. ``_beyond``: those connections, the oldest first.
     """
 
     most = MOST
@@ -75,7 +82,9 @@ class Bounded(H11Protocol):
         self._beyond.pop(self, None)
 
     def _heard(self, data: bytes) -> bytes | None:
-        """What a connection beyond the limit has sent, when it is answered after all; None: not yet, or it was turned away."""
+        """What a connection beyond the limit has sent, when it is answered after all; None: not yet, or it
+        was turned away.
+        """
         self._first = first = (self._first or b"") + data
         if b"\n" not in first and len(first) <= _FIRST_LINE:
             return None

@@ -11,8 +11,8 @@ from pathlib import Path
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PROBE_BYTES = 1 << 20
-"""What is written, and deleted again, to see whether a disk that was full takes something. Free space alone does not say it: a quota
-may be used up."""
+"""What is written, and deleted again, to see whether a disk that was full takes something. Free space alone
+does not say it: a quota may be used up."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,17 @@ class Disk:
 
 
 def room(folder: Path, needed_bytes: int, *, probe: bool = False) -> Disk:
-    """The disk under ``folder``; ``probe``: has been full, so that it must take a file before there is said to be room."""
+    """The disk under ``folder``; ``probe``: has been full, so that it must take a file before there is said
+    to be room.
+    """
     free = shutil.disk_usage(folder).free
     return Disk(free, needed_bytes, free >= needed_bytes and not (probe and is_full(folder)))
 
 
 def is_full(folder: Path, n_bytes: int = PROBE_BYTES) -> bool:
-    """Whether the disk under ``folder`` does not take ``n_bytes`` more; other faults are no question of room."""
+    """Whether the disk under ``folder`` does not take ``n_bytes`` more; other faults are no question of
+    room.
+    """
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(n_bytes))

@@ -1,11 +1,12 @@
 """The folder of jobs: everything that the service knows lies here, so that a restart loses nothing.
 
-One folder per job, named by its id: ``submitted.json`` (what was asked for), ``lock`` (held by the worker while it runs), ``starts`` (one
-line per start of a worker), ``progress.json``, ``cancel`` (a wish), ``outcome.json`` (the end), ``out/`` (journal, results, report). A job
-without an outcome is running when its lock is held and waits for a worker otherwise.
+One folder per job, named by its id: ``submitted.json`` (what was asked for), ``lock`` (held by the worker
+while it runs), ``starts`` (one line per start of a worker), ``progress.json``, ``cancel`` (a wish),
+``outcome.json`` (the end), ``out/`` (journal, results, report). A job without an outcome is running when its
+lock is held and waits for a worker otherwise.
 
-What is known of the jobs is kept in memory: a look at the folder reads the jobs that have not ended, those whose files have changed, and
-names that are new. Jobs that have ended cost nothing until they are shown.
+What is known of the jobs is kept in memory: a look at the folder reads the jobs that have not ended, those
+whose files have changed, and names that are new. Jobs that have ended cost nothing until they are shown.
 """
 
 from __future__ import annotations
@@ -44,13 +45,28 @@ from featureinterp.server.views import (
 )
 from featureinterp.validation import first_problem
 
-__all__ = ["ENDED", "MAX_STARTS", "JobView", "JobsFolder", "QueueFullError", "State", "WrongStateError", "end", "is_locked", "lock_of"]
+__all__ = [
+    "ENDED",
+    "MAX_STARTS",
+    "JobView",
+    "JobsFolder",
+    "QueueFullError",
+    "State",
+    "WrongStateError",
+    "end",
+    "is_locked",
+    "lock_of",
+]
 MAX_STARTS = 5
 """A worker that ends so often without an outcome is not started again."""
 LIST_AGAIN_S = 30.0
-"""The names in the folder are read again after so long, for file systems that do not say when a folder has changed."""
+"""The names in the folder are read again after so long, for file systems that do not say when a folder has
+changed.
+"""
 _UNSURE_NS = 2_000_000_000
-"""Two changes of a folder within one tick of its clock look the same: names are read again until the last change is so long ago."""
+"""Two changes of a folder within one tick of its clock look the same: names are read again until the last
+change is so long ago.
+"""
 _ID = re.compile(r"[0-9]{8}-[0-9]{6}-[0-9a-f]{8}", re.ASCII)
 
 
@@ -63,8 +79,8 @@ class WrongStateError(InputError):
 
 
 class JobsFolder:
-    """The jobs below a folder, which is made when it is not there. Methods may be called from any thread; those that change a job see
-    it and change it in one step."""
+    """The jobs below a folder, which is made when it is not there. Methods may be called from any thread;
+    those that change a job see it and change it in one step."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -77,7 +93,8 @@ class JobsFolder:
         self._listed: tuple[int, int] | None = None
 
     def submit(self, job: Job, shown: dict[str, Any], *, queue: int | None = None) -> str:
-        """Writes a new job, whose results are to go below its own folder; returns its id. ``shown``: the request, as its sender put it.
+        """Writes a new job, whose results are to go below its own folder; returns its id. ``shown``: the
+        request, as its sender put it.
 
         Raises ``QueueFullError`` when ``queue`` jobs wait already. The job appears whole or not at all.
         """
@@ -98,7 +115,9 @@ class JobsFolder:
         return number
 
     def tidy(self) -> None:
-        """Deletes jobs that a service was killed while it wrote them: nobody was told of them. Only for the service that owns the folder."""
+        """Deletes jobs that a service was killed while it wrote them: nobody was told of them. Only for the
+        service that owns the folder.
+        """
         for draft in self.root.glob(".*.new"):
             if _ID.fullmatch(draft.name[1:-4]):
                 shutil.rmtree(draft, ignore_errors=True)
@@ -120,12 +139,16 @@ class JobsFolder:
             return list(self._order)
 
     def job(self, number: str) -> Job:
-        """What was asked for; its results go below its own folder, wherever that has been moved to. Raises ``DamagedJobError``."""
+        """What was asked for; its results go below its own folder, wherever that has been moved to. Raises
+        ``DamagedJobError``.
+        """
         folder = self.path(number)
         try:
             return Job.model_validate({**submitted_in(folder).job, "out": folder / "out"})
         except pydantic.ValidationError as error:
-            raise DamagedJobError(f"submitted.json holds no job that can be run ({first_problem(error)}): submit it anew") from error
+            raise DamagedJobError(
+                f"submitted.json holds no job that can be run ({first_problem(error)}): submit it anew"
+            ) from error
 
     def view(self, number: str) -> JobView:
         """A job as it is now. Raises ``UnknownNameError`` when there is none of that id."""
@@ -170,8 +193,8 @@ class JobsFolder:
         return Counter(seen.view.state for seen in list(self._seen.values()))
 
     def refresh(self) -> None:
-        """Looks at the jobs that have not ended, and at those that are new. Each stands alone: the others are looked at when one of them
-        cannot be; then raises what was in the way, ``OSError`` mostly."""
+        """Looks at the jobs that have not ended, and at those that are new. Each stands alone: the others are
+        looked at when one of them cannot be; then raises what was in the way, ``OSError`` mostly."""
         with self._guard:
             self._list()
             self._look(self._live | (set(self._order) - self._seen.keys()))
@@ -218,7 +241,9 @@ class JobsFolder:
         self._live.discard(number)
 
     def cancel(self, number: str) -> None:
-        """Asks a job to end; one that no worker has begun ends at once. Raises ``WrongStateError`` when it has ended."""
+        """Asks a job to end; one that no worker has begun ends at once. Raises ``WrongStateError`` when it
+        has ended.
+        """
         with self._guard, _damage_explained():
             state = self.view(number).state
             if state in ENDED:
@@ -232,8 +257,8 @@ class JobsFolder:
     def resume(self, number: str, *, queue: int | None = None) -> None:
         """Lets a job that stopped, failed or was cancelled go on, or one whose outcome is damaged.
 
-        Raises ``WrongStateError`` when it has not ended, ``DamagedJobError`` when it cannot be known what was asked for, and
-        ``QueueFullError`` when ``queue`` jobs wait already.
+        Raises ``WrongStateError`` when it has not ended, ``DamagedJobError`` when it cannot be known what was
+        asked for, and ``QueueFullError`` when ``queue`` jobs wait already.
         """
         with self._guard, _damage_explained():
             state, folder = self.view(number).state, self.path(number)
@@ -247,13 +272,19 @@ class JobsFolder:
             self._look([number])
 
     def begin(self, number: str) -> bool:
-        """Notes that a worker starts; False when it has ended too often without an outcome, which is then its outcome."""
+        """Notes that a worker starts; False when it has ended too often without an outcome, which is then its
+        outcome.
+        """
         folder = self.path(number)
         starts = folder / "starts"
         n = len(starts.read_bytes().splitlines()) if starts.exists() else 0
         if n >= MAX_STARTS:
             why = "killed for lack of memory, or the disk was full?"
-            end(folder, "failed", f"its worker ended {n} times without an outcome ({why}): see worker.log, then resume it")
+            end(
+                folder,
+                "failed",
+                f"its worker ended {n} times without an outcome ({why}): see worker.log, then resume it",
+            )
             return False
         with starts.open("a") as file:
             file.write(f"{time.time():.0f}\n")
@@ -268,7 +299,9 @@ class JobsFolder:
 
 @contextlib.contextmanager
 def _damage_explained() -> Iterator[None]:
-    """Says of what cannot be done in a job's folder that the folder is damaged, unless the cause lies elsewhere."""
+    """Says of what cannot be done in a job's folder that the folder is damaged, unless the cause lies
+    elsewhere.
+    """
     try:
         yield
     except OSError as error:

@@ -1,4 +1,6 @@
-"""What a request must be before the service looks at it: with the token, from no other site's page, and not too large."""
+"""What a request must be before the service looks at it: with the token, from no other site's page, and not
+too large.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,12 @@ class Gate:
             return JSONResponse({"detail": "the request comes from a page of another site"}, 403)
         return None
 
-    async def __call__(self, scope: dict[str, Any], receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
+    async def __call__(
+        self,
+        scope: dict[str, Any],
+        receive: Callable[[], Awaitable[Any]],
+        send: Callable[[Any], Awaitable[None]],
+    ) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
@@ -58,7 +65,9 @@ class Gate:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > MAX_BODY:
-                await JSONResponse({"detail": f"the body is larger than {MAX_BODY:,} bytes"}, 413)(scope, receive, send)
+                await JSONResponse({"detail": f"the body is larger than {MAX_BODY:,} bytes"}, 413)(
+                    scope, receive, send
+                )
                 return
         whole = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -97,8 +106,8 @@ def _is_host(text: str) -> bool:
 
 
 def _is_own(method: str, headers: dict[bytes, bytes], token: str | None) -> bool:
-    """Whether no other site's page in the user's browser sent a request: pages may not change anything here, and without a token they may
-    not reach the service under a name of their own either (DNS rebinding)."""
+    """Whether no other site's page in the user's browser sent a request: pages may not change anything here,
+    and without a token they may not reach the service under a name of their own either (DNS rebinding)."""
     host, origin = headers.get(b"host", b"").decode("latin-1"), headers.get(b"origin")
     if token is None and not _is_local(urlsplit(f"//{host}").hostname or ""):
         return False
@@ -114,7 +123,9 @@ def _is_local(host: str) -> bool:
 
 
 def _carries(header: bytes, token: str) -> bool:
-    """Whether an Authorization header holds the token: as a bearer token, or as the password that a browser asks for."""
+    """Whether an Authorization header holds the token: as a bearer token, or as the password that a browser
+    asks for.
+    """
     kind, _, value = header.decode("latin-1").partition(" ")
     if kind.lower() == "basic":
         try:
@@ -129,6 +140,9 @@ def _carries(header: bytes, token: str) -> bool:
 def check_binding(host: str, token: str | None) -> None:
     """Raises ``InputError`` when the service would be open to other machines without a token."""
     if not _is_local(host) and not token:
-        raise InputError(f"the address {host} can be reached from other machines: give a token with --token-env, or bind to 127.0.0.1")
+        raise InputError(
+            f"the address {host} can be reached from other machines: give a token with --token-env, or "
+            "bind to 127.0.0.1"
+        )
     if token is not None and len(token) < 16:
         raise InputError("the token is shorter than 16 characters: give a longer one")

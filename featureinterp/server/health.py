@@ -14,7 +14,9 @@ LATE_S = 30.0
 
 @dataclass(frozen=True)
 class Health:
-    """``status``: "ok", or "degraded" when something in ``facts["problems"]`` asks for somebody. ``alive``: jobs that can be run are."""
+    """``status``: "ok", or "degraded" when something in ``facts["problems"]`` asks for somebody. ``alive``:
+    jobs that can be run are.
+    """
 
     status: str
     alive: bool
@@ -28,9 +30,15 @@ def health_of(runner: Runner, queue: int) -> Health:
     problems = [
         (late, f"the runner has finished no round for {LATE_S:.0f} s"),
         (last.trouble is not None, f"the runner's last round failed: {last.trouble}"),
-        (last.disk is not None and not last.disk.enough, "the disk is full: no job is started until there is room"),
+        (
+            last.disk is not None and not last.disk.enough,
+            "the disk is full: no job is started until there is room",
+        ),
         (last.stuck > 0, f"{last.stuck} jobs could not be started: the service's log says why"),
-        (counts["damaged"] > 0, f"the folders of {counts['damaged']} jobs are damaged: GET /api/jobs says what to do"),
+        (
+            counts["damaged"] > 0,
+            f"the folders of {counts['damaged']} jobs are damaged: GET /api/jobs says what to do",
+        ),
     ]
     found = [text for wrong, text in problems if wrong]
     disk = last.disk
@@ -42,7 +50,9 @@ def health_of(runner: Runner, queue: int) -> Health:
             "trouble": last.trouble,
             "not_started": last.stuck,
         },
-        "disk": None if disk is None else {"free_bytes": disk.free_bytes, "needed_bytes": disk.needed_bytes, "enough": disk.enough},
+        "disk": None
+        if disk is None
+        else {"free_bytes": disk.free_bytes, "needed_bytes": disk.needed_bytes, "enough": disk.enough},
         "queue": {
             "waiting": counts["queued"],
             "limit": queue,

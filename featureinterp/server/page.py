@@ -1,4 +1,6 @@
-"""The page of all jobs. What jobs say is shown as text: markup is escaped, and so is what would steer or hide."""
+"""The page of all jobs. What jobs say is shown as text: markup is escaped, and so is what would steer or
+hide.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def script_pattern(pattern: re.Pattern[str]) -> str:
 
 @cache
 def _template() -> jinja2.Template:
-    environment = jinja2.Environment(loader=jinja2.PackageLoader("featureinterp.server"), autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("featureinterp.server"), autoescape=True, undefined=jinja2.StrictUndefined
+    )
     environment.filters["visible"] = _shown
     return environment.get_template("index.html")
 

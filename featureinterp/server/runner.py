@@ -21,15 +21,17 @@ from featureinterp.server.worker import DISK_FULL
 
 EVERY_S = 0.5
 ALIVE_S = 15.0
-"""Whoever watches a job hears so often that the service is there, in seconds; a line that is dead is noticed by it."""
+"""Whoever watches a job hears so often that the service is there, in seconds; a line that is dead is noticed
+by it.
+"""
 MIN_FREE = 100_000_000
 _log = logging.getLogger("featureinterp.server")
 
 
 @dataclass(frozen=True)
 class Round:
-    """How the last round of the runner went. ``at``: seconds since 1970, None before the first. ``trouble``: why it could not be
-    finished, without paths. ``stuck``: how many jobs could not be started in it."""
+    """How the last round of the runner went. ``at``: seconds since 1970, None before the first. ``trouble``:
+    why it could not be finished, without paths. ``stuck``: how many jobs could not be started in it."""
 
     at: float | None = None
     trouble: str | None = None
@@ -40,8 +42,8 @@ class Round:
 class Runner:
     """Keeps at most ``parallel`` workers at work, those included that an earlier service started.
 
-    Each job and each round stands alone: what goes wrong with one is logged and seen in :attr:`round`, and the next goes on. No worker
-    is started while the disk has less than ``min_free`` bytes of room.
+    Each job and each round stands alone: what goes wrong with one is logged and seen in :attr:`round`, and
+    the next goes on. No worker is started while the disk has less than ``min_free`` bytes of room.
     """
 
     def __init__(self, jobs: JobsFolder, *, parallel: int = 1, min_free: int = MIN_FREE) -> None:
@@ -130,7 +132,9 @@ class Runner:
         return True
 
     async def watch(self, number: str) -> AsyncIterator[JobView | None]:
-        """A job whenever something about it changes, from now until it has ended or is gone; None when it has long not changed."""
+        """A job whenever something about it changes, from now until it has ended or is gone; None when it has
+        long not changed.
+        """
         last: JobView | None = None
         while True:
             view = self.jobs.peek(number)
@@ -162,7 +166,9 @@ class Runner:
         return await anyio.to_thread.run_sync(self.jobs.view, number)
 
     async def resume(self, number: str, *, queue: int | None = None) -> JobView:
-        """Lets a job that ended before it was through go on; whoever watches it from now on does not see its former end."""
+        """Lets a job that ended before it was through go on; whoever watches it from now on does not see its
+        former end.
+        """
         await anyio.to_thread.run_sync(lambda: self.jobs.resume(number, queue=queue))
         await self.tell()
         return await anyio.to_thread.run_sync(self.jobs.view, number)

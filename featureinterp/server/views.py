@@ -1,4 +1,6 @@
-"""What lies in the folder of one job, and how the service shows it. What cannot be read is shown as damaged, with its cause."""
+"""What lies in the folder of one job, and how the service shows it. What cannot be read is shown as damaged,
+with its cause.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,9 @@ class DamagedJobError(InputError):
 
 @dataclass(frozen=True)
 class JobView:
-    """A job as the service shows it. ``progress``: done, failed, total, in_flight, requests, tokens, cost_usd, seconds, left_s, and
-    the latest explanation; empty before the first feature. ``submitted_at``: seconds since 1970. A damaged job says in ``message``
-    what is wrong with its folder."""
+    """A job as the service shows it. ``progress``: done, failed, total, in_flight, requests, tokens,
+    cost_usd, seconds, left_s, and the latest explanation; empty before the first feature. ``submitted_at``:
+    seconds since 1970. A damaged job says in ``message`` what is wrong with its folder."""
 
     id: str
     state: State
@@ -62,7 +64,9 @@ Stamp = tuple[int, int, int] | None
 
 @dataclass(frozen=True)
 class Seen:
-    """A job when it was last looked at. ``stamps``: inode, size and time of the files that were read. ``held``: by a worker."""
+    """A job when it was last looked at. ``stamps``: inode, size and time of the files that were read.
+    ``held``: by a worker.
+    """
 
     view: JobView
     stamps: tuple[Stamp, ...]
@@ -118,7 +122,8 @@ class _Preparing(_File):
 def look(folder: Path, before: Seen | None = None) -> Seen:
     """The job in a folder as it is now; nothing is read again that has not changed since ``before``.
 
-    Raises ``FileNotFoundError`` when the folder is gone, and ``OSError`` for what only concerns this process at this moment.
+    Raises ``FileNotFoundError`` when the folder is gone, and ``OSError`` for what only concerns this process
+    at this moment.
     """
     if not stat.S_ISDIR(folder.stat().st_mode):
         raise FileNotFoundError(errno.ENOENT, "no folder", str(folder))
@@ -128,7 +133,9 @@ def look(folder: Path, before: Seen | None = None) -> Seen:
         return before
     held = False
     try:
-        outcome = read_json(folder / "outcome.json", _Outcome) if os.path.lexists(folder / "outcome.json") else None
+        outcome = (
+            read_json(folder / "outcome.json", _Outcome) if os.path.lexists(folder / "outcome.json") else None
+        )
         held = outcome is None and is_locked(folder)
         view = _view(folder, outcome, held)
     except DamagedJobError as error:
@@ -139,7 +146,11 @@ def look(folder: Path, before: Seen | None = None) -> Seen:
             raise
         what = Path(error.filename).name if error.filename else "its folder"
         view = _damaged(folder.name, f"{what} cannot be read ({error.strerror or error}): {RESTORE}")
-    return before if before is not None and same and before.view == view and before.held == held else Seen(view, stamps, held)
+    return (
+        before
+        if before is not None and same and before.view == view and before.held == held
+        else Seen(view, stamps, held)
+    )
 
 
 def _view(folder: Path, outcome: _Outcome | None, held: bool) -> JobView:
@@ -147,11 +158,15 @@ def _view(folder: Path, outcome: _Outcome | None, held: bool) -> JobView:
     state: State = outcome.state if outcome is not None else "running" if held else "queued"
     shown, message = submitted.shown, "" if outcome is None else outcome.message
     llm = shown.llm or "embedded"
-    return JobView(folder.name, state, shown.run, shown.features, llm, submitted.at, message, _progress(folder))
+    return JobView(
+        folder.name, state, shown.run, shown.features, llm, submitted.at, message, _progress(folder)
+    )
 
 
 def _progress(folder: Path) -> dict[str, Any]:
-    """What the worker says of itself, or nothing: the next that it writes takes the place of what cannot be read."""
+    """What the worker says of itself, or nothing: the next that it writes takes the place of what cannot be
+    read.
+    """
     for form in (_Working, _Preparing):
         try:
             return read_json(folder / "progress.json", form).model_dump(mode="json")
@@ -178,7 +193,9 @@ def submitted_in(folder: Path) -> _Submitted:
 
 
 def read_json(path: Path, form: type[Form]) -> Form:
-    """A small file's content. Raises ``DamagedJobError`` when it is missing, too large, no file, no JSON, or of another form."""
+    """A small file's content. Raises ``DamagedJobError`` when it is missing, too large, no file, no JSON, or
+    of another form.
+    """
     advice = "resume the job to have it written anew" if path.name == "outcome.json" else RESTORE
     try:
         return form.model_validate(_parsed(path))

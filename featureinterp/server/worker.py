@@ -1,4 +1,6 @@
-"""The process that runs one job of the service: ``python -m featureinterp.server.worker FOLDER``. It goes on when the service ends."""
+"""The process that runs one job of the service: ``python -m featureinterp.server.worker FOLDER``. It goes on
+when the service ends.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ LOCK_S = 2.0
 LOOK_EVERY_S = 0.25
 ASK_AGAIN_S = 30.0
 DISK_FULL = 75
-"""The exit code of a worker that found the disk full: the job has no outcome, and goes on when there is room."""
+"""The exit code of a worker that found the disk full: the job has no outcome, and goes on when there is room.
+"""
 
 
 class _Watch:
@@ -62,8 +65,9 @@ class _Watch:
 
 @contextmanager
 def _ended_on_wish(folder: Path) -> Iterator[None]:
-    """Interrupts the block, as Ctrl-C does, when somebody wishes the job to end or has taken its folder away. The wish is a file and not
-    a signal from the service: the number of a process may be another's by the time that a signal reaches it."""
+    """Interrupts the block, as Ctrl-C does, when somebody wishes the job to end or has taken its folder away.
+    The wish is a file and not a signal from the service: the number of a process may be another's by the time
+    that a signal reaches it."""
     over = threading.Event()
 
     def look() -> None:
@@ -112,7 +116,9 @@ def _work(folder: Path) -> int:
     watch = _Watch(folder)
     try:
         with _ended_on_wish(folder):
-            results = api.run(JobsFolder(folder.parent).job(folder.name), on_event=watch.event, steps=watch.steps)
+            results = api.run(
+                JobsFolder(folder.parent).job(folder.name), on_event=watch.event, steps=watch.steps
+            )
     except KeyboardInterrupt:
         if _is_gone(folder):
             return 0
@@ -130,7 +136,14 @@ def _work(folder: Path) -> int:
         traceback.print_exc()  # the worker's log
         if _is_gone(folder):
             return 0
-        return _end(folder, "failed", f"a mistake in the program ({type(error).__name__}): the traceback is in worker.log") or 1
+        return (
+            _end(
+                folder,
+                "failed",
+                f"a mistake in the program ({type(error).__name__}): the traceback is in worker.log",
+            )
+            or 1
+        )
     state: State = "stopped" if results.stopped else "done"
     message = str(results.stopped) if results.stopped else _missing(results.n_failed, results.n_partial)
     return _end(folder, state, message, n_features=len(results), n_failures=results.n_failures)
@@ -155,7 +168,8 @@ def _end(folder: Path, state: State, message: str, **more: int) -> int:
 
 
 if __name__ == "__main__":
-    # a service in the background of a script has Ctrl-C's signal ignored or blocked, and so would its workers, which it ends by it
+    # a service in the background of a script has Ctrl-C's signal ignored or blocked, and so would its
+    # workers, which it ends by it
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})

@@ -1,9 +1,10 @@
 """The all-at-once simulator on a local transformers model: one forward pass per window.
 
-The prompt is a fixed header (task and worked examples), the explanation, and one line per token of the window: the token, a
-tab, a fill word, a line break. At each tab the model's distribution over the level strings 0 … 5, renormalised (p^(1/T)), has
-the expected level as its mean. The prompt is put together from token ids of separately encoded parts, so that the place of
-every level is known from the construction and never looked for in a text.
+The prompt is a fixed header (task and worked examples), the explanation, and one line per token of the
+window: the token, a tab, a fill word, a line break. At each tab the model's distribution over the level
+strings 0 … 5, renormalised (p^(1/T)), has the expected level as its mean. The prompt is put together from
+token ids of separately encoded parts, so that the place of every level is known from the construction and
+never looked for in a text.
 """
 
 from __future__ import annotations
@@ -24,16 +25,20 @@ from featureinterp.simulate.parts import TEMPERATURE, Built, PromptBuilder
 
 
 class AllAtOnce(LocalSimulator):
-    """Simulates on a local model. The header's keys and values are computed once, an explanation's once per explanation; its rules and the windows
-    are one batch; and of the output matrix only the rows of the six levels are used.
+    """Simulates on a local model. The header's keys and values are computed once, an explanation's once per
+    explanation; its rules and the windows are one batch; and of the output matrix only the rows of the six
+    levels are used.
 
-    ``temperature`` T sharpens (< 1) or flattens (> 1) the level distribution: p^(1/T), renormalised; a small model leaves some probability on every
-    level everywhere, which its own, 0.5, damps (``docs/prompts.md``). ``chat``: the prompt as turns of a chat, by the tokenizer's own template.
+    ``temperature`` T sharpens (< 1) or flattens (> 1) the level distribution: p^(1/T), renormalised; a small
+    model leaves some probability on every level everywhere, which its own, 0.5, damps (``docs/prompts.md``).
+    ``chat``: the prompt as turns of a chat, by the tokenizer's own template.
     """
 
     kind, version, own_temperature = "all-at-once", "v2", TEMPERATURE
 
-    def __init__(self, load: Callable[[], tuple[Any, Any]], *, name: str, chat: bool = False, **options: Any) -> None:
+    def __init__(
+        self, load: Callable[[], tuple[Any, Any]], *, name: str, chat: bool = False, **options: Any
+    ) -> None:
         super().__init__(load, name=name, **options)
         self.chat = chat
 
@@ -71,7 +76,12 @@ class AllAtOnce(LocalSimulator):
         columns = torch.tensor([p for b in batch for p in b.positions], device=self.model.device)
         hidden = self.model.hidden(before, ids)[rows, columns]
         probabilities = torch.softmax(self.model.logits(hidden, self._level_ids) / self.temperature, -1)
-        expected = (probabilities @ torch.arange(6, device=probabilities.device, dtype=probabilities.dtype)).double().cpu().numpy()
+        expected = (
+            (probabilities @ torch.arange(6, device=probabilities.device, dtype=probabilities.dtype))
+            .double()
+            .cpu()
+            .numpy()
+        )
         start = 0
         for b in batch:
             yield expected[start : start + len(b.positions)]

@@ -16,8 +16,9 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 class Lexical:
-    """A rule that is one token in double quotes (a JSON string) predicts its strength where exactly that token stands; any other rule where a word of the
-    token occurs in the rule's text. A token gets the strongest rule that applies, else 0."""
+    """A rule that is one token in double quotes (a JSON string) predicts its strength where exactly that
+    token stands; any other rule where a word of the token occurs in the rule's text. A token gets the
+    strongest rule that applies, else 0."""
 
     async def simulate(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
         """Never fails."""
@@ -34,7 +35,10 @@ class Lexical:
                 continue
             for word in _WORD.findall(rule.activates_on.lower()):
                 words[word] = max(words.get(word, 0), rule.strength)
-        return [Simulation(np.array([self._level(p, exact, words) for p in w.pieces], np.float64)) for w in windows]
+        return [
+            Simulation(np.array([self._level(p, exact, words) for p in w.pieces], np.float64))
+            for w in windows
+        ]
 
     @staticmethod
     def _level(piece: str, exact: dict[str, int], words: dict[str, int]) -> int:

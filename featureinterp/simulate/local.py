@@ -1,4 +1,6 @@
-"""What simulators on a local transformers model have in common: the model, the levels' rows of its output matrix, one batch at a time."""
+"""What simulators on a local transformers model have in common: the model, the levels' rows of its output
+matrix, one batch at a time.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,9 @@ BATCH_TOKENS = 1024
 
 
 class LocalSimulator(ABC):
-    """Reads levels off a model's next-token distribution. ``load`` gives the model with its head and its tokenizer; it is called when the first window
-    is simulated, so that a run whose simulations are all known loads nothing. ``version`` of its prompt and ``temperature``: its own when not given."""
+    """Reads levels off a model's next-token distribution. ``load`` gives the model with its head and its
+    tokenizer; it is called when the first window is simulated, so that a run whose simulations are all known
+    loads nothing. ``version`` of its prompt and ``temperature``: its own when not given."""
 
     kind: ClassVar[str]
     version: ClassVar[str]
@@ -42,7 +45,9 @@ class LocalSimulator(ABC):
     ) -> None:
         self.temperature = self.own_temperature if temperature is None else temperature
         if self.temperature <= 0:
-            raise InputError(f"a simulator's temperature of {self.temperature:g} is not possible: give one above 0")
+            raise InputError(
+                f"a simulator's temperature of {self.temperature:g} is not possible: give one above 0"
+            )
         self.name, self.dtype, self.batch_tokens = name, dtype, batch_tokens
         self.prompt = load_prompt(f"simulate-{self.kind}", version or self.version)
         self._load = load
@@ -84,14 +89,20 @@ class LocalSimulator(ABC):
 
     def _behind(self, lines: Sequence[Sequence[int]]) -> Prefix | Branches:
         """What the windows are read behind: the header and the explanation's rules."""
-        return self.model.prefix(lines[0], self._header) if len(lines) == 1 else self.model.branches(self._header, lines)
+        return (
+            self.model.prefix(lines[0], self._header)
+            if len(lines) == 1
+            else self.model.branches(self._header, lines)
+        )
 
     async def simulate(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
         """One simulation per window, computed in a worker thread, so that the event loop goes on."""
         return await anyio.to_thread.run_sync(self.predict, explanation, windows, abandon_on_cancel=True)
 
     def predict(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
-        """The same, for callers without an event loop. Several rules: the maximum over rules of level · strength / 5."""
+        """The same, for callers without an event loop. Several rules: the maximum over rules of level ·
+        strength / 5.
+        """
         with self._busy, lock_of(self._loaded[0]), torch.inference_mode():
             return self._predict(explanation, windows)
 
@@ -106,7 +117,9 @@ class LocalSimulator(ABC):
 
 
 def batches(rows: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
-    """Indices of the rows that are not empty, grouped by length, each group with at most ``budget`` tokens with its padding."""
+    """Indices of the rows that are not empty, grouped by length, each group with at most ``budget`` tokens
+    with its padding.
+    """
     order = sorted((i for i, row in enumerate(rows) if row), key=lambda i: len(rows[i]))
     batch: list[int] = []
     for index in order:
@@ -119,6 +132,8 @@ def batches(rows: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
 
 
 def padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """Rows of ids, none of them empty, filled up on the right with their last id: int64 ``[row, longest]``."""
+    """Rows of ids, none of them empty, filled up on the right with their last id: int64 ``[row,
+    longest]``.
+    """
     width = max(map(len, rows))
     return torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=device)

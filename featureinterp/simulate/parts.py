@@ -1,4 +1,6 @@
-"""The parts of the all-at-once prompt as token ids, so that the place of every level is known from the construction."""
+"""The parts of the all-at-once prompt as token ids, so that the place of every level is known from the
+construction.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _PLACE = "\ufffcexplanation\ufffc"
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """A window's part of the prompt: ``ids`` after the explanation, and ``positions`` in them whose next token is a level."""
+    """A window's part of the prompt: ``ids`` after the explanation, and ``positions`` in them whose next
+    token is a level.
+    """
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
@@ -31,13 +35,16 @@ def single(tokenizer: Any, text: str) -> int:
     ids = text_ids(tokenizer, text)
     if len(ids) != 1:
         raise IncompatibleError(
-            f"the simulator's tokenizer writes {text!r} as {len(ids)} tokens, and a simulator that reads levels needs one: use --simulator rated"
+            f"the simulator's tokenizer writes {text!r} as {len(ids)} tokens, and a simulator that reads "
+            "levels needs one: use --simulator rated"
         )
     return ids[0]
 
 
 class PromptBuilder:
-    """Turns the prompt's parts into token ids. ``chat``: as turns of a chat, by the tokenizer's own template; else as one text."""
+    """Turns the prompt's parts into token ids. ``chat``: as turns of a chat, by the tokenizer's own template;
+    else as one text.
+    """
 
     def __init__(self, tokenizer: Any, prompt: Prompt, *, chat: bool = False) -> None:
         self._tokenizer, self._chat = tokenizer, chat
@@ -47,11 +54,17 @@ class PromptBuilder:
         self._tab = single(tokenizer, "\t")
         self._end = self._encode(settings["fill"] + "\n")
         shots = [
-            (self._label + shot["explanation"], "".join(f"{escape(token)}\t{level}\n" for token, level in shot["tokens"])) for shot in settings["few_shot"]
+            (
+                self._label + shot["explanation"],
+                "".join(f"{escape(token)}\t{level}\n" for token, level in shot["tokens"]),
+            )
+            for shot in settings["few_shot"]
         ]
         if chat:
             before, after = self._turns(settings["intro"], shots)
-            self.header, self._after = (tokenizer.encode(text, add_special_tokens=False) for text in (before, after))
+            self.header, self._after = (
+                tokenizer.encode(text, add_special_tokens=False) for text in (before, after)
+            )
         else:
             bos = tokenizer.bos_token_id
             start = [bos] if bos is not None and getattr(tokenizer, "add_bos_token", False) else []
@@ -64,18 +77,35 @@ class PromptBuilder:
         import jinja2
 
         if not getattr(self._tokenizer, "chat_template", None):
-            raise IncompatibleError("the simulator's tokenizer has no chat template: give a chat model, or simulate without the chat form")
-        turns = [turn for what, lines in shots for turn in ({"role": "user", "content": what}, {"role": "assistant", "content": lines.rstrip("\n")})]
+            raise IncompatibleError(
+                "the simulator's tokenizer has no chat template: give a chat model, or simulate without "
+                "the chat form"
+            )
+        turns = [
+            turn
+            for what, lines in shots
+            for turn in (
+                {"role": "user", "content": what},
+                {"role": "assistant", "content": lines.rstrip("\n")},
+            )
+        ]
         turns.append({"role": "user", "content": self._label + _PLACE})
         with_system = [{"role": "system", "content": intro}, *turns]
-        without = [{"role": "user", "content": f"{intro}\n\n{turns[0]['content']}"}, *turns[1:]]  # some templates refuse a system turn
+        without = [
+            {"role": "user", "content": f"{intro}\n\n{turns[0]['content']}"},
+            *turns[1:],
+        ]  # some templates refuse a system turn
         try:
-            text = self._tokenizer.apply_chat_template(with_system, tokenize=False, add_generation_prompt=True)
+            text = self._tokenizer.apply_chat_template(
+                with_system, tokenize=False, add_generation_prompt=True
+            )
         except (jinja2.TemplateError, ValueError):
             text = self._tokenizer.apply_chat_template(without, tokenize=False, add_generation_prompt=True)
         before, found, after = text.rpartition(_PLACE)
         if not found:
-            raise IncompatibleError("the simulator's chat template leaves out what the user says: simulate without the chat form")
+            raise IncompatibleError(
+                "the simulator's chat template leaves out what the user says: simulate without the chat form"
+            )
         return before, after
 
     def _encode(self, text: str) -> list[int]:

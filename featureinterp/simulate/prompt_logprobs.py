@@ -25,12 +25,19 @@ ALTERNATIVES = 20
 class PromptLogprobs:
     """The same prompt and the same expected levels as :class:`AllAtOnce`, one request per window and rule.
 
-    ``tokenizer`` gives the endpoint's own tokenizer; it is loaded when the first window is simulated. The levels' probabilities are those
-    among the most probable tokens that the endpoint returns, renormalised; a place where none of them is a level is a failure of the window.
+    ``tokenizer`` gives the endpoint's own tokenizer; it is loaded when the first window is simulated. The
+    levels' probabilities are those among the most probable tokens that the endpoint returns, renormalised; a
+    place where none of them is a level is a failure of the window.
     """
 
     def __init__(
-        self, model: LanguageModel, tokenizer: Callable[[], Any], *, version: str = "v2", temperature: float | None = None, chat: bool = False
+        self,
+        model: LanguageModel,
+        tokenizer: Callable[[], Any],
+        *,
+        version: str = "v2",
+        temperature: float | None = None,
+        chat: bool = False,
     ) -> None:
         self.model, self.temperature = model, TEMPERATURE if temperature is None else temperature
         self.prompt, self.chat = load_prompt("simulate-all-at-once", version), chat
@@ -64,15 +71,30 @@ class PromptLogprobs:
         for _ in windows:
             rules = [(rule.strength / 5, next(found)) for rule in explanation.rules]
             failed = next((s for _, s in rules if s.expected is None), None)
-            out.append(failed or Simulation(np.max([weight * s.expected for weight, s in rules if s.expected is not None], axis=0)))
+            out.append(
+                failed
+                or Simulation(
+                    np.max([weight * s.expected for weight, s in rules if s.expected is not None], axis=0)
+                )
+            )
         return out
 
     async def _window(self, head: list[int], window: Built) -> Simulation:
         if not window.positions:
             return Simulation(np.zeros(0))
-        prompt = (*head, *window.ids, 0)  # the last level is read at the place after its tab, whatever stands there
+        prompt = (
+            *head,
+            *window.ids,
+            0,
+        )  # the last level is read at the place after its tab, whatever stands there
         read_at = tuple(len(head) + p + 1 for p in window.positions)
-        request = Request(max_tokens=1, prompt=prompt[: max(read_at) + 1], read_at=read_at, top_logprobs=ALTERNATIVES, check=self._expected)
+        request = Request(
+            max_tokens=1,
+            prompt=prompt[: max(read_at) + 1],
+            read_at=read_at,
+            top_logprobs=ALTERNATIVES,
+            check=self._expected,
+        )
         try:
             return Simulation(self._expected(await self.model.complete(request)))
         except EndpointRefusedError:
@@ -85,9 +107,16 @@ class PromptLogprobs:
 
 
 def expected_level(alternatives: Any, temperature: float = 1.0) -> float:
-    """Σ level · p(level)^(1/T) / Σ p(level)^(1/T) over the levels 0 … 5 among a place's alternatives (natural-log probabilities)."""
-    mass = {int(level): math.exp(alternatives[level] / temperature) for level in LEVELS if level in alternatives}
+    """Σ level · p(level)^(1/T) / Σ p(level)^(1/T) over the levels 0 … 5 among a place's alternatives
+    (natural-log probabilities).
+    """
+    mass = {
+        int(level): math.exp(alternatives[level] / temperature) for level in LEVELS if level in alternatives
+    }
     total = sum(mass.values())
     if not total > 0:
-        raise MalformedReplyError("none of the levels 0 to 5 is among a place's most probable tokens: use a larger model, or --simulator rated")
+        raise MalformedReplyError(
+            "none of the levels 0 to 5 is among a place's most probable tokens: use a larger model, or "
+            "--simulator rated"
+        )
     return sum(level * m for level, m in mass.items()) / total

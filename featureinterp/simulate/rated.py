@@ -1,4 +1,6 @@
-"""The rated simulator for chat endpoints without prompt logprobs: the model writes a level for every numbered token."""
+"""The rated simulator for chat endpoints without prompt logprobs: the model writes a level for every numbered
+token.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +35,11 @@ class LevelsReply(pydantic.BaseModel):
 
 
 class Rated:
-    """Asks for levels of several windows at once; one simulation per rule, combined as the maximum of level · strength / 5.
+    """Asks for levels of several windows at once; one simulation per rule, combined as the maximum of level ·
+    strength / 5.
 
-    A reply with the wrong number of texts or levels is a failure of its windows, with the cause; it is never filled in.
+    A reply with the wrong number of texts or levels is a failure of its windows, with the cause; it is never
+    filled in.
     """
 
     def __init__(self, model: LanguageModel, *, version: str = "v1", windows_per_request: int = 4) -> None:
@@ -55,9 +59,14 @@ class Rated:
 
     async def simulate(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
         """One simulation per window."""
-        chunks = [windows[i : i + self.windows_per_request] for i in range(0, len(windows), self.windows_per_request)]
+        chunks = [
+            windows[i : i + self.windows_per_request]
+            for i in range(0, len(windows), self.windows_per_request)
+        ]
         places = [(r, c) for r in range(len(explanation.rules)) for c in range(len(chunks))]
-        found = await each(lambda place: self._chunk(explanation.rules[place[0]].activates_on, chunks[place[1]]), places)
+        found = await each(
+            lambda place: self._chunk(explanation.rules[place[0]].activates_on, chunks[place[1]]), places
+        )
         results = dict(zip(places, found, strict=True))
         out = []
         for c, chunk in enumerate(chunks):
@@ -77,13 +86,18 @@ class Rated:
 
         def read(reply: Reply) -> list[np.ndarray]:
             if reply.truncated[0]:
-                raise TruncatedReplyError(f"the reply was cut after {reply.room or budget} tokens: give more room with --reply-tokens")
+                raise TruncatedReplyError(
+                    f"the reply was cut after {reply.room or budget} tokens: give more room with "
+                    "--reply-tokens"
+                )
             return _check(parse_reply(reply.text, LevelsReply), [len(t) for t in texts])
 
         cause: LanguageModelError | None = None
         for attempt in range(MAX_ATTEMPTS):
             try:
-                reply = await self.model.complete(Request(messages, budget, 0.0 if not attempt else 0.5, attempt, schema=schema, check=read))
+                reply = await self.model.complete(
+                    Request(messages, budget, 0.0 if not attempt else 0.5, attempt, schema=schema, check=read)
+                )
                 return [Simulation(levels) for levels in read(reply)]
             except MalformedReplyError as error:
                 cause = error
@@ -97,7 +111,10 @@ class Rated:
 
 def _check(reply: LevelsReply, sizes: Sequence[int]) -> list[np.ndarray]:
     if [len(levels) for levels in reply.levels] != list(sizes):
-        raise MalformedReplyError(f"the reply has {[len(levels) for levels in reply.levels]} levels for texts of {list(sizes)} tokens")
+        raise MalformedReplyError(
+            f"the reply has {[len(levels) for levels in reply.levels]} levels for texts of {list(sizes)} "
+            "tokens"
+        )
     return [np.array(levels, np.float64) for levels in reply.levels]
 
 
@@ -105,11 +122,18 @@ def _combine(per_rule: Sequence[tuple[float, Simulation]]) -> Simulation:
     failed = next((s for _, s in per_rule if s.expected is None), None)
     if failed is not None:
         return failed
-    return Simulation(np.max([weight * s.expected for weight, s in per_rule if s.expected is not None], axis=0))
+    return Simulation(
+        np.max([weight * s.expected for weight, s in per_rule if s.expected is not None], axis=0)
+    )
 
 
 def _schema(sizes: Sequence[int]) -> dict[str, Any]:
     level = {"type": "integer", "minimum": 0, "maximum": 5}
     texts = [{"type": "array", "items": level, "minItems": n, "maxItems": n} for n in sizes]
     levels = {"type": "array", "prefixItems": texts, "minItems": len(sizes), "maxItems": len(sizes)}
-    return {"type": "object", "properties": {"levels": levels}, "required": ["levels"], "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": {"levels": levels},
+        "required": ["levels"],
+        "additionalProperties": False,
+    }

@@ -1,14 +1,17 @@
-"""The token-wise simulator on a local transformers model: how well each token, by itself, fits the explanation.
+"""The token-wise simulator on a local transformers model: how well each token, by itself, fits the
+explanation.
 
-A small model that reads a window line by line leaves levels that depend more on the token, its neighbours and the form of the prompt than on the
-explanation. Here every token of the windows is read alone: behind a fixed header (task and worked examples) and the explanation stand the token and a
-tab, and the model's distribution over the levels 0 … 5 is read there. What it would say of that token whatever the topic is divided out (contextual
-calibration, Zhao et al. 2021), and what is known beforehand is put in its place: most tokens are silent.
+A small model that reads a window line by line leaves levels that depend more on the token, its neighbours and
+the form of the prompt than on the explanation. Here every token of the windows is read alone: behind a fixed
+header (task and worked examples) and the explanation stand the token and a tab, and the model's distribution
+over the levels 0 … 5 is read there. What it would say of that token whatever the topic is divided out
+(contextual calibration, Zhao et al. 2021), and what is known beforehand is put in its place: most tokens are
+silent.
 
     p(level) ∝ prior(level) · (p(level | explanation, token) / p(level | neutral topic, token))^(1/T)
 
-A token has the same level wherever it stands, so that it is read once, however often it occurs; and an explanation that is about the context can only be
-judged by the tokens that it names.
+A token has the same level wherever it stands, so that it is read once, however often it occurs; and an
+explanation that is about the context can only be judged by the tokens that it names.
 """
 
 from __future__ import annotations
@@ -34,10 +37,12 @@ KEPT = 200_000
 
 
 class TokenWise(LocalSimulator):
-    """Simulates on a local model, each token by itself. The header's keys and values are computed once, an explanation's once per explanation; its rules
-    and the windows' different tokens are one batch; of the output matrix only the rows of the six levels are used.
+    """Simulates on a local model, each token by itself. The header's keys and values are computed once, an
+    explanation's once per explanation; its rules and the windows' different tokens are one batch; of the
+    output matrix only the rows of the six levels are used.
 
-    ``temperature`` T sharpens (< 1) or flattens (> 1) what the model says, before the prior: the prompt's ``silent`` for level 0, the rest in equal parts.
+    ``temperature`` T sharpens (< 1) or flattens (> 1) what the model says, before the prior: the prompt's
+    ``silent`` for level 0, the rest in equal parts.
     """
 
     kind, version, own_temperature = "token-wise", "v1", 1.5
@@ -52,7 +57,10 @@ class TokenWise(LocalSimulator):
         """Ids of everything before the explanation."""
         bos = self.tokenizer.bos_token_id
         start = [bos] if bos is not None and getattr(self.tokenizer, "add_bos_token", False) else []
-        shots = "".join(f"{self._about(what)}{escape(token)}\t{level}\n\n" for what, token, level in self._asked["few_shot"])
+        shots = "".join(
+            f"{self._about(what)}{escape(token)}\t{level}\n\n"
+            for what, token, level in self._asked["few_shot"]
+        )
         return start + text_ids(self.tokenizer, f"{self._asked['intro']}\n\n{shots}")
 
     def explanation(self, text: str) -> list[int]:

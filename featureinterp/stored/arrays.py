@@ -19,9 +19,9 @@ Valid = Callable[[np.ndarray], bool]
 
 
 class CheckedArray(np.lib.mixins.NDArrayOperatorsMixin):
-    """A memory-mapped array in row order. Indexing it and giving it to numpy check the blocks that are read, once per process;
-    what comes out is a plain numpy array. Where the sums are not known, ``valid`` is asked instead. Other attributes are those
-    of the whole array.
+    """A memory-mapped array in row order. Indexing it and giving it to numpy check the blocks that are read,
+    once per process; what comes out is a plain numpy array. Where the sums are not known, ``valid`` is asked
+    instead. Other attributes are those of the whole array.
 
     Raises ``DamagedStoreError`` for a block that is not what was written; ``remedy`` says what to do then.
     """
@@ -58,7 +58,9 @@ class CheckedArray(np.lib.mixins.NDArrayOperatorsMixin):
         return np.array(whole, dtype, copy=True) if copy else np.asarray(whole, dtype)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        return getattr(ufunc, method)(*(x.whole() if isinstance(x, CheckedArray) else x for x in inputs), **options)
+        return getattr(ufunc, method)(
+            *(x.whole() if isinstance(x, CheckedArray) else x for x in inputs), **options
+        )
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -111,7 +113,9 @@ class CheckedArray(np.lib.mixins.NDArrayOperatorsMixin):
             return
         for i in numbers.tolist():
             if not self._right(i):
-                raise DamagedStoreError(f"{self._path} is damaged at byte {i * self._block:,}: {self._remedy}")
+                raise DamagedStoreError(
+                    f"{self._path} is damaged at byte {i * self._block:,}: {self._remedy}"
+                )
             self._seen[i] = True
         self._left = int(len(self._seen) - self._seen.sum())
 
@@ -134,8 +138,8 @@ def mapped(
     valid: Valid | None = None,
     begin: int = 0,
 ) -> np.ndarray:
-    """A file as a :class:`CheckedArray` of a dtype and shape, after its first ``begin`` bytes; ``files``: the sums of its part,
-    None when they are not known.
+    """A file as a :class:`CheckedArray` of a dtype and shape, after its first ``begin`` bytes; ``files``: the
+    sums of its part, None when they are not known.
 
     Raises ``DamagedStoreError`` for a file without the size that ``marker`` declares.
     """
@@ -162,7 +166,9 @@ def read_whole(
     return mapped(path, dtype, shape, files, marker=marker, remedy=remedy).whole()  # type: ignore[attr-defined, no-any-return]
 
 
-def rising(array: np.ndarray, path: Path, remedy: str, *, first: int | None = None, last: int | None = None) -> None:
+def rising(
+    array: np.ndarray, path: Path, remedy: str, *, first: int | None = None, last: int | None = None
+) -> None:
     """Raises ``DamagedStoreError`` for offsets that fall, or do not begin and end where they must."""
     good = bool((np.diff(array) >= 0).all())
     if len(array):
@@ -174,4 +180,7 @@ def rising(array: np.ndarray, path: Path, remedy: str, *, first: int | None = No
 def within(array: np.ndarray, low: int, high: int, path: Path, remedy: str) -> None:
     """Raises ``DamagedStoreError`` for values outside ``low`` to ``high - 1``."""
     if len(array) and not (low <= int(array.min()) and int(array.max()) < high):
-        raise DamagedStoreError(f"{path} is damaged: it holds {int(array.min())} to {int(array.max())}, outside {low} to {high - 1}; {remedy}")
+        raise DamagedStoreError(
+            f"{path} is damaged: it holds {int(array.min())} to {int(array.max())}, outside {low} to "
+            f"{high - 1}; {remedy}"
+        )

@@ -1,8 +1,9 @@
 """Checksums of files by block, and the markers that carry them.
 
-A marker is a JSON file that is written last and says that a part is complete. A sealed one has ``checksum``, ``crc32:`` and
-eight hexadecimal digits of everything else in it, and ``files``: for every file of the part its ``bytes``, the ``block``
-size, and ``crc32``, eight digits per block. A marker without either was written by an earlier version: it is read as it is.
+A marker is a JSON file that is written last and says that a part is complete. A sealed one has ``checksum``,
+``crc32:`` and eight hexadecimal digits of everything else in it, and ``files``: for every file of the part
+its ``bytes``, the ``block`` size, and ``crc32``, eight digits per block. A marker without either was written
+by an earlier version: it is read as it is.
 """
 
 from __future__ import annotations
@@ -100,12 +101,17 @@ class Sums:
             return f"{path} has {now.size:,} bytes instead of {self.size:,}"
         wrong = [i for i, (a, b) in enumerate(zip(now.crcs, self.crcs, strict=True)) if a != b]
         if wrong:
-            return f"{path} is damaged at byte {wrong[0] * self.block:,} (blocks of {self.block:,} bytes: {len(wrong)} of {len(self.crcs)})"
+            return (
+                f"{path} is damaged at byte {wrong[0] * self.block:,} (blocks of {self.block:,} bytes: "
+                f"{len(wrong)} of {len(self.crcs)})"
+            )
         return None
 
 
 class SummedFile:
-    """A binary file that keeps the sums of what is written to it, from its beginning or from where ``sums`` stands."""
+    """A binary file that keeps the sums of what is written to it, from its beginning or from where ``sums``
+    stands.
+    """
 
     def __init__(self, file: IO[bytes], sums: Sums | None = None) -> None:
         self.file, self.sums = file, sums or Sums()
@@ -118,7 +124,9 @@ class SummedFile:
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """What a marker says: ``value`` without its checksums, and those of its ``files``; None: an earlier version wrote it."""
+    """What a marker says: ``value`` without its checksums, and those of its ``files``; None: an earlier
+    version wrote it.
+    """
 
     value: dict[str, Any]
     files: Mapping[str, Sums] | None
@@ -126,7 +134,9 @@ class Marker:
 
 def sealed(value: Mapping[str, Any], files: Mapping[str, Sums] | None = None) -> dict[str, Any]:
     """A marker's content with its checksums."""
-    whole = dict(value) if files is None else {**value, _FILES: {name: s.to_json() for name, s in files.items()}}
+    whole = (
+        dict(value) if files is None else {**value, _FILES: {name: s.to_json() for name, s in files.items()}}
+    )
     return {**whole, _SEAL: _checksum(whole)}
 
 
@@ -138,7 +148,8 @@ def write_marker(path: Path, value: Mapping[str, Any], files: Mapping[str, Sums]
 def read_marker(path: Path, remedy: str) -> Marker:
     """Reads a marker. ``remedy`` says what to do about a damaged one ("delete … and run … again").
 
-    Raises ``DamagedStoreError`` for one that is no JSON or is not what was written, and ``StorageError`` when there is none.
+    Raises ``DamagedStoreError`` for one that is no JSON or is not what was written, and ``StorageError`` when
+    there is none.
     """
     with explained_storage(path):
         content = path.read_bytes()
@@ -158,14 +169,22 @@ def marker_of(content: bytes, path: Path, remedy: str) -> Marker:
     seal = value.pop(_SEAL, None)
     with described(path, remedy):
         if seal != _checksum(value):
-            raise DamagedStoreError(f"{path} is damaged: it is not what was written (its checksum differs); {remedy}")
+            raise DamagedStoreError(
+                f"{path} is damaged: it is not what was written (its checksum differs); {remedy}"
+            )
         files = {str(name): Sums.from_json(sums) for name, sums in value.pop(_FILES, {}).items()}
     return Marker(value, files)
 
 
 def is_sealed(value: Mapping[str, Any]) -> bool:
-    """Whether a marker has anything of a seal. One damaged key or value does not make a marker look like an earlier version's."""
-    return _SEAL in value or _FILES in value or any(isinstance(v, str) and v.startswith(_PREFIX) for v in value.values())
+    """Whether a marker has anything of a seal. One damaged key or value does not make a marker look like an
+    earlier version's.
+    """
+    return (
+        _SEAL in value
+        or _FILES in value
+        or any(isinstance(v, str) and v.startswith(_PREFIX) for v in value.values())
+    )
 
 
 def _checksum(value: Mapping[str, Any]) -> str:
@@ -176,11 +195,24 @@ def _checksum(value: Mapping[str, Any]) -> str:
 
 @contextmanager
 def described(path: Path, remedy: str) -> Iterator[None]:
-    """Turns errors of wrong data in a stored part into one sentence. Keep the block to what reads the data."""
+    """Turns errors of wrong data in a stored part into one sentence. Keep the block to what reads the
+    data.
+    """
     try:
         yield
-    except (KeyError, TypeError, ValueError, IndexError, OverflowError, AttributeError, RecursionError, zlib.error) as error:
-        raise DamagedStoreError(f"{path} is damaged: {type(error).__name__} {error} while reading it; {remedy}") from error
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        IndexError,
+        OverflowError,
+        AttributeError,
+        RecursionError,
+        zlib.error,
+    ) as error:
+        raise DamagedStoreError(
+            f"{path} is damaged: {type(error).__name__} {error} while reading it; {remedy}"
+        ) from error
 
 
 def check_size(path: Path, size: int, marker: str, remedy: str) -> None:
@@ -188,11 +220,14 @@ def check_size(path: Path, size: int, marker: str, remedy: str) -> None:
     if not path.is_file():
         raise DamagedStoreError(f"{path} is missing: {remedy}")
     if (now := path.stat().st_size) != size:
-        raise DamagedStoreError(f"{path} has {now:,} bytes instead of the {size:,} that {marker} declares: {remedy}")
+        raise DamagedStoreError(
+            f"{path} has {now:,} bytes instead of the {size:,} that {marker} declares: {remedy}"
+        )
 
 
 def checked_lines(path: Path, sums: Sums, remedy: str) -> Iterator[bytes]:
-    """The lines of a file, each one after the blocks that it lies in have been checked; what is not asked for is not read.
+    """The lines of a file, each one after the blocks that it lies in have been checked; what is not asked for
+    is not read.
 
     Raises ``DamagedStoreError`` for a block, or a size, that is not what ``sums`` say.
     """
@@ -210,12 +245,16 @@ def checked_lines(path: Path, sums: Sums, remedy: str) -> Iterator[bytes]:
 
 
 def checked_bytes(path: Path, sums: Sums | None, remedy: str) -> bytes:
-    """A whole file's content. Raises ``DamagedStoreError`` when it is not what ``sums`` say (None: not known)."""
+    """A whole file's content. Raises ``DamagedStoreError`` when it is not what ``sums`` say (None: not
+    known).
+    """
     with explained_storage(path):
         content = path.read_bytes()
     if sums is not None:
         now = Sums(sums.block)
         now.add(content)
         if (now.size, now.crcs) != (sums.size, sums.crcs):
-            raise DamagedStoreError(f"{path} is damaged: it is not what was written (its checksum differs); {remedy}")
+            raise DamagedStoreError(
+                f"{path} is damaged: it is not what was written (its checksum differs); {remedy}"
+            )
     return content

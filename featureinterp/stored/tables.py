@@ -1,8 +1,9 @@
 """SQLite files whose rows prove themselves.
 
-Every table has two columns more: ``head``, the CRC-32 of the row's small columns, and ``checksum``, that of all of them.
-``totals`` has for every table how many rows it holds and the sum of their checksums, kept by triggers in the transaction of
-every change, so that a row that is lost shows as well. Rows of an earlier version have neither and are read as they are.
+Every table has two columns more: ``head``, the CRC-32 of the row's small columns, and ``checksum``, that of
+all of them. ``totals`` has for every table how many rows it holds and the sum of their checksums, kept by
+triggers in the transaction of every change, so that a row that is lost shows as well. Rows of an earlier
+version have neither and are read as they are.
 """
 
 from __future__ import annotations
@@ -17,21 +18,25 @@ from typing import Any
 
 from featureinterp.errors import DamagedStoreError, InputError, StorageError
 
-_TOTALS = "CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, n INTEGER NOT NULL, sum INTEGER NOT NULL) STRICT;"
+_TOTALS = (
+    "CREATE TABLE IF NOT EXISTS totals (name TEXT PRIMARY KEY, n INTEGER NOT NULL, sum INTEGER NOT "
+    "NULL) STRICT;"
+)
 _TRIGGERS = """
 CREATE TRIGGER IF NOT EXISTS {t}_added AFTER INSERT ON {t} BEGIN
     UPDATE totals SET n = n + 1, sum = sum + coalesce(new.checksum, 0) WHERE name = '{t}'; END;
 CREATE TRIGGER IF NOT EXISTS {t}_gone AFTER DELETE ON {t} BEGIN
     UPDATE totals SET n = n - 1, sum = sum - coalesce(old.checksum, 0) WHERE name = '{t}'; END;
 CREATE TRIGGER IF NOT EXISTS {t}_changed AFTER UPDATE ON {t} BEGIN
-    UPDATE totals SET sum = sum + coalesce(new.checksum, 0) - coalesce(old.checksum, 0) WHERE name = '{t}'; END;
+    UPDATE totals SET sum = sum + coalesce(new.checksum, 0) - coalesce(old.checksum, 0)
+    WHERE name = '{t}'; END;
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """``ddl``: columns and constraints without the two of this module; ``small``: columns that are read often, ``large``: the
-    others. ``id`` columns that SQLite numbers are in neither."""
+    """``ddl``: columns and constraints without the two of this module; ``small``: columns that are read
+    often, ``large``: the others. ``id`` columns that SQLite numbers are in neither."""
 
     ddl: str
     small: tuple[str, ...]
@@ -53,10 +58,12 @@ def crc_of(*values: Any) -> int:
 
 
 class Tables:
-    """A SQLite file (write-ahead log) of checked tables. ``what``: its name in errors ("the journal"); ``remedy``: what to do
-    about a damaged one. ``reads``: earlier versions whose tables are the same but for the checksums.
+    """A SQLite file (write-ahead log) of checked tables. ``what``: its name in errors ("the journal");
+    ``remedy``: what to do about a damaged one. ``reads``: earlier versions whose tables are the same but for
+    the checksums.
 
-    Raises ``StorageError`` when it cannot be opened or written, ``DamagedStoreError`` when it is not what was written.
+    Raises ``StorageError`` when it cannot be opened or written, ``DamagedStoreError`` when it is not what was
+    written.
     """
 
     def __init__(
@@ -94,9 +101,13 @@ class Tables:
         names = {row[0] for row in run("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if names and there not in (version, *reads):
             again = "give another folder, or delete it to start anew"
-            raise InputError(f"{self._what} {self.path} was written by another version of featureinterp: {again}")
+            raise InputError(
+                f"{self._what} {self.path} was written by another version of featureinterp: {again}"
+            )
         if there == version and not {"totals", *self.tables} <= names:
-            raise DamagedStoreError(f"{self._what} {self.path} is damaged: a table is missing; {self._remedy}")
+            raise DamagedStoreError(
+                f"{self._what} {self.path} is damaged: a table is missing; {self._remedy}"
+            )
         run("PRAGMA journal_mode = WAL")
         run("PRAGMA synchronous = NORMAL")
         run("PRAGMA recursive_triggers = ON")  # so that replacing a row counts as deleting it
@@ -118,7 +129,7 @@ class Tables:
                     run(f"ALTER TABLE {name} ADD COLUMN {column} INTEGER")
             else:
                 run(f"CREATE TABLE {name} ({_with_sums(table.ddl)}) STRICT")
-            run(f"INSERT OR REPLACE INTO totals SELECT '{name}', count(*), 0 FROM {name}")  # noqa: S608 (our own names)
+            run(f"INSERT OR REPLACE INTO totals SELECT '{name}', count(*), 0 FROM {name}")  # noqa: S608
             for statement in _TRIGGERS.format(t=name).split("END;")[:-1]:
                 run(f"{statement} END")
         if indexes:
@@ -150,7 +161,7 @@ class Tables:
         sums = (crc_of(*(row[c] for c in kind.small)), crc_of(*(row[c] for c in kind.columns)))
         names = [*row, "head", "checksum"]
         marks = ", ".join("?" * len(names))
-        statement = f"INSERT OR REPLACE INTO {table} ({', '.join(names)}) VALUES ({marks})"  # noqa: S608 (our own names)
+        statement = f"INSERT OR REPLACE INTO {table} ({', '.join(names)}) VALUES ({marks})"  # noqa: S608
         try:
             return int(self._connection.execute(statement, (*row.values(), *sums)).lastrowid or 0)
         except sqlite3.Error as error:
@@ -169,7 +180,9 @@ class Tables:
                 yield dict(zip(names[:-1], row, strict=False))
 
     def small(self, statement: str, values: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        """The rows of a query of small columns alone. :meth:`check_small` says whether they can be trusted."""
+        """The rows of a query of small columns alone. :meth:`check_small` says whether they can be
+        trusted.
+        """
         with self._reading():
             cursor = self._connection.execute(statement, values)
             return [dict(zip((c[0] for c in cursor.description), row, strict=True)) for row in cursor]
@@ -178,16 +191,21 @@ class Tables:
         """Raises ``DamagedStoreError`` when rows are lost or a small column is not what was written."""
         small = ", ".join(self.tables[table].small)
         with self._reading():
-            wrong = f"SELECT count(*) FROM {table} WHERE head IS NOT NULL AND head != crc({small})"  # noqa: S608 (our own names)
+            # Tables and columns have our own names.
+            wrong = f"SELECT count(*) FROM {table} WHERE head IS NOT NULL AND head != crc({small})"  # noqa: S608
             if self._connection.execute(wrong).fetchone()[0]:
                 raise self._damaged(f"a row of {table} is not what was written")
-            now = f"(SELECT count(*) FROM {table}) = n AND (SELECT coalesce(sum(checksum), 0) FROM {table}) = sum"  # noqa: S608
-            one = f"SELECT {now} FROM totals WHERE name = ?"  # noqa: S608 (one statement: others may write meanwhile)
+            # One statement: others may write meanwhile.
+            counted = f"(SELECT count(*) FROM {table}) = n"  # noqa: S608
+            summed = f"(SELECT coalesce(sum(checksum), 0) FROM {table}) = sum"  # noqa: S608
+            one = f"SELECT {counted} AND {summed} FROM totals WHERE name = ?"  # noqa: S608
             if self._connection.execute(one, (table,)).fetchone() != (1,):
                 raise self._damaged(f"rows of {table} are lost or changed")
 
     def check(self) -> int:
-        """Raises ``DamagedStoreError`` when anything in the file is not what was written; how many rows have no checksum."""
+        """Raises ``DamagedStoreError`` when anything in the file is not what was written; how many rows have
+        no checksum.
+        """
         with self._reading():
             found = self._connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
             if found != "ok":

@@ -39,8 +39,9 @@ Check = Callable[[Path], int]
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What is known of a part. ``state``: ``good``, ``damaged`` or ``no checksums`` (an earlier version wrote it). ``why``: what is
-    wrong, in a sentence that says what to do; of a part without checksums, what could not be told. ``n_bytes``: how much was read."""
+    """What is known of a part. ``state``: ``good``, ``damaged`` or ``no checksums`` (an earlier version wrote
+    it). ``why``: what is wrong, in a sentence that says what to do; of a part without checksums, what could
+    not be told. ``n_bytes``: how much was read."""
 
     part: str
     state: str
@@ -52,9 +53,11 @@ class Found:
         return asdict(self)
 
 
-def verify_files(folder: Path, tables: Mapping[str, Check], checkpoints: Mapping[str, Check]) -> Iterator[Found]:
-    """Every part of a folder, in the order of their names. ``tables``, ``checkpoints``: how a file of a name is checked that
-    proves itself. Raises ``StorageError`` for a folder that cannot be read."""
+def verify_files(
+    folder: Path, tables: Mapping[str, Check], checkpoints: Mapping[str, Check]
+) -> Iterator[Found]:
+    """Every part of a folder, in the order of their names. ``tables``, ``checkpoints``: how a file of a name
+    is checked that proves itself. Raises ``StorageError`` for a folder that cannot be read."""
     if not folder.is_dir():
         raise StorageError(f"there is no folder {folder}: give one that featureinterp wrote")
     named: set[Path] = set()
@@ -76,7 +79,9 @@ def _checked(path: Path, check: Check) -> Found:
     except FeatureInterpError as error:
         return Found(str(path), DAMAGED, str(error), path.stat().st_size)
     state = UNCHECKED if bare else GOOD
-    return Found(str(path), state, f"{bare:,} rows of an earlier version" if bare else "", path.stat().st_size)
+    return Found(
+        str(path), state, f"{bare:,} rows of an earlier version" if bare else "", path.stat().st_size
+    )
 
 
 def _marker(path: Path, named: set[Path]) -> Iterator[Found]:
@@ -95,7 +100,11 @@ def _marker(path: Path, named: set[Path]) -> Iterator[Found]:
     except StorageError as error:
         yield Found(str(path), DAMAGED, str(error), size)
         return
-    yield Found(str(path), UNCHECKED, "an earlier version wrote it", size) if marker.files is None else Found(str(path), GOOD, "", size)
+    yield (
+        Found(str(path), UNCHECKED, "an earlier version wrote it", size)
+        if marker.files is None
+        else Found(str(path), GOOD, "", size)
+    )
     for name, sums in (marker.files or {}).items():
         file = path.parent / name
         found = _file(file, sums, remedy)

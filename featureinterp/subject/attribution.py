@@ -1,9 +1,11 @@
-"""A subject model on texts from which one token is missing, every token in turn, and what a token's embedding does.
+"""A subject model on texts from which one token is missing, every token in turn, and what a token's embedding
+does.
 
-Leaving out token t changes nothing before it and everything after it. So all n deletions of a window are one sequence: the window itself,
-then for each t the tokens after t, which see the window's first t tokens and one another and stand one position earlier. That is
-n + n(n−1)/2 tokens in one pass instead of n(n−1) in n passes. Models whose attention takes no mask of this kind are found out by a check
-on a few tokens and read every deletion in full, in batches.
+Leaving out token t changes nothing before it and everything after it. So all n deletions of a window are one
+sequence: the window itself, then for each t the tokens after t, which see the window's first t tokens and one
+another and stand one position earlier. That is n + n(n−1)/2 tokens in one pass instead of n(n−1) in n passes.
+Models whose attention takes no mask of this kind are found out by a check on a few tokens and read every
+deletion in full, in batches.
 """
 
 from __future__ import annotations
@@ -33,10 +35,13 @@ class Deletions:
 
     @torch.inference_mode()
     def residuals(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For token ids ``[window, n]``: residuals ``[window, row, d_model]`` whose first n rows are the window's own, and the row of every
-        token of every deletion, int64 ``[n, n − 1]`` (deletion, token that is left)."""
+        """For token ids ``[window, n]``: residuals ``[window, row, d_model]`` whose first n rows are the
+        window's own, and the row of every token of every deletion, int64 ``[n, n − 1]`` (deletion, token that
+        is left)."""
         self.subject.as_read(ids)
-        return (self._packed if self.packs and self._fits(ids.shape[1]) else self._plain)(ids.to(self.subject.device))
+        return (self._packed if self.packs and self._fits(ids.shape[1]) else self._plain)(
+            ids.to(self.subject.device)
+        )
 
     def _packed(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         n = ids.shape[1]
@@ -49,7 +54,11 @@ class Deletions:
             additive = torch.zeros(1, 1, *mask.shape, dtype=self.subject.dtype, device=ids.device)
             additive.masked_fill_(~mask.to(ids.device), torch.finfo(self.subject.dtype).min)
             found = [
-                self._run(input_ids=batch[:, source.to(ids.device)], position_ids=position.to(ids.device).expand(len(batch), -1), attention_mask=additive)
+                self._run(
+                    input_ids=batch[:, source.to(ids.device)],
+                    position_ids=position.to(ids.device).expand(len(batch), -1),
+                    attention_mask=additive,
+                )
                 for batch in tokens.split(max(1, BATCH_TOKENS // len(source)))
             ]
             found = torch.cat(found)[:, int(bos is not None) :]
@@ -66,7 +75,9 @@ class Deletions:
         if n == 1:
             return own, rows
         cut = ids[:, left].reshape(len(ids) * n, n - 1)
-        found = torch.cat([self.subject.residual(batch, self.hook) for batch in cut.split(max(1, BATCH_TOKENS // (n - 1)))])
+        found = torch.cat(
+            [self.subject.residual(batch, self.hook) for batch in cut.split(max(1, BATCH_TOKENS // (n - 1)))]
+        )
         return torch.cat([own, found.reshape(len(ids), n * (n - 1), -1)], 1), rows
 
     @property
@@ -98,8 +109,8 @@ class Deletions:
 
 @lru_cache(64)
 def deletion_rows(n: int) -> torch.Tensor:
-    """Where the packed sequence of a window of ``n`` tokens holds token j of deletion t, int64 ``[n, n − 1]``: tokens before t are the window's
-    own."""
+    """Where the packed sequence of a window of ``n`` tokens holds token j of deletion t, int64 ``[n, n −
+    1]``: tokens before t are the window's own."""
     starts = [n + t * (n - 1) - t * (t - 1) // 2 for t in range(n)]
     rows = [[*range(t), *range(starts[t], starts[t] + n - 1 - t)] for t in range(n)]
     return torch.tensor(rows, dtype=torch.int64).reshape(n, n - 1)
@@ -107,11 +118,15 @@ def deletion_rows(n: int) -> torch.Tensor:
 
 def _others(n: int) -> torch.Tensor:
     """Row t: 0 … n − 1 without t."""
-    return torch.tensor([[j for j in range(n) if j != t] for t in range(n)], dtype=torch.int64).reshape(n, n - 1)
+    return torch.tensor([[j for j in range(n) if j != t] for t in range(n)], dtype=torch.int64).reshape(
+        n, n - 1
+    )
 
 
 def _groups(n: int, longest: int) -> list[tuple[int, int]]:
-    """Deletions in ranges whose tokens, with the window's own, are at most ``longest`` where that is possible."""
+    """Deletions in ranges whose tokens, with the window's own, are at most ``longest`` where that is
+    possible.
+    """
     groups, first, size = [], 0, 0
     for t in range(n):
         more = n - 1 - t
@@ -125,8 +140,8 @@ def _groups(n: int, longest: int) -> list[tuple[int, int]]:
 
 @lru_cache(64)
 def _layout(n: int, first: int, end: int, bos: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The packed sequence of deletions ``first`` to ``end``: which token of the window (n: the BOS) stands where, its position in the text, and
-    what it sees, bool ``[row, row]``."""
+    """The packed sequence of deletions ``first`` to ``end``: which token of the window (n: the BOS) stands
+    where, its position in the text, and what it sees, bool ``[row, row]``."""
     lead = int(bos)
     source = [n] * lead + list(range(n))
     position = list(range(lead + n))
@@ -139,18 +154,25 @@ def _layout(n: int, first: int, end: int, bos: bool) -> tuple[torch.Tensor, torc
     mask[: lead + n, : lead + n] = torch.ones(lead + n, lead + n, dtype=torch.bool).tril()
     for t, start, length in blocks:
         mask[start : start + length, : lead + t] = True
-        mask[start : start + length, start : start + length] = torch.ones(length, length, dtype=torch.bool).tril()
+        mask[start : start + length, start : start + length] = torch.ones(
+            length, length, dtype=torch.bool
+        ).tril()
     return torch.tensor(source), torch.tensor(position), mask
 
 
-def embedding_effects(subject: Subject, hook: str, ids: torch.Tensor, total: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """Gradient × input: for token ids ``[window, n]`` and a differentiable ``total`` of residuals ``[window, n, d_model]``, one value per
-    window, the first-order effect of every token's embedding on it, float32 ``[window, n]``."""
+def embedding_effects(
+    subject: Subject, hook: str, ids: torch.Tensor, total: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Gradient × input: for token ids ``[window, n]`` and a differentiable ``total`` of residuals ``[window,
+    n, d_model]``, one value per window, the first-order effect of every token's embedding on it, float32
+    ``[window, n]``."""
     block = find_blocks(subject.model, subject.n_blocks)[subject.check_hook(hook)]
     ids, lead = subject.as_read(ids)
     with torch.enable_grad():
         embedded = subject.model.get_input_embeddings()(ids).detach().requires_grad_(True)
-        residual = residual_after(subject.model, block, {"inputs_embeds": embedded, "use_cache": False})[:, lead:]
+        residual = residual_after(subject.model, block, {"inputs_embeds": embedded, "use_cache": False})[
+            :, lead:
+        ]
         summed = total(residual).sum()
         if not summed.requires_grad:
             return torch.zeros(len(ids), ids.shape[1] - lead)

@@ -26,16 +26,23 @@ def block_of(hook: str, n_blocks: int) -> int:
     """
     match = _NAME.fullmatch(hook)
     if match is None or int(match[1]) >= n_blocks:
-        raise UnknownNameError(f"the model has no hook {hook!r}: it has blocks.0.hook_resid_post to blocks.{n_blocks - 1}.hook_resid_post")
+        raise UnknownNameError(
+            f"the model has no hook {hook!r}: it has blocks.0.hook_resid_post to "
+            f"blocks.{n_blocks - 1}.hook_resid_post"
+        )
     return int(match[1])
 
 
 def find_blocks(model: nn.Module, n_blocks: int) -> nn.ModuleList:
-    """The list of decoder blocks: the first ``ModuleList`` of the model whose length is the number of blocks."""
+    """The list of decoder blocks: the first ``ModuleList`` of the model whose length is the number of
+    blocks.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == n_blocks and "vision" not in name:
             return module
-    raise UnknownNameError(f"{type(model).__name__} has no list of {n_blocks} decoder blocks: this architecture is not supported")
+    raise UnknownNameError(
+        f"{type(model).__name__} has no list of {n_blocks} decoder blocks: this architecture is not supported"
+    )
 
 
 def residual_after(model: nn.Module, block: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -46,7 +53,9 @@ def residual_after(model: nn.Module, block: nn.Module, inputs: dict[str, Any]) -
     return residuals_after(model, [block], inputs)[0]
 
 
-def residuals_after(model: nn.Module, blocks: Sequence[nn.Module], inputs: dict[str, Any]) -> list[torch.Tensor]:
+def residuals_after(
+    model: nn.Module, blocks: Sequence[nn.Module], inputs: dict[str, Any]
+) -> list[torch.Tensor]:
     """The same for several blocks, in the order in which they run, in one pass up to the last."""
     found: list[torch.Tensor] = []
 
@@ -67,20 +76,23 @@ def residuals_after(model: nn.Module, blocks: Sequence[nn.Module], inputs: dict[
 
 
 def residual_in(output: Any, block: nn.Module) -> torch.Tensor:
-    """The residual stream ``[batch, token, d_model]`` in what a block puts out. Raises ``IncompatibleError`` when it is of another form."""
+    """The residual stream ``[batch, token, d_model]`` in what a block puts out. Raises ``IncompatibleError``
+    when it is of another form.
+    """
     found = output[0] if isinstance(output, tuple) and output else output
     if isinstance(found, torch.Tensor) and found.ndim == 3:
         return found
     form = f"shape {list(found.shape)}" if isinstance(found, torch.Tensor) else f"a {type(found).__name__}"
     raise IncompatibleError(
-        f"the blocks of this model ({type(block).__name__}) put out {form} instead of one residual stream [batch, token, width]: it is not supported"
+        f"the blocks of this model ({type(block).__name__}) put out {form} instead of one residual stream "
+        "[batch, token, width]: it is not supported"
     )
 
 
 @contextmanager
 def replaced(model: nn.Module, hook: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Within the block, the residual stream at ``hook`` goes through ``change``, a function of ``[batch, token, d_model]``. The hook is removed whatever
-    happens."""
+    """Within the block, the residual stream at ``hook`` goes through ``change``, a function of ``[batch,
+    token, d_model]``. The hook is removed whatever happens."""
     n_blocks = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[operator,union-attr]
     block = find_blocks(model, n_blocks)[block_of(hook, n_blocks)]
 

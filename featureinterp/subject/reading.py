@@ -1,6 +1,8 @@
-"""The one way in which windows of a corpus are read through a subject model: batches of one length, as large as they fit.
+"""The one way in which windows of a corpus are read through a subject model: batches of one length, as large
+as they fit.
 
-On a GPU the next batch is begun before the present one is handed over, so that the model computes while the host writes.
+On a GPU the next batch is begun before the present one is handed over, so that the model computes while the
+host writes.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ CHUNK_TOKENS = 16_384
 
 T = TypeVar("T")
 Finish = Callable[["Batch", list[torch.Tensor]], T]
-"""Makes of a batch and its activations at every hook, each ``[window, token, d_model]``, what is handed over. It runs in inference mode."""
+"""Makes of a batch and its activations at every hook, each ``[window, token, d_model]``, what is handed over.
+It runs in inference mode.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Windows of one length. ``rows``: which; ``through``: the place in the order before which all windows are done when this batch is; None while
-    others of its chunk are missing."""
+    """Windows of one length. ``rows``: which; ``through``: the place in the order before which all windows
+    are done when this batch is; None while others of its chunk are missing."""
 
     rows: np.ndarray
     length: int
@@ -57,10 +61,12 @@ def read_windows(
     first: int = 0,
     batch_tokens: int = BATCH_TOKENS,
 ) -> Iterator[tuple[Batch, T]]:
-    """Windows in ``order`` (all, as they come, when None) from ``order[first:]`` on, batch by batch: (the batch, what ``finish`` made of it).
+    """Windows in ``order`` (all, as they come, when None) from ``order[first:]`` on, batch by batch: (the
+    batch, what ``finish`` made of it).
 
-    ``batch_tokens``: tokens at once; the default stands for as many as a GPU holds there. Batches that do not fit are halved. The order of the windows
-    depends on ``batch_tokens`` and not on what fits. Raises ``DeviceMemoryError`` when a single window does not fit.
+    ``batch_tokens``: tokens at once; the default stands for as many as a GPU holds there. Batches that do not
+    fit are halved. The order of the windows depends on ``batch_tokens`` and not on what fits. Raises
+    ``DeviceMemoryError`` when a single window does not fit.
     """
     order = np.arange(len(windows)) if order is None else order
     wanted = CHUNK_TOKENS if batch_tokens == BATCH_TOKENS and on_gpu(subject.device) else batch_tokens
@@ -72,7 +78,9 @@ def read_windows(
         while (group := waiting.pop() if waiting else next(groups, None)) is not None:
             batch, rest = group.cut(fit.rows(windows.length, wanted))
             try:
-                begun = subject.residuals(torch.from_numpy(np.array(windows.tokens[batch.rows, : batch.length], np.int64)), hooks)
+                begun = subject.residuals(
+                    torch.from_numpy(np.array(windows.tokens[batch.rows, : batch.length], np.int64)), hooks
+                )
             except RuntimeError as error:
                 fit.less(len(batch.rows), windows.length, error, subject.device)
                 waiting.append(group)

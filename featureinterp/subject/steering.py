@@ -12,21 +12,29 @@ from featureinterp.errors import IncompatibleError
 from featureinterp.subject.hooks import replaced
 
 Units = Callable[[torch.Tensor], torch.Tensor]
-"""What a direction is multiplied by at each token: from the residual stream ``[batch, token, d_model]`` to ``[batch, token]``."""
+"""What a direction is multiplied by at each token: from the residual stream ``[batch, token, d_model]`` to
+``[batch, token]``.
+"""
 
 
 @contextmanager
-def added(model: torch.nn.Module, hook: str, vector: torch.Tensor | None, units: Units | None = None) -> Iterator[None]:
-    """Within the block, ``vector [d_model]``, times each token's own ``units`` where they are given, is added to the residual
-    stream at ``hook``, at every token but a text's first, the attention sink; a pass of one token is taken to go on behind others.
-    None, or zeros: nothing is hooked, and the model is exactly what it was. The hook is removed whatever happens."""
+def added(
+    model: torch.nn.Module, hook: str, vector: torch.Tensor | None, units: Units | None = None
+) -> Iterator[None]:
+    """Within the block, ``vector [d_model]``, times each token's own ``units`` where they are given, is added
+    to the residual stream at ``hook``, at every token but a text's first, the attention sink; a pass of one
+    token is taken to go on behind others. None, or zeros: nothing is hooked, and the model is exactly what it
+    was. The hook is removed whatever happens."""
     if vector is None or not bool(vector.any()):
         yield
         return
 
     def add(residual: torch.Tensor) -> torch.Tensor:
         if vector.shape != residual.shape[-1:]:
-            raise IncompatibleError(f"a direction of {list(vector.shape)} cannot be added to a residual stream of width {residual.shape[-1]}")
+            raise IncompatibleError(
+                f"a direction of {list(vector.shape)} cannot be added to a residual stream of width "
+                f"{residual.shape[-1]}"
+            )
         shift = vector.to(residual.device).float()
         if units is not None:
             shift = units(residual.float())[..., None] * shift
@@ -52,8 +60,9 @@ def write(
     seed: int,
     units: Units | None = None,
 ) -> list[str]:
-    """One continuation of each opening, without the opening, at most ``max_tokens`` tokens. ``temperature`` 0: the likeliest token every time. The same
-    arguments give the same texts. Openings of one length in tokens are written together."""
+    """One continuation of each opening, without the opening, at most ``max_tokens`` tokens. ``temperature``
+    0: the likeliest token every time. The same arguments give the same texts. Openings of one length in
+    tokens are written together."""
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     ids = [bos + tokenizer.encode(opening, add_special_tokens=False) for opening in openings]
     texts = [""] * len(openings)
@@ -61,13 +70,27 @@ def write(
         for length in sorted({len(row) for row in ids}):
             group = [i for i, row in enumerate(ids) if len(row) == length]
             generators = [torch.Generator().manual_seed(seed + i) for i in group]
-            new = _continued(model, torch.tensor([ids[i] for i in group]), generators, max_tokens, temperature, tokenizer.eos_token_id)
+            new = _continued(
+                model,
+                torch.tensor([ids[i] for i in group]),
+                generators,
+                max_tokens,
+                temperature,
+                tokenizer.eos_token_id,
+            )
             for i, tokens in zip(group, new, strict=True):
                 texts[i] = tokenizer.decode(tokens, skip_special_tokens=True)
     return texts
 
 
-def _continued(model: Any, ids: torch.Tensor, generators: Sequence[torch.Generator], max_tokens: int, temperature: float, end: int | None) -> list[list[int]]:
+def _continued(
+    model: Any,
+    ids: torch.Tensor,
+    generators: Sequence[torch.Generator],
+    max_tokens: int,
+    temperature: float,
+    end: int | None,
+) -> list[list[int]]:
     """What follows each row of ``ids [text, token]``, up to its end token; each row has its own luck."""
     found: list[list[int]] = [[] for _ in generators]
     going = set(range(len(found)))
@@ -77,7 +100,10 @@ def _continued(model: Any, ids: torch.Tensor, generators: Sequence[torch.Generat
         past, logits = out.past_key_values, out.logits[:, -1].float().cpu()
         if temperature > 0:
             chances = torch.softmax(logits / temperature, -1)
-            tokens = [int(torch.multinomial(row, 1, generator=g)) for row, g in zip(chances, generators, strict=True)]
+            tokens = [
+                int(torch.multinomial(row, 1, generator=g))
+                for row, g in zip(chances, generators, strict=True)
+            ]
         else:
             tokens = logits.argmax(-1).tolist()
         going -= {i for i in going if tokens[i] == end}
@@ -91,5 +117,8 @@ def _continued(model: Any, ids: torch.Tensor, generators: Sequence[torch.Generat
 
 def random_directions(d: int, n: int, *, seed: int) -> torch.Tensor:
     """``n`` directions of unit length, uniform on the sphere, float32 ``[n, d]``."""
-    found = [torch.randn(d, generator=torch.Generator().manual_seed(seed * 1_000_003 + number)) for number in range(n)]
+    found = [
+        torch.randn(d, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
+        for number in range(n)
+    ]
     return torch.nn.functional.normalize(torch.stack(found), dim=1)

@@ -1,17 +1,20 @@
 """SAEs that learn: what each architecture computes from a batch, and its loss.
 
-Weights are held by feature (``W_enc``, ``W_dec``: ``[d_sae, d_in]``), decoder rows have unit norm. Inputs are normalised; every loss is in shares of
-their variance V = E‖x − mean‖², so that the weight of a penalty means the same for any model:
+Weights are held by feature (``W_enc``, ``W_dec``: ``[d_sae, d_in]``), decoder rows have unit norm. Inputs are
+normalised; every loss is in shares of their variance V = E‖x − mean‖², so that the weight of a penalty means
+the same for any model:
 
-    reconstruction  Σ‖x − x̂‖² / (batch · V), the fraction of variance unexplained (FVU)
-    TopK            + aux                           Gao et al. 2024, "Scaling and evaluating sparse autoencoders"
-    BatchTopK       + aux                           Bussmann et al. 2024, "BatchTopK sparse autoencoders"
-    Matryoshka      mean FVU of the prefixes + aux  Bussmann et al. 2025, "Learning multi-level features with Matryoshka sparse autoencoders"
-    ReLU            + λ Σ c / (batch · √V) + aux    Bricken et al. 2023, "Towards monosemanticity"
-    JumpReLU        + λ (L0 / k − 1)² + aux         Rajamanoharan et al. 2024, "Jumping ahead", with a wanted L0
-    gated           + λ Σ ReLU(π) / (batch · √V) + Σ‖x − x̂(ReLU(π))‖² / (batch · V), that x̂ with a frozen decoder, + aux
-                                                    Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders"
-    aux             α Σ‖e − ê‖² / Σ‖e‖²: of the error e by the ``aux_k`` largest codes of dead features (Gao et al. 2024)
+    reconstruction  Σ‖x − x̂‖² / (batch · V), the fraction of variance unexplained (FVU) TopK            + aux
+    Gao et al. 2024, "Scaling and evaluating sparse autoencoders" BatchTopK       + aux
+    Bussmann et al. 2024, "BatchTopK sparse autoencoders" Matryoshka      mean FVU of the prefixes + aux
+    Bussmann et al. 2025, "Learning multi-level features with Matryoshka sparse autoencoders" ReLU
+    + λ Σ c / (batch · √V) + aux    Bricken et al. 2023, "Towards monosemanticity" JumpReLU        + λ (L0 / k
+    − 1)² + aux         Rajamanoharan et al. 2024, "Jumping ahead", with a wanted L0 gated           + λ Σ
+    ReLU(π) / (batch · √V) + Σ‖x − x̂(ReLU(π))‖² / (batch · V), that x̂ with a frozen decoder, + aux
+                                                    Rajamanoharan et al. 2024, "Improving dictionary learning
+                                                    with gated sparse autoencoders"
+    aux             α Σ‖e − ê‖² / Σ‖e‖²: of the error e by the ``aux_k`` largest codes of dead features (Gao
+    et al. 2024)
 """
 
 from __future__ import annotations
@@ -31,8 +34,9 @@ from featureinterp.training.sparse import Pattern, decoded, encoded
 
 
 class Step(NamedTuple):
-    """What a batch gave: the ``loss`` to descend; the parts of it and of this process's rows, without gradients: ``error`` Σ‖x − x̂‖², ``penalty`` and ``aux``
-    (as they stand in the loss), ``n_codes``; ``fired`` bool ``[d_sae]``."""
+    """What a batch gave: the ``loss`` to descend; the parts of it and of this process's rows, without
+    gradients: ``error`` Σ‖x − x̂‖², ``penalty`` and ``aux`` (as they stand in the loss), ``n_codes``;
+    ``fired`` bool ``[d_sae]``."""
 
     loss: torch.Tensor
     error: torch.Tensor
@@ -44,14 +48,18 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Normalizer:
-    """What is done to activations before an SAE reads them in training. ``scale``: the one factor of ``global``."""
+    """What is done to activations before an SAE reads them in training. ``scale``: the one factor of
+    ``global``.
+    """
 
     kind: str
     scale: float = 1.0
 
     @classmethod
     def of(cls, kind: str, sample: torch.Tensor) -> Normalizer:
-        """From a sample ``[row, d_in]``: ``global`` gives the centred rows unit variance per dimension, on average."""
+        """From a sample ``[row, d_in]``: ``global`` gives the centred rows unit variance per dimension, on
+        average.
+        """
         if kind != "global":
             return cls(kind)
         variance = float((sample - sample.mean(0)).pow(2).mean())
@@ -62,8 +70,8 @@ class Normalizer:
 
 
 def geometric_median(x: torch.Tensor, *, tolerance: float = 1e-5, most: int = 200) -> torch.Tensor:
-    """The point with the smallest sum of distances to the rows of ``x [row, d]``: Weiszfeld's iteration, until it moves by less than ``tolerance`` of their
-    mean distance."""
+    """The point with the smallest sum of distances to the rows of ``x [row, d]``: Weiszfeld's iteration,
+    until it moves by less than ``tolerance`` of their mean distance."""
     point = x.mean(0)
     for _ in range(most):
         distance = (x - point).norm(dim=1).clamp_min(1e-12)
@@ -77,9 +85,20 @@ def geometric_median(x: torch.Tensor, *, tolerance: float = 1e-5, most: int = 20
 
 
 class Trainable(nn.Module):
-    """Base of the architectures. ``variance``: of the normalised inputs. ``bias``: the pre-bias ``[d_in]``; ``ranks``: the processes that share a batch."""
+    """Base of the architectures. ``variance``: of the normalised inputs. ``bias``: the pre-bias ``[d_in]``;
+    ``ranks``: the processes that share a batch.
+    """
 
-    def __init__(self, d_in: int, table: SaeTable, *, bias: torch.Tensor, variance: float, generator: torch.Generator, ranks: Ranks = Ranks()) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        table: SaeTable,
+        *,
+        bias: torch.Tensor,
+        variance: float,
+        generator: torch.Generator,
+        ranks: Ranks = Ranks(),
+    ) -> None:
         super().__init__()
         d_sae = table.width(d_in)
         self.table, self.variance, self.ranks = table, variance, ranks
@@ -93,12 +112,21 @@ class Trainable(nn.Module):
         self.b_dec = nn.Parameter(bias.clone())
 
     def forward(self, x: torch.Tensor, dead: torch.Tensor, strength: float) -> Step:
-        """The loss of normalised ``x [row, d_in]``. ``dead``: the features that are, int64; ``strength``: how far the penalty has grown, 0 to 1."""
+        """The loss of normalised ``x [row, d_in]``. ``dead``: the features that are, int64; ``strength``: how
+        far the penalty has grown, 0 to 1.
+        """
         raise NotImplementedError
 
     def export(self, scale: float) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
-        """(architecture, tensors in units of activations that were multiplied by ``scale``, settings) as :class:`SparseAutoencoder` takes them."""
-        tensors = {"W_enc": self.W_enc.T, "W_dec": self.W_dec, "b_enc": self.b_enc / scale, "b_dec": self.b_dec / scale}
+        """(architecture, tensors in units of activations that were multiplied by ``scale``, settings) as
+        :class:`SparseAutoencoder` takes them.
+        """
+        tensors = {
+            "W_enc": self.W_enc.T,
+            "W_dec": self.W_dec,
+            "b_enc": self.b_enc / scale,
+            "b_dec": self.b_dec / scale,
+        }
         return self.table.architecture, tensors, {}
 
     @torch.no_grad()
@@ -144,7 +172,9 @@ class ByCount(Trainable):
         reconstruction = errors.pow(2).sum() / (len(errors) * len(x) * self.variance)
         aux = self._aux(x, errors[-1], dead)
         positive = values > 0
-        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=x.device).index_fill_(0, pattern.features[positive], True)
+        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=x.device).index_fill_(
+            0, pattern.features[positive], True
+        )
         whole = errors[-1].detach().pow(2).sum()
         return Step(reconstruction + aux, whole, x.new_zeros(()), aux.detach(), positive.sum(), fired)
 
@@ -175,8 +205,8 @@ class ByCount(Trainable):
 
 
 class ByBatch(ByCount):
-    """BatchTopK: the k · batch largest codes of the whole batch; a running mean of the smallest becomes the threshold. Matryoshka keeps its codes in the same
-    way."""
+    """BatchTopK: the k · batch largest codes of the whole batch; a running mean of the smallest becomes the
+    threshold. Matryoshka keeps its codes in the same way."""
 
     threshold: torch.Tensor
 
@@ -187,11 +217,17 @@ class ByBatch(ByCount):
     def _chosen(self, centred: torch.Tensor) -> tuple[torch.Tensor, Pattern]:
         dense = torch.relu(self._all(centred))
         n = min(self.table.k * len(dense) * self.ranks.world, dense.numel())
-        smallest = nth_largest(self.ranks.gather(largest(dense.flatten(), n)), n) if self.ranks.world > 1 else nth_largest(dense.flatten(), n)
+        smallest = (
+            nth_largest(self.ranks.gather(largest(dense.flatten(), n)), n)
+            if self.ranks.world > 1
+            else nth_largest(dense.flatten(), n)
+        )
         mask = (dense >= smallest) & (dense > 0)
         pattern = Pattern.where(mask)
         values = self._exact(dense[mask], centred, pattern)
-        kept = self.ranks.min(values[values > 0].min() if bool((values > 0).any()) else dense.new_tensor(float("inf")))
+        kept = self.ranks.min(
+            values[values > 0].min() if bool((values > 0).any()) else dense.new_tensor(float("inf"))
+        )
         if self.training and bool(torch.isfinite(kept)):
             decay = self.table.threshold_decay if float(self.threshold) >= 0 else 0.0
             self.threshold.copy_(decay * self.threshold + (1 - decay) * kept)
@@ -213,7 +249,9 @@ class Matryoshka(ByBatch):
 class Dense(Trainable):
     """Base of the architectures whose codes are sparse by a penalty, and not from the first step on."""
 
-    def _linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def _linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
             return linear(x, weight, bias).to(x.dtype)
 
@@ -221,12 +259,26 @@ class Dense(Trainable):
         with torch.autocast(codes.device.type, torch.bfloat16, enabled=self.half):
             return (codes @ weight).to(codes.dtype)
 
-    def _step(self, x: torch.Tensor, codes: torch.Tensor, penalty: torch.Tensor, dead: torch.Tensor, extra: torch.Tensor | None = None) -> Step:
+    def _step(
+        self,
+        x: torch.Tensor,
+        codes: torch.Tensor,
+        penalty: torch.Tensor,
+        dead: torch.Tensor,
+        extra: torch.Tensor | None = None,
+    ) -> Step:
         error = x - self.b_dec - self._decoded(codes, self.W_dec)
         aux = self._aux(x, error, dead)
         loss = self._fvu(error) + penalty + aux
         n_codes, fired = torch.count_nonzero(codes.detach()), codes.detach().amax(0) > 0
-        return Step(loss if extra is None else loss + extra, error.detach().pow(2).sum(), penalty.detach(), aux.detach(), n_codes, fired)
+        return Step(
+            loss if extra is None else loss + extra,
+            error.detach().pow(2).sum(),
+            penalty.detach(),
+            aux.detach(),
+            n_codes,
+            fired,
+        )
 
 
 class ReLU(Dense):
@@ -247,7 +299,9 @@ class Gated(Dense):
         self.mag_bias = nn.Parameter(torch.zeros(self.d_sae))
 
     def forward(self, x: torch.Tensor, dead: torch.Tensor, strength: float) -> Step:
-        opened, codes = gated(self._linear(x - self.b_dec, self.W_enc), self.b_enc, torch.exp(self.r_mag), self.mag_bias)
+        opened, codes = gated(
+            self._linear(x - self.b_dec, self.W_enc), self.b_enc, torch.exp(self.r_mag), self.mag_bias
+        )
         penalty = strength * self.table.penalty_or_default * opened.sum() / (len(x) * self.variance**0.5)
         by_gate = x - self.b_dec.detach() - self._decoded(opened, self.W_dec.detach())
         return self._step(x, codes, penalty, dead, self._fvu(by_gate))
@@ -255,11 +309,17 @@ class Gated(Dense):
     def export(self, scale: float) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
         name, tensors, settings = super().export(scale)
         gate = tensors.pop("b_enc")
-        return name, tensors | {"gate_bias": gate, "r_mag": self.r_mag, "mag_bias": self.mag_bias / scale}, settings
+        return (
+            name,
+            tensors | {"gate_bias": gate, "r_mag": self.r_mag, "mag_bias": self.mag_bias / scale},
+            settings,
+        )
 
 
 class JumpReLU(Dense):
-    """Each feature has a threshold of its own, which learns through a kernel of width ``bandwidth`` around it."""
+    """Each feature has a threshold of its own, which learns through a kernel of width ``bandwidth`` around
+    it.
+    """
 
     def __init__(self, d_in: int, table: SaeTable, *, bias: torch.Tensor, **options: Any) -> None:
         super().__init__(d_in, table, bias=bias, **options)
@@ -270,10 +330,15 @@ class JumpReLU(Dense):
     def forward(self, x: torch.Tensor, dead: torch.Tensor, strength: float) -> Step:
         codes, count = jump(self._linear(x, self.W_enc, self.b_enc), self.threshold, self.table.bandwidth)
         local = count / len(x)
-        # the square is of the mean over all processes; what is descended is its tangent, which adds up over them
+        # the square is of the mean over all processes; what is descended is its tangent, which adds up over
+        # them
         mean = self.ranks.sum(local) / self.ranks.world
         off = mean / self.table.k - 1
-        penalty = strength * self.table.penalty_or_default * (off**2 + 2 * off / self.table.k * (local - local.detach()))
+        penalty = (
+            strength
+            * self.table.penalty_or_default
+            * (off**2 + 2 * off / self.table.k * (local - local.detach()))
+        )
         return self._step(x, codes, penalty, dead)
 
     @torch.no_grad()
@@ -290,8 +355,8 @@ class JumpReLU(Dense):
 
 
 class _Jump(torch.autograd.Function):
-    """(z where z > θ and else 0, how many those are). With K = 1 where |z − θ| < ε / 2, θ has the gradients −(θ / ε) K of the codes and −K / ε of the
-    number."""
+    """(z where z > θ and else 0, how many those are). With K = 1 where |z − θ| < ε / 2, θ has the gradients
+    −(θ / ε) K of the codes and −K / ε of the number."""
 
     @staticmethod
     def forward(ctx: Any, z: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> Any:
@@ -305,14 +370,20 @@ class _Jump(torch.autograd.Function):
         z, threshold, over = ctx.saved_tensors
         rows, features = torch.nonzero((z - threshold).abs_() < ctx.bandwidth / 2, as_tuple=True)
         near = threshold[features] * of_codes[rows, features] + of_number
-        return torch.where(over, of_codes, 0), torch.zeros_like(threshold).index_add_(0, features, near) / -ctx.bandwidth, None
+        return (
+            torch.where(over, of_codes, 0),
+            torch.zeros_like(threshold).index_add_(0, features, near) / -ctx.bandwidth,
+            None,
+        )
 
 
 class _Gated(torch.autograd.Function):
     """(ReLU(u + b), where that is positive ReLU(s u + m) and else 0) of what was read, u."""
 
     @staticmethod
-    def forward(ctx: Any, read: torch.Tensor, gate_bias: torch.Tensor, scale: torch.Tensor, mag_bias: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, read: torch.Tensor, gate_bias: torch.Tensor, scale: torch.Tensor, mag_bias: torch.Tensor
+    ) -> Any:
         opened = (read + gate_bias).relu_()
         codes = torch.where(opened > 0, torch.addcmul(mag_bias, read, scale).relu_(), 0)
         ctx.save_for_backward(read, scale, opened, codes)
@@ -331,7 +402,9 @@ def jump(z: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> tuple[to
     return codes, number
 
 
-def gated(read: torch.Tensor, gate_bias: torch.Tensor, scale: torch.Tensor, mag_bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def gated(
+    read: torch.Tensor, gate_bias: torch.Tensor, scale: torch.Tensor, mag_bias: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The gate, and the codes that it lets through: each ``[row, feature]``."""
     opened, codes = _Gated.apply(read, gate_bias, scale, mag_bias)
     return opened, codes
@@ -366,8 +439,12 @@ TRAINABLE: dict[str, type[Trainable]] = {
 
 
 def as_sae(model: Trainable, normalizer: Normalizer) -> SparseAutoencoder:
-    """The SAE that was learned, for activations as the model gives them: codes are in units of the residual stream (``token``: of the token's deviation)."""
+    """The SAE that was learned, for activations as the model gives them: codes are in units of the residual
+    stream (``token``: of the token's deviation).
+    """
     scale = normalizer.scale if normalizer.kind == "global" else 1.0
     name, tensors, settings = model.export(scale)
     held = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-    return ARCHITECTURES[name](held, normalize="layer_norm" if normalizer.kind == "token" else "none", **settings)
+    return ARCHITECTURES[name](
+        held, normalize="layer_norm" if normalizer.kind == "token" else "none", **settings
+    )

@@ -1,6 +1,8 @@
-"""Where training batches come from: a store whose shards are mixed, or the model itself through a bounded shuffle buffer.
+"""Where training batches come from: a store whose shards are mixed, or the model itself through a bounded
+shuffle buffer.
 
-Both give the same rows at the same step whatever happened before, so that an interrupted run goes on where it was; the order depends on the seed alone.
+Both give the same rows at the same step whatever happened before, so that an interrupted run goes on where it
+was; the order depends on the seed alone.
 """
 
 from __future__ import annotations
@@ -54,19 +56,27 @@ class Share:
     def of(self, batch: int) -> int:
         """Rows per process of a joint batch. Raises ``InputError`` when it cannot be divided."""
         if batch % self.world:
-            raise InputError(f"a batch of {batch} rows cannot be divided among {self.world} processes: choose a multiple")
+            raise InputError(
+                f"a batch of {batch} rows cannot be divided among {self.world} processes: choose a multiple"
+            )
         return batch // self.world
 
 
 class StoreBatches:
-    """Rows of a store. Each epoch goes through the shards in a new random order, ``mix`` at a time, whose rows are shuffled together in memory. Batches go on
-    from one epoch into the next, so that no row is left out."""
+    """Rows of a store. Each epoch goes through the shards in a new random order, ``mix`` at a time, whose
+    rows are shuffled together in memory. Batches go on from one epoch into the next, so that no row is left
+    out."""
 
-    def __init__(self, store: ActivationStore, batch: int, *, mix: int = 10, seed: int = 0, share: Share = Share()) -> None:
+    def __init__(
+        self, store: ActivationStore, batch: int, *, mix: int = 10, seed: int = 0, share: Share = Share()
+    ) -> None:
         if mix < 1:
             raise InputError(f"{mix} shards cannot be mixed: give at least 1")
         if batch > len(store):
-            raise InputError(f"a batch of {batch:,} rows is larger than the store, which has {len(store):,}: choose a smaller batch or extract more")
+            raise InputError(
+                f"a batch of {batch:,} rows is larger than the store, which has {len(store):,}: choose a "
+                "smaller batch or extract more"
+            )
         self.store, self.batch, self.mix, self.seed, self.share = store, batch, mix, seed, share
         self._per = share.of(batch)
         self._at = 0
@@ -111,7 +121,9 @@ class StoreBatches:
         return [shards[i : i + self.mix] for i in range(0, len(shards), self.mix)]
 
     def _group(self, epoch: int, place: int) -> tuple[int, int, int]:
-        """Which group of an epoch holds its row ``place``: (its number, its first row in the epoch, its rows)."""
+        """Which group of an epoch holds its row ``place``: (its number, its first row in the epoch, its
+        rows).
+        """
         sizes = np.diff(self.store.edges)
         first = 0
         for number, shards in enumerate(self._order(epoch)):
@@ -125,7 +137,9 @@ class StoreBatches:
         """The rows of a group, shuffled, in the store's dtype; the last one asked for is kept."""
         if self._held is None or self._held[0] != (epoch, group):
             shards = self._order(epoch)[group]
-            order = np.random.default_rng([self.seed, epoch, group]).permutation(sum(len(self.store.shards[s]) for s in shards))
+            order = np.random.default_rng([self.seed, epoch, group]).permutation(
+                sum(len(self.store.shards[s]) for s in shards)
+            )
             self._held = None  # before the next is read
             held = np.empty((len(order), self.d_model), self.store.shards[0].dtype)
             places, first = np.argsort(order), 0
@@ -138,8 +152,9 @@ class StoreBatches:
 
 
 class OnlineBatches:
-    """Rows straight from the model. Windows are read in a new random order in each epoch; about ``buffer`` rows at a time are shuffled together. Each process
-    reads its own windows of an order that all share. What is kept in memory is one buffer, whatever the corpus."""
+    """Rows straight from the model. Windows are read in a new random order in each epoch; about ``buffer``
+    rows at a time are shuffled together. Each process reads its own windows of an order that all share. What
+    is kept in memory is one buffer, whatever the corpus."""
 
     def __init__(
         self,
@@ -155,10 +170,19 @@ class OnlineBatches:
         share: Share = Share(),
     ) -> None:
         if buffer < batch:
-            raise InputError(f"a shuffle buffer of {buffer:,} rows is smaller than a batch of {batch:,}: choose a larger buffer")
+            raise InputError(
+                f"a shuffle buffer of {buffer:,} rows is smaller than a batch of {batch:,}: choose a "
+                "larger buffer"
+            )
         if not len(rows):
             raise InputError("there are no windows to train on: hold out less")
-        self.subject, self.hook, self.windows, self.rows, self.share = subject, hook, windows, np.asarray(rows), share
+        self.subject, self.hook, self.windows, self.rows, self.share = (
+            subject,
+            hook,
+            windows,
+            np.asarray(rows),
+            share,
+        )
         self.batch, self.buffer, self.batch_tokens, self.seed = batch, buffer, batch_tokens, seed
         self._per = share.of(batch)
         self._at = {"epoch": 0, "window": 0, "row": 0}
@@ -197,17 +221,23 @@ class OnlineBatches:
         """The buffer that begins where the cursor says, shuffled."""
         if self._held is None:
             epoch, window = self._at["epoch"], self._at["window"]
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)[self.share.rank :: self.share.world]
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)[
+                self.share.rank :: self.share.world
+            ]
             held, end = self._read(order, window, self.buffer // self.share.world)
             self._held = np.random.default_rng([self.seed, epoch, window]).permutation(held)
             self._next = (epoch, end) if end < len(order) else (epoch + 1, 0)
         return self._held
 
     def _read(self, order: np.ndarray, first: int, n: int) -> tuple[np.ndarray, int]:
-        """At least ``n`` rows from a place in an order of windows on, or what is left of it; and the place behind them."""
+        """At least ``n`` rows from a place in an order of windows on, or what is left of it; and the place
+        behind them.
+        """
         parts: list[np.ndarray] = []
         end = first
-        for batch, (values, _) in read_scored(self.subject, self.hook, self.windows, order, first, self.batch_tokens, torch.float32):
+        for batch, (values, _) in read_scored(
+            self.subject, self.hook, self.windows, order, first, self.batch_tokens, torch.float32
+        ):
             parts.append(values)
             end = batch.through if batch.through is not None else end
             if batch.through is not None and sum(map(len, parts)) >= n:

@@ -1,5 +1,5 @@
-"""What an SAE is worth, on activations of documents that it never saw: variance explained beside its baselines, sparsity, dead features, and what the model
-loses when it reads the reconstruction."""
+"""What an SAE is worth, on activations of documents that it never saw: variance explained beside its
+baselines, sparsity, dead features, and what the model loses when it reads the reconstruction."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """Variance explained by one way of reconstructing: 1 − Σ‖x − x̂‖² / Σ‖x − mean‖² over all rows, ``raw``; and with every row less its own mean and over its
-    own deviation, ``normalised``, where each row counts alike. ``by_norm``: raw, for tenths of the rows by their norm, the smallest first."""
+    """Variance explained by one way of reconstructing: 1 − Σ‖x − x̂‖² / Σ‖x − mean‖² over all rows, ``raw``;
+    and with every row less its own mean and over its own deviation, ``normalised``, where each row counts
+    alike. ``by_norm``: raw, for tenths of the rows by their norm, the smallest first."""
 
     raw: float
     normalised: float
@@ -43,8 +44,9 @@ class Explained:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Cross-entropy of the subject's predictions in nats per token: as it is, reading reconstructions, reading zeros.
-    ``recovered`` = 1 − (sae − clean) / (zero − clean), not clipped; None when zeros cost nothing, ``undefined`` says why."""
+    """Cross-entropy of the subject's predictions in nats per token: as it is, reading reconstructions,
+    reading zeros. ``recovered`` = 1 − (sae − clean) / (zero − clean), not clipped; None when zeros cost
+    nothing, ``undefined`` says why."""
 
     clean: float
     sae: float
@@ -63,14 +65,19 @@ class Loss:
             return "a cross-entropy is not finite"
         if self.zero > self.clean:
             return None
-        return f"the model predicts no worse when it reads zeros ({self.zero:.3f} against {self.clean:.3f} nats per token)"
+        return (
+            f"the model predicts no worse when it reads zeros ({self.zero:.3f} against {self.clean:.3f} "
+            "nats per token)"
+        )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``zero``: all codes zero; ``pca``: the first ``pca_k`` components of the training activations (None without those). ``norms``: edges of the tenths of
-    the row norm. ``l0``: codes per row; ``dead``: share of features that fired on no row; ``dead_in_training``: that were dead by the counter at the end of
-    training. ``frequency``: log10 of the share of rows on which each alive feature fires, as counts in ``frequency_edges``."""
+    """``zero``: all codes zero; ``pca``: the first ``pca_k`` components of the training activations (None
+    without those). ``norms``: edges of the tenths of the row norm. ``l0``: codes per row; ``dead``: share of
+    features that fired on no row; ``dead_in_training``: that were dead by the counter at the end of training.
+    ``frequency``: log10 of the share of rows on which each alive feature fires, as counts in
+    ``frequency_edges``."""
 
     n_rows: int
     n_documents: int
@@ -88,7 +95,9 @@ class Evaluation:
     loss: Loss | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All figures; ``loss.recovered`` beside its parts, and under ``loss.undefined`` the reason when there is none."""
+        """All figures; ``loss.recovered`` beside its parts, and under ``loss.undefined`` the reason when
+        there is none.
+        """
         found = asdict(self)
         if self.loss is not None:
             found["loss"] |= {"recovered": self.loss.recovered, "undefined": self.loss.undefined}
@@ -116,7 +125,11 @@ class _Sums:
         with np.errstate(invalid="ignore", divide="ignore"):
             tenths = 1 - self.by_decile / mean.by_decile
         share = 1 - self.by_document.sum() / mean.by_document.sum()
-        return Explained(float(share), 1 - self.normalised / normal_mean.normalised, tuple(float(t) if np.isfinite(t) else None for t in tenths))
+        return Explained(
+            float(share),
+            1 - self.normalised / normal_mean.normalised,
+            tuple(float(t) if np.isfinite(t) else None for t in tenths),
+        )
 
 
 def _variance(x: torch.Tensor) -> torch.Tensor:
@@ -135,8 +148,8 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """``test``: a store of documents that were not trained on. ``sample``: training activations ``[row, d]``, for the PCA. Raises ``IncompatibleError`` for a
-    store of another width."""
+    """``test``: a store of documents that were not trained on. ``sample``: training activations ``[row, d]``,
+    for the PCA. Raises ``IncompatibleError`` for a store of another width."""
     rows = _rows(test, sae.d_in, max_rows, seed)
     if pca < 1:
         raise InputError(f"a PCA of {pca} components is not possible: choose at least 1")
@@ -156,20 +169,30 @@ def evaluate(
         with torch.inference_mode():
             codes = sae.encode(x)
             fired += torch.bincount(codes.features, minlength=sae.d_sae)
-            guesses = {"sae": sae.decode(codes), "zero": sae.decode(_none(codes)), "mean": mean.to(x).expand_as(x)}
+            guesses = {
+                "sae": sae.decode(codes),
+                "zero": sae.decode(_none(codes)),
+                "mean": mean.to(x).expand_as(x),
+            }
             if components is not None:
                 centre, directions = components
                 guesses["pca"] = centre.to(x) + (x - centre.to(x)) @ directions.to(x).T @ directions.to(x)
-            deciles = np.clip(np.searchsorted(edges, np.linalg.norm(raw, axis=1), side="right") - 1, 0, DECILES - 1)
+            deciles = np.clip(
+                np.searchsorted(edges, np.linalg.norm(raw, axis=1), side="right") - 1, 0, DECILES - 1
+            )
             for name, guess in guesses.items():
                 ways[name].add(x, guess, documents[done : done + len(part)], deciles)
-            ways["normal mean"].normalised += float((layer_norm(x)[0].double() - normal_mean.to(x.device)).pow(2).sum())
+            ways["normal mean"].normalised += float(
+                (layer_norm(x)[0].double() - normal_mean.to(x.device)).pow(2).sum()
+            )
         done += len(part)
         if progress:
             progress(done, len(rows))
     baselines = ways["mean"], ways["normal mean"]
     rate = fired.cpu().numpy() / len(rows)
-    counts, bins = np.histogram(np.log10(rate[rate > 0]), bins=np.arange(np.floor(-np.log10(len(rows))), 0.25, 0.25))
+    counts, bins = np.histogram(
+        np.log10(rate[rate > 0]), bins=np.arange(np.floor(-np.log10(len(rows))), 0.25, 0.25)
+    )
     return Evaluation(
         n_rows=len(rows),
         n_documents=n_documents,
@@ -190,7 +213,10 @@ def evaluate(
 def _rows(test: ActivationStore, d_in: int, max_rows: int | None, seed: int) -> np.ndarray:
     """The rows to judge by, in their order."""
     if test.d_model != d_in:
-        raise IncompatibleError(f"the SAE takes activations of width {d_in}, and {test.folder} holds some of width {test.d_model}: give a store of its hook")
+        raise IncompatibleError(
+            f"the SAE takes activations of width {d_in}, and {test.folder} holds some of width "
+            f"{test.d_model}: give a store of its hook"
+        )
     if len(test) < 2:
         raise InputError(f"{test.folder} has {len(test)} rows: at least 2 are needed to evaluate")
     if max_rows is not None and max_rows < 2:
@@ -200,10 +226,16 @@ def _rows(test: ActivationStore, d_in: int, max_rows: int | None, seed: int) -> 
     return np.sort(np.random.default_rng([seed, 3]).choice(len(test), max_rows, replace=False))
 
 
-def _first_pass(test: ActivationStore, parts: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+def _first_pass(
+    test: ActivationStore, parts: Sequence[np.ndarray]
+) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
     """The mean of the rows, float64; of the normalised rows; and every row's norm."""
     n = sum(map(len, parts))
-    mean, normal, norms = torch.zeros(test.d_model, dtype=torch.float64), torch.zeros(test.d_model, dtype=torch.float64), []
+    mean, normal, norms = (
+        torch.zeros(test.d_model, dtype=torch.float64),
+        torch.zeros(test.d_model, dtype=torch.float64),
+        [],
+    )
     for part in parts:
         x = torch.from_numpy(test.read(part))
         mean += x.double().sum(0) / n
@@ -237,16 +269,23 @@ def principal(sample: np.ndarray, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 def check_apart(train: ActivationStore, test: ActivationStore) -> None:
     """Raises ``InputError`` when the stores are not of one extraction, or share a document."""
     if train.meta["source"] != test.meta["source"]:
-        raise IncompatibleError(f"{train.folder} and {test.folder} come from different extractions: give the two of one")
+        raise IncompatibleError(
+            f"{train.folder} and {test.folder} come from different extractions: give the two of one"
+        )
     both = np.intersect1d(np.unique(train.documents), np.unique(test.documents))
     if len(both):
-        raise InputError(f"{train.folder} and {test.folder} share {len(both)} documents, so that nothing was held out: extract with --held-out")
+        raise InputError(
+            f"{train.folder} and {test.folder} share {len(both)} documents, so that nothing was held out: "
+            "extract with --held-out"
+        )
 
 
 def held_out_windows(test: ActivationStore, n: int, seed: int = 0) -> np.ndarray:
     """Up to ``n`` random windows of a store, ascending."""
     rows = np.unique(np.asarray(test.windows))
-    return rows if n >= len(rows) else np.sort(np.random.default_rng([seed, 5]).choice(rows, n, replace=False))
+    return (
+        rows if n >= len(rows) else np.sort(np.random.default_rng([seed, 5]).choice(rows, n, replace=False))
+    )
 
 
 @torch.inference_mode()
@@ -261,8 +300,9 @@ def loss_recovered(
     batch: int | None = None,
     progress: Progress | None = None,
 ) -> Loss:
-    """Cross-entropy over windows of a table, with the residual stream at ``hook`` as it is, reconstructed, and zero. Tokens that are not scored (a BOS,
-    attention sinks) stay as they are in all three; predictions are those made at scored tokens, of the token that follows in the window."""
+    """Cross-entropy over windows of a table, with the residual stream at ``hook`` as it is, reconstructed,
+    and zero. Tokens that are not scored (a BOS, attention sinks) stay as they are in all three; predictions
+    are those made at scored tokens, of the token that follows in the window."""
     subject = as_subject("the model", model, tokenizer)
     sums, n, done = np.zeros(3), 0, 0
     wanted = batch or (WINDOWS_ON_GPU if on_gpu(subject.device) else WINDOWS)
@@ -288,8 +328,12 @@ def loss_recovered(
     return Loss(clean, reconstructed, zero, n)
 
 
-def _losses(model: Any, subject: Subject, hook: str, sae: SparseAutoencoder, ids: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Cross-entropies ``[window, token − 1]`` of the three ways, and which predictions count, for token ids ``[window, token]``."""
+def _losses(
+    model: Any, subject: Subject, hook: str, sae: SparseAutoencoder, ids: torch.Tensor
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Cross-entropies ``[window, token − 1]`` of the three ways, and which predictions count, for token ids
+    ``[window, token]``.
+    """
     scored = scored_tokens(subject.residual(ids, hook), subject)
     ids, lead = subject.as_read(ids)
     scored = torch.nn.functional.pad(scored, (lead, 0))
@@ -299,7 +343,11 @@ def _losses(model: Any, subject: Subject, hook: str, sae: SparseAutoencoder, ids
         out[scored] = how(residual[scored].float()).to(residual.dtype)
         return out
 
-    ways: list[Callable[[torch.Tensor], torch.Tensor]] = [lambda x: x, lambda x: sae.decode(sae.encode(x)).to(x.device), torch.zeros_like]
+    ways: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda x: x,
+        lambda x: sae.decode(sae.encode(x)).to(x.device),
+        torch.zeros_like,
+    ]
     found = []
     for how in ways:
         with replaced(model, hook, partial(changed, how=how)):

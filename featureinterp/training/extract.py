@@ -1,4 +1,6 @@
-"""From a corpus to activation stores: one pass of the subject model up to a hook, in bounded memory, gone on with after an interruption."""
+"""From a corpus to activation stores: one pass of the subject model up to a hook, in bounded memory, gone on
+with after an interruption.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,14 @@ from featureinterp.probing.splits import split_indices
 from featureinterp.stored.sums import described, read_marker, write_marker
 from featureinterp.subject.load import Subject
 from featureinterp.subject.reading import BATCH_TOKENS, Batch, read_windows
-from featureinterp.training.store import METADATA, ActivationStore, StoreWriter, merge_stores, remedy_for, store_key
+from featureinterp.training.store import (
+    METADATA,
+    ActivationStore,
+    StoreWriter,
+    merge_stores,
+    remedy_for,
+    store_key,
+)
 
 STATE = "extracting.json"
 TRAIN, TEST = "train", "test"
@@ -35,9 +44,11 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class ExtractSettings:
-    """``held_out``: share of the tokens whose documents go into a store of their own, for evaluation (0: none). ``dtype``: float16 or float32. ``shuffle``:
-    windows are read in random order, so that every shard is a sample of the whole corpus. ``part``, ``parts``: this worker's number, counted from 0, and how
-    many there are. ``shard_rows``: rows per shard; 64 MiB of them when None. ``only_held_out``: the training documents are left to be read while training."""
+    """``held_out``: share of the tokens whose documents go into a store of their own, for evaluation (0:
+    none). ``dtype``: float16 or float32. ``shuffle``: windows are read in random order, so that every shard
+    is a sample of the whole corpus. ``part``, ``parts``: this worker's number, counted from 0, and how many
+    there are. ``shard_rows``: rows per shard; 64 MiB of them when None. ``only_held_out``: the training
+    documents are left to be read while training."""
 
     held_out: float = 0.1
     dtype: str = "float16"
@@ -50,18 +61,27 @@ class ExtractSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
-            raise InputError(f"a held-out share of {self.held_out:g} is not possible: choose one from 0 to below 1")
+            raise InputError(
+                f"a held-out share of {self.held_out:g} is not possible: choose one from 0 to below 1"
+            )
         if self.dtype not in ("float16", "float32"):
-            raise InputError(f"activations cannot be stored as {self.dtype!r} (numpy has no bfloat16): choose float16 or float32")
+            raise InputError(
+                f"activations cannot be stored as {self.dtype!r} (numpy has no bfloat16): choose float16 "
+                "or float32"
+            )
         if not 0 <= self.part < self.parts:
-            raise InputError(f"there is no part {self.part} of {self.parts}: parts are counted from 0 to {self.parts - 1}")
+            raise InputError(
+                f"there is no part {self.part} of {self.parts}: parts are counted from 0 to {self.parts - 1}"
+            )
         if self.shard_rows is not None and self.shard_rows < 1:
             raise InputError(f"shards of {self.shard_rows} rows are not possible: give at least 1")
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What an extraction wrote into ``folder``. ``test`` is None when no document was held out, ``train`` when only those were extracted."""
+    """What an extraction wrote into ``folder``. ``test`` is None when no document was held out, ``train``
+    when only those were extracted.
+    """
 
     folder: Path
     windows: WindowTable
@@ -71,9 +91,14 @@ class Extracted:
     @classmethod
     def open(cls, folder: Path) -> Extracted:
         """Raises as :meth:`ActivationStore.open`."""
-        stores = {name: ActivationStore.open(folder / name) if (folder / name).exists() else None for name in (TRAIN, TEST)}
+        stores = {
+            name: ActivationStore.open(folder / name) if (folder / name).exists() else None
+            for name in (TRAIN, TEST)
+        }
         if stores[TRAIN] is None and stores[TEST] is None:
-            raise UnknownNameError(f"there is no extraction in {folder}: make one with 'featureinterp extract'")
+            raise UnknownNameError(
+                f"there is no extraction in {folder}: make one with 'featureinterp extract'"
+            )
         windows = WindowTable.open(folder / "windows")
         for store in filter(None, stores.values()):
             check_windows(store, windows)
@@ -82,8 +107,17 @@ class Extracted:
     @property
     def notes(self) -> list[str]:
         """What a user should know of the text and of the split."""
-        repeated = next((store.meta["split"].get("n_repeated", 0) for store in (self.train, self.test) if store is not None), 0)
-        left_out = f"{repeated:,} windows of held-out documents have the text of training windows and are left out"
+        repeated = next(
+            (
+                store.meta["split"].get("n_repeated", 0)
+                for store in (self.train, self.test)
+                if store is not None
+            ),
+            0,
+        )
+        left_out = (
+            f"{repeated:,} windows of held-out documents have the text of training windows and are left out"
+        )
         return [*self.windows.notes, *([left_out] if repeated else [])]
 
 
@@ -93,8 +127,10 @@ def check_windows(store: ActivationStore, windows: WindowTable) -> None:
         named = str(store.meta["source"]["corpus"]["windows"])
     if named != windows.fingerprint:
         raise IncompatibleError(
-            f"{store.folder} and {windows.folder} do not belong together (its rows are of the windows {named[:12]}, "
-            f"not of {windows.fingerprint[:12]}): put back the folder that was there, or delete both and extract again"
+            f"{store.folder} and {windows.folder} do not belong together (its rows are of the windows "
+            f"{named[:12]}, "
+            f"not of {windows.fingerprint[:12]}): put back the folder that was there, or delete both and "
+            "extract again"
         )
 
 
@@ -110,11 +146,13 @@ def extract(
     progress: Progress | None = None,
     replace: bool = False,
 ) -> Extracted:
-    """Writes the activations at ``hook`` of every scored token into ``out/train`` and ``out/test``; the text windows are in ``out/windows``.
+    """Writes the activations at ``hook`` of every scored token into ``out/train`` and ``out/test``; the text
+    windows are in ``out/windows``.
 
-    A complete extraction for the same request is reused, an unfinished one is gone on with, and one for another request is refused with ``IncompatibleError``,
-    or with ``replace`` deleted. Position 0 and further attention sinks are left out, and counted. Raises ``FolderInUseError`` when another process
-    works in ``out``.
+    A complete extraction for the same request is reused, an unfinished one is gone on with, and one for
+    another request is refused with ``IncompatibleError``, or with ``replace`` deleted. Position 0 and further
+    attention sinks are left out, and counted. Raises ``FolderInUseError`` when another process works in
+    ``out``.
     """
     subject.check_hook(hook)
     with owned(out, "extract"):
@@ -162,7 +200,9 @@ def _extract(
     total, done = int(lengths.sum()), int(lengths[: state["next"]].sum())
     with _Commits(out / STATE, list(writers.values())) as commits:
         kept = torch.float16 if settings.dtype == "float16" else torch.float32
-        for batch, (values, scored) in read_scored(subject, hook, windows, order, state["next"], batch_tokens, kept):
+        for batch, (values, scored) in read_scored(
+            subject, hook, windows, order, state["next"], batch_tokens, kept
+        ):
             for number, name in enumerate(names):
                 mine = splits[batch.rows] == number
                 if mine.any():
@@ -179,10 +219,15 @@ def _extract(
         counts = {k: v for k, v in state[name].items() if k not in ("n_rows", "sums")}
         meta: dict[str, Any] = {
             "source": source,
-            "split": {"name": name, "held_out": settings.held_out, "seed": settings.seed} | ({"n_repeated": repeated} if repeated else {}),
+            "split": {"name": name, "held_out": settings.held_out, "seed": settings.seed}
+            | ({"n_repeated": repeated} if repeated else {}),
             "order": "shuffled" if settings.shuffle else "corpus",
         }
-        meta |= {"part": {"number": settings.part, "of": settings.parts}, "counts": counts, "dtype": settings.dtype}
+        meta |= {
+            "part": {"number": settings.part, "of": settings.parts},
+            "counts": counts,
+            "dtype": settings.dtype,
+        }
         meta |= {"hook": hook, "model": source["model"], "n_windows": int((splits[order] == number).sum())}
         writers[name].finish({**meta, "key": store_key(meta)})
     (out / STATE).unlink()
@@ -204,15 +249,21 @@ def merge(folders: list[Path], out: Path) -> Extracted:
 
 
 def window_splits(windows: WindowTable, settings: ExtractSettings) -> np.ndarray:
-    """0 for windows of training documents, 1 for held-out ones, −1 for windows of held-out documents whose text is in training, too, and which belong to
-    neither: int8 ``[window]``. Documents of the same text are on the same side. Raises ``InputError`` when nothing could be held out."""
+    """0 for windows of training documents, 1 for held-out ones, −1 for windows of held-out documents whose
+    text is in training, too, and which belong to neither: int8 ``[window]``. Documents of the same text are
+    on the same side. Raises ``InputError`` when nothing could be held out."""
     found = np.zeros(len(windows), np.int8)
     if settings.held_out:
         try:
             documents = np.asarray(windows.documents)
-            train, test = split_indices(len(windows), settings.held_out, settings.seed, documents, windows.contents)
+            train, test = split_indices(
+                len(windows), settings.held_out, settings.seed, documents, windows.contents
+            )
         except InputError as error:
-            raise InputError(f"no document can be held out ({error}); corpus.held_out = 0 (--held-out 0 of extract) keeps all for training") from error
+            raise InputError(
+                f"no document can be held out ({error}); corpus.held_out = 0 (--held-out 0 of extract) "
+                "keeps all for training"
+            ) from error
         found[:] = -1
         found[train], found[test] = 0, 1
     return found
@@ -220,7 +271,11 @@ def window_splits(windows: WindowTable, settings: ExtractSettings) -> np.ndarray
 
 def window_order(windows: WindowTable, settings: ExtractSettings) -> np.ndarray:
     """The windows of this part in the order in which they are read, int64."""
-    order = np.random.default_rng([settings.seed, 2]).permutation(len(windows)) if settings.shuffle else np.arange(len(windows))
+    order = (
+        np.random.default_rng([settings.seed, 2]).permutation(len(windows))
+        if settings.shuffle
+        else np.arange(len(windows))
+    )
     cuts = np.linspace(0, len(order), settings.parts + 1).astype(int)
     mine = order[cuts[settings.part] : cuts[settings.part + 1]]
     if not len(mine):
@@ -229,10 +284,16 @@ def window_order(windows: WindowTable, settings: ExtractSettings) -> np.ndarray:
 
 
 def read_scored(
-    subject: Subject, hook: str, windows: WindowTable, order: np.ndarray, first: int, batch_tokens: int, dtype: torch.dtype
+    subject: Subject,
+    hook: str,
+    windows: WindowTable,
+    order: np.ndarray,
+    first: int,
+    batch_tokens: int,
+    dtype: torch.dtype,
 ) -> Iterator[tuple[Batch, tuple[np.ndarray, np.ndarray]]]:
-    """Windows batch by batch, from ``order[first:]``: (the batch, (activations of its scored tokens ``[row, d_model]``, which tokens those are, bool
-    ``[window, token]``))."""
+    """Windows batch by batch, from ``order[first:]``: (the batch, (activations of its scored tokens ``[row,
+    d_model]``, which tokens those are, bool ``[window, token]``))."""
 
     def finish(_: Batch, found: list[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
         scored = scored_on_host(found[0], subject)
@@ -241,8 +302,18 @@ def read_scored(
     return read_windows(subject, [hook], windows, finish, order=order, first=first, batch_tokens=batch_tokens)
 
 
-def _append(writer: StoreWriter, counts: dict[str, int], windows: WindowTable, batch: Batch, values: np.ndarray, scored: np.ndarray, mine: np.ndarray) -> None:
-    """Puts the scored tokens of the windows that are ``mine`` into a store, and counts the others. ``values``: of all scored tokens."""
+def _append(
+    writer: StoreWriter,
+    counts: dict[str, int],
+    windows: WindowTable,
+    batch: Batch,
+    values: np.ndarray,
+    scored: np.ndarray,
+    mine: np.ndarray,
+) -> None:
+    """Puts the scored tokens of the windows that are ``mine`` into a store, and counts the others.
+    ``values``: of all scored tokens.
+    """
     rows, length = batch.rows, batch.length
     mask = scored & mine[:, None]
     place = np.broadcast_to(np.arange(length), mask.shape)
@@ -250,7 +321,9 @@ def _append(writer: StoreWriter, counts: dict[str, int], windows: WindowTable, b
     tokens = np.asarray(windows.tokens[rows, :length])
     documents = np.broadcast_to(np.asarray(windows.documents)[rows][:, None], mask.shape)
     values = values if mine.all() else values[mask[scored]]
-    writer.append(values, documents=documents[mask], windows=window[mask], offsets=place[mask], tokens=tokens[mask])
+    writer.append(
+        values, documents=documents[mask], windows=window[mask], offsets=place[mask], tokens=tokens[mask]
+    )
     left_out = mine[:, None] & ~mask
     counts["n_tokens"] += int(mine.sum()) * length
     counts["n_first"] += int(left_out[:, 0].sum())
@@ -287,7 +360,9 @@ class _Commits:
         write_marker(self.path, state)
 
 
-def request_of(subject: Subject, hook: str, corpus: Corpus, policy: WindowPolicy, settings: ExtractSettings) -> dict[str, Any]:
+def request_of(
+    subject: Subject, hook: str, corpus: Corpus, policy: WindowPolicy, settings: ExtractSettings
+) -> dict[str, Any]:
     """All that an extraction depends on, for :func:`featureinterp.claims.claim`."""
     return {
         **windows_request(corpus, subject, policy),
@@ -309,9 +384,17 @@ class _Target:
         """What rows depend on."""
         subject = self.subject
         return {
-            "model": {"name": subject.name, "fingerprint": subject.fingerprint, "dtype": str(subject.dtype).removeprefix("torch.")},
+            "model": {
+                "name": subject.name,
+                "fingerprint": subject.fingerprint,
+                "dtype": str(subject.dtype).removeprefix("torch."),
+            },
             "hook": self.hook,
-            "corpus": {"name": self.corpus, "windows": windows.fingerprint, "n_documents": windows.meta["n_documents"]},
+            "corpus": {
+                "name": self.corpus,
+                "windows": windows.fingerprint,
+                "n_documents": windows.meta["n_documents"],
+            },
             "tokenizer": subject.encoder.fingerprint,
             "mask": mask_of(subject),
         }
@@ -323,9 +406,14 @@ class _Target:
             remedy = f"delete it to extract {self.out} from the start"
             found = read_marker(path, remedy).value
             with described(path, remedy):
-                if any(type(n) is not int for n in (found["next"], *(found[name]["n_rows"] for name in names))):
+                if any(
+                    type(n) is not int for n in (found["next"], *(found[name]["n_rows"] for name in names))
+                ):
                     raise ValueError("a place is no number")
             return found
         for name in names:
             shutil.rmtree(self.out / name, ignore_errors=True)
-        return {"next": 0, **{name: {"n_rows": 0, "n_tokens": 0, "n_first": 0, "n_sinks": 0} for name in names}}
+        return {
+            "next": 0,
+            **{name: {"n_rows": 0, "n_tokens": 0, "n_first": 0, "n_sinks": 0} for name in names},
+        }

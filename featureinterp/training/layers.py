@@ -1,4 +1,6 @@
-"""Which layer to train on: how well each one holds labelled concepts, and what its covariance looks like, with and without the tokens that dominate it."""
+"""Which layer to train on: how well each one holds labelled concepts, and what its covariance looks like,
+with and without the tokens that dominate it.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,11 @@ LEAST = 10
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Eigenvalues λ of the covariance of some tokens, largest first. ``participation_ratio`` (Σλ)² / Σλ²; ``stable_rank`` Σλ / λ₁; ``k50``, ``k90``, ``k99``:
-    directions for that share of the variance; ``gap`` λ₁ / λ₂; ``channel``, ``channel_share``: the channel with the largest part of the first direction, and
-    its squared weight there; ``token_share``: the largest part of the variance along the first direction that one token of the sample has."""
+    """Eigenvalues λ of the covariance of some tokens, largest first. ``participation_ratio`` (Σλ)² / Σλ²;
+    ``stable_rank`` Σλ / λ₁; ``k50``, ``k90``, ``k99``: directions for that share of the variance; ``gap`` λ₁
+    / λ₂; ``channel``, ``channel_share``: the channel with the largest part of the first direction, and its
+    squared weight there; ``token_share``: the largest part of the variance along the first direction that one
+    token of the sample has."""
 
     participation_ratio: float
     stable_rank: float
@@ -52,8 +56,8 @@ class Spectrum:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A block and what was measured after it. ``aurocs``: by concept, of a linear probe on held-out documents; ``auroc``: their mean. ``spectra``: without the
-    shares of ``TRIMS`` of the tokens."""
+    """A block and what was measured after it. ``aurocs``: by concept, of a linear probe on held-out
+    documents; ``auroc``: their mean. ``spectra``: without the shares of ``TRIMS`` of the tokens."""
 
     block: int
     hook: str
@@ -98,7 +102,9 @@ def choose_layer(
     seed: int = 0,
     steps: Steps = lambda *_: None,
 ) -> LayerStudy:
-    """Measures the residual stream after ``blocks`` (all when None) on one sample of the corpus. Activations lie in a temporary folder meanwhile."""
+    """Measures the residual stream after ``blocks`` (all when None) on one sample of the corpus. Activations
+    lie in a temporary folder meanwhile.
+    """
     chosen = sorted(set(range(subject.n_blocks) if blocks is None else blocks))
     hooks = [f"blocks.{block}.hook_resid_post" for block in chosen]
     if not chosen:
@@ -113,27 +119,50 @@ def choose_layer(
         found = tokens.labelled(labels, corpus)
         train, test = split_indices(len(positions), test_fraction, seed, tokens.documents, tokens.texts)
         groups = joined(tokens.documents, tokens.texts)
-        concepts = [i for i in range(len(found.names)) if all(LEAST <= found.labels[rows, i].sum() <= len(rows) - LEAST for rows in (train, test))]
+        concepts = [
+            i
+            for i in range(len(found.names))
+            if all(LEAST <= found.labels[rows, i].sum() <= len(rows) - LEAST for rows in (train, test))
+        ]
         if not concepts:
             raise InputError(f"no concept has {LEAST} tokens in training and in test: take more tokens")
         wanted = found.labels[:, concepts]
         names = tuple(found.names[i] for i in concepts)
         layers, resampled = [], []
         for number, (block, x) in enumerate(zip(chosen, arrays, strict=True)):
-            layer, by_document = _measure(block, x, scored[number], wanted, names, train, test, groups, tokens.texts, seed)
+            layer, by_document = _measure(
+                block, x, scored[number], wanted, names, train, test, groups, tokens.texts, seed
+            )
             layers.append(layer)
             resampled.append(by_document)
             steps("layers", number + 1, len(chosen))
     best, reasons = recommend(layers, np.stack(resampled))
-    return LayerStudy(subject.name, tuple(layers), names, len(positions), len(np.unique(tokens.documents)), best, tuple(reasons))
+    return LayerStudy(
+        subject.name,
+        tuple(layers),
+        names,
+        len(positions),
+        len(np.unique(tokens.documents)),
+        best,
+        tuple(reasons),
+    )
 
 
 def _activations(
-    subject: Subject, hooks: Sequence[str], windows: WindowTable, tokens: TableTokens, folder: Path, batch_tokens: int, steps: Steps
+    subject: Subject,
+    hooks: Sequence[str],
+    windows: WindowTable,
+    tokens: TableTokens,
+    folder: Path,
+    batch_tokens: int,
+    steps: Steps,
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Per hook the activations of all tokens, float32 ``[token, d_model]``, mapped; and which are scored."""
     n = len(tokens.positions)
-    arrays = [np.memmap(folder / f"{i}.bin", np.float32, "w+", shape=(n, subject.d_model)) for i in range(len(hooks))]
+    arrays = [
+        np.memmap(folder / f"{i}.bin", np.float32, "w+", shape=(n, subject.d_model))
+        for i in range(len(hooks))
+    ]
     scored = [np.zeros(n, bool) for _ in hooks]
     done = 0
 
@@ -163,9 +192,13 @@ def _measure(
     texts: np.ndarray,
     seed: int,
 ) -> tuple[Layer, np.ndarray]:
-    """A layer, and its mean AUROC over concepts in resamples of the test documents (``groups``). Probes read scored tokens; spectra all of them."""
+    """A layer, and its mean AUROC over concepts in resamples of the test documents (``groups``). Probes read
+    scored tokens; spectra all of them.
+    """
     train, test = train[scored[train]], test[scored[test]]
-    logits = fit_logreg(x, wanted, train, l2=(0.04, 0.004), groups=groups, texts=texts, seed=seed).predict(x, test)
+    logits = fit_logreg(x, wanted, train, l2=(0.04, 0.004), groups=groups, texts=texts, seed=seed).predict(
+        x, test
+    )
     aurocs = {name: float(auroc_vec(logits[:, i], wanted[test, i])) for i, name in enumerate(names)}
     resampled = _resampled(logits, wanted[test], groups[test], seed)
     norms = np.linalg.norm(x, axis=1)
@@ -182,8 +215,12 @@ def _measure(
     return layer, resampled
 
 
-def _resampled(logits: np.ndarray, wanted: np.ndarray, documents: np.ndarray, seed: int, n: int = 200) -> np.ndarray:
-    """The mean AUROC over concepts in bootstrap samples of documents, float64 ``[n]``; the same samples for every layer."""
+def _resampled(
+    logits: np.ndarray, wanted: np.ndarray, documents: np.ndarray, seed: int, n: int = 200
+) -> np.ndarray:
+    """The mean AUROC over concepts in bootstrap samples of documents, float64 ``[n]``; the same samples for
+    every layer.
+    """
     from featureinterp.intervals import weighted_aurocs
 
     member = np.unique(documents, return_inverse=True)[1]
@@ -195,10 +232,15 @@ def _resampled(logits: np.ndarray, wanted: np.ndarray, documents: np.ndarray, se
 
 
 def spectra(x: np.ndarray, trims: Sequence[float] = TRIMS) -> tuple[Spectrum, ...]:
-    """The spectrum of activations ``[token, d]``, and again without shares of the tokens: those that reach farthest along the first direction of all."""
+    """The spectrum of activations ``[token, d]``, and again without shares of the tokens: those that reach
+    farthest along the first direction of all.
+    """
     whole, reach = _spectrum(x)
     order = np.argsort(reach)
-    found = [whole if not trim else _spectrum(x[np.sort(order[: len(x) - max(1, round(trim * len(x)))])])[0] for trim in trims]
+    found = [
+        whole if not trim else _spectrum(x[np.sort(order[: len(x) - max(1, round(trim * len(x)))])])[0]
+        for trim in trims
+    ]
     return tuple(found)
 
 
@@ -234,8 +276,9 @@ def _spectrum(x: np.ndarray) -> tuple[Spectrum, np.ndarray]:
 
 
 def recommend(layers: Sequence[Layer], resampled: np.ndarray) -> tuple[int, list[str]]:
-    """The block to train on: of those that no resample of documents can tell from the best by AUROC (95 %), the one with the most directions in use
-    (participation ratio without 5 % of the tokens). ``resampled [layer, sample]``: mean AUROCs of the same samples."""
+    """The block to train on: of those that no resample of documents can tell from the best by AUROC (95 %),
+    the one with the most directions in use (participation ratio without 5 % of the tokens). ``resampled
+    [layer, sample]``: mean AUROCs of the same samples."""
     means = np.array([layer.auroc for layer in layers])
     top = int(np.nanargmax(means))
     error = np.nanstd(resampled[top] - resampled, axis=1)
@@ -244,21 +287,28 @@ def recommend(layers: Sequence[Layer], resampled: np.ndarray) -> tuple[int, list
     layer, best = layers[chosen], layers[top]
     reasons = [f"block {layer.block}: probes reach a mean AUROC of {layer.auroc:.3f} on held-out documents"]
     if chosen != top:
-        reasons[0] += f"; the highest is {best.auroc:.3f}, after block {best.block}, within one standard error"
+        reasons[0] += (
+            f"; the highest is {best.auroc:.3f}, after block {best.block}, within one standard error"
+        )
     if len(close) > 1:
         others = ", ".join(str(layers[i].block) for i in close)
         reasons.append(
-            f"of the blocks that are level ({others}) it uses the most directions: a participation ratio of {layer.spectra[-1].participation_ratio:.1f} "
+            f"of the blocks that are level ({others}) it uses the most directions: a participation ratio "
+            f"of {layer.spectra[-1].participation_ratio:.1f} "
             "without the 5 % of tokens that reach farthest along the first direction"
         )
     whole, trimmed = layer.spectra[0], layer.spectra[-1]
     if whole.participation_ratio * 2 < trimmed.participation_ratio:
         reasons.append(
-            f"its participation ratio is {whole.participation_ratio:.1f} with all tokens and {trimmed.participation_ratio:.1f} without {TRIMS[-1]:.0%}: "
+            f"its participation ratio is {whole.participation_ratio:.1f} with all tokens and "
+            f"{trimmed.participation_ratio:.1f} without {TRIMS[-1]:.0%}: "
             "a few tokens (attention sinks) dominate it and must be left out of training"
         )
     if layer.spectra[-1].channel_share > 0.5:
-        reasons.append(f"its first direction is mostly channel {layer.spectra[-1].channel}: normalise, or watch that channel")
+        reasons.append(
+            f"its first direction is mostly channel {layer.spectra[-1].channel}: normalise, or watch that "
+            "channel"
+        )
     return layer.block, reasons
 
 

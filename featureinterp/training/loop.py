@@ -32,19 +32,28 @@ OnLine = Callable[[Line], None]
 
 
 def planned_steps(table: TrainingTable, n_rows: int | None) -> int:
-    """How many steps a run has; ``n_rows``: of the store, None where that is not known. Raises ``InputError``."""
+    """How many steps a run has; ``n_rows``: of the store, None where that is not known. Raises
+    ``InputError``.
+    """
     samples = table.samples
     if samples is None:
         if n_rows is None:
-            raise InputError("without a store the number of tokens to train on must be said: set training.samples")
+            raise InputError(
+                "without a store the number of tokens to train on must be said: set training.samples"
+            )
         samples = round(table.epochs * n_rows)
     if samples < table.batch:
-        raise InputError(f"a batch of {table.batch:,} rows is larger than the {samples:,} samples of the run: choose a smaller batch or more samples")
+        raise InputError(
+            f"a batch of {table.batch:,} rows is larger than the {samples:,} samples of the run: choose a "
+            "smaller batch or more samples"
+        )
     return samples // table.batch
 
 
 def learning_rate(table: TrainingTable, step: int, steps: int) -> float:
-    """The rate of a step, counted from 0: a linear rise over ``warmup`` steps to ``lr``, then a fall to ``lr_end``, which the last step has."""
+    """The rate of a step, counted from 0: a linear rise over ``warmup`` steps to ``lr``, then a fall to
+    ``lr_end``, which the last step has.
+    """
     warmup = min(table.warmup, max(0, steps - 1))
     if step < warmup:
         return table.lr * (step + 1) / (warmup + 1)
@@ -61,7 +70,9 @@ def learning_rate(table: TrainingTable, step: int, steps: int) -> float:
 
 @dataclass
 class Trainer:
-    """A model with all that changes while it learns. ``silent_for``: tokens since each feature fired, int64 ``[d_sae]``."""
+    """A model with all that changes while it learns. ``silent_for``: tokens since each feature fired, int64
+    ``[d_sae]``.
+    """
 
     model: Trainable
     normalizer: Normalizer
@@ -75,13 +86,17 @@ class Trainer:
         self.model.half = self.table.precision == "bfloat16"
         self.model.to(self.device).train()
         fused = self.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=self.table.lr, betas=self.table.betas, fused=fused)
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=self.table.lr, betas=self.table.betas, fused=fused
+        )
         self.silent_for = torch.zeros(self.model.d_sae, dtype=torch.int64, device=self.device)
         self.step = 0
         self._module: nn.Module = self.model
         if self.ranks.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self._module = nn.parallel.DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
+            self._module = nn.parallel.DistributedDataParallel(
+                self.model, device_ids=ids, gradient_as_bucket_view=True
+            )
 
     @property
     def dead(self) -> torch.Tensor:
@@ -107,10 +122,23 @@ class Trainer:
         self.silent_for += table.batch
         self.silent_for[ranks.any(found.fired)] = 0
         self.step += 1
-        sums = ranks.sum(torch.stack([found.error.double(), found.n_codes.double(), found.loss.detach().double(), found.penalty.double(), found.aux.double()]))
+        sums = ranks.sum(
+            torch.stack(
+                [
+                    found.error.double(),
+                    found.n_codes.double(),
+                    found.loss.detach().double(),
+                    found.penalty.double(),
+                    found.aux.double(),
+                ]
+            )
+        )
         error, n_codes, loss, penalty, aux = sums.tolist()
         if not math.isfinite(loss):
-            raise FeatureInterpError(f"training diverged: the loss of step {self.step} is not finite; lower training.lr, or raise training.warmup")
+            raise FeatureInterpError(
+                f"training diverged: the loss of step {self.step} is not finite; lower training.lr, or "
+                "raise training.warmup"
+            )
         n = ranks.world
         return {
             "loss": loss / n,
@@ -123,7 +151,9 @@ class Trainer:
         }
 
     def part(self) -> None:
-        """Lets go of what the processes share; no step can follow. torch may abort a process that leaves while gradients are still tied to its group."""
+        """Lets go of what the processes share; no step can follow. torch may abort a process that leaves
+        while gradients are still tied to its group.
+        """
         if self.ranks.world > 1:
             del self._module
             gc.collect()
@@ -138,21 +168,36 @@ class Trainer:
 
     def restore(self, tensors: dict[str, torch.Tensor], step: int, cursor: dict[str, int]) -> None:
         """Goes on from a checkpoint."""
-        self.model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+        self.model.load_state_dict(
+            {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
+        )
         optimizer = self.optimizer.state_dict()
         for number, (name, _) in enumerate(self.model.named_parameters()):
             prefix = f"adam.{name}."
-            optimizer["state"][number] = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            optimizer["state"][number] = {
+                k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
+            }
         self.optimizer.load_state_dict(optimizer)
         self.silent_for = tensors["silent_for"].to(self.device)
         self.step = step
         self.batches.seek(cursor)
 
 
-def prepare(batches: Batches, sae: SaeTable, table: TrainingTable, device: torch.device, n_rows: int | None, ranks: Ranks = Ranks()) -> Trainer:
-    """A trainer at its first step: normalisation, variance and the pre-bias, the geometric median, come from a sample of several shards."""
+def prepare(
+    batches: Batches,
+    sae: SaeTable,
+    table: TrainingTable,
+    device: torch.device,
+    n_rows: int | None,
+    ranks: Ranks = Ranks(),
+) -> Trainer:
+    """A trainer at its first step: normalisation, variance and the pre-bias, the geometric median, come from
+    a sample of several shards.
+    """
     steps = planned_steps(table, n_rows)
-    sample = as_tensor(batches.sample(table.presample_rows, seed=table.seed, n_shards=table.presample), device)
+    sample = as_tensor(
+        batches.sample(table.presample_rows, seed=table.seed, n_shards=table.presample), device
+    )
     normalizer = Normalizer.of(sae.normalize, sample)
     sample = normalizer(sample)
     variance = float((sample - sample.mean(0)).pow(2).sum(1).mean())
@@ -160,17 +205,23 @@ def prepare(batches: Batches, sae: SaeTable, table: TrainingTable, device: torch
         raise IncompatibleError("all activations are equal: there is nothing to learn from them")
     generator = torch.Generator().manual_seed(table.seed)
     bias = geometric_median(sample).cpu()
-    model = TRAINABLE[sae.architecture](batches.d_model, sae, bias=bias, variance=variance, generator=generator, ranks=ranks)
+    model = TRAINABLE[sae.architecture](
+        batches.d_model, sae, bias=bias, variance=variance, generator=generator, ranks=ranks
+    )
     return Trainer(model, normalizer, table, batches, steps, device, ranks)
 
 
 def resume(trainer: Trainer, folder: Path, key: dict[str, Any]) -> None:
-    """Takes a trainer to where the run in ``folder`` stands, when there is one. Raises ``IncompatibleError`` for one of another ``key``."""
+    """Takes a trainer to where the run in ``folder`` stands, when there is one. Raises ``IncompatibleError``
+    for one of another ``key``.
+    """
     read_checkpoint(trainer, folder / CHECKPOINT, content_key(key))
 
 
 def run(trainer: Trainer, folder: Path, key: dict[str, Any], *, on_line: OnLine = lambda _: None) -> None:
-    """Takes all steps that are left, with a log and checkpoints in ``folder``. ``key``: what the run depends on, for :func:`resume`."""
+    """Takes all steps that are left, with a log and checkpoints in ``folder``. ``key``: what the run depends
+    on, for :func:`resume`.
+    """
     table, ranks = trainer.table, trainer.ranks
     same = content_key(key)
     log = Log(folder / LOG, trainer.step) if ranks.leads else None
@@ -183,8 +234,17 @@ def run(trainer: Trainer, folder: Path, key: dict[str, Any], *, on_line: OnLine 
             dead = float(trainer.dead.double().mean())
             seconds = time.monotonic() - began
             rate = (step - first) * table.batch / seconds
-            means = {name: sum(line[name] for line in window) / len(window) for name in window[0] if name != "lr"}
-            line = {"step": step, "steps": trainer.steps, **means, "lr": window[-1]["lr"], "dead": dead, "samples": step * table.batch}
+            means = {
+                name: sum(line[name] for line in window) / len(window) for name in window[0] if name != "lr"
+            }
+            line = {
+                "step": step,
+                "steps": trainer.steps,
+                **means,
+                "lr": window[-1]["lr"],
+                "dead": dead,
+                "samples": step * table.batch,
+            }
             line |= {"samples_per_s": rate, "left_s": (trainer.steps - step) * table.batch / rate}
             window = []
             if log is not None:
@@ -197,8 +257,9 @@ def run(trainer: Trainer, folder: Path, key: dict[str, Any], *, on_line: OnLine 
 
 
 class Log:
-    """A JSONL file, one line per some steps. Lines of steps after ``step`` are of an attempt that was cut off, and are dropped.
-    ``checksum`` in each line is the CRC-32 of it and of all lines before it, so that a lost line shows too."""
+    """A JSONL file, one line per some steps. Lines of steps after ``step`` are of an attempt that was cut
+    off, and are dropped. ``checksum`` in each line is the CRC-32 of it and of all lines before it, so that a
+    lost line shows too."""
 
     def __init__(self, path: Path, step: int) -> None:
         """Raises as :func:`read_log`."""
@@ -222,7 +283,8 @@ def _crc_of_line(line: Line, before: int) -> int:
 
 
 def read_log(path: Path) -> list[Line]:
-    """The lines of a log, without their checksums; a last one that was cut off is left out, none when there is no log.
+    """The lines of a log, without their checksums; a last one that was cut off is left out, none when there
+    is no log.
 
     Raises ``DamagedStoreError`` when a line is not what was written, or lines before it are lost.
     """
@@ -249,8 +311,13 @@ def _read_log(path: Path) -> tuple[list[Line], bool]:
         said = None if line is None else line.pop("checksum", None)
         crc = 0 if line is None else _crc_of_line(line, crc)
         if line is None or said != f"crc32:{crc:08x}":
-            again = "delete it and run the same command again, which goes on from the checkpoint with a log from there"
-            raise DamagedStoreError(f"{path} is damaged in line {number}, or lines before it are lost: {again}")
+            again = (
+                "delete it and run the same command again, which goes on from the checkpoint with a "
+                "log from there"
+            )
+            raise DamagedStoreError(
+                f"{path} is damaged in line {number}, or lines before it are lost: {again}"
+            )
         found.append(line)
     return found, True
 
@@ -288,7 +355,9 @@ def _checksum(tensors: dict[str, torch.Tensor], about: dict[str, str]) -> str:
 
 
 def check_checkpoint(path: Path) -> int:
-    """Raises when a checkpoint is not what was written; 1 for one of an earlier version, which has no checksum."""
+    """Raises when a checkpoint is not what was written; 1 for one of an earlier version, which has no
+    checksum.
+    """
     return int("checksum" not in _checkpoint(path)[0])
 
 
@@ -298,22 +367,33 @@ def _checkpoint(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor], in
     try:
         with safe_open(os.fspath(path), "pt") as file:
             about = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             step, cursors = int(about["step"]), parse_json(about["cursors"])
     except (SafetensorError, KeyError, ValueError, OSError, RuntimeError) as error:
-        raise IncompatibleError(f"the checkpoint {path} cannot be read ({error}): {_FROM_THE_START}") from error
+        raise IncompatibleError(
+            f"the checkpoint {path} cannot be read ({error}): {_FROM_THE_START}"
+        ) from error
     checked = set(about) == {"key", "step", "cursors", "checksum"}
-    if (about["checksum"] != _checksum(tensors, about)) if checked else set(about) != {"key", "step", "cursors"}:
-        raise DamagedStoreError(f"the checkpoint {path} is damaged: it is not what was written; {_FROM_THE_START}")
+    if (
+        (about["checksum"] != _checksum(tensors, about))
+        if checked
+        else set(about) != {"key", "step", "cursors"}
+    ):
+        raise DamagedStoreError(
+            f"the checkpoint {path} is damaged: it is not what was written; {_FROM_THE_START}"
+        )
     return about, tensors, step, cursors
 
 
 def read_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
-    """Takes a trainer to where a checkpoint was written, when there is one. Raises ``DamagedStoreError`` or another
-    ``FeatureInterpError`` when it cannot be gone on from."""
+    """Takes a trainer to where a checkpoint was written, when there is one. Raises ``DamagedStoreError`` or
+    another ``FeatureInterpError`` when it cannot be gone on from."""
     if not path.exists():
         return
     about, tensors, step, cursors = _checkpoint(path)
     if about.get("key") != key:
-        raise IncompatibleError(f"{path.parent} holds a run with other settings or data: train into another folder, or delete this one")
+        raise IncompatibleError(
+            f"{path.parent} holds a run with other settings or data: train into another folder, or delete "
+            "this one"
+        )
     trainer.restore(tensors, step, cursors[trainer.ranks.rank % len(cursors)])

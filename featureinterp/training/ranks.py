@@ -75,13 +75,18 @@ class Ranks:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """The processes that ``torchrun`` started, or this one alone. Raises ``InputError`` when its environment is only half there."""
+    """The processes that ``torchrun`` started, or this one alone. Raises ``InputError`` when its environment
+    is only half there.
+    """
     world = os.environ.get("WORLD_SIZE")
     if world is None or int(world) == 1:
         yield Ranks()
         return
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
-        raise InputError(f"WORLD_SIZE is {world}, but RANK or MASTER_ADDR is missing: start with 'torchrun --nproc-per-node N -m featureinterp train ...'")
+        raise InputError(
+            f"WORLD_SIZE is {world}, but RANK or MASTER_ADDR is missing: start with 'torchrun "
+            "--nproc-per-node N -m featureinterp train ...'"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)

@@ -1,4 +1,6 @@
-"""The whole path in one call: extract what is missing, train, export, evaluate. Every step reuses what an earlier call finished."""
+"""The whole path in one call: extract what is missing, train, export, evaluate. Every step reuses what an
+earlier call finished.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,17 @@ from featureinterp.training.architectures import as_sae
 from featureinterp.training.batches import Batches, OnlineBatches, Share, StoreBatches
 from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
 from featureinterp.training.extract import PARTS, Extracted, ExtractSettings, extract, window_splits
-from featureinterp.training.loop import CHECKPOINT, LOG, OnLine, Trainer, planned_steps, prepare, read_log, resume, run
+from featureinterp.training.loop import (
+    CHECKPOINT,
+    LOG,
+    OnLine,
+    Trainer,
+    planned_steps,
+    prepare,
+    read_log,
+    resume,
+    run,
+)
 from featureinterp.training.ranks import Ranks, joined, own_device
 from featureinterp.training.settings import Recipe, load_recipe, recipe_toml
 from featureinterp.training.store import METADATA, read_metadata
@@ -47,8 +59,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass
 class Trained:
-    """A finished run. ``about``: what ``run.json`` says; ``metrics`` is None when no document was held out; ``leads``: whether this process writes the
-    files."""
+    """A finished run. ``about``: what ``run.json`` says; ``metrics`` is None when no document was held out;
+    ``leads``: whether this process writes the files."""
 
     folder: Path
     recipe: Recipe
@@ -62,8 +74,15 @@ class Trained:
         from html import escape
 
         found = self.metrics
-        figures = f"variance explained {found['sae']['raw']:.3f}, L0 {found['l0']:.1f}, dead {found['dead']:.1%}" if found else "not evaluated"
-        return f"<b>{escape(self.recipe.sae.architecture)}</b> of {self.sae.n_features:,} features: {figures}; <code>{escape(str(self.folder))}</code>"
+        figures = (
+            f"variance explained {found['sae']['raw']:.3f}, L0 {found['l0']:.1f}, dead {found['dead']:.1%}"
+            if found
+            else "not evaluated"
+        )
+        return (
+            f"<b>{escape(self.recipe.sae.architecture)}</b> of {self.sae.n_features:,} features: "
+            f"{figures}; <code>{escape(str(self.folder))}</code>"
+        )
 
 
 class Parts:
@@ -79,7 +98,9 @@ class Parts:
         """The whole model, and its tokenizer."""
         if self._model is None:
             table = self.recipe.subject
-            self._model, self._tokenizer = load_causal_lm(table.model, device=str(self.device), dtype=table.dtype)
+            self._model, self._tokenizer = load_causal_lm(
+                table.model, device=str(self.device), dtype=table.dtype
+            )
         return self._model, self._tokenizer
 
     @property
@@ -96,7 +117,14 @@ class Parts:
     def extract_settings(self, *, only_held_out: bool = False) -> ExtractSettings:
         """How activations are stored."""
         r = self.recipe
-        return ExtractSettings(r.corpus.held_out, r.store.dtype, r.store.shuffle, r.store.shard_rows, only_held_out, seed=r.training.seed)
+        return ExtractSettings(
+            r.corpus.held_out,
+            r.store.dtype,
+            r.store.shuffle,
+            r.store.shard_rows,
+            only_held_out,
+            seed=r.training.seed,
+        )
 
     @property
     def corpus(self) -> Corpus:
@@ -107,8 +135,12 @@ class Parts:
             document_separator=self.recipe.corpus.document_separator,
         )
 
-    def extract(self, folder: Path, steps: Steps, settings: ExtractSettings | None = None, *, replace: bool = False) -> Extracted:
-        """The extraction in ``folder``, made, gone on with or reused; ``replace``: one of another request is deleted."""
+    def extract(
+        self, folder: Path, steps: Steps, settings: ExtractSettings | None = None, *, replace: bool = False
+    ) -> Extracted:
+        """The extraction in ``folder``, made, gone on with or reused; ``replace``: one of another request is
+        deleted.
+        """
         corpus = self.corpus
         return extract(
             self.subject,
@@ -132,11 +164,13 @@ def train(
     on_line: OnLine = lambda _: None,
     replace: bool = False,
 ) -> Trained:
-    """Runs a recipe in the folder ``out``: activations (unless ``store.folder`` has them, or ``training.online``), training, ``sae/`` and ``saelens/``,
-    ``metrics.json``. The same call goes on with what was interrupted; a run of another recipe is refused, or with ``replace`` deleted.
-    Started by ``torchrun``, all processes train together.
+    """Runs a recipe in the folder ``out``: activations (unless ``store.folder`` has them, or
+    ``training.online``), training, ``sae/`` and ``saelens/``, ``metrics.json``. The same call goes on with
+    what was interrupted; a run of another recipe is refused, or with ``replace`` deleted. Started by
+    ``torchrun``, all processes train together.
 
-    Raises ``InputError`` for what cannot work, before anything is computed, and ``FolderInUseError`` when another process works in ``out``.
+    Raises ``InputError`` for what cannot work, before anything is computed, and ``FolderInUseError`` when
+    another process works in ``out``.
     """
     check_tracker(recipe.tracking)
     writable(out)
@@ -154,7 +188,14 @@ def train(
         if ranks.leads:
             held.enter_context(owned(out, "train"))
             earlier = partial(_earlier, out, ranks)
-            claim(out, "a training run", request_of(recipe, ranks), parts=RUN_PARTS, replace=replace, earlier=earlier)
+            claim(
+                out,
+                "a training run",
+                request_of(recipe, ranks),
+                parts=RUN_PARTS,
+                replace=replace,
+                earlier=earlier,
+            )
         ranks.barrier()
         found = _data(recipe, out, parts, steps, ranks, replace)
         trainer = prepare(found.batches, recipe.sae, recipe.training, parts.device, found.n_rows, ranks)
@@ -177,7 +218,9 @@ def train(
             metrics = _finish(recipe, out, parts, trainer, found, steps)
         ranks.barrier()
         about = read_marker(out / ABOUT, AGAIN).value
-        return Trained(out, recipe, load_sae(str(out / "sae")), about, metrics, read_log(out / LOG), ranks.leads)
+        return Trained(
+            out, recipe, load_sae(str(out / "sae")), about, metrics, read_log(out / LOG), ranks.leads
+        )
 
 
 @dataclass(frozen=True)
@@ -209,14 +252,19 @@ def _data(recipe: Recipe, out: Path, parts: Parts, steps: Steps, ranks: Ranks, r
     ranks.barrier()
     found = Extracted.open(folder)
     if found.train is None:
-        raise InputError(f"{folder} holds only held-out activations: give an extraction with training ones, or set training.online")
+        raise InputError(
+            f"{folder} holds only held-out activations: give an extraction with training ones, or set "
+            "training.online"
+        )
     if found.test is not None:
         check_apart(found.train, found.test)
     batches = StoreBatches(found.train, table.batch, mix=table.mix, seed=table.seed, share=share)
     return _Data(batches, found.train.key, len(found.train), found)
 
 
-def _online(recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ranks, share: Share, replace: bool) -> _Data:
+def _online(
+    recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ranks, share: Share, replace: bool
+) -> _Data:
     table = recipe.training
     held = None
     if ranks.leads:
@@ -226,13 +274,23 @@ def _online(recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ran
         else:
             with owned(folder, "train"):
                 asked = windows_request(parts.corpus, parts.subject, parts.policy)
-                claim(folder, "an extraction", asked, parts=PARTS, about={"corpus": recipe.corpus.name}, replace=replace)
+                claim(
+                    folder,
+                    "an extraction",
+                    asked,
+                    parts=PARTS,
+                    about={"corpus": recipe.corpus.name},
+                    replace=replace,
+                )
                 build_windows(parts.corpus, parts.subject.encoder, parts.policy, folder / "windows")
     ranks.barrier()
     windows = held.windows if held else WindowTable.open(folder / "windows")
     rows = np.flatnonzero(window_splits(windows, parts.extract_settings()) == 0)
     if held is not None and held.test is not None and np.isin(rows, np.asarray(held.test.windows)).any():
-        raise IncompatibleError(f"{folder} holds out other documents than this version does: give another folder, or start anew with --replace")
+        raise IncompatibleError(
+            f"{folder} holds out other documents than this version does: give another folder, or start "
+            "anew with --replace"
+        )
     batches = OnlineBatches(
         parts.subject,
         recipe.subject.hook,
@@ -249,29 +307,42 @@ def _online(recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ran
 
 
 def fitted(recipe: Recipe, source: dict[str, Any]) -> Recipe:
-    """The recipe with the model and hook of activations that were given, where it names none itself. Raises ``IncompatibleError`` where it names another hook
-    or dtype; a model may lie elsewhere now, and run in another dtype where this machine lacks theirs."""
+    """The recipe with the model and hook of activations that were given, where it names none itself. Raises
+    ``IncompatibleError`` where it names another hook or dtype; a model may lie elsewhere now, and run in
+    another dtype where this machine lacks theirs."""
     theirs = {"hook": source["hook"], "model": source["model"]["name"], "dtype": source["model"]["dtype"]}
     named = {name: getattr(recipe.subject, name) for name in recipe.subject.model_fields_set}
     if named.get("dtype") == AUTO:
         del named["dtype"]
     for name in ("hook", "dtype"):
         if named.get(name, theirs[name]) != theirs[name]:
-            raise IncompatibleError(f"the activations are of the {name} {theirs[name]!r}, and the recipe says {named[name]!r}: change one of them")
-    return recipe.model_copy(update={"subject": recipe.subject.model_copy(update={**theirs, "dtype": AUTO, **named})})
+            raise IncompatibleError(
+                f"the activations are of the {name} {theirs[name]!r}, and the recipe says {named[name]!r}: "
+                "change one of them"
+            )
+    return recipe.model_copy(
+        update={"subject": recipe.subject.model_copy(update={**theirs, "dtype": AUTO, **named})}
+    )
 
 
 def resolved(recipe: Recipe, device: str | None, made_in: str | None = None) -> Recipe:
-    """The recipe with what ``auto`` stands for on this machine; where activations are given that were ``made_in`` a dtype, in that if the device has it."""
+    """The recipe with what ``auto`` stands for on this machine; where activations are given that were
+    ``made_in`` a dtype, in that if the device has it.
+    """
     machine, training = this_machine(), recipe.training
-    subject = recipe.subject.model_copy(update={"dtype": machine.dtype(recipe.subject.dtype, device, made_in=made_in)})
+    subject = recipe.subject.model_copy(
+        update={"dtype": machine.dtype(recipe.subject.dtype, device, made_in=made_in)}
+    )
     precision = machine.dtype(training.precision, device)
-    return recipe.model_copy(update={"subject": subject, "training": training.model_copy(update={"precision": precision})})
+    return recipe.model_copy(
+        update={"subject": subject, "training": training.model_copy(update={"precision": precision})}
+    )
 
 
 def request_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
-    """All settings that a run's files depend on, for :func:`featureinterp.claims.claim`. Where model, corpus and activations lie may change:
-    what is in them is part of the extraction's request and of the checkpoint's key."""
+    """All settings that a run's files depend on, for :func:`featureinterp.claims.claim`. Where model, corpus
+    and activations lie may change: what is in them is part of the extraction's request and of the
+    checkpoint's key."""
     tables = recipe.model_dump(mode="json", exclude={"tracking"})
     for table, name in (("store", "folder"), ("subject", "model"), ("corpus", "name")):
         tables[table].pop(name)
@@ -288,7 +359,11 @@ def _earlier(out: Path, ranks: Ranks) -> dict[str, Any] | None:
 def _settings_that_matter(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     """What the weights depend on."""
     training = recipe.training.model_dump(mode="json", exclude=set(SILENT))
-    return {"sae": recipe.sae.model_dump(mode="json", exclude={"dtype"}), "training": training, **({"world": ranks.world} if recipe.training.online else {})}
+    return {
+        "sae": recipe.sae.model_dump(mode="json", exclude={"dtype"}),
+        "training": training,
+        **({"world": ranks.world} if recipe.training.online else {}),
+    }
 
 
 def _about(recipe: Recipe, trainer: Trainer, found: _Data, ranks: Ranks) -> dict[str, Any]:
@@ -316,7 +391,9 @@ def _about(recipe: Recipe, trainer: Trainer, found: _Data, ranks: Ranks) -> dict
     }
 
 
-def _finish(recipe: Recipe, out: Path, parts: Parts, trainer: Trainer, found: _Data, steps: Steps) -> dict[str, Any] | None:
+def _finish(
+    recipe: Recipe, out: Path, parts: Parts, trainer: Trainer, found: _Data, steps: Steps
+) -> dict[str, Any] | None:
     """Writes the SAE in both layouts, and judges what was written."""
     sae = as_sae(trainer.model, trainer.normalizer)
     names = {"hook": recipe.subject.hook, "model": recipe.subject.model}
@@ -345,12 +422,25 @@ def _finish(recipe: Recipe, out: Path, parts: Parts, trainer: Trainer, found: _D
             model, tokenizer = parts.model
             rows = held_out_windows(extracted.test, table.ce_windows, recipe.training.seed)
             loss = loss_recovered(
-                model, tokenizer, recipe.subject.hook, written.sae, extracted.windows, rows, progress=lambda done, total: steps("cross-entropy", done, total)
+                model,
+                tokenizer,
+                recipe.subject.hook,
+                written.sae,
+                extracted.windows,
+                rows,
+                progress=lambda done, total: steps("cross-entropy", done, total),
             )
             judged = replaced(judged, loss=loss)
         metrics = judged.to_json()
         write_marker(out / METRICS, metrics, {LOG: Sums.of(out / LOG)})
-        save_sae(out / "sae", written.sae, dtype=dtype, provenance=provenance, metrics=short_metrics(metrics), **names)
+        save_sae(
+            out / "sae",
+            written.sae,
+            dtype=dtype,
+            provenance=provenance,
+            metrics=short_metrics(metrics),
+            **names,
+        )
     save_saelens(out / "saelens", written.sae, **names)
     return metrics
 
@@ -370,11 +460,17 @@ def short_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
         "n_tokens": metrics["n_rows"],
         "n_documents": metrics["n_documents"],
     }
-    return {name: round(value, 4) if isinstance(value, float) else value for name, value in found.items() if value is not None}
+    return {
+        name: round(value, 4) if isinstance(value, float) else value
+        for name, value in found.items()
+        if value is not None
+    }
 
 
 def writable(out: Path) -> None:
-    """Raises ``StorageError`` when nothing can be written into a folder. Several processes may ask at once."""
+    """Raises ``StorageError`` when nothing can be written into a folder. Several processes may ask at
+    once.
+    """
     with explained_storage(out):
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):

@@ -39,7 +39,9 @@ TINY = 1e-9
 
 
 class _Table(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True)
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class SubjectTable(_Table):
@@ -50,7 +52,9 @@ class SubjectTable(_Table):
     hook: str = "blocks.14.hook_resid_post"
     """The residual stream after a block, counted from 0."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What the model runs in; auto: bfloat16 where the device has it, else float32. A run records what was chosen."""
+    """What the model runs in; auto: bfloat16 where the device has it, else float32. A run records what was
+    chosen.
+    """
 
 
 class CorpusTable(_Table):
@@ -95,18 +99,25 @@ class SaeTable(_Table):
     """Number of features; ``expansion`` times the width when not given."""
     expansion: float = pydantic.Field(default=8, gt=0)
     k: int = pydantic.Field(default=32, ge=1, strict=True)
-    """Codes per token: kept (TopK), on average (BatchTopK, Matryoshka), aimed at (JumpReLU). At most as many as features."""
+    """Codes per token: kept (TopK), on average (BatchTopK, Matryoshka), aimed at (JumpReLU). At most as many
+    as features.
+    """
     prefixes: tuple[float, ...] = (0.03125, 0.09375, 0.21875, 0.46875, 1.0)
     """Matryoshka: shares of the dictionary that reconstruct on their own, ascending, the last 1."""
     normalize: Literal["none", "global", "token"] = "global"
-    """Of the input: none; one factor that gives the centred activations unit variance per dimension, folded into the weights at export; or each token by its
-    own mean and deviation, which the exported SAE does too."""
+    """Of the input: none; one factor that gives the centred activations unit variance per dimension, folded
+    into the weights at export; or each token by its own mean and deviation, which the exported SAE does too.
+    """
     penalty: float | None = pydantic.Field(default=None, ge=0)
-    """Weight of sparsity: of the L1 norm (ReLU, gated; 0.1 when not given), of (L0 / k − 1)² (JumpReLU; 1 when not given)."""
+    """Weight of sparsity: of the L1 norm (ReLU, gated; 0.1 when not given), of (L0 / k − 1)² (JumpReLU; 1
+    when not given).
+    """
     penalty_warmup: float = pydantic.Field(default=0.1, ge=0, le=1)
     """Share of the steps over which it grows from 0."""
     bandwidth: float = pydantic.Field(default=0.1, gt=0)
-    """JumpReLU: width of the kernel through which thresholds learn, in units of normalised activations per dimension."""
+    """JumpReLU: width of the kernel through which thresholds learn, in units of normalised activations per
+    dimension.
+    """
     aux_k: int | None = pydantic.Field(default=None, ge=0)
     """Dead features that reconstruct what the others leave over; half the width when not given, 0: none."""
     aux_coefficient: float = pydantic.Field(default=0.03125, ge=0)
@@ -121,25 +132,36 @@ class SaeTable(_Table):
     @pydantic.field_validator("prefixes")
     @classmethod
     def _ascend(cls, prefixes: tuple[float, ...]) -> tuple[float, ...]:
-        if not prefixes or prefixes[0] <= 0 or abs(prefixes[-1] - 1) > TINY or any(b <= a for a, b in pairwise(prefixes)):
+        if (
+            not prefixes
+            or prefixes[0] <= 0
+            or abs(prefixes[-1] - 1) > TINY
+            or any(b <= a for a, b in pairwise(prefixes))
+        ):
             raise ValueError("they must ascend from above 0 to 1")
         return prefixes
 
     @pydantic.model_validator(mode="after")
     def _fits(self) -> SaeTable:
         if self.d_sae is not None and self._too_many(self.d_sae):
-            raise ValueError(f"k ({self.k}) is above d_sae ({self.d_sae}): a token has at most as many codes as there are features")
+            raise ValueError(
+                f"k ({self.k}) is above d_sae ({self.d_sae}): a token has at most as many codes as there "
+                "are features"
+            )
         return self
 
     def _too_many(self, d_sae: int) -> bool:
         return self.architecture in (*BY_COUNT, "jumprelu") and self.k > d_sae
 
     def width(self, d_in: int) -> int:
-        """The number of features for activations of width ``d_in``. Raises ``InputError`` when it is below ``k``."""
+        """The number of features for activations of width ``d_in``. Raises ``InputError`` when it is below
+        ``k``.
+        """
         found = self.d_sae or max(2, round(self.expansion * d_in))
         if self._too_many(found):
             raise InputError(
-                f"sae.k = {self.k} is above the {found} features that sae.expansion = {self.expansion:g} gives a model of width {d_in}: "
+                f"sae.k = {self.k} is above the {found} features that sae.expansion = {self.expansion:g} "
+                f"gives a model of width {d_in}: "
                 "lower k or raise the expansion",
             )
         return found
@@ -255,18 +277,24 @@ def make_recipe(tables: dict[str, Any], where: str = "the recipe") -> Recipe:
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A recipe by the name of an embedded one (``demo``) or from a TOML file; a relative ``store.folder`` starts from the file's folder."""
+    """A recipe by the name of an embedded one (``demo``) or from a TOML file; a relative ``store.folder``
+    starts from the file's folder.
+    """
     path = data_folder() / "recipes" / f"{name}.toml" if str(name) in embedded() else Path(name)
     try:
         tables = parse_toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UnknownNameError(f"there is no recipe {str(name)!r}: give a TOML file, or {' or '.join(embedded())}") from error
+        raise UnknownNameError(
+            f"there is no recipe {str(name)!r}: give a TOML file, or {' or '.join(embedded())}"
+        ) from error
     except (OSError, UnicodeDecodeError, UnparsedError) as error:
         raise InputError(f"the recipe {path} cannot be read: {error}") from error
     recipe = make_recipe(tables, f"the recipe {path}")
     folder = recipe.store.folder
     if folder is not None and not folder.is_absolute():
-        recipe = recipe.model_copy(update={"store": recipe.store.model_copy(update={"folder": path.parent / folder})})
+        recipe = recipe.model_copy(
+            update={"store": recipe.store.model_copy(update={"folder": path.parent / folder})}
+        )
     return recipe
 
 
@@ -287,13 +315,18 @@ def _check_keys(tables: dict[str, Any], where: str) -> None:
     for table, values in tables.items():
         if table not in known:
             elsewhere = [f"{t}.{table}" for t, keys in known.items() if table in keys]
-            raise InputError(f"{where} has an unknown {'key' if elsewhere else 'table'} {table!r}: {_nearest(table, list(known), elsewhere)}")
+            raise InputError(
+                f"{where} has an unknown {'key' if elsewhere else 'table'} {table!r}: "
+                f"{_nearest(table, list(known), elsewhere)}"
+            )
         if not isinstance(values, dict):
             raise InputError(f"{where} gives {table} = {values!r}: it is a table, write [{table}]")
         for key in values:
             if key not in known[table]:
                 elsewhere = [f"{t}.{key}" for t, keys in known.items() if key in keys]
-                raise InputError(f"{where} has an unknown key {table}.{key}: {_nearest(key, known[table], elsewhere)}")
+                raise InputError(
+                    f"{where} has an unknown key {table}.{key}: {_nearest(key, known[table], elsewhere)}"
+                )
 
 
 def _nearest(name: str, known: list[str], elsewhere: list[str]) -> str:

@@ -1,8 +1,9 @@
-"""Encoding and decoding with few codes per token: what is not among the chosen codes costs nothing, forwards or backwards.
+"""Encoding and decoding with few codes per token: what is not among the chosen codes costs nothing, forwards
+or backwards.
 
-With S the sparse matrix of the chosen codes ``[token, feature]`` and G that of their gradients, x̂ = S W_dec has the gradients Sᵀ ∂x̂ for W_dec and the
-products of ∂x̂ with the chosen rows of W_dec for S; x W_encᵀ has Gᵀ x for W_enc. Each is a sparse product of as many multiplications as there are codes, times
-the width.
+With S the sparse matrix of the chosen codes ``[token, feature]`` and G that of their gradients, x̂ = S W_dec
+has the gradients Sᵀ ∂x̂ for W_dec and the products of ∂x̂ with the chosen rows of W_dec for S; x W_encᵀ has
+Gᵀ x for W_enc. Each is a sparse product of as many multiplications as there are codes, times the width.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ CHUNK = 4096
 
 
 class Pattern:
-    """Which codes are chosen: for row i the features ``features[starts[i]:starts[i + 1]]``. ``starts`` int64 ``[row + 1]``, ``features`` int64 ``[chosen]``."""
+    """Which codes are chosen: for row i the features ``features[starts[i]:starts[i + 1]]``. ``starts`` int64
+    ``[row + 1]``, ``features`` int64 ``[chosen]``.
+    """
 
     def __init__(self, starts: torch.Tensor, features: torch.Tensor, n_features: int) -> None:
         self.starts, self.features, self.n_features = starts, features, n_features
@@ -42,7 +45,11 @@ class Pattern:
     @cached_property
     def rows(self) -> torch.Tensor:
         """The row of every chosen code, int64 ``[chosen]``."""
-        return torch.repeat_interleave(torch.arange(self.n_rows, device=self.starts.device), self.starts.diff(), output_size=len(self.features))
+        return torch.repeat_interleave(
+            torch.arange(self.n_rows, device=self.starts.device),
+            self.starts.diff(),
+            output_size=len(self.features),
+        )
 
     @cached_property
     def by_feature(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,9 +57,13 @@ class Pattern:
         return torch.argsort(self.features, stable=True), _starts(self.features, self.n_features)
 
     def part(self, first: int, end: int) -> tuple[Pattern, torch.Tensor]:
-        """The codes of features from ``first`` to before ``end``, counted from ``first``; and which of the chosen ones they are."""
+        """The codes of features from ``first`` to before ``end``, counted from ``first``; and which of the
+        chosen ones they are.
+        """
         inside = torch.nonzero((self.features >= first) & (self.features < end)).squeeze(1)
-        return Pattern(_starts(self.rows[inside], self.n_rows), self.features[inside] - first, end - first), inside
+        return Pattern(
+            _starts(self.rows[inside], self.n_rows), self.features[inside] - first, end - first
+        ), inside
 
     def times(self, values: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
         """S @ ``matrix [feature, d]``: ``[row, d]``."""
@@ -64,11 +75,21 @@ class Pattern:
         return _csr(starts, self.rows[order], values[order], (self.n_features, self.n_rows)) @ matrix
 
     def products(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """For every chosen (row, feature) the product of a row of ``a [row, d]`` with one of ``b [feature, d]``: ``[chosen]``."""
+        """For every chosen (row, feature) the product of a row of ``a [row, d]`` with one of ``b [feature,
+        d]``: ``[chosen]``.
+        """
         if _sampled_is_there(a.device.type):
-            zero = _csr(self.starts, self.features, torch.zeros(len(self.features), device=a.device, dtype=a.dtype), (self.n_rows, self.n_features))
+            zero = _csr(
+                self.starts,
+                self.features,
+                torch.zeros(len(self.features), device=a.device, dtype=a.dtype),
+                (self.n_rows, self.n_features),
+            )
             return torch.sparse.sampled_addmm(zero, a, b.T, beta=0).values()
-        parts = [(a[r] * b[f]).sum(1) for r, f in zip(self.rows.split(CHUNK), self.features.split(CHUNK), strict=True)]
+        parts = [
+            (a[r] * b[f]).sum(1)
+            for r, f in zip(self.rows.split(CHUNK), self.features.split(CHUNK), strict=True)
+        ]
         return torch.cat(parts) if parts else a.new_zeros(0)
 
     def sum_by_feature(self, values: torch.Tensor) -> torch.Tensor:
@@ -81,7 +102,9 @@ def _starts(sorted_or_not: torch.Tensor, n: int) -> torch.Tensor:
     return torch.cat([counts.new_zeros(1), torch.cumsum(counts, 0)])
 
 
-def _csr(starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+def _csr(
+    starts: torch.Tensor, columns: torch.Tensor, values: torch.Tensor, shape: tuple[int, int]
+) -> torch.Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
         return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)
@@ -92,7 +115,11 @@ def _sampled_is_there(device: str) -> bool:
     """Some builds of torch have no sampled product."""
     try:
         one = torch.ones(1, 1, device=device)
-        torch.sparse.sampled_addmm(_csr(torch.tensor([0, 1], device=device), torch.tensor([0], device=device), one[0], (1, 1)), one, one)
+        torch.sparse.sampled_addmm(
+            _csr(torch.tensor([0, 1], device=device), torch.tensor([0], device=device), one[0], (1, 1)),
+            one,
+            one,
+        )
     except (RuntimeError, NotImplementedError):
         return False
     return True
@@ -102,7 +129,15 @@ class _Encoded(torch.autograd.Function):
     """The chosen values of (x − b_dec) W_encᵀ + b_enc, which are known already, with their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, centred: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, b_dec: torch.Tensor, pattern: Pattern) -> Any:
+    def forward(
+        ctx: Any,
+        values: torch.Tensor,
+        centred: torch.Tensor,
+        W_enc: torch.Tensor,
+        b_enc: torch.Tensor,
+        b_dec: torch.Tensor,
+        pattern: Pattern,
+    ) -> Any:
         ctx.save_for_backward(centred, W_enc)
         ctx.pattern = pattern
         return values.view_as(values)
@@ -118,8 +153,13 @@ class _Nested(torch.autograd.Function):
     """S W_dec of every prefix of the dictionary: ``[prefix, row, d]``."""
 
     @staticmethod
-    def forward(ctx: Any, values: torch.Tensor, W_dec: torch.Tensor, pattern: Pattern, ends: Sequence[int]) -> Any:
-        ctx.pieces = [(a, b, *((pattern, None) if len(ends) == 1 else pattern.part(a, b))) for a, b in zip([0, *ends[:-1]], ends, strict=True)]
+    def forward(
+        ctx: Any, values: torch.Tensor, W_dec: torch.Tensor, pattern: Pattern, ends: Sequence[int]
+    ) -> Any:
+        ctx.pieces = [
+            (a, b, *((pattern, None) if len(ends) == 1 else pattern.part(a, b)))
+            for a, b in zip([0, *ends[:-1]], ends, strict=True)
+        ]
         ctx.save_for_backward(values, W_dec)
         found: list[torch.Tensor] = []
         for a, b, part, chosen in ctx.pieces:
@@ -132,7 +172,9 @@ class _Nested(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         by_values, by_weights = torch.empty_like(values), torch.empty_like(W_dec)
         # a feature contributes to its own prefix and to all longer ones
-        for (a, b, part, chosen), g in zip(reversed(ctx.pieces), torch.cumsum(gradient.flip(0), 0), strict=True):
+        for (a, b, part, chosen), g in zip(
+            reversed(ctx.pieces), torch.cumsum(gradient.flip(0), 0), strict=True
+        ):
             own = values if chosen is None else values[chosen]
             products = part.products(g, W_dec[a:b])
             if chosen is None:
@@ -143,11 +185,22 @@ class _Nested(torch.autograd.Function):
         return by_values, by_weights, None, None
 
 
-def encoded(values: torch.Tensor, centred: torch.Tensor, W_enc: torch.Tensor, b_enc: torch.Tensor, b_dec: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """``values [chosen]`` of ``centred`` = x − b_dec ``[row, d]`` times W_encᵀ plus b_enc, as a function of ``W_enc [feature, d]``, ``b_enc`` and ``b_dec``."""
+def encoded(
+    values: torch.Tensor,
+    centred: torch.Tensor,
+    W_enc: torch.Tensor,
+    b_enc: torch.Tensor,
+    b_dec: torch.Tensor,
+    pattern: Pattern,
+) -> torch.Tensor:
+    """``values [chosen]`` of ``centred`` = x − b_dec ``[row, d]`` times W_encᵀ plus b_enc, as a function of
+    ``W_enc [feature, d]``, ``b_enc`` and ``b_dec``.
+    """
     return _Encoded.apply(values, centred, W_enc, b_enc, b_dec, pattern)
 
 
-def decoded(values: torch.Tensor, W_dec: torch.Tensor, pattern: Pattern, ends: Sequence[int] | None = None) -> torch.Tensor:
+def decoded(
+    values: torch.Tensor, W_dec: torch.Tensor, pattern: Pattern, ends: Sequence[int] | None = None
+) -> torch.Tensor:
     """S W_dec with the features before each of ``ends`` (all of them when None): ``[prefix, row, d]``."""
     return _Nested.apply(values, W_dec, pattern, list(ends or [pattern.n_features]))

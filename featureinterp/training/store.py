@@ -1,9 +1,11 @@
 """Activations on disk: shards of one plain 2-D array each, and for every row the token that it belongs to.
 
-``shard-00000.bin`` …: ``[row, d_model]`` in the store's dtype (float16 or float32); ``documents.bin``, ``windows.bin``, ``offsets.bin``, ``tokens.bin``: int32
-``[row]``, the row's document, window, place in the window and token id; ``metadata.json`` is written last and marks the store complete. It holds the numbers
-of rows and shards, what the rows depend on (model, hook, corpus, tokenizer, mask), how many tokens were left out, by cause, and
-the checksums of the other files. While a store is being written, ``shard-00000.sums`` has those of a shard that is full.
+``shard-00000.bin`` …: ``[row, d_model]`` in the store's dtype (float16 or float32); ``documents.bin``,
+``windows.bin``, ``offsets.bin``, ``tokens.bin``: int32 ``[row]``, the row's document, window, place in the
+window and token id; ``metadata.json`` is written last and marks the store complete. It holds the numbers of
+rows and shards, what the rows depend on (model, hook, corpus, tokenizer, mask), how many tokens were left
+out, by cause, and the checksums of the other files. While a store is being written, ``shard-00000.sums`` has
+those of a shard that is full.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ from typing import IO, Any
 
 import numpy as np
 
-from featureinterp.errors import FeatureInterpError, IncompatibleError, IncompleteStoreError, InputError, UnknownNameError
+from featureinterp.errors import (
+    FeatureInterpError,
+    IncompatibleError,
+    IncompleteStoreError,
+    InputError,
+    UnknownNameError,
+)
 from featureinterp.files import content_key, explained_storage
 from featureinterp.stored.arrays import mapped
 from featureinterp.stored.sums import Marker, SummedFile, Sums, described, read_marker, write_marker
@@ -36,9 +44,9 @@ DTYPES = {"float16": np.float16, "float32": np.float32}
 
 @dataclass(frozen=True, eq=False)
 class ActivationStore:
-    """A complete store, memory-mapped. ``shards``: arrays ``[row, d_model]``; ``documents``, ``windows``, ``offsets``,
-    ``tokens``: int32 ``[row]``. All are checked where they are read. ``files``: their checksums, None for a store of an
-    earlier version."""
+    """A complete store, memory-mapped. ``shards``: arrays ``[row, d_model]``; ``documents``, ``windows``,
+    ``offsets``, ``tokens``: int32 ``[row]``. All are checked where they are read. ``files``: their checksums,
+    None for a store of an earlier version."""
 
     folder: Path
     meta: dict[str, Any]
@@ -51,8 +59,9 @@ class ActivationStore:
 
     @classmethod
     def open(cls, folder: Path | str) -> ActivationStore:
-        """Raises ``UnknownNameError`` when there is no store, ``IncompleteStoreError`` when its writing never finished, and
-        ``DamagedStoreError`` when a file is not as long as it must be, or when what is read is not what was written."""
+        """Raises ``UnknownNameError`` when there is no store, ``IncompleteStoreError`` when its writing never
+        finished, and ``DamagedStoreError`` when a file is not as long as it must be, or when what is read is
+        not what was written."""
         folder = Path(folder)
         marker = _read(folder)
         meta, remedy = marker.value, remedy_for(folder)
@@ -60,7 +69,9 @@ class ActivationStore:
         known = (marker.files, METADATA, remedy)
         sizes = enumerate(meta["shards"])
         shards = tuple(mapped(shard_path(folder, i), dtype, (rows, width), *known) for i, rows in sizes)
-        sides = {name: mapped(folder / f"{name}.bin", np.int32, (n,), *known, _not_negative) for name in SIDES}
+        sides = {
+            name: mapped(folder / f"{name}.bin", np.int32, (n,), *known, _not_negative) for name in SIDES
+        }
         return cls(folder, meta, shards, **sides, files=marker.files)
 
     def __len__(self) -> int:
@@ -82,7 +93,9 @@ class ActivationStore:
         return np.concatenate([[0], np.cumsum(self.meta["shards"], dtype=np.int64)])
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """The given rows in their order, float32 ``[row, d_model]``. Raises ``FeatureInterpError`` when a value is not finite."""
+        """The given rows in their order, float32 ``[row, d_model]``. Raises ``FeatureInterpError`` when a
+        value is not finite.
+        """
         rows = np.asarray(rows, np.int64)
         out = np.empty((len(rows), self.d_model), np.float32)
         order = np.argsort(rows, kind="stable")
@@ -99,8 +112,8 @@ class ActivationStore:
             np.asarray(array)
 
     def check_finite(self, rows: np.ndarray) -> None:
-        """Raises ``FeatureInterpError`` when a value of these rows is not finite. Rows with checksums were when they were
-        written, and are not looked at again."""
+        """Raises ``FeatureInterpError`` when a value of these rows is not finite. Rows with checksums were
+        when they were written, and are not looked at again."""
         if self.files is None and not np.isfinite(rows).all():
             mend = "extract it again, with a model in float32 or bfloat16"
             raise FeatureInterpError(f"{self.folder} holds activations that are not finite: {mend}")
@@ -111,7 +124,9 @@ class ActivationStore:
             yield self.read(np.arange(start, min(start + rows, len(self))))
 
     def sample(self, n: int, *, seed: int = 0, n_shards: int | None = None) -> np.ndarray:
-        """``n`` rows drawn evenly from up to ``n_shards`` shards (all when None), float32; all rows when there are fewer."""
+        """``n`` rows drawn evenly from up to ``n_shards`` shards (all when None), float32; all rows when
+        there are fewer.
+        """
         rng = np.random.default_rng([seed, 1])
         shards = np.arange(len(self.shards))
         if n_shards is not None and n_shards < len(shards):
@@ -122,7 +137,10 @@ class ActivationStore:
     def _repr_html_(self) -> str:
         from html import escape
 
-        return f"<b>{len(self):,}</b> activations of width {self.d_model} at <code>{escape(self.meta['hook'])}</code> of {escape(self.meta['model']['name'])}"
+        return (
+            f"<b>{len(self):,}</b> activations of width {self.d_model} at "
+            f"<code>{escape(self.meta['hook'])}</code> of {escape(self.meta['model']['name'])}"
+        )
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -132,30 +150,46 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 def remedy_for(folder: Path) -> str:
     """What brings a damaged store back."""
-    return f"delete {folder} and run the same 'featureinterp extract' (or train, or merge) again, which writes it anew"
+    return (
+        f"delete {folder} and run the same 'featureinterp extract' (or train, or merge) again, which "
+        "writes it anew"
+    )
 
 
 def _read(folder: Path) -> Marker:
     path = folder / METADATA
     if not path.exists():
         if (folder / "train" / METADATA).exists():
-            raise UnknownNameError(f"{folder} holds several stores: name one of them, such as {folder / 'train'}")
+            raise UnknownNameError(
+                f"{folder} holds several stores: name one of them, such as {folder / 'train'}"
+            )
         if shard_path(folder, 0).exists():
             again = "run the same 'featureinterp extract' again"
-            raise IncompleteStoreError(f"the store {folder} was never finished ({METADATA} is missing): {again}")
-        raise UnknownNameError(f"there is no activation store in {folder}: make one with 'featureinterp extract'")
+            raise IncompleteStoreError(
+                f"the store {folder} was never finished ({METADATA} is missing): {again}"
+            )
+        raise UnknownNameError(
+            f"there is no activation store in {folder}: make one with 'featureinterp extract'"
+        )
     marker = read_marker(path, remedy_for(folder))
     meta = marker.value
     with described(path, remedy_for(folder)):
         counts = [meta["n_rows"], meta["d_model"], *meta["shards"]]
         whole = all(type(n) is int and n >= 0 for n in counts)
-        good = whole and meta["format"] == FORMAT and meta["n_rows"] == sum(meta["shards"]) and meta["d_model"] > 0
+        good = (
+            whole
+            and meta["format"] == FORMAT
+            and meta["n_rows"] == sum(meta["shards"])
+            and meta["d_model"] > 0
+        )
         dtype = str(meta["dtype"])
     if dtype not in DTYPES:
         only = f"it must be {' or '.join(DTYPES)}; cast it when it is written"
         raise IncompatibleError(f"the store {folder} has dtype {dtype!r}: {only}")
     if not good:
-        raise IncompleteStoreError(f"{path} contradicts itself or is of another version: extract the store again")
+        raise IncompleteStoreError(
+            f"{path} contradicts itself or is of another version: extract the store again"
+        )
     return marker
 
 
@@ -169,8 +203,9 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 class StoreWriter:
-    """Appends rows to preallocated shards. The owner of the writer keeps how many rows were on disk after a :meth:`sync`, and
-    the :attr:`sums` of them, and passes both to go on from there; sums that are not passed are those of the files."""
+    """Appends rows to preallocated shards. The owner of the writer keeps how many rows were on disk after a
+    :meth:`sync`, and the :attr:`sums` of them, and passes both to go on from there; sums that are not passed
+    are those of the files."""
 
     def __init__(
         self,
@@ -193,22 +228,32 @@ class StoreWriter:
             for file in self._sides.values():
                 file.seek(4 * n_rows)
             sizes = dict.fromkeys(SIDES, 4 * n_rows) | {"shard": n_rows % self.shard_rows * self._row}
-            held = {**{name: folder / f"{name}.bin" for name in SIDES}, "shard": shard_path(folder, n_rows // self.shard_rows)}
+            held = {
+                **{name: folder / f"{name}.bin" for name in SIDES},
+                "shard": shard_path(folder, n_rows // self.shard_rows),
+            }
             if sums is None:
                 self._sums = {name: Sums.of(held[name], SHARD_BLOCK, size) for name, size in sizes.items()}
             else:
                 with described(folder, remedy_for(folder)):
                     self._sums = {name: Sums.from_json(sums[name]) for name in sizes}
             if any(self._sums[name].size != size for name, size in sizes.items()):
-                raise IncompleteStoreError(f"{folder} has not the rows that its state counts: {remedy_for(folder)}")
+                raise IncompleteStoreError(
+                    f"{folder} has not the rows that its state counts: {remedy_for(folder)}"
+                )
         self._shard: IO[bytes] | None = None
 
     def append(self, rows: np.ndarray, **sides: np.ndarray) -> None:
-        """``rows`` ``[row, d_model]``, and the arrays of ``SIDES`` ``[row]``. Raises ``FeatureInterpError`` for a value that the dtype cannot hold."""
+        """``rows`` ``[row, d_model]``, and the arrays of ``SIDES`` ``[row]``. Raises ``FeatureInterpError``
+        for a value that the dtype cannot hold.
+        """
         with np.errstate(over="ignore"):
             kept = np.asarray(rows).astype(self.dtype)
         if not np.isfinite(kept).all():
-            raise FeatureInterpError("an activation does not fit float16: store them as float32 (store.dtype of a recipe, --store-dtype of extract)")
+            raise FeatureInterpError(
+                "an activation does not fit float16: store them as float32 (store.dtype of a recipe, "
+                "--store-dtype of extract)"
+            )
         done = 0
         with explained_storage(self.folder):
             while done < len(kept):
@@ -240,7 +285,9 @@ class StoreWriter:
         return self.d_model * self.dtype.itemsize
 
     def _open(self, number: int, start: int) -> IO[bytes]:
-        """The shard's file at its full length, its space reserved, so that a full disk shows now; at the row ``start`` of it."""
+        """The shard's file at its full length, its space reserved, so that a full disk shows now; at the row
+        ``start`` of it.
+        """
         self._close()
         path, row = shard_path(self.folder, number), self._row
         file = path.open("r+b" if path.exists() else "wb")
@@ -316,10 +363,11 @@ def _sums_path(folder: Path, number: int) -> Path:
 
 
 def merge_stores(folders: Sequence[Path], out: Path) -> ActivationStore:
-    """One store of the parts that several workers wrote (``meta["part"]``: which of how many), in the order of the parts. Shards are linked where the file
-    system can, else copied.
+    """One store of the parts that several workers wrote (``meta["part"]``: which of how many), in the order
+    of the parts. Shards are linked where the file system can, else copied.
 
-    Raises ``IncompleteStoreError`` for a part that is missing or was never finished, and ``IncompatibleError`` for parts of different extractions.
+    Raises ``IncompleteStoreError`` for a part that is missing or was never finished, and
+    ``IncompatibleError`` for parts of different extractions.
     """
     stores = [ActivationStore.open(f) for f in folders]
     if not stores:
@@ -327,20 +375,34 @@ def merge_stores(folders: Sequence[Path], out: Path) -> ActivationStore:
     stores.sort(key=lambda s: s.meta["part"]["number"])
     first = stores[0].meta
     for store in stores:
-        if any(store.meta[name] != first[name] for name in ("source", "split", "dtype")) or store.meta["part"]["of"] != first["part"]["of"]:
-            raise IncompatibleError(f"{store.folder} and {stores[0].folder} come from different extractions: merge the parts of one")
+        if (
+            any(store.meta[name] != first[name] for name in ("source", "split", "dtype"))
+            or store.meta["part"]["of"] != first["part"]["of"]
+        ):
+            raise IncompatibleError(
+                f"{store.folder} and {stores[0].folder} come from different extractions: merge the parts "
+                "of one"
+            )
     numbers = [s.meta["part"]["number"] for s in stores]
     of = first["part"]["of"]
     missing = sorted(set(range(of)) - set(numbers))
     if missing:
-        raise IncompleteStoreError(f"part {missing[0]} of {of} is missing: name the store of every worker, those are {', '.join(map(str, range(of)))}")
+        raise IncompleteStoreError(
+            f"part {missing[0]} of {of} is missing: name the store of every worker, those are "
+            f"{', '.join(map(str, range(of)))}"
+        )
     if len(numbers) != of:
-        raise InputError(f"part {next(n for n in numbers if numbers.count(n) > 1)} is named twice: name the store of every worker once")
+        raise InputError(
+            f"part {next(n for n in numbers if numbers.count(n) > 1)} is named twice: name the store of "
+            "every worker once"
+        )
     if (out / METADATA).exists():
         raise InputError(f"{out} holds a store already: merge into another folder")
     with explained_storage(out):
         out.mkdir(parents=True, exist_ok=True)
-        shards = [(s, shard_path(s.folder, i), rows) for s in stores for i, rows in enumerate(s.meta["shards"])]
+        shards = [
+            (s, shard_path(s.folder, i), rows) for s in stores for i, rows in enumerate(s.meta["shards"])
+        ]
         files = {}
         for number, (store, path, _) in enumerate(shards):
             target = shard_path(out, number)
@@ -357,7 +419,13 @@ def merge_stores(folders: Sequence[Path], out: Path) -> ActivationStore:
                     side.write(np.asarray(getattr(store, name)).tobytes())
             files[f"{name}.bin"] = side.sums
     counts = {name: sum(s.meta["counts"][name] for s in stores) for name in first["counts"]}
-    meta = {**first, "part": {"number": 0, "of": 1, "merged": of}, "counts": counts, "n_rows": sum(map(len, stores)), "shards": [rows for *_, rows in shards]}
+    meta = {
+        **first,
+        "part": {"number": 0, "of": 1, "merged": of},
+        "counts": counts,
+        "n_rows": sum(map(len, stores)),
+        "shards": [rows for *_, rows in shards],
+    }
     write_marker(out / METADATA, {**meta, "key": store_key(meta)}, files)
     return ActivationStore.open(out)
 

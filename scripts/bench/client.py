@@ -2,10 +2,12 @@
 
     python scripts/bench/client.py [--quick] [--device cpu]
 
-Prints: requests per second at 256 in flight and 20 ms a reply, as a ratio to a bare asyncio client that only writes and reads bytes, with the
-growth of memory over the run; our CPU milliseconds per request over 1.3; and for replies that take 1 s and 0.3 s the ideal time over ours.
-Those limits are of a machine on which the bare client makes 11,800 requests per second; on a slower one (``slower``: how many times) CPU
-milliseconds are divided, and replies take longer, in that proportion. No GPU is used; ``--device`` is there because every benchmark takes it.
+Prints: requests per second at 256 in flight and 20 ms a reply, as a ratio to a bare asyncio client that only
+writes and reads bytes, with the growth of memory over the run; our CPU milliseconds per request over 1.3; and
+for replies that take 1 s and 0.3 s the ideal time over ours. Those limits are of a machine on which the bare
+client makes 11,800 requests per second; on a slower one (``slower``: how many times) CPU milliseconds are
+divided, and replies take longer, in that proportion. No GPU is used; ``--device`` is there because every
+benchmark takes it.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ SERVER = Path(__file__).resolve().parents[2] / "tests" / "endpoint.py"
 @contextmanager
 def server(latency_s: float) -> Iterator[str]:
     """The played endpoint as a process; gives its address."""
-    process = subprocess.Popen([sys.executable, str(SERVER), "--latency", str(latency_s)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(SERVER), "--latency", str(latency_s)], stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None
         yield process.stdout.readline().strip()
@@ -74,8 +78,14 @@ class Bare(asyncio.Protocol):
 
 def bare(url: str, n: int) -> float:
     """Seconds for ``n`` requests by the bare client."""
-    body = b'{"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 16, "temperature": 0.0}'
-    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    body = (
+        b'{"model": "m", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 16, '
+        b'"temperature": 0.0}'
+    )
+    request = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: "
+        b"application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+    )
 
     async def go() -> float:
         loop, done = asyncio.get_running_loop(), asyncio.Event()
@@ -91,7 +101,9 @@ def bare(url: str, n: int) -> float:
 
 
 def ours(url: str, n: int) -> tuple[float, float, float]:
-    """Seconds, CPU milliseconds per request, and growth of memory in bytes per request, for ``n`` requests through the whole stack."""
+    """Seconds, CPU milliseconds per request, and growth of memory in bytes per request, for ``n`` requests
+    through the whole stack.
+    """
     process = psutil.Process()
 
     async def go() -> tuple[float, float, float]:
@@ -127,13 +139,31 @@ def main() -> None:
         took, cpu_ms, growth = ours(url, n)
         limit = max(limit, n / bare(url, n))
     slower = max(1.0, BARE_RATE / limit)
-    report("client: requests per second, 256 in flight, 20 ms", n / took, limit, n / took / limit, bytes_per_request=round(growth, 1))
-    report("client: CPU ms per request, as of the machine of the limit", cpu_ms / slower, CPU_MS, cpu_ms / slower / CPU_MS, slower=round(slower, 1))
+    report(
+        "client: requests per second, 256 in flight, 20 ms",
+        n / took,
+        limit,
+        n / took / limit,
+        bytes_per_request=round(growth, 1),
+    )
+    report(
+        "client: CPU ms per request, as of the machine of the limit",
+        cpu_ms / slower,
+        CPU_MS,
+        cpu_ms / slower / CPU_MS,
+        slower=round(slower, 1),
+    )
     for latency, rounds in ((1.0, 4), (0.3, 8)) if args.quick else ((1.0, 16), (0.3, 40)):
         with server(latency * slower) as url:
             took, _, _ = ours(url, IN_FLIGHT * rounds)
         ideal = latency * slower * rounds
-        report(f"client: 256 in flight, {latency:g} s a reply, share of the ideal", ideal / took, 1.0, ideal / took, slower=round(slower, 1))
+        report(
+            f"client: 256 in flight, {latency:g} s a reply, share of the ideal",
+            ideal / took,
+            1.0,
+            ideal / took,
+            slower=round(slower, 1),
+        )
 
 
 if __name__ == "__main__":

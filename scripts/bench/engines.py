@@ -1,11 +1,13 @@
-"""The engines that can read the embedded simulator's and judge's prompts, beside one another: transformers in each dtype, and llama.cpp.
+"""The engines that can read the embedded simulator's and judge's prompts, beside one another: transformers in
+each dtype, and llama.cpp.
 
     python scripts/bench/engines.py [--quick] [--device cpu|cuda]
 
-transformers: suffixes of three tokens behind a shared prefix of 250, in the batches of the token-wise simulator; random weights of the shape of
-Qwen2.5-1.5B, two of its 28 layers, scaled to all. llama.cpp: one prompt of 512 tokens by the embedded server, when the embedded explainer is in the cache
-(no shared prefix helps it there: its server reads each prompt's own end alone). Tokens per second of each, and its ratio to the fastest; ``auto`` names
-the dtype that the product takes.
+transformers: suffixes of three tokens behind a shared prefix of 250, in the batches of the token-wise
+simulator; random weights of the shape of Qwen2.5-1.5B, two of its 28 layers, scaled to all. llama.cpp: one
+prompt of 512 tokens by the embedded server, when the embedded explainer is in the cache (no shared prefix
+helps it there: its server reads each prompt's own end alone). Tokens per second of each, and its ratio to the
+fastest; ``auto`` names the dtype that the product takes.
 """
 
 from __future__ import annotations
@@ -38,14 +40,21 @@ def main() -> None:
         found["llama.cpp, its own 4-bit weights"] = llama_speed(128 if args.quick else 512)
     best = max(found.values())
     for name, speed in found.items():
-        report(f"engine {name}", speed, best, speed / best, unit="tokens/s", auto=args.dtype, device=args.device)
+        report(
+            f"engine {name}", speed, best, speed / best, unit="tokens/s", auto=args.dtype, device=args.device
+        )
 
 
 @torch.inference_mode()
 def transformers_speed(dtype: str, device: str, rounds: int) -> float:
     """Tokens per second of suffixes behind a shared prefix."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+    }
     config = Qwen2Config(vocab_size=49_152, num_hidden_layers=LAYERS, **sizes)
     model = PrefixModel(Qwen2ForCausalLM(config).to(device, DTYPES[dtype]).eval().requires_grad_(False))
     prefix = model.prefix(list(range(1000, 1000 + PREFIX)))

@@ -1,9 +1,10 @@
-"""Extracting activations against its limit: the bare blocks up to the hook over the same windows, and a raw write of the same rows.
+"""Extracting activations against its limit: the bare blocks up to the hook over the same windows, and a raw
+write of the same rows.
 
     python scripts/bench/extract.py [--quick] [--device cpu|cuda] [--shape NAME]
 
-Prints tokens per second of both and their ratio; and the most memory that the process holds while it extracts four times as many tokens, over what it
-holds for one time. Random weights of the embedded model's shape.
+Prints tokens per second of both and their ratio; and the most memory that the process holds while it extracts
+four times as many tokens, over what it holds for one time. Random weights of the embedded model's shape.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ WINDOW = 64
 
 def corpus_of(n_tokens: int) -> Corpus:
     rng = np.random.default_rng(0)
-    texts = [" ".join(map(str, rng.integers(2, 49_152, WINDOW * 8).tolist())) for _ in range(n_tokens // (WINDOW * 8))]
+    texts = [
+        " ".join(map(str, rng.integers(2, 49_152, WINDOW * 8).tolist()))
+        for _ in range(n_tokens // (WINDOW * 8))
+    ]
     return Corpus(f"bench {n_tokens}", lambda: (Document(str(i), t) for i, t in enumerate(texts)), len(texts))
 
 
@@ -47,21 +51,46 @@ def main() -> None:
             for name in (TRAIN, TEST):  # the windows, cut in the first round, are reused
                 shutil.rmtree(out / name, ignore_errors=True)
             (out / STATE).unlink(missing_ok=True)
-            extract(subject, loaded.hook, corpus, out, WindowPolicy(WINDOW), ExtractSettings(0.1), batch_tokens=batch_tokens)
+            extract(
+                subject,
+                loaded.hook,
+                corpus,
+                out,
+                WindowPolicy(WINDOW),
+                ExtractSettings(0.1),
+                batch_tokens=batch_tokens,
+            )
 
         @torch.inference_mode()
         def limit() -> None:
             rows = batch_tokens // WINDOW
             with (out / "raw.bin").open("wb") as raw:
                 for start in range(0, len(windows), rows):
-                    ids = torch.from_numpy(np.array(windows.tokens[start : start + rows], np.int64)).to(args.device)
+                    ids = torch.from_numpy(np.array(windows.tokens[start : start + rows], np.int64)).to(
+                        args.device
+                    )
                     x = bare(ids)
                     raw.write(x.half().cpu().numpy().tobytes())
 
         mine, least = compare(ours, limit, args.device, args.rounds or (2 if args.quick else 5))
-        report(f"extract, {args.shape}", n_tokens / mine, n_tokens / least, least / mine, unit="tokens/s", target=">= 0.9", device=args.device)
+        report(
+            f"extract, {args.shape}",
+            n_tokens / mine,
+            n_tokens / least,
+            least / mine,
+            unit="tokens/s",
+            target=">= 0.9",
+            device=args.device,
+        )
     once, more = (peak(subject, loaded.hook, n_tokens * times // 2, batch_tokens) for times in (1, 4))
-    report("extract: peak memory of 4 times the tokens", more / 2**20, once / 2**20, more / once, unit="MiB", device=args.device)
+    report(
+        "extract: peak memory of 4 times the tokens",
+        more / 2**20,
+        once / 2**20,
+        more / once,
+        unit="MiB",
+        device=args.device,
+    )
 
 
 def peak(subject: Subject, hook: str, n_tokens: int, batch_tokens: int) -> int:
@@ -76,7 +105,15 @@ def peak(subject: Subject, hook: str, n_tokens: int, batch_tokens: int) -> int:
     thread = threading.Thread(target=watch)
     with tempfile.TemporaryDirectory() as folder:
         thread.start()
-        extract(subject, hook, corpus, Path(folder), WindowPolicy(WINDOW), ExtractSettings(0.1), batch_tokens=batch_tokens)
+        extract(
+            subject,
+            hook,
+            corpus,
+            Path(folder),
+            WindowPolicy(WINDOW),
+            ExtractSettings(0.1),
+            batch_tokens=batch_tokens,
+        )
         stop.set()
         thread.join()
     return most[0]

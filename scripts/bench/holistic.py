@@ -2,9 +2,10 @@
 
     python scripts/bench/holistic.py [--quick] [--device cpu|cuda]
 
-Windows of 32 tokens (64 without --quick, too) through a subject and an SAE of the embedded ones' shapes, random weights. The limit is the loop: for every
-token, the window without it through the model up to the hook and the SAE. Ours must be at least 3 times as fast; ``ratio`` is the loop's
-seconds over ours. The gradient's seconds are reported beside them.
+Windows of 32 tokens (64 without --quick, too) through a subject and an SAE of the embedded ones' shapes,
+random weights. The limit is the loop: for every token, the window without it through the model up to the hook
+and the SAE. Ours must be at least 3 times as fast; ``ratio`` is the loop's seconds over ours. The gradient's
+seconds are reported beside them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ def main() -> None:
 
         rounds = args.rounds or (2 if args.quick else 5)
         for name, method in (("exact", exact), ("gradient", gradient)):
-            ours, limit = compare(lambda method=method, windows=windows: method.of(FEATURE, windows), loop, args.device, rounds)  # type: ignore[misc]
+            ours, limit = compare(
+                lambda method=method, windows=windows: method.of(FEATURE, windows), loop, args.device, rounds
+            )  # type: ignore[misc]
             report(
                 f"holistic activations, {name}, {length} tokens",
                 1000 * ours / n_windows,

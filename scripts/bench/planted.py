@@ -1,7 +1,9 @@
-"""Features whose meaning is known, because it was planted: detectors over a corpus, with their true explanation and wrong ones of named kinds.
+"""Features whose meaning is known, because it was planted: detectors over a corpus, with their true
+explanation and wrong ones of named kinds.
 
-A detector is a regular expression over a window's text; the tokens of its match (of its group ``x`` where it has one) get an activation. Activations are
-graded, as real ones are: the detector's strength, times a share from 0.6 to 1 that belongs to the word, times one from 0.85 to 1 that belongs to the place.
+A detector is a regular expression over a window's text; the tokens of its match (of its group ``x`` where it
+has one) get an activation. Activations are graded, as real ones are: the detector's strength, times a share
+from 0.6 to 1 that belongs to the word, times one from 0.85 to 1 that belongs to the place.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Planted:
-    """A planted feature. ``broad``: a description that fires on much more; ``narrow``: one that misses most."""
+    """A planted feature. ``broad``: a description that fires on much more; ``narrow``: one that misses
+    most.
+    """
 
     name: str
     family: str
@@ -53,7 +57,9 @@ class Planted:
         return _explanation(*((p.text, p.strength) for p in self.parts))
 
     def wrong(self, others: Sequence[Planted]) -> dict[Wrong, Explanation]:
-        """Wrong explanations by kind; "another concept" is the truth about the first of ``others`` of another family."""
+        """Wrong explanations by kind; "another concept" is the truth about the first of ``others`` of another
+        family.
+        """
         found: dict[Wrong, Explanation] = {
             "another concept": next(o for o in others if o.family != self.family).truth,
             "too broad": _explanation((self.broad, 5)),
@@ -67,17 +73,31 @@ class Planted:
 
 
 def _explanation(*rules: tuple[str, int]) -> Explanation:
-    return Explanation(tuple(Rule(text, strength) for text, strength in sorted(rules, key=lambda r: -r[1])), Provenance("planted"))
+    return Explanation(
+        tuple(Rule(text, strength) for text, strength in sorted(rules, key=lambda r: -r[1])),
+        Provenance("planted"),
+    )
 
 
 def _load() -> tuple[Planted, ...]:
     """The features of ``planted.toml``."""
     data = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
-    single = {f["name"]: Planted(f["name"], f["family"], (Part(f["pattern"], f["text"]),), f["broad"], f["narrow"]) for f in data["feature"]}
+    single = {
+        f["name"]: Planted(f["name"], f["family"], (Part(f["pattern"], f["text"]),), f["broad"], f["narrow"])
+        for f in data["feature"]
+    }
     unions = []
     for union in data["union"]:
         strong, weak = (single[name].parts[0] for name in union["of"])
-        unions.append(Planted("+".join(union["of"]), "union", (strong, replace(weak, strength=2)), union["broad"], union["narrow"]))
+        unions.append(
+            Planted(
+                "+".join(union["of"]),
+                "union",
+                (strong, replace(weak, strength=2)),
+                union["broad"],
+                union["narrow"],
+            )
+        )
     return (*single.values(), *unions)
 
 
@@ -85,12 +105,16 @@ FEATURES = _load()
 
 
 def development(feature: Planted) -> bool:
-    """Whether a feature is of the half by which defaults are chosen (every other one of its family); the other half is reported."""
+    """Whether a feature is of the half by which defaults are chosen (every other one of its family); the
+    other half is reported.
+    """
     return [f.name for f in FEATURES if f.family == feature.family].index(feature.name) % 2 == 0
 
 
 def activations(feature: Planted, pieces: Sequence[str], row: int) -> np.ndarray:
-    """The planted activations of a window, float32 ``[token]``; where two parts of a feature meet, the larger."""
+    """The planted activations of a window, float32 ``[token]``; where two parts of a feature meet, the
+    larger.
+    """
     text = "".join(pieces)
     ends = np.cumsum([len(p) for p in pieces])
     starts = ends - [len(p) for p in pieces]
@@ -98,7 +122,13 @@ def activations(feature: Planted, pieces: Sequence[str], row: int) -> np.ndarray
     for part in feature.parts:
         for start, end in spans(part.pattern, text):
             word = text[start:end].lower()
-            value = SCALE * part.strength / 5 * (0.6 + 0.4 * _share(word)) * (0.85 + 0.15 * _share(f"{row} {start} {word}"))
+            value = (
+                SCALE
+                * part.strength
+                / 5
+                * (0.6 + 0.4 * _share(word))
+                * (0.85 + 0.15 * _share(f"{row} {start} {word}"))
+            )
             inside = (starts < end) & (ends > start)
             found[inside] = np.maximum(found[inside], value)
     return found
@@ -124,18 +154,42 @@ def _share(text: str) -> float:
 
 
 def plant(run: Path, windows: WindowTable, features: Sequence[Planted] = FEATURES) -> CodesStore:
-    """Writes the features' activations as the codes of a run folder that holds ``windows``, so that every verb works on them."""
+    """Writes the features' activations as the codes of a run folder that holds ``windows``, so that every
+    verb works on them.
+    """
     if (run / "codes" / "codes.json").exists():
         return CodesStore.open(run)
-    writer = RunWriter(run / "codes", n_features=len(features), n_positions=len(windows) * windows.length, value_dtype="float16")
+    writer = RunWriter(
+        run / "codes",
+        n_features=len(features),
+        n_positions=len(windows) * windows.length,
+        value_dtype="float16",
+    )
     for row in range(writer.next_window, len(windows)):
         pieces = windows.pieces(row)
         dense = np.stack([activations(feature, pieces, row) for feature in features])
         index, offset = np.nonzero(dense)
-        writer.add(row * windows.length + offset, index, dense[index, offset], n_scored=len(pieces), end_window=row + 1)
-    digest = hashlib.sha256(json.dumps([[p.pattern, p.strength] for f in features for p in f.parts]).encode()).hexdigest()
+        writer.add(
+            row * windows.length + offset,
+            index,
+            dense[index, offset],
+            n_scored=len(pieces),
+            end_window=row + 1,
+        )
+    digest = hashlib.sha256(
+        json.dumps([[p.pattern, p.strength] for f in features for p in f.parts]).encode()
+    ).hexdigest()
     planted = {"name": "planted", "fingerprint": digest, "hook": "none", "architecture": "detectors"}
     model = {"name": "none", "fingerprint": digest, "dtype": "none"}
     corpus = {"name": "sotu", "windows": windows.fingerprint}
-    writer.finish({"key": digest, "model": model, "sae": planted, "corpus": corpus, "mask": {}, "window_length": windows.length})
+    writer.finish(
+        {
+            "key": digest,
+            "model": model,
+            "sae": planted,
+            "corpus": corpus,
+            "mask": {},
+            "window_length": windows.length,
+        }
+    )
     return CodesStore.open(run)

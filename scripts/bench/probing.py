@@ -2,11 +2,13 @@
 
     python scripts/bench/probing.py [--quick] [--device cpu|cuda]
 
-AUROC of 4,096 features for 16 labels on 50,000 tokens, 1 % of the codes nonzero (rounded to two digits, so that there are ties), against dense
-torch (sort and searchsorted, midranks, one matrix product), scipy's ``rankdata`` and scikit-learn's ``roc_auc_score``, each on as many features as
-``features`` says and scaled up; the same for 32,768 features with 128 nonzeros per token. F1 over five thresholds against dense torch. Memory: what
-numpy holds at most beside the codes, per nonzero, and again with eight times as many features and as many nonzeros. Decoders: the whole fit, with its
-choice of the penalty, against 400 steps of full-batch Adam (learning rate 0.05, penalty 0.01) on standardised inputs, with both mean held-out AUROCs.
+AUROC of 4,096 features for 16 labels on 50,000 tokens, 1 % of the codes nonzero (rounded to two digits, so
+that there are ties), against dense torch (sort and searchsorted, midranks, one matrix product), scipy's
+``rankdata`` and scikit-learn's ``roc_auc_score``, each on as many features as ``features`` says and scaled
+up; the same for 32,768 features with 128 nonzeros per token. F1 over five thresholds against dense torch.
+Memory: what numpy holds at most beside the codes, per nonzero, and again with eight times as many features
+and as many nonzeros. Decoders: the whole fit, with its choice of the penalty, against 400 steps of full-batch
+Adam (learning rate 0.05, penalty 0.01) on standardised inputs, with both mean held-out AUROCs.
 
 ``ratio``: seconds of the other way over ours.
 """
@@ -56,7 +58,10 @@ def auroc_lines(name: str, codes: Columns, labels: np.ndarray, device: str, quic
     given: Any = codes
     if device != "cpu":
         given = torch.sparse_csc_tensor(
-            torch.from_numpy(codes.offsets), torch.from_numpy(codes.rows.astype(np.int64)), torch.from_numpy(codes.values), size=codes.shape
+            torch.from_numpy(codes.offsets),
+            torch.from_numpy(codes.rows.astype(np.int64)),
+            torch.from_numpy(codes.values),
+            size=codes.shape,
         ).to(device)
     ours = timed(lambda: auroc_all(given, labels), device, rounds)
     found = auroc_all(given, labels)
@@ -69,9 +74,20 @@ def auroc_lines(name: str, codes: Columns, labels: np.ndarray, device: str, quic
         n = min(n, codes.n_features)
         dense = codes.dense(np.arange(n)).astype(np.float32)
         held: list[np.ndarray] = []
-        spent = seconds(lambda way=way, dense=dense, held=held: held.append(way(dense, labels, device)), device) * codes.n_features / n
+        spent = (
+            seconds(lambda way=way, dense=dense, held=held: held.append(way(dense, labels, device)), device)
+            * codes.n_features
+            / n
+        )
         worst = float(np.abs(held[0] - found[:n]).max())
-        report(f"probing: AUROC of {name}, against {other}", ours, spent, spent / ours, features=n, largest_difference=worst)
+        report(
+            f"probing: AUROC of {name}, against {other}",
+            ours,
+            spent,
+            spent / ours,
+            features=n,
+            largest_difference=worst,
+        )
 
 
 def timed(work: Any, device: str, rounds: int) -> float:
@@ -87,7 +103,10 @@ def dense_torch(dense: np.ndarray, labels: np.ndarray, device: str) -> np.ndarra
     for start in range(0, dense.shape[1], 64):
         columns = torch.from_numpy(np.ascontiguousarray(dense[:, start : start + 64].T)).to(device)
         ordered = columns.sort(dim=1).values
-        low, high = torch.searchsorted(ordered, columns, side="left"), torch.searchsorted(ordered, columns, side="right")
+        low, high = (
+            torch.searchsorted(ordered, columns, side="left"),
+            torch.searchsorted(ordered, columns, side="right"),
+        )
         sums = ((low + high + 1).double() / 2) @ wanted
         out.append((sums - positives * (positives + 1) / 2) / (positives * (len(dense) - positives)))
     return torch.cat(out).cpu().numpy()
@@ -110,12 +129,25 @@ def f1_line(name: str, codes: Columns, labels: np.ndarray, device: str, quick: b
     ours = timed(lambda: domain_f1(codes, fmax, labels, ids, THRESHOLDS), "cpu", rounds)
     found = domain_f1(codes, fmax, labels, ids, THRESHOLDS)
     dense, held = codes.dense(np.arange(n)).astype(np.float32), []
-    spent = seconds(lambda: held.append(dense_f1(dense, fmax[:n], labels, ids, device)), device) * codes.n_features / n
+    spent = (
+        seconds(lambda: held.append(dense_f1(dense, fmax[:n], labels, ids, device)), device)
+        * codes.n_features
+        / n
+    )
     worst = float(np.abs(held[0] - found.f1[:n]).max())
-    report(f"probing: F1 of {name}, against dense torch", ours, spent, spent / ours, features=n, largest_difference=worst)
+    report(
+        f"probing: F1 of {name}, against dense torch",
+        ours,
+        spent,
+        spent / ours,
+        features=n,
+        largest_difference=worst,
+    )
 
 
-def dense_f1(dense: np.ndarray, fmax: np.ndarray, labels: np.ndarray, ids: list[np.ndarray], device: str) -> np.ndarray:
+def dense_f1(
+    dense: np.ndarray, fmax: np.ndarray, labels: np.ndarray, ids: list[np.ndarray], device: str
+) -> np.ndarray:
     """Every threshold over every token; instances by a scattered maximum."""
     inside = torch.from_numpy(labels).float().to(device)
     best = torch.zeros(dense.shape[1], labels.shape[1], device=device)
@@ -127,7 +159,9 @@ def dense_f1(dense: np.ndarray, fmax: np.ndarray, labels: np.ndarray, ids: list[
         for label, numbers in enumerate(ids):
             rows = torch.from_numpy(np.flatnonzero(numbers >= 0)).to(device)
             number = torch.from_numpy(numbers[numbers >= 0].astype(np.int64)).to(device)
-            met = torch.zeros(int(number.max()) + 1, dense.shape[1], device=device).index_reduce_(0, number, fires[rows], "amax")
+            met = torch.zeros(int(number.max()) + 1, dense.shape[1], device=device).index_reduce_(
+                0, number, fires[rows], "amax"
+            )
             recall[:, label] = met.mean(0)
         best = torch.maximum(best, torch.nan_to_num(2 * precision * recall / (precision + recall)))
     return best.cpu().numpy()
@@ -142,7 +176,12 @@ def memory_line(labels: np.ndarray) -> None:
         auroc_all(codes, labels)
         held.append(tracemalloc.get_traced_memory()[1] / len(codes.values))
         tracemalloc.stop()
-    report("probing: bytes per nonzero for AUROC with 8 times the features, over as they are", held[1], held[0], held[1] / held[0])
+    report(
+        "probing: bytes per nonzero for AUROC with 8 times the features, over as they are",
+        held[1],
+        held[0],
+        held[1] / held[0],
+    )
 
 
 def decoder_lines(labels: np.ndarray, device: str, quick: bool) -> None:
@@ -151,7 +190,10 @@ def decoder_lines(labels: np.ndarray, device: str, quick: bool) -> None:
     n = 10_000 if quick else 30_000
     codes = random_codes(4096, 41, n)
     dense = rng.normal(size=(n, 576)).astype(np.float16)
-    inputs: dict[str, Any] = {"codes of 4,096 features": codes, "576 dense inputs": torch.from_numpy(dense).to(device) if device != "cpu" else dense}
+    inputs: dict[str, Any] = {
+        "codes of 4,096 features": codes,
+        "576 dense inputs": torch.from_numpy(dense).to(device) if device != "cpu" else dense,
+    }
     documents = np.repeat(np.arange(n // 100), 100)
     train, test = split_indices(n, 0.4, 0, documents)
     for name, x in inputs.items():
@@ -162,8 +204,18 @@ def decoder_lines(labels: np.ndarray, device: str, quick: bool) -> None:
         held: dict[str, Any] = {}
         few = train[:500]
         fit_logreg(x, wanted, few), adam(plain, wanted, few, device)
-        ours = seconds(lambda x=x, wanted=wanted, held=held: held.update(ours=fit_logreg(x, wanted, train, groups=documents)), device)
-        spent = seconds(lambda plain=plain, wanted=wanted, held=held: held.update(adam=adam(plain, wanted, train, device)), device)
+        ours = seconds(
+            lambda x=x, wanted=wanted, held=held: held.update(
+                ours=fit_logreg(x, wanted, train, groups=documents)
+            ),
+            device,
+        )
+        spent = seconds(
+            lambda plain=plain, wanted=wanted, held=held: held.update(
+                adam=adam(plain, wanted, train, device)
+            ),
+            device,
+        )
         weights, bias = held["adam"]
         areas = [
             float(np.mean([auroc_vec(scores[:, i], wanted[test, i]) for i in range(LABELS)]))
@@ -182,13 +234,21 @@ def decoder_lines(labels: np.ndarray, device: str, quick: bool) -> None:
 def adam(x: np.ndarray, labels: np.ndarray, train: np.ndarray, device: str) -> tuple[np.ndarray, np.ndarray]:
     """400 full-batch steps; weights and bias for inputs as they are."""
     mean, deviation = x[train].mean(0), np.maximum(x[train].std(0), 1e-6)
-    z, wanted = torch.from_numpy((x[train] - mean) / deviation).to(device), torch.from_numpy(labels[train]).float().to(device)
+    z, wanted = (
+        torch.from_numpy((x[train] - mean) / deviation).to(device),
+        torch.from_numpy(labels[train]).float().to(device),
+    )
     weights = torch.zeros(x.shape[1], labels.shape[1], device=device, requires_grad=True)
     bias = torch.zeros(labels.shape[1], device=device, requires_grad=True)
     optimizer = torch.optim.Adam([weights, bias], lr=0.05)
     for _ in range(400):
         optimizer.zero_grad()
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(z @ weights + bias, wanted, reduction="none").mean(0).sum() + 0.01 * (weights**2).sum()
+        loss = (
+            torch.nn.functional.binary_cross_entropy_with_logits(z @ weights + bias, wanted, reduction="none")
+            .mean(0)
+            .sum()
+            + 0.01 * (weights**2).sum()
+        )
         loss.backward()
         optimizer.step()
     plain = weights.detach().cpu().numpy() / deviation[:, None]

@@ -1,10 +1,11 @@
-"""Records of a whole dictionary: milliseconds per feature, beside reading every nonzero once, one matrix product and assembling windows.
+"""Records of a whole dictionary: milliseconds per feature, beside reading every nonzero once, one matrix
+product and assembling windows.
 
     python scripts/bench/records.py [--quick] [--device cpu|cuda]
 
-5,000 windows of 32 tokens, 5.1 million nonzeros over 4,608 features, embeddings given (they are computed once and cached). Records are
-built on the processor; ``--device`` is taken for uniformity. The limit is 2 ms per feature where the bare work takes 0.62 ms: ``slower`` says how many
-times longer that takes here.
+5,000 windows of 32 tokens, 5.1 million nonzeros over 4,608 features, embeddings given (they are computed once
+and cached). Records are built on the processor; ``--device`` is taken for uniformity. The limit is 2 ms per
+feature where the bare work takes 0.62 ms: ``slower`` says how many times longer that takes here.
 """
 
 from __future__ import annotations
@@ -37,7 +38,11 @@ class Words:
         for text in texts:
             ends = [i for i, c in enumerate(text + " ") if c == " "]
             starts = [0, *(e for e in ends[:-1])]
-            out.append(type("E", (), {"ids": list(range(len(ends))), "offsets": list(zip(starts, ends, strict=True))})())
+            out.append(
+                type(
+                    "E", (), {"ids": list(range(len(ends))), "offsets": list(zip(starts, ends, strict=True))}
+                )()
+            )
         return out
 
 
@@ -55,7 +60,13 @@ def make_store(run: Path) -> CodesStore:
         features = np.searchsorted(cumulative, rng.random(len(positions)))
         key = np.unique(features.astype(np.int64) * (N_WINDOWS * LENGTH) + positions)
         features, positions = np.divmod(key, N_WINDOWS * LENGTH)
-        writer.add(positions, features, rng.exponential(5, len(key)) + 0.01, n_scored=250 * LENGTH, end_window=start + 250)
+        writer.add(
+            positions,
+            features,
+            rng.exponential(5, len(key)) + 0.01,
+            n_scored=250 * LENGTH,
+            end_window=start + 250,
+        )
     writer.finish({"sae": {"name": "bench"}, "key": "bench"})
     return CodesStore.open(run)
 

@@ -1,6 +1,8 @@
-"""Subjects and SAEs of real shapes with random weights, so that nothing has to be fetched, in the dtype that the device computes fastest.
+"""Subjects and SAEs of real shapes with random weights, so that nothing has to be fetched, in the dtype that
+the device computes fastest.
 
-``smollm2-135m``: the embedded ones. For a GPU: ``gemma-2-2b-16k``, ``gemma-2-2b-65k`` (to block 12) and ``llama-3.1-8b`` (to block 16).
+``smollm2-135m``: the embedded ones. For a GPU: ``gemma-2-2b-16k``, ``gemma-2-2b-65k`` (to block 12) and
+``llama-3.1-8b`` (to block 16).
 """
 
 from __future__ import annotations
@@ -64,8 +66,12 @@ _GEMMA_2B = {
 }
 SHAPES = {
     "smollm2-135m": lambda: Shape(_llama(**_SMALL), LlamaForCausalLM, BLOCKS, D_SAE, K),
-    "gemma-2-2b-16k": lambda: Shape(Gemma2Config(bos_token_id=1, **_GEMMA_2B), Gemma2ForCausalLM, 13, 16_384, 64),
-    "gemma-2-2b-65k": lambda: Shape(Gemma2Config(bos_token_id=1, **_GEMMA_2B), Gemma2ForCausalLM, 13, 65_536, 64),
+    "gemma-2-2b-16k": lambda: Shape(
+        Gemma2Config(bos_token_id=1, **_GEMMA_2B), Gemma2ForCausalLM, 13, 16_384, 64
+    ),
+    "gemma-2-2b-65k": lambda: Shape(
+        Gemma2Config(bos_token_id=1, **_GEMMA_2B), Gemma2ForCausalLM, 13, 65_536, 64
+    ),
     "llama-3.1-8b": lambda: Shape(_llama(**_LLAMA_8B), LlamaForCausalLM, 17, 32_768, 64),
 }
 
@@ -81,15 +87,28 @@ class Ids:
         for text in texts:
             words = text.split(" ")
             ends = np.cumsum([len(w) + 1 for w in words]) - 1
-            out.append(type("E", (), {"ids": [int(w) for w in words], "offsets": list(zip([0, *(ends[:-1] + 1)], ends, strict=True))})())
+            out.append(
+                type(
+                    "E",
+                    (),
+                    {
+                        "ids": [int(w) for w in words],
+                        "offsets": list(zip([0, *(ends[:-1] + 1)], ends, strict=True)),
+                    },
+                )()
+            )
         return out
 
 
 def shapes(device: str, name: str = "smollm2-135m") -> tuple[Subject, LoadedSae]:
-    """A subject in the fastest dtype of the device, and a float32 TopK SAE, hooked after the last block that is run."""
+    """A subject in the fastest dtype of the device, and a float32 TopK SAE, hooked after the last block that
+    is run.
+    """
     torch.manual_seed(0)
     shape, dtype = SHAPES[name](), DTYPES[choice(device=device)["dtype"]]
-    shape.config.num_hidden_layers = min(shape.config.num_hidden_layers, shape.blocks + 1)  # the rest is never run
+    shape.config.num_hidden_layers = min(
+        shape.config.num_hidden_layers, shape.blocks + 1
+    )  # the rest is never run
     with torch.device(device):
         model = shape.model._from_config(shape.config, dtype=dtype).eval().requires_grad_(False).model
     d_model, n_blocks = shape.config.hidden_size, shape.config.num_hidden_layers
@@ -101,12 +120,16 @@ def shapes(device: str, name: str = "smollm2-135m") -> tuple[Subject, LoadedSae]
         "b_enc": torch.zeros(shape.d_sae, device=device),
         "b_dec": torch.zeros(d_model, device=device),
     }
-    loaded = LoadedSae("bench", TopK(tensors, k=shape.k), f"blocks.{shape.blocks - 1}.hook_resid_post", "bench", {}, "bench")
+    loaded = LoadedSae(
+        "bench", TopK(tensors, k=shape.k), f"blocks.{shape.blocks - 1}.hook_resid_post", "bench", {}, "bench"
+    )
     return subject, loaded
 
 
 def bare_blocks(subject: Subject, hook: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The residual stream after the hooked block for ids ``[window, token]`` behind a BOS, by nothing but the blocks: ``[window, token, d]``."""
+    """The residual stream after the hooked block for ids ``[window, token]`` behind a BOS, by nothing but the
+    blocks: ``[window, token, d]``.
+    """
     model, n = subject.model, subject.check_hook(hook) + 1
     short = copy.copy(model)
     short._modules = {**model._modules, "layers": model.layers[:n], "norm": torch.nn.Identity()}

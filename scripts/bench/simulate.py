@@ -1,12 +1,15 @@
-"""The simulators on a local model against their limit, against the plain way, and against a long prompt simulated the ordinary way.
+"""The simulators on a local model against their limit, against the plain way, and against a long prompt
+simulated the ordinary way.
 
     python scripts/bench/simulate.py [--quick] [--device cpu|cuda]
 
-20 windows of 32 tokens are simulated by an explanation of 3 rules, whole, the header computed before. Words are drawn as in text, by Zipf's law. Limit: the
-bare blocks over the tokens that the simulator itself reads, in batches of the same size, the shared prefix free, six rows of the output matrix. Plain
-way (all-at-once): one prompt per rule and window, header included, all logits. Long prompt: a header of
-1,000 tokens whose keys and values are copied for every window, 4.7 prompt tokens per token of the window. Random weights of the shape of
-Qwen2.5-1.5B, the default simulator, in the dtype that the device computes fastest; on a processor with 4 of its 28 layers.
+20 windows of 32 tokens are simulated by an explanation of 3 rules, whole, the header computed before. Words
+are drawn as in text, by Zipf's law. Limit: the bare blocks over the tokens that the simulator itself reads,
+in batches of the same size, the shared prefix free, six rows of the output matrix. Plain way (all-at-once):
+one prompt per rule and window, header included, all logits. Long prompt: a header of 1,000 tokens whose keys
+and values are copied for every window, 4.7 prompt tokens per token of the window. Random weights of the shape
+of Qwen2.5-1.5B, the default simulator, in the dtype that the device computes fastest; on a processor with 4
+of its 28 layers.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ from featureinterp.simulate.local import LocalSimulator, batches, padded
 from featureinterp.simulate.token_wise import TokenWise
 
 WINDOW, WINDOWS, RULES = 32, 20, 3
-EXPLANATION = Explanation(tuple(Rule(f"words about subject number {i} and the like", 5 - i) for i in range(RULES)), Provenance("bench"))
+EXPLANATION = Explanation(
+    tuple(Rule(f"words about subject number {i} and the like", 5 - i) for i in range(RULES)),
+    Provenance("bench"),
+)
 
 
 class Letters:
@@ -39,7 +45,9 @@ class Letters:
             return [ord(text) % 997 + 1] if text else []
         if text == "unknown\n":
             return [2001, 2002]
-        return [hash_of(word) for word in text.replace("\n", " \n ").replace("\t", " \t ").split(" ") if word] or [5]
+        return [
+            hash_of(word) for word in text.replace("\n", " \n ").replace("\t", " \t ").split(" ") if word
+        ] or [5]
 
 
 def hash_of(word: str) -> int:
@@ -50,7 +58,10 @@ def words(n_windows: int) -> list[Window]:
     """Windows of words drawn by Zipf's law from 5,000."""
     share = 1 / np.arange(1, 5001)
     drawn = np.random.default_rng(0).choice(5000, (n_windows, WINDOW), p=share / share.sum())
-    return [Window(0, 0, np.arange(WINDOW), tuple(f" w{i}" for i in row), np.zeros(WINDOW, np.float32)) for row in drawn]
+    return [
+        Window(0, 0, np.arange(WINDOW), tuple(f" w{i}" for i in row), np.zeros(WINDOW, np.float32))
+        for row in drawn
+    ]
 
 
 def main() -> None:
@@ -69,7 +80,9 @@ def main() -> None:
     batch_tokens = 1024 if args.device == "cpu" else 32_768
     units, unit = WINDOWS * RULES, "s per window and rule"
     for kind in (TokenWise, AllAtOnce):
-        simulator = kind(lambda: (model, Letters()), name="bench", dtype=args.dtype, batch_tokens=batch_tokens)
+        simulator = kind(
+            lambda: (model, Letters()), name="bench", dtype=args.dtype, batch_tokens=batch_tokens
+        )
         rows = rows_of(simulator, windows)
         read = round(sum(map(len, rows)) / (WINDOWS * WINDOW), 2)
 
@@ -82,9 +95,18 @@ def main() -> None:
         mine, bare = compare(ours, Bare(simulator, rows, prefix=[]), args.device, rounds)
         report(name, mine / units, bare / units, bare / mine, target=">= 0.85", **more)
         mine, long = compare(ours, LongPrompt(simulator), args.device, rounds)
-        report(f"{name}, long prompt", mine / units, long / units, long / mine, target=">= 3" if kind is TokenWise else "", **more)
+        report(
+            f"{name}, long prompt",
+            mine / units,
+            long / units,
+            long / mine,
+            target=">= 3" if kind is TokenWise else "",
+            **more,
+        )
         if kind is AllAtOnce:
-            mine, plain = compare(ours, Bare(simulator, rows, prefix=simulator.header, all_logits=True), args.device, rounds)
+            mine, plain = compare(
+                ours, Bare(simulator, rows, prefix=simulator.header, all_logits=True), args.device, rounds
+            )
             report(f"{name}, plain way", mine / units, plain / units, plain / mine, target="", **more)
 
 
@@ -97,9 +119,18 @@ def rows_of(simulator: LocalSimulator, windows: Sequence[Window]) -> list[list[i
 
 
 class Bare:
-    """The bare blocks over rows of tokens, for every rule, and for the neutral topic where a simulator reads one."""
+    """The bare blocks over rows of tokens, for every rule, and for the neutral topic where a simulator reads
+    one.
+    """
 
-    def __init__(self, simulator: LocalSimulator, rows: Sequence[list[int]], *, prefix: list[int], all_logits: bool = False) -> None:
+    def __init__(
+        self,
+        simulator: LocalSimulator,
+        rows: Sequence[list[int]],
+        *,
+        prefix: list[int],
+        all_logits: bool = False,
+    ) -> None:
         self.model = simulator.model.model
         rows = [[*prefix, *row] for row in rows]
         budget = max(simulator.batch_tokens, len(rows[0]))
@@ -126,7 +157,11 @@ class LongPrompt:
         self.head = self.model.get_output_embeddings().weight[:6]
         with torch.inference_mode():
             self.cache = DynamicCache()
-            self.model.base_model(input_ids=torch.randint(3000, 30_000, (1, 1000), device=self.model.device), past_key_values=self.cache, use_cache=True)
+            self.model.base_model(
+                input_ids=torch.randint(3000, 30_000, (1, 1000), device=self.model.device),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
 
     @torch.inference_mode()
     def __call__(self) -> None:
@@ -134,8 +169,12 @@ class LongPrompt:
             for part in self.ids.split(self.batch):
                 copy = DynamicCache()
                 for number, layer in enumerate(self.cache.layers):
-                    copy.update(layer.keys.repeat(len(part), 1, 1, 1), layer.values.repeat(len(part), 1, 1, 1), number)
-                hidden = self.model.base_model(input_ids=part, past_key_values=copy, use_cache=True).last_hidden_state
+                    copy.update(
+                        layer.keys.repeat(len(part), 1, 1, 1), layer.values.repeat(len(part), 1, 1, 1), number
+                    )
+                hidden = self.model.base_model(
+                    input_ids=part, past_key_values=copy, use_cache=True
+                ).last_hidden_state
                 torch.softmax((hidden @ self.head.T).float(), -1).cpu()
 
 

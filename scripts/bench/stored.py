@@ -1,11 +1,13 @@
-"""What checksums cost: CPU time of reading stores that have them, beside the same stores without, whose blocks are not looked at.
+"""What checksums cost: CPU time of reading stores that have them, beside the same stores without, whose
+blocks are not looked at.
 
     python scripts/bench/stored.py [--quick] [--rounds N]
 
-Codes of 5.1 million nonzeros (all features by index; the records of 200 features), 150 MB of activations (all batches of an
-epoch, mixed; one step of training per batch of 4,096 rows), embeddings of 5,000 windows. Each side is opened anew in every
-round, in turn, so that every block is checked once; the files are in the system's cache, which is the worst case for checksums.
-Seconds are those of the process (``process_time``), so that other work on the machine does not count.
+Codes of 5.1 million nonzeros (all features by index; the records of 200 features), 150 MB of activations (all
+batches of an epoch, mixed; one step of training per batch of 4,096 rows), embeddings of 5,000 windows. Each
+side is opened anew in every round, in turn, so that every block is checked once; the files are in the
+system's cache, which is the worst case for checksums. Seconds are those of the process (``process_time``), so
+that other work on the machine does not count.
 
 ``ratio``: seconds without checksums over seconds with them.
 """
@@ -52,7 +54,9 @@ def cpu(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def compared(name: str, switches: list[Callable[[bool], None]], work: Callable[[], object], rounds: int) -> None:
+def compared(
+    name: str, switches: list[Callable[[bool], None]], work: Callable[[], object], rounds: int
+) -> None:
     """Both sides in turn; medians."""
     times: dict[bool, list[float]] = {True: [], False: []}
     for number in range(rounds + 1):
@@ -64,7 +68,14 @@ def compared(name: str, switches: list[Callable[[bool], None]], work: Callable[[
             if number:  # the first round warms up
                 times[on].append(spent)
     ours, bare = statistics.median(times[True]), statistics.median(times[False])
-    report(f"stored: {name}", ours, bare, bare / ours, least=round(min(times[False]) / min(times[True]), 3), target=">= 0.97")
+    report(
+        f"stored: {name}",
+        ours,
+        bare,
+        bare / ours,
+        least=round(min(times[False]) / min(times[True]), 3),
+        target=">= 0.97",
+    )
 
 
 def main() -> None:
@@ -95,7 +106,9 @@ def main() -> None:
         writer = StoreWriter(acts, D_MODEL, "float16")
         rng = np.random.default_rng(3)
         for _ in range(ROWS // 10_000):
-            sides = {name: rng.integers(0, 50, 10_000) for name in ("documents", "windows", "offsets", "tokens")}
+            sides = {
+                name: rng.integers(0, 50, 10_000) for name in ("documents", "windows", "offsets", "tokens")
+            }
             writer.append(rng.normal(size=(10_000, D_MODEL)).astype(np.float32), **sides)
         writer.finish({"key": "bench"})
         weights = torch.randn(D_MODEL, 1024)
@@ -110,8 +123,18 @@ def main() -> None:
 
         switch = [unsealed(acts / "metadata.json")]
         compared("activations, an epoch of batches", switch, epoch, rounds)
-        compared("activations, an epoch with a forward pass of 1,024 latents", switch, lambda: epoch(product), rounds)
-        compared("activations, rows in order", switch, lambda: sum(len(b) for b in ActivationStore.open(acts).blocks()), rounds)
+        compared(
+            "activations, an epoch with a forward pass of 1,024 latents",
+            switch,
+            lambda: epoch(product),
+            rounds,
+        )
+        compared(
+            "activations, rows in order",
+            switch,
+            lambda: sum(len(b) for b in ActivationStore.open(acts).blocks()),
+            rounds,
+        )
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
     python scripts/bench/train.py [--quick] [--device cpu|cuda]
 
-The limit of a dense step: five products of batch × width × features (encoder, decoder, the gradients of both weights and of the codes; seven for
-gated SAEs, which reconstruct twice) in the training's precision, and nothing else. A step that decodes sparsely saves four of them, so it is also
-compared with the one that is left, the encoder's, and with a loop of dense autograd. ``ours`` and ``limit``: samples per second. 576 inputs, 4,608
-features, 32 codes per token, batches of 2,048, on random activations; on a GPU 2,304 inputs, 36,864 features, 64 codes, batches of 8,192.
+The limit of a dense step: five products of batch × width × features (encoder, decoder, the gradients of both
+weights and of the codes; seven for gated SAEs, which reconstruct twice) in the training's precision, and
+nothing else. A step that decodes sparsely saves four of them, so it is also compared with the one that is
+left, the encoder's, and with a loop of dense autograd. ``ours`` and ``limit``: samples per second. 576
+inputs, 4,608 features, 32 codes per token, batches of 2,048, on random activations; on a GPU 2,304 inputs,
+36,864 features, 64 codes, batches of 8,192.
 """
 
 from __future__ import annotations
@@ -60,23 +62,58 @@ def main() -> None:
     for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         for architecture in ARCHITECTURES[:1] if args.quick else ARCHITECTURES:
             table = SaeTable(architecture=architecture, d_sae=n_features, k=k)
-            trainer = prepare(Random(batch, d), table, TrainingTable(samples=batch * 10**6, batch=batch, precision=precision, warmup=0), device, None)
+            trainer = prepare(
+                Random(batch, d),
+                table,
+                TrainingTable(samples=batch * 10**6, batch=batch, precision=precision, warmup=0),
+                device,
+                None,
+            )
             n = 7 if architecture == "gated" else 5
-            ours, bare = compare(trainer.one_step, lambda dtype=dtype, n=n: products(dtype, n), args.device, rounds)
+            ours, bare = compare(
+                trainer.one_step, lambda dtype=dtype, n=n: products(dtype, n), args.device, rounds
+            )
             name = f"train {architecture}, {precision}"
-            report(f"{name}: {n} products", batch / ours, batch / bare, bare / ours, unit="samples/s", target=">= 0.7", device=args.device)
+            report(
+                f"{name}: {n} products",
+                batch / ours,
+                batch / bare,
+                bare / ours,
+                unit="samples/s",
+                target=">= 0.7",
+                device=args.device,
+            )
             if architecture == "topk":
-                ours, one = compare(trainer.one_step, lambda dtype=dtype: products(dtype, 1), args.device, rounds)
-                report(f"{name}: the encoder's product", batch / ours, batch / one, one / ours, unit="samples/s", device=args.device)
+                ours, one = compare(
+                    trainer.one_step, lambda dtype=dtype: products(dtype, 1), args.device, rounds
+                )
+                report(
+                    f"{name}: the encoder's product",
+                    batch / ours,
+                    batch / one,
+                    one / ours,
+                    unit="samples/s",
+                    device=args.device,
+                )
                 ours, plain = compare(trainer.one_step, dense_step(x, n_features, k), args.device, rounds)
-                report(f"{name}: dense autograd in float32", batch / ours, batch / plain, plain / ours, unit="samples/s", device=args.device)
+                report(
+                    f"{name}: dense autograd in float32",
+                    batch / ours,
+                    batch / plain,
+                    plain / ours,
+                    unit="samples/s",
+                    device=args.device,
+                )
 
 
 def dense_step(x: torch.Tensor, n_features: int, k: int):  # noqa: ANN201 (a closure)
     """A step as one would write it: dense codes, autograd, Adam."""
     d = x.shape[1]
     w_enc, w_dec = (torch.randn(n_features, d, device=x.device, requires_grad=True) for _ in range(2))
-    b_enc, b_dec = torch.zeros(n_features, device=x.device, requires_grad=True), torch.zeros(d, device=x.device, requires_grad=True)
+    b_enc, b_dec = (
+        torch.zeros(n_features, device=x.device, requires_grad=True),
+        torch.zeros(d, device=x.device, requires_grad=True),
+    )
     optimizer = torch.optim.Adam([w_enc, w_dec, b_enc, b_dec], fused=True)
 
     def step() -> None:

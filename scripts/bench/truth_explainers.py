@@ -1,8 +1,9 @@
 """The truth benchmark's second part: how often each explainer finds the truth about a planted feature.
 
-An explanation names what a planted description names when that is the one of all planted descriptions that is nearest to it (sentence embeddings, cosine);
-no simulator has a say in that. Beside it stands the correlation of its predictions on test windows, with that of the true explanation, which is the most
-that the simulator lets any explanation have.
+An explanation names what a planted description names when that is the one of all planted descriptions that is
+nearest to it (sentence embeddings, cosine); no simulator has a say in that. Beside it stands the correlation
+of its predictions on test windows, with that of the true explanation, which is the most that the simulator
+lets any explanation have.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ from featureinterp.intervals import bootstrap
 from featureinterp.score.correlation import agreement
 
 TREE = TreeSettings(negatives=("similar_negative",))
-SMALL_TREE = TreeSettings(roots=2, depth=1, width=1, branching=2, feedback=2, negatives=("similar_negative",), n_windows=3)
+SMALL_TREE = TreeSettings(
+    roots=2, depth=1, width=1, branching=2, feedback=2, negatives=("similar_negative",), n_windows=3
+)
 
 
 def explainers(model: LanguageModel, simulator: Any, *, small: bool) -> dict[str, Explainer]:
-    """Every explainer that a planted feature can be given to, by name (holistic activations need a real one)."""
+    """Every explainer that a planted feature can be given to, by name (holistic activations need a real
+    one).
+    """
     tree = SMALL_TREE if small else TREE
     found: dict[str, Explainer] = {"top tokens": TopTokens()}
     found["one-shot, sentence v1"] = OneShot(model, SentenceStyle("v1"))
@@ -54,9 +59,22 @@ class Descriptions:
         return [self.texts[i] for i in (self.embedder.embed(texts) @ self.vectors.T).argmax(1)]
 
 
-async def explained(explainer: Explainer, name: str, simulator: Any, descriptions: Descriptions, feature: Planted, record: FeatureRecord) -> Row:
+async def explained(
+    explainer: Explainer,
+    name: str,
+    simulator: Any,
+    descriptions: Descriptions,
+    feature: Planted,
+    record: FeatureRecord,
+) -> Row:
     """What an explainer made of a feature; a failure is a row with its cause, and counts as not found."""
-    row: Row = {"feature": feature.name, "family": feature.family, "explainer": name, "explanation": None, "failure": None}
+    row: Row = {
+        "feature": feature.name,
+        "family": feature.family,
+        "explainer": name,
+        "explanation": None,
+        "failure": None,
+    }
     try:
         explanation = await explainer.explain(record)
     except FeatureInterpError as error:
@@ -71,14 +89,18 @@ async def explained(explainer: Explainer, name: str, simulator: Any, description
     }
 
 
-async def hard_correlation(simulator: Any, feature: Planted, kind: str, explanation: Explanation, record: FeatureRecord) -> float | None:
+async def hard_correlation(
+    simulator: Any, feature: Planted, kind: str, explanation: Explanation, record: FeatureRecord
+) -> float | None:
     """The correlation beside similar, silent windows."""
     rows = await simulated(simulator, feature, kind, explanation, record)
     return next(r["value"] for r in rows if r["score"] == "correlation" and r["beside"] == HARD)  # type: ignore[no-any-return]
 
 
 def print_explainers(rows: Sequence[Row], truth: Mapping[str, float | None]) -> None:
-    """A row per explainer: shares over features with 95 % bootstrap intervals. ``truth``: the true explanation's correlation, by feature."""
+    """A row per explainer: shares over features with 95 % bootstrap intervals. ``truth``: the true
+    explanation's correlation, by feature.
+    """
     table = []
     for name in dict.fromkeys(r["explainer"] for r in rows):
         of = [r for r in rows if r["explainer"] == name]

@@ -1,7 +1,9 @@
-"""The truth benchmark's third part: texts that a language model writes, where what a feature fires on is known.
+"""The truth benchmark's third part: texts that a language model writes, where what a feature fires on is
+known.
 
-Trials: which wrong explanations do texts that are written to test them put below the true one, and which do scores on corpus windows? Sensitivity: how
-often does a planted feature fire on texts like its examples, by its kind?
+Trials: which wrong explanations do texts that are written to test them put below the true one, and which do
+scores on corpus windows? Sensitivity: how often does a planted feature fire on texts like its examples, by
+its kind?
 """
 
 from __future__ import annotations
@@ -38,12 +40,22 @@ class PlantedActivator:
         for i, (text, encoding) in enumerate(zip(texts, self.encoder.encode(list(texts)), strict=True)):
             ends = piece_ends(text, encoding.offsets).tolist()
             pieces = tuple(text[a:b] for a, b in zip([0, *ends[:-1]], ends, strict=True))
-            found.append(Window(i, i, np.array(encoding.ids, np.int32), pieces, activations(FEATURES[feature.index], pieces, i)))
+            found.append(
+                Window(
+                    i,
+                    i,
+                    np.array(encoding.ids, np.int32),
+                    pieces,
+                    activations(FEATURES[feature.index], pieces, i),
+                )
+            )
         return found
 
 
 async def tried(falsifier: Falsifier, simulator: Any, feature: Planted, record: FeatureRecord) -> list[Row]:
-    """A row per explanation: precision, recall and F1 on trial, and the correlation beside similar, silent windows."""
+    """A row per explanation: precision, recall and F1 on trial, and the correlation beside similar, silent
+    windows.
+    """
     rows = []
     for kind, explanation in explanations(feature).items():
         if kind not in KINDS:
@@ -51,21 +63,37 @@ async def tried(falsifier: Falsifier, simulator: Any, feature: Planted, record: 
         row: Row = {"feature": feature.name, "family": feature.family, "explanation": kind, "failure": None}
         try:
             trial = await falsifier.run(explanation, record)
-            row |= {"precision": trial.precision.value, "recall": trial.recall.value, "f1": trial.f1, "n": len(trial.texts)}
+            row |= {
+                "precision": trial.precision.value,
+                "recall": trial.recall.value,
+                "f1": trial.f1,
+                "n": len(trial.texts),
+            }
         except FeatureInterpError as error:
             row |= {"precision": None, "recall": None, "f1": None, "n": 0, "failure": str(error)}
-        rows.append(row | {"correlation": await hard_correlation(simulator, feature, kind, explanation, record)})
+        rows.append(
+            row | {"correlation": await hard_correlation(simulator, feature, kind, explanation, record)}
+        )
     return rows
 
 
 def print_trials(rows: Sequence[Row]) -> None:
-    """What each kind of wrong explanation gets on trial, and the share of features for which the truth gets more: by F1 on trial, and by correlation."""
+    """What each kind of wrong explanation gets on trial, and the share of features for which the truth gets
+    more: by F1 on trial, and by correlation.
+    """
     by = {(r["feature"], r["explanation"]): r for r in rows}
     table = []
     for kind in KINDS:
         of = [r for r in rows if r["explanation"] == kind]
-        judged = [(by[r["feature"], "true"], r) for r in of if r["f1"] is not None and by[r["feature"], "true"]["f1"] is not None]
-        wins = {score: [paired(_known(a[score]), _known(b[score])) for a, b in judged] for score in ("f1", "correlation")}
+        judged = [
+            (by[r["feature"], "true"], r)
+            for r in of
+            if r["f1"] is not None and by[r["feature"], "true"]["f1"] is not None
+        ]
+        wins = {
+            score: [paired(_known(a[score]), _known(b[score])) for a, b in judged]
+            for score in ("f1", "correlation")
+        }
         table.append(
             {
                 "explanation": kind,
@@ -79,8 +107,12 @@ def print_trials(rows: Sequence[Row]) -> None:
     print_rows(table)
 
 
-async def sensed(writer: TextWriter, activator: PlantedActivator, records: Sequence[FeatureRecord], n: int) -> list[Row]:
-    """A row per feature: how often it fires on texts like its examples, and on texts like those of the next feature."""
+async def sensed(
+    writer: TextWriter, activator: PlantedActivator, records: Sequence[FeatureRecord], n: int
+) -> list[Row]:
+    """A row per feature: how often it fires on texts like its examples, and on texts like those of the next
+    feature.
+    """
     texts: list[list[str]] = []
     for record in records:
         shown = [e.shown for e in examples_of(record, 10, 5, 10) if not e.held_out]
@@ -91,7 +123,15 @@ async def sensed(writer: TextWriter, activator: PlantedActivator, records: Seque
         feature = FEATURES[record.feature.index]
         read = [await activator.run(record.feature, texts[(place + step) % len(records)]) for step in (0, 1)]
         rates = [Rate(sum(w.fires for w in windows), len(windows)) for windows in read]
-        rows.append({"feature": feature.name, "family": feature.family, "sensitivity": rates[0].value, "control": rates[1].value, "texts": rates[0].n})
+        rows.append(
+            {
+                "feature": feature.name,
+                "family": feature.family,
+                "sensitivity": rates[0].value,
+                "control": rates[1].value,
+                "texts": rates[0].n,
+            }
+        )
     return rows
 
 
@@ -101,7 +141,12 @@ def print_sensitivity(rows: Sequence[Row]) -> None:
     for family in dict.fromkeys(r["family"] for r in rows):
         of = [r for r in rows if r["family"] == family]
         table.append(
-            {"family": family, "features": len(of), "sensitivity": _mean([r["sensitivity"] for r in of]), "control": _mean([r["control"] for r in of])}
+            {
+                "family": family,
+                "features": len(of),
+                "sensitivity": _mean([r["sensitivity"] for r in of]),
+                "control": _mean([r["control"] for r in of]),
+            }
         )
     print_rows(table)
 

@@ -1,4 +1,6 @@
-"""The truth benchmark's first part: every score, beside every kind of window, judged by whether it puts the true explanation above wrong ones."""
+"""The truth benchmark's first part: every score, beside every kind of window, judged by whether it puts the
+true explanation above wrong ones.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ from featureinterp.domain.record import FeatureRecord, Source, Window
 from featureinterp.domain.score import Interval, Simulation
 from featureinterp.interfaces import LanguageModel
 from featureinterp.intervals import bootstrap
-from featureinterp.score.correlation import Pairs, correlation, deviation_explained, explained_variance, false_positives
+from featureinterp.score.correlation import (
+    Pairs,
+    correlation,
+    deviation_explained,
+    explained_variance,
+    false_positives,
+)
 from featureinterp.score.detection import Detection
 from featureinterp.score.fuzzing import Fuzzing
 from featureinterp.score.verdicts import judge
@@ -24,19 +32,28 @@ Row = dict[str, Any]
 
 
 def explanations(feature: Planted) -> dict[str, Explanation]:
-    """The true explanation and the wrong ones, by kind; "another concept" comes from further on in the list."""
+    """The true explanation and the wrong ones, by kind; "another concept" comes from further on in the
+    list.
+    """
     place = FEATURES.index(feature)
     others = [FEATURES[(place + 17 + i) % len(FEATURES)] for i in range(len(FEATURES))]
     return {"true": feature.truth, **feature.wrong(others)}
 
 
-async def simulated(simulator: Any, feature: Planted, kind: str, explanation: Explanation, record: FeatureRecord) -> list[Row]:
+async def simulated(
+    simulator: Any, feature: Planted, kind: str, explanation: Explanation, record: FeatureRecord
+) -> list[Row]:
     """The scores that come from simulations, beside every kind of window."""
-    parts: dict[tuple[str, Source], tuple[Window, ...]] = {("valid", "top"): record.get("valid", "top"), ("valid", "random"): record.get("valid", "random")}
+    parts: dict[tuple[str, Source], tuple[Window, ...]] = {
+        ("valid", "top"): record.get("valid", "top"),
+        ("valid", "random"): record.get("valid", "random"),
+    }
     parts |= {("test", source): record.get("test", source) for source in ("top", *BESIDE)}
     windows = [w for part in parts.values() for w in part]
     found = iter(await simulator.simulate(explanation, windows))
-    by_part: dict[tuple[str, Source], list[Simulation]] = {part: [next(found) for _ in ws] for part, ws in parts.items()}
+    by_part: dict[tuple[str, Source], list[Simulation]] = {
+        part: [next(found) for _ in ws] for part, ws in parts.items()
+    }
 
     def pairs(split: str, source: Source) -> Pairs:
         return Pairs.of(parts[split, source], by_part[split, source])
@@ -51,30 +68,47 @@ async def simulated(simulator: Any, feature: Planted, kind: str, explanation: Ex
             "deviation explained": deviation_explained(valid, test),
         }
         if source.endswith("negative"):
-            scores["false positives (fewer is better)"] = false_positives(pairs("valid", "top"), pairs("test", source))
+            scores["false positives (fewer is better)"] = false_positives(
+                pairs("valid", "top"), pairs("test", source)
+            )
         for name, score in scores.items():
             rows.append(row_of(feature, kind, name, source, score.value))
     return rows
 
 
-async def asked(model: LanguageModel, feature: Planted, kind: str, explanation: Explanation, record: FeatureRecord) -> list[Row]:
+async def asked(
+    model: LanguageModel, feature: Planted, kind: str, explanation: Explanation, record: FeatureRecord
+) -> list[Row]:
     """Detection beside every kind of silent window, and fuzzing."""
     rows = []
     top = record.get("test", "top")
     for source in BESIDE[1:]:
         _, verdicts, _ = await Detection(model).run(explanation, [*top, *record.get("test", source)])
-        rows += [row_of(feature, kind, s.name.replace("_", " "), source, s.value) for s in judge("detection", verdicts)]
+        rows += [
+            row_of(feature, kind, s.name.replace("_", " "), source, s.value)
+            for s in judge("detection", verdicts)
+        ]
     _, verdicts, _ = await Fuzzing(model).run(explanation, top)
-    return rows + [row_of(feature, kind, s.name.replace("_", " "), "top", s.value) for s in judge("fuzzing", verdicts)]
+    return rows + [
+        row_of(feature, kind, s.name.replace("_", " "), "top", s.value) for s in judge("fuzzing", verdicts)
+    ]
 
 
 def row_of(feature: Planted, kind: str, score: str, source: str, value: float | None) -> Row:
-    return {"feature": feature.name, "family": feature.family, "explanation": kind, "score": score, "beside": source, "value": value}
+    return {
+        "feature": feature.name,
+        "family": feature.family,
+        "explanation": kind,
+        "score": score,
+        "beside": source,
+        "value": value,
+    }
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
-    """For every score, kind of window and kind of wrong explanation: the share of features whose true explanation scores above the wrong one. An
-    undefined score of a wrong explanation counts as below, of a true one as below any that is defined."""
+    """For every score, kind of window and kind of wrong explanation: the share of features whose true
+    explanation scores above the wrong one. An undefined score of a wrong explanation counts as below, of a
+    true one as below any that is defined."""
     values: dict[tuple[str, str, str], dict[str, float]] = {}
     for row in rows:
         sign = -1.0 if "fewer" in row["score"] else 1.0
@@ -86,8 +120,19 @@ def ranked(rows: Sequence[Row]) -> list[Row]:
             continue
         true = values[score, beside, "true"]
         wins = np.array([paired(true[name], value) for name, value in wrong.items()])
-        interval = bootstrap(lambda counts, wins=wins: counts @ wins / len(wins), len(wins), np.random.default_rng(0))  # type: ignore[misc]
-        table.append({"score": score, "beside": beside, "wrong": kind, "auroc": float(wins.mean()), "interval": interval, "n": len(wins)})
+        interval = bootstrap(
+            lambda counts, wins=wins: counts @ wins / len(wins), len(wins), np.random.default_rng(0)
+        )  # type: ignore[misc]
+        table.append(
+            {
+                "score": score,
+                "beside": beside,
+                "wrong": kind,
+                "auroc": float(wins.mean()),
+                "interval": interval,
+                "n": len(wins),
+            }
+        )
     return table
 
 
@@ -97,9 +142,14 @@ def paired(true: float, wrong: float) -> float:
 
 
 def missed(rows: Sequence[Row], score: str = "correlation") -> list[Row]:
-    """For every kind of wrong explanation: how many a score does not put below the true one beside random windows, and how many of those it does beside
-    similar, silent ones, which random windows alone would have missed; and the reverse."""
-    values = {(r["beside"], r["explanation"], r["feature"]): -np.inf if r["value"] is None else r["value"] for r in rows if r["score"] == score}
+    """For every kind of wrong explanation: how many a score does not put below the true one beside random
+    windows, and how many of those it does beside similar, silent ones, which random windows alone would have
+    missed; and the reverse."""
+    values = {
+        (r["beside"], r["explanation"], r["feature"]): -np.inf if r["value"] is None else r["value"]
+        for r in rows
+        if r["score"] == score
+    }
     table = []
     for kind in WRONG:
         names = sorted({feature for _, explanation, feature in values if explanation == kind})
@@ -108,7 +158,14 @@ def missed(rows: Sequence[Row], score: str = "correlation") -> list[Row]:
             return values[source, "true", name] <= values[source, kind, name]
 
         easy, hard = ({name for name in names if fooled(source, name)} for source in (EASY, HARD))
-        table.append({"wrong": kind, "n": len(names), "fooled beside random": len(easy), "of them caught beside similar, silent": len(easy - hard)})
+        table.append(
+            {
+                "wrong": kind,
+                "n": len(names),
+                "fooled beside random": len(easy),
+                "of them caught beside similar, silent": len(easy - hard),
+            }
+        )
         table[-1]["fooled beside similar, silent alone"] = len(hard - easy)
     return table
 
@@ -119,7 +176,14 @@ def print_scores(rows: Sequence[Row]) -> None:
     print("| score | beside | " + " | ".join(WRONG) + " |")
     print("| --- | --- |" + " --- |" * len(WRONG))
     for score, beside in dict.fromkeys((t["score"], t["beside"]) for t in table):
-        cells = [cell(next((t for t in table if (t["score"], t["beside"], t["wrong"]) == (score, beside, kind)), None)) for kind in WRONG]
+        cells = [
+            cell(
+                next(
+                    (t for t in table if (t["score"], t["beside"], t["wrong"]) == (score, beside, kind)), None
+                )
+            )
+            for kind in WRONG
+        ]
         print(f"| {score} | {beside.replace('_', ' ')} | " + " | ".join(cells) + " |")
     print("\nWrong explanations whose correlation is not below that of the truth:\n")
     print_rows(missed(rows))
@@ -130,7 +194,13 @@ def print_rows(rows: Sequence[Row]) -> None:
     print("| " + " | ".join(rows[0]) + " |")
     print("|" + " --- |" * len(rows[0]))
     for row in rows:
-        print("| " + " | ".join("–" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()) + " |")
+        print(
+            "| "
+            + " | ".join(
+                "–" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()
+            )
+            + " |"
+        )
 
 
 def cell(entry: Row | None) -> str:

@@ -3,9 +3,9 @@
     python scripts/experiments/sources.py --small
     python scripts/experiments/sources.py --run RUN [--features random:200] [--llm ENDPOINT]
 
-Explains features once and judges every explanation beside each kind of window of ``plan.negatives`` in the configuration: the correlation on top
-windows and windows of that kind, and the false positives per window. What an explanation loses from random to similar windows is what it gets
-wrong by being too broad.
+Explains features once and judges every explanation beside each kind of window of ``plan.negatives`` in the
+configuration: the correlation on top windows and windows of that kind, and the false positives per window.
+What an explanation loses from random to similar windows is what it gets wrong by being too broad.
 """
 
 from __future__ import annotations
@@ -34,9 +34,23 @@ def main() -> None:
         for kind in kinds:
             name = "correlation" if kind == kinds[0] else f"correlation_{kind}"
             false = value(result, f"false_positives_{kind}") if kind.endswith("negative") else None
-            rows.append({"feature": result.feature, "source": kind, "correlation": value(result, name), "false positives per window": false})
+            rows.append(
+                {
+                    "feature": result.feature,
+                    "source": kind,
+                    "correlation": value(result, name),
+                    "false positives per window": false,
+                }
+            )
     r, false = means(rows, "source", "correlation"), means(rows, "source", "false positives per window")
-    summary = [{"source": kind.replace("_", " "), **summarised("correlation", r[kind]), "false positives per window": _mean(false[kind])} for kind in kinds]
+    summary = [
+        {
+            "source": kind.replace("_", " "),
+            **summarised("correlation", r[kind]),
+            "false positives per window": _mean(false[kind]),
+        }
+        for kind in kinds
+    ]
     experiment.write(rows, summary)
 
     def draw(axes: Any) -> None:
@@ -44,7 +58,12 @@ def main() -> None:
         bars(left, [NAMES[k] for k in kinds], [r[k] for k in kinds])
         left.set_ylabel("correlation, top windows and these")
         silent = [k for k in kinds if k.endswith("negative")]
-        bars(right, [NAMES[k] for k in silent], [false[k] for k in silent], colours=[COLOURS[kinds.index(k) % len(COLOURS)] for k in silent])
+        bars(
+            right,
+            [NAMES[k] for k in silent],
+            [false[k] for k in silent],
+            colours=[COLOURS[kinds.index(k) % len(COLOURS)] for k in silent],
+        )
         right.set_ylabel("false positives per window")
 
     experiment.figure(draw, panels=2, width=10)

@@ -15,9 +15,10 @@ KINDS = ("flip", "zero", "cut", "append", "swap")
 
 @dataclass(frozen=True)
 class Stored:
-    """A stored part. ``files``: those that are damaged, by their names in ``folder``; ``read``: everything that a user gets
-    from it, in a form that can be compared; ``other``: the folder of a part of the same kind with other content, None where what is
-    stored goes by the content of what was asked, so that another one's rows are never found."""
+    """A stored part. ``files``: those that are damaged, by their names in ``folder``; ``read``: everything
+    that a user gets from it, in a form that can be compared; ``other``: the folder of a part of the same kind
+    with other content, None where what is stored goes by the content of what was asked, so that another one's
+    rows are never found."""
 
     name: str
     folder: Path
@@ -44,11 +45,14 @@ def damaged(data: bytes, other: bytes, kind: str, rng: random.Random) -> bytes:
 
 
 def attack(stored: Stored, n: int, work: Path, rng: random.Random) -> Iterator[tuple[str, str]]:
-    """``n`` damages one after the other, each on a copy that is whole: what was done, and how it ended: ``right``, ``refused``,
-    ``wrong`` or ``crash: …``."""
+    """``n`` damages one after the other, each on a copy that is whole: what was done, and how it ended:
+    ``right``, ``refused``, ``wrong`` or ``crash: …``."""
     wanted = stored.read(stored.folder)
     for number in range(n):
-        file, kind = stored.files[number % len(stored.files)], rng.choice(KINDS if stored.other else KINDS[:-1])
+        file, kind = (
+            stored.files[number % len(stored.files)],
+            rng.choice(KINDS if stored.other else KINDS[:-1]),
+        )
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(stored.folder, work)
         path, data = work / file, (stored.folder / file).read_bytes()

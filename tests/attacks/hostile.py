@@ -1,4 +1,6 @@
-"""Answers of an endpoint that wants harm, by name: too much, in forms that nobody sends, with counts that nothing has, with the key in them."""
+"""Answers of an endpoint that wants harm, by name: too much, in forms that nobody sends, with counts that
+nothing has, with the key in them.
+"""
 
 from __future__ import annotations
 
@@ -107,13 +109,18 @@ def key_forms(key: str) -> dict[str, str]:
 
 
 WITH_KEY: dict[str, Hostile] = {
-    **{f"a text, {name}": (lambda body, form=form: _whole(body, f"about {form} it is")) for name, form in key_forms(KEY).items()},
+    **{
+        f"a text, {name}": (lambda body, form=form: _whole(body, f"about {form} it is"))
+        for name, form in key_forms(KEY).items()
+    },
     "in JSON's own escapes": lambda body: (
         200,
         {},
         json.dumps(_whole(body, "KEY")).replace("KEY", _escaped(KEY)).encode(),
     ),
-    "in other fields": lambda body: play(body) | {"id": KEY, "model": KEY, "system_fingerprint": KEY, KEY: KEY},
+    "in other fields": lambda body: (
+        play(body) | {"id": KEY, "model": KEY, "system_fingerprint": KEY, KEY: KEY}
+    ),
     "in the counts": lambda body: play(body) | {"usage": {"prompt_tokens": KEY, "completion_tokens": KEY}},
     "in log-probabilities": lambda body: completion("Yes", logprobs={KEY: -0.1, "Yes": -2.0}),
     "in pieces": lambda body: completion("x") | {"choices": [KEY[i : i + 3] for i in range(0, len(KEY), 3)]},
@@ -138,7 +145,9 @@ WITH_KEY: dict[str, Hostile] = {
     "in half a reply": lambda body: (200, {}, json.dumps(_whole(body, KEY)).encode()[:-20]),
     "in another form": lambda body: {"choices": [{"message": KEY}], KEY: 1},
     "in no choice": lambda body: {"choices": [], "error": {"message": KEY}},
-    "in thoughts": lambda body: {"choices": [{"index": 0, "message": {"content": None, "reasoning_content": KEY}}]},
+    "in thoughts": lambda body: {
+        "choices": [{"index": 0, "message": {"content": None, "reasoning_content": KEY}}]
+    },
     "in a refusal": lambda body: {"choices": [{"index": 0, "message": {"content": None, "refusal": KEY}}]},
 }
 

@@ -28,7 +28,12 @@ from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import DamagedStoreError, FeatureInterpError, IncompatibleError, IncompleteStoreError
+from featureinterp.errors import (
+    DamagedStoreError,
+    FeatureInterpError,
+    IncompatibleError,
+    IncompleteStoreError,
+)
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.spec import job_of, make_job
 from featureinterp.llm.cached import ReplyStore
@@ -96,20 +101,36 @@ def make_run(run: Path, seed: int) -> None:
     windows = make_windows(run / "windows", seed)
     rng = np.random.default_rng(seed)
     n = len(windows) * LENGTH
-    writer = RunWriter(run / "codes", n_features=N_FEATURES, n_positions=n, value_dtype="float16", flush_nonzeros=40)
+    writer = RunWriter(
+        run / "codes", n_features=N_FEATURES, n_positions=n, value_dtype="float16", flush_nonzeros=40
+    )
     for row in range(len(windows)):
         at, features = np.nonzero(rng.random((int(windows.lengths[row]), N_FEATURES)) < 0.4)
-        values, unscored = rng.exponential(3, len(at)) + 0.01, np.array([row * LENGTH]) if row % 4 == 0 else None
+        values, unscored = (
+            rng.exponential(3, len(at)) + 0.01,
+            np.array([row * LENGTH]) if row % 4 == 0 else None,
+        )
         kept = at > 0 if row % 4 == 0 else at >= 0
-        writer.add((row * LENGTH + at)[kept], features[kept], values[kept], n_scored=1, end_window=row + 1, unscored=unscored)
-    writer.finish({"key": "k", "corpus": {"name": "texts", "windows": windows.fingerprint}, "window_length": LENGTH})
+        writer.add(
+            (row * LENGTH + at)[kept],
+            features[kept],
+            values[kept],
+            n_scored=1,
+            end_window=row + 1,
+            unscored=unscored,
+        )
+    writer.finish(
+        {"key": "k", "corpus": {"name": "texts", "windows": windows.fingerprint}, "window_length": LENGTH}
+    )
     window_embeddings(windows, Embeds(), run / "embeddings", chunk=5)
 
 
 def read_windows(run: Path) -> object:
     table = WindowTable.open(run / "windows")
     rows = range(len(table))
-    arrays = [np.asarray(a).tolist() for a in (table.tokens, table.ends, table.documents, table.starts, table.chars)]
+    arrays = [
+        np.asarray(a).tolist() for a in (table.tokens, table.ends, table.documents, table.starts, table.chars)
+    ]
     return table.meta, arrays, [table.pieces(r) for r in rows], list(table.texts()), table.document_ids()
 
 
@@ -121,7 +142,9 @@ def read_codes(run: Path) -> object:
 
 
 def read_embeddings(run: Path) -> object:
-    return np.asarray(window_embeddings(WindowTable.open(run / "windows"), Embeds(), run / "embeddings")).tolist()
+    return np.asarray(
+        window_embeddings(WindowTable.open(run / "windows"), Embeds(), run / "embeddings")
+    ).tolist()
 
 
 def make_activations(folder: Path, seed: int) -> None:
@@ -135,7 +158,9 @@ def make_activations(folder: Path, seed: int) -> None:
 
 def read_activations(folder: Path) -> object:
     store = ActivationStore.open(folder)
-    sides = [np.asarray(getattr(store, name)).tolist() for name in ("documents", "windows", "offsets", "tokens")]
+    sides = [
+        np.asarray(getattr(store, name)).tolist() for name in ("documents", "windows", "offsets", "tokens")
+    ]
     return store.meta, store.read(np.arange(len(store))[::-1]).tolist(), sides
 
 
@@ -144,13 +169,19 @@ def make_journal(folder: Path, seed: int) -> None:
         number = journal.start("job", 12)
         for i in range(30):
             key, value = f"{seed}-{i:04}" * 4, {"text": "x" * (200 * i % 3000), "n": [i, seed]}
-            journal.stage(key, i, "explain", value, usage=Usage(1, 10 * i, i, 0.5, 0.01 * i), partial=i % 5 == 0)
+            journal.stage(
+                key, i, "explain", value, usage=Usage(1, 10 * i, i, 0.5, 0.01 * i), partial=i % 5 == 0
+            )
         for i in range(12):
             journal.finish("job", result_of(i, seed), "done")
         journal.end(number, "done", Usage(3, 4, 5, 6.0, 7.0))
     store = ReplyStore(folder / "replies.sqlite")
     for i in range(30):
-        store.put(f"{seed}-{i:04}" * 4, "model", Reply((f"reply {i} " * 40,), (False,), Usage(1, i, 2, 0.1, None), ({},)))
+        store.put(
+            f"{seed}-{i:04}" * 4,
+            "model",
+            Reply((f"reply {i} " * 40,), (False,), Usage(1, i, 2, 0.1, None), ({},)),
+        )
     store.close()
 
 
@@ -167,7 +198,14 @@ def read_journal(folder: Path) -> object:
         assert run is not None
         run = {name: value for name, value in run.items() if name not in ("started", "ended")}
         found = [r.to_json() for r in journal.features("job")]
-        return [journal.get(k) for k in keys], found, journal.finished("job"), journal.stages(), journal.causes(), run
+        return (
+            [journal.get(k) for k in keys],
+            found,
+            journal.finished("job"),
+            journal.stages(),
+            journal.causes(),
+            run,
+        )
 
 
 def read_replies(folder: Path) -> object:
@@ -180,7 +218,9 @@ def read_replies(folder: Path) -> object:
 
 
 def make_results(folder: Path, seed: int) -> None:
-    write_results(folder, [result_of(i, seed) for i in range(8)], {"title": f"t{seed}", "facts": {"SAE": "s"}})
+    write_results(
+        folder, [result_of(i, seed) for i in range(8)], {"title": f"t{seed}", "facts": {"SAE": "s"}}
+    )
 
 
 def read_all_results(folder: Path) -> object:
@@ -189,11 +229,16 @@ def read_all_results(folder: Path) -> object:
 
 
 def make_marked(folder: Path, seed: int) -> None:
-    """What is guarded by one marker or by itself: job, request, records, studies, sensitivity, checkpoint, dense twin."""
+    """What is guarded by one marker or by itself: job, request, records, studies, sensitivity, checkpoint,
+    dense twin.
+    """
     job = make_job(run=folder / "run", features=f"0:{seed + 3}", simulator="lexical", plan={"seed": seed})
     with Journal(folder / "job" / "journal.sqlite") as journal:
         journal.start(f"k{seed}", 1)
-    write_marker(folder / "job" / "job.json", {"key": f"k{seed}", "job": job.model_dump(mode="json"), "features": list(range(seed + 3))})
+    write_marker(
+        folder / "job" / "job.json",
+        {"key": f"k{seed}", "job": job.model_dump(mode="json"), "features": list(range(seed + 3))},
+    )
     (folder / "request").mkdir()
     claim(folder / "request", "codes", asked_for(seed), parts=("codes",), about={"corpus": "texts"})
     (folder / "request" / "codes").mkdir()
@@ -202,7 +247,12 @@ def make_marked(folder: Path, seed: int) -> None:
     concepts = tuple(Concept(f"concept {i}", 9, 8, 7, 6 + seed, undefined="too few") for i in range(4))
     labelled = {c.name: np.arange(i + seed, 300) for i, c in enumerate(concepts)}
     about = {"title": f"t{seed}", "subtitle": "s", "facts": {"Seed": seed}, "codes": "fingerprint"}
-    write_study(folder / "probe", Study(concepts, (), 90, 40, 7, N_FEATURES, StudySettings(seed=seed)), labelled, about)
+    write_study(
+        folder / "probe",
+        Study(concepts, (), 90, 40, 7, N_FEATURES, StudySettings(seed=seed)),
+        labelled,
+        about,
+    )
     # tables without features are equal, and then a summary of another folder is the folder's own
     write_sensitivity(folder / "sensitivity", [], {"sae_name": "s"}, per_call=4)
     trainer = prepared(seed)
@@ -240,7 +290,9 @@ class OwnRows:
 def read_job(folder: Path) -> object:
     for found in verify(folder / "job").of(DAMAGED):
         raise DamagedStoreError(found.why)
-    return job_of(folder / "job").model_dump(mode="json"), read_marker(folder / "job" / "job.json", "run it again").value
+    return job_of(folder / "job").model_dump(mode="json"), read_marker(
+        folder / "job" / "job.json", "run it again"
+    ).value
 
 
 def read_request(folder: Path) -> object:
@@ -261,8 +313,12 @@ def proved(name: str) -> Callable[[Path], object]:
     def read(folder: Path) -> object:
         for found in verify(folder / name).of(DAMAGED):
             raise DamagedStoreError(found.why)
-        files = sorted(p for p in (folder / name).iterdir() if p.suffix in (".csv", ".parquet", ".npz", ".jsonl"))
-        return [read_marker(p, "").value for p in (folder / name).glob("*.json")], [p.read_bytes() for p in files]
+        files = sorted(
+            p for p in (folder / name).iterdir() if p.suffix in (".csv", ".parquet", ".npz", ".jsonl")
+        )
+        return [read_marker(p, "").value for p in (folder / name).glob("*.json")], [
+            p.read_bytes() for p in files
+        ]
 
     return read
 
@@ -287,7 +343,11 @@ def make_dense(run: Path, seed: int) -> None:
     (run / "dense").mkdir()
     (run / "dense" / "activations.bin").write_bytes(values.tobytes())
     state = {"codes": store.fingerprint, "width": 4, "next_window": len(store.windows)}
-    write_marker(run / "dense" / "dense.json", state, {"activations.bin": Sums.of(run / "dense" / "activations.bin", 64)})
+    write_marker(
+        run / "dense" / "dense.json",
+        state,
+        {"activations.bin": Sums.of(run / "dense" / "activations.bin", 64)},
+    )
 
 
 MARKED = {
@@ -305,7 +365,13 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> list[Stored]:
     """Two of every kind."""
     found = []
     base = tmp_path_factory.mktemp("stored")
-    made = {"run": make_run, "activations": make_activations, "journal": make_journal, "results": make_results, "marked": make_marked}
+    made = {
+        "run": make_run,
+        "activations": make_activations,
+        "journal": make_journal,
+        "results": make_results,
+        "marked": make_marked,
+    }
     for name, make in made.items():
         for seed in (1, 2):
             (base / name / str(seed)).mkdir(parents=True)
@@ -376,7 +442,9 @@ def test_a_thousand_damages_and_more(kinds: list[Stored], more_kinds: list[Store
 
 
 def test_tables_of_another_run_are_told(tmp_path: Path):
-    """A journal goes by what was asked for: another one's rows are never taken, and ``verify`` says that it is not the job's."""
+    """A journal goes by what was asked for: another one's rows are never taken, and ``verify`` says that it
+    is not the job's.
+    """
     for seed in (1, 2):
         make_journal(tmp_path / str(seed), seed)
     job = {"key": "another job", "job": {}, "features": []}
@@ -434,7 +502,9 @@ def test_every_byte_of_a_small_marker_is_guarded(tmp_path: Path):
             except DamagedStoreError as error:
                 assert "make it again" in str(error)
             else:
-                assert marker.value == value and marker.files is not None and marker.files["a.bin"].crcs == [7], at
+                assert (
+                    marker.value == value and marker.files is not None and marker.files["a.bin"].crcs == [7]
+                ), at
 
 
 def test_parts_that_do_not_belong_together_are_refused(kinds: list[Stored], tmp_path: Path):
@@ -452,7 +522,9 @@ def test_parts_that_do_not_belong_together_are_refused(kinds: list[Stored], tmp_
         read_embeddings(tmp_path / "run")
 
 
-def test_folders_of_earlier_versions_are_read_and_their_sizes_and_ranges_checked(kinds: list[Stored], tmp_path: Path):
+def test_folders_of_earlier_versions_are_read_and_their_sizes_and_ranges_checked(
+    kinds: list[Stored], tmp_path: Path
+):
     run, wanted = tmp_path / "run", read_codes(kinds[0].folder)
     shutil.copytree(kinds[0].folder, run)
     for path in (run / "windows" / "windows.json", run / "codes" / "codes.json"):
@@ -488,10 +560,15 @@ def test_only_the_blocks_that_are_read_are_checked(tmp_path: Path):
     marker = read_marker(tmp_path / "codes" / "codes.json", "")
     small = Sums(64)
     small.add(data)
-    write_marker(tmp_path / "codes" / "codes.json", marker.value, {**(marker.files or {}), "values.bin": small})
+    write_marker(
+        tmp_path / "codes" / "codes.json", marker.value, {**(marker.files or {}), "values.bin": small}
+    )
     path.write_bytes(data[:-2] + b"\x00\x01")
     store = CodesStore.open(tmp_path)
-    assert store.feature(0).values.tolist() == np.frombuffer(data, np.float16)[: len(store.feature(0).values)].tolist()
+    assert (
+        store.feature(0).values.tolist()
+        == np.frombuffer(data, np.float16)[: len(store.feature(0).values)].tolist()
+    )
     with pytest.raises(DamagedStoreError, match=r"values.bin is damaged at byte [\d,]+: delete"):
         store.feature(N_FEATURES - 1)
 
@@ -501,7 +578,10 @@ def test_replies_without_checksums_are_read_and_get_them(tmp_path: Path):
     usage = {"requests": 1, "prompt_tokens": 2, "completion_tokens": 3, "seconds": 0.5, "cost_usd": None}
     value = {"texts": ["hi"], "truncated": [False], "usage": usage, "first_token": [{}], "read": []}
     connection = sqlite3.connect(path)
-    connection.executescript("CREATE TABLE replies (key TEXT PRIMARY KEY, model TEXT NOT NULL, reply TEXT NOT NULL, created REAL NOT NULL) STRICT;")
+    connection.executescript(
+        "CREATE TABLE replies (key TEXT PRIMARY KEY, model TEXT NOT NULL, reply TEXT NOT NULL, created "
+        "REAL NOT NULL) STRICT;"
+    )
     connection.execute("INSERT INTO replies VALUES ('a', 'm', ?, 1.0)", (json.dumps(value),))
     connection.commit()
     connection.close()
@@ -531,14 +611,24 @@ def test_verify_reads_all_and_names_what_is_damaged(kinds: list[Stored], tmp_pat
     connection.commit()
     connection.close()
     found = verify(run)
-    assert sorted(Path(f.part).name for f in found.of(DAMAGED)) == ["about.json", "journal.sqlite", "values.bin"]
+    assert sorted(Path(f.part).name for f in found.of(DAMAGED)) == [
+        "about.json",
+        "journal.sqlite",
+        "values.bin",
+    ]
     assert "damaged at byte 0 " in next(f.why for f in found.of(DAMAGED) if f.part.endswith("values.bin"))
     assert json.loads(json.dumps(found.to_json()))["counts"]["damaged"] == 3
     told = CliRunner().invoke(app, ["verify", str(run)])
-    assert told.exit_code == 1 and "\ndamaged: " in told.output and "3 damaged, 0 without checksums" in told.output
+    assert (
+        told.exit_code == 1
+        and "\ndamaged: " in told.output
+        and "3 damaged, 0 without checksums" in told.output
+    )
 
 
-def test_verify_says_which_parts_do_not_belong_together_and_which_have_no_checksums(kinds: list[Stored], tmp_path: Path):
+def test_verify_says_which_parts_do_not_belong_together_and_which_have_no_checksums(
+    kinds: list[Stored], tmp_path: Path
+):
     run = tmp_path / "run"
     shutil.copytree(kinds[0].folder, run)
     write_records(run / "records.jsonl", [], "another store")
@@ -553,4 +643,7 @@ def test_verify_says_which_parts_do_not_belong_together_and_which_have_no_checks
     unseal(run / "codes" / "codes.json")
     found = verify(run)
     assert found.good
-    assert {Path(f.part).name for f in found.of(UNCHECKED)} == {"codes.json", *(p.name for p in (run / "codes").glob("*.bin"))}
+    assert {Path(f.part).name for f in found.of(UNCHECKED)} == {
+        "codes.json",
+        *(p.name for p in (run / "codes").glob("*.bin")),
+    }

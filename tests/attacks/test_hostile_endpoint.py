@@ -1,4 +1,6 @@
-"""An endpoint that wants harm: memory stays bounded, the key lands nowhere, and every answer is a value or one sentence."""
+"""An endpoint that wants harm: memory stays bounded, the key lands nowhere, and every answer is a value or
+one sentence.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ REQUESTS = (
 RANDOM_KEY = "sk-proj-9fK2mX7Lq0RtZ4vB81nYcWpE"
 HERE = Path(__file__).parent
 MEMORY_MB = 150
-"""What all too large answers one after the other may add to a process. One reply of 4 MB takes a few times that once it is read."""
+"""What all too large answers one after the other may add to a process. One reply of 4 MB takes a few times
+that once it is read.
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +78,8 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = []
 for line in sys.stdin:
     found.append(outcome(sys.argv[2], ASK)[:300])
-print(json.dumps({"grown": (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, "found": found}))
+grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+print(json.dumps({"grown": grown, "found": found}))
 """
 
 
@@ -88,7 +93,9 @@ def test_no_answer_takes_much_memory(tmp_path: Path):
     command = [sys.executable, "-c", CLIENT, f"{HERE} {HERE.parent}", ""]
     with endpoint(answer) as server:
         command[-1] = server.url
-        done = subprocess.run(command, input="\n" * len(TOO_MUCH), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            command, input="\n" * len(TOO_MUCH), capture_output=True, text=True, timeout=300
+        )
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout)
     found = dict(zip(TOO_MUCH, told["found"], strict=True))
@@ -106,7 +113,9 @@ def test_no_answer_takes_much_memory(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", WITH_KEY)
-def test_the_key_is_in_nothing_that_comes_back(name: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]):
+def test_the_key_is_in_nothing_that_comes_back(
+    name: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+):
     caplog.set_level("DEBUG")
     with endpoint(WITH_KEY[name]) as server:
         told = [outcome(server.url, request) for request in REQUESTS]
@@ -165,7 +174,9 @@ def test_redirects_are_not_followed(status: int):
             pytest.raises(EndpointRefusedError) as error,
         ):
             ask(server.url, ASK)
-        assert other.url in str(error.value) and "--base-url" in str(error.value) and KEY not in str(error.value)
+        assert (
+            other.url in str(error.value) and "--base-url" in str(error.value) and KEY not in str(error.value)
+        )
     assert not other.ledger and len(server.ledger) == 1
 
 
@@ -185,7 +196,9 @@ def test_a_redirect_to_anything_is_one_sentence():
             pytest.raises(LanguageModelError) as error,
         ):
             ask(server.url, ASK)
-        assert "\x1b" not in str(error.value) and "pw@" not in str(error.value) and len(str(error.value)) < 600
+        assert (
+            "\x1b" not in str(error.value) and "pw@" not in str(error.value) and len(str(error.value)) < 600
+        )
 
 
 def test_no_cookie_is_kept_or_sent_back():
@@ -297,7 +310,12 @@ def job(run: Path, out: Path, url: str) -> fi.Job:
     llm = fi.Endpoint(url, "m", "TEST_KEY", price=Price(1, 1), max_attempts=1, max_wait_s=0.2)
     plan = fi.Plan(n_test=2, n_valid=2, negatives=("random",))
     records = fi.RecordPolicy({"top": (4, 2, 2), "random": (0, 2, 2)})
-    fields = {"features": "random:2", "simulator": "rated", "max_failure_rate": 1.0, "budget": fi.Budget(usd=1.0)}
+    fields = {
+        "features": "random:2",
+        "simulator": "rated",
+        "max_failure_rate": 1.0,
+        "budget": fi.Budget(usd=1.0),
+    }
     return fi.Job(run=run, out=out, llm=llm, plan=plan, records=records, **fields)
 
 
@@ -305,16 +323,32 @@ def everything_in(folder: Path) -> bytes:
     """All bytes of all files, with the packed columns of the journal unpacked."""
     found = [path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()]
     if (folder / "journal.sqlite").exists():
-        rows = sqlite3.connect(folder / "journal.sqlite").execute("SELECT summary, windows FROM features").fetchall()
+        rows = (
+            sqlite3.connect(folder / "journal.sqlite")
+            .execute("SELECT summary, windows FROM features")
+            .fetchall()
+        )
         found += [part for summary, windows in rows for part in (summary.encode(), zlib.decompress(windows))]
     return b"\n".join(found)
 
 
-SOME = ("a text, as it is", "a text, escaped in part", "a text, in base64", "in log-probabilities", "in an error", "in what is no JSON", "in half a reply")
+SOME = (
+    "a text, as it is",
+    "a text, escaped in part",
+    "a text, in base64",
+    "in log-probabilities",
+    "in an error",
+    "in what is no JSON",
+    "in half a reply",
+)
 
 
-@pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in WITH_KEY])
-def test_the_key_is_in_nothing_that_a_job_leaves(name: str, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    "name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in WITH_KEY]
+)
+def test_the_key_is_in_nothing_that_a_job_leaves(
+    name: str, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+):
     caplog.set_level("DEBUG")
     told: list[str] = []
     calm = 1  # the check of the endpoint is answered, so that the job begins
@@ -336,7 +370,11 @@ def test_the_key_is_in_nothing_that_a_job_leaves(name: str, run: Path, tmp_path:
     kept = everything_in(out)
     assert len(kept) > 1000 and len(server.ledger) > 1
     for data in (kept, "\n".join(told).encode()):
-        assert KEY.encode() not in data and KEY[::-1].encode() not in data and base64.b64encode(KEY.encode()) not in data
+        assert (
+            KEY.encode() not in data
+            and KEY[::-1].encode() not in data
+            and base64.b64encode(KEY.encode()) not in data
+        )
         assert KEY.encode().hex().encode() not in data.lower() and KEY.encode().upper() not in data
 
 

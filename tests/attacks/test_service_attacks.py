@@ -1,4 +1,6 @@
-"""Attacks on the service: hostile requests, half requests, crowds, damaged folders, a full disk. Bounded, and on 127.0.0.1 only."""
+"""Attacks on the service: hostile requests, half requests, crowds, damaged folders, a full disk. Bounded, and
+on 127.0.0.1 only.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,8 @@ def until(true: Callable[[], Any], within_s: float = 60.0) -> Any:
     return found
 
 
-# ── requests ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── requests
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 INTEGERS = ("n_test", "seed", "rule_cap")
 FIELDS = (
@@ -84,7 +87,21 @@ FIELDS = (
     "max_minutes",
     "no_field",
 )
-NO_INTEGERS = ('"5"', "true", '"1_0"', '"٣"', "5.5", '"5.0"', '" 5"', "[5]", '{"5": 5}', "1e400", "NaN", "Infinity", "-Infinity")
+NO_INTEGERS = (
+    '"5"',
+    "true",
+    '"1_0"',
+    '"٣"',
+    "5.5",
+    '"5.0"',
+    '" 5"',
+    "[5]",
+    '{"5": 5}',
+    "1e400",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+)
 VALUES = (
     *NO_INTEGERS,
     "null",
@@ -113,7 +130,9 @@ def test_no_value_of_a_field_is_more_than_refused(client: TestClient):
     for field in FIELDS:
         for value in VALUES:
             body = json.dumps({k: v for k, v in SMALL.items() if k != field})[:-1] + f', "{field}": {value}}}'
-            answer = client.post("/api/jobs", content=body.encode(), headers={"Content-Type": "application/json"})
+            answer = client.post(
+                "/api/jobs", content=body.encode(), headers={"Content-Type": "application/json"}
+            )
             statuses[answer.status_code] += 1
             assert answer.status_code < 500, (field, value[:60], answer.text)
             assert answer.status_code == 201 or isinstance(answer.json()["detail"], str)
@@ -125,30 +144,98 @@ def test_no_value_of_a_field_is_more_than_refused(client: TestClient):
 def test_no_body_query_path_or_method_is_more_than_refused(client: TestClient):
     rng, n = random.Random(19), 0
     whole = json.dumps(SMALL).encode()
-    bodies = [whole[: rng.randrange(len(whole))] for _ in range(20)] + [rng.randbytes(rng.randrange(200)) for _ in range(20)]
-    bodies += [b"[" * 60_000, b'{"a":' * 10_000, whole.decode().encode("utf-16"), b"\xef\xbb\xbf" + whole, b"\x1f\x8b" + whole]
+    bodies = [whole[: rng.randrange(len(whole))] for _ in range(20)] + [
+        rng.randbytes(rng.randrange(200)) for _ in range(20)
+    ]
+    bodies += [
+        b"[" * 60_000,
+        b'{"a":' * 10_000,
+        whole.decode().encode("utf-16"),
+        b"\xef\xbb\xbf" + whole,
+        b"\x1f\x8b" + whole,
+    ]
     for body in bodies:
-        for kind in ("application/json", "text/plain", "multipart/form-data; boundary=x", "application/json; charset=utf-16"):
+        for kind in (
+            "application/json",
+            "text/plain",
+            "multipart/form-data; boundary=x",
+            "application/json; charset=utf-16",
+        ):
             status = client.post("/api/jobs", content=body, headers={"Content-Type": kind}).status_code
-            assert status in (400, 422) or (status == 201 and body[:3] in (b"\xff\xfe{", b"\xef\xbb\xbf")), body[:60]
+            assert status in (400, 422) or (status == 201 and body[:3] in (b"\xff\xfe{", b"\xef\xbb\xbf")), (
+                body[:60]
+            )
             n += 1
-    for value in ("", "-1", "0x5", "1_0", "٣", "+5", "%205", "5.0", "5e0", "true", "9" * 30, "9" * 5000, "NaN", "%00", "１", "01"):
+    for value in (
+        "",
+        "-1",
+        "0x5",
+        "1_0",
+        "٣",
+        "+5",
+        "%205",
+        "5.0",
+        "5e0",
+        "true",
+        "9" * 30,
+        "9" * 5000,
+        "NaN",
+        "%00",
+        "１",
+        "01",
+    ):
         for query in (f"limit={value}", f"offset={value}"):
             assert client.get(f"/api/jobs?{query}").status_code == 422, query
             assert client.get(f"/api/jobs/{NOBODY}/results?{query}").status_code == 422, query
             n += 2
         assert client.get(f"/api/jobs/{NOBODY}/features/{value or '-'}").status_code in (404, 422)
-    paths = ["%2e%2e/%2e%2e/etc/passwd", "..%2f..", "%00", "%ff%fe", "a" * 5000, "{job_id}", f"{NOBODY}%00", f"{NOBODY}/", "٢٠٢٦"]
+    paths = [
+        "%2e%2e/%2e%2e/etc/passwd",
+        "..%2f..",
+        "%00",
+        "%ff%fe",
+        "a" * 5000,
+        "{job_id}",
+        f"{NOBODY}%00",
+        f"{NOBODY}/",
+        "٢٠٢٦",
+    ]
     for path in paths:
         for tail in ("", "/events", "/report", "/results", "/features/1", "/cancel", "/resume"):
             for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS", "TRACE", "BREW"):
-                assert 300 <= client.request(method, f"/api/jobs/{path}{tail}").status_code < 500, (method, path, tail)
+                assert 300 <= client.request(method, f"/api/jobs/{path}{tail}").status_code < 500, (
+                    method,
+                    path,
+                    tail,
+                )
                 n += 1
     assert n >= 300
 
 
-MALFORMED_HOSTS = ("[::1", "::1]", "[", "]", "[]", "[::1]]", "[::1]:port", "127.0.0.1:99999", "127.0.0.1:1:2", "a b", "127.0.0.1/x")
-MALFORMED_HOSTS += ("user@127.0.0.1", "127.0.0.1?x", "127.0.0.1#x", "[127.0.0.1]", "[::1%25eth0]", "[v1.a]", "\xff", "127.0.0.1\\x", "<b>")
+MALFORMED_HOSTS = (
+    "[::1",
+    "::1]",
+    "[",
+    "]",
+    "[]",
+    "[::1]]",
+    "[::1]:port",
+    "127.0.0.1:99999",
+    "127.0.0.1:1:2",
+    "a b",
+    "127.0.0.1/x",
+)
+MALFORMED_HOSTS += (
+    "user@127.0.0.1",
+    "127.0.0.1?x",
+    "127.0.0.1#x",
+    "[127.0.0.1]",
+    "[::1%25eth0]",
+    "[v1.a]",
+    "\xff",
+    "127.0.0.1\\x",
+    "<b>",
+)
 
 
 def test_malformed_hosts_and_origins_are_bad_requests(client: TestClient):
@@ -167,7 +254,9 @@ def test_malformed_hosts_and_origins_are_bad_requests(client: TestClient):
 
 def test_what_steers_a_terminal_is_an_escape_in_answers_and_pages(client: TestClient, rules: Rules):
     nasty = "a\u202eb\x1b[31m\x9b2J\u2066é"
-    number = JobsFolder(rules.jobs).submit(make_job(run=rules.runs / "tiny"), {"run": nasty, "features": nasty, "llm": nasty})
+    number = JobsFolder(rules.jobs).submit(
+        make_job(run=rules.runs / "tiny"), {"run": nasty, "features": nasty, "llm": nasty}
+    )
     end(rules.jobs / number, "failed", nasty + "\ud800")
     for path in ("/api/jobs", f"/api/jobs/{number}", f"/api/jobs/{number}/events", "/"):
         text = client.get(path).text
@@ -185,12 +274,18 @@ def test_the_page_s_script_shows_text_as_the_program_does(client: TestClient):
     head = client.get("/").text.split("<script>")[1].split("const show =")[0]
     ranges = [(0, 0x10000), (0x1BC90, 0x1BCB0), (0x1D170, 0x1D180), (0xDFFF0, 0xE1010)]
     texts = [chr(c) for start, stop in ranges for c in range(start, stop)] + ["👩‍👩‍👧", "#️⃣", "می‌خواهم", "a‍b"]
-    script = head + "const t = JSON.parse(require('fs').readFileSync(0)); process.stdout.write(JSON.stringify(t.map(visible)))"
-    done = subprocess.run(["node", "-e", script], input=json.dumps(texts), capture_output=True, text=True, check=True)
+    script = (
+        head + "const t = JSON.parse(require('fs').readFileSync(0)); "
+        "process.stdout.write(JSON.stringify(t.map(visible)))"
+    )
+    done = subprocess.run(
+        ["node", "-e", script], input=json.dumps(texts), capture_output=True, text=True, check=True
+    )
     assert json.loads(done.stdout) == [visible(t) for t in texts]
 
 
-# ── connections ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── connections
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
@@ -198,7 +293,9 @@ def served(rules: Rules, *, most: int = 1000, request_s: float = 0.5) -> Iterato
     """The service on a port of its own, in a thread; ``server.port`` is that port."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
-        config = uvicorn.Config(make_app(rules), http=bounded(most, request_s), ws="none", log_level="critical")
+        config = uvicorn.Config(
+            make_app(rules), http=bounded(most, request_s), ws="none", log_level="critical"
+        )
         server = uvicorn.Server(config)
         server.port = listening.getsockname()[1]  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -246,7 +343,10 @@ def half_requests(rules: Rules, n: int) -> None:
         answers = [read_to_the_end(h) for h in halves]
         for i, answer in enumerate(answers):
             half = HALVES[i % len(HALVES)]
-            assert answer.startswith(b"HTTP/1.1 200" if b"/health HTTP" in half else b"HTTP/1.1 408"), (half, answer)
+            assert answer.startswith(b"HTTP/1.1 200" if b"/health HTTP" in half else b"HTTP/1.1 408"), (
+                half,
+                answer,
+            )
         until(lambda: not server.server_state.connections)
 
 
@@ -338,8 +438,10 @@ RAW = (
     b"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nxxxxxx",
     b"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nab\r\n0\r\n\r\n",
     b"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
-    b"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
-    b"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: 100-continue\r\nContent-Length: 999999999999\r\n\r\n" + b"x" * 90_000,
+    b"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 3\r\nTransfer-Encoding: "
+    b"chunked\r\n\r\n0\r\n\r\n",
+    b"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: 100-continue\r\nContent-Length: "
+    b"999999999999\r\n\r\n" + b"x" * 90_000,
     b"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Length: 2\r\n\r\n{}",
 )
 
@@ -362,7 +464,8 @@ def test_bytes_that_are_no_requests_are_refused_and_the_service_goes_on(rules: R
         assert httpx.get(f"http://127.0.0.1:{server.port}/health").json()["status"] == "ok"  # type: ignore[attr-defined]
 
 
-# ── limits ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── limits
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def at_once(calls: list[Callable[[], httpx.Response]]) -> Counter[int]:
@@ -384,7 +487,9 @@ def test_no_more_jobs_wait_than_may_however_many_ask_at_once(rules: Rules):
             assert asked == {201: 5, 429: 15}
             ids = [j["id"] for j in client.get("/api/jobs").json() if j["state"] == "queued"]
             assert len(ids) == 5
-            cancelled = at_once([lambda n=n: client.post(f"/api/jobs/{n}/cancel") for n in ids for _ in range(3)])
+            cancelled = at_once(
+                [lambda n=n: client.post(f"/api/jobs/{n}/cancel") for n in ids for _ in range(3)]
+            )
             assert cancelled == {200: 5, 409: 10}
         ended = [j["id"] for j in client.get("/api/jobs").json()]
         assert len(ended) == 15
@@ -395,7 +500,8 @@ def test_no_more_jobs_wait_than_may_however_many_ask_at_once(rules: Rules):
         assert at_once([lambda: client.post(f"/api/jobs/{number}/resume")] * 10) == {200: 1, 409: 9}
 
 
-# ── folders ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── folders
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def made_a(folder: Path) -> None:
@@ -416,7 +522,10 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "no text": lambda p: p.write_bytes(b"\xff\xfe{}"),
     "a list": lambda p: p.write_text("[1]"),
     "other fields": lambda p: p.write_text('{"shown": 3, "state": "asleep", "done": "x", "total": null}'),
-    "no numbers": lambda p: p.write_text('{"job": {}, "shown": {"run": "a", "features": "b"}, "at": NaN, "state": NaN, "done": NaN, "total": 1e999}'),
+    "no numbers": lambda p: p.write_text(
+        '{"job": {}, "shown": {"run": "a", "features": "b"}, "at": NaN, "state": NaN, "done": NaN, '
+        '"total": 1e999}'
+    ),
     "deep": lambda p: p.write_text("[" * 100_000),
     "long number": lambda p: p.write_text('{"at": ' + "9" * 10_000 + "}"),
     "large": lambda p: (p.touch(), os.truncate(p, 1 << 22)),
@@ -424,14 +533,24 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "a pipe": made_fifo,
     "a loop": lambda p: (p.unlink(missing_ok=True), p.symlink_to(p)),
 }
-STORED = ("submitted.json", "outcome.json", "progress.json", "lock", "starts", "out/results.jsonl", "out/report.html")
+STORED = (
+    "submitted.json",
+    "outcome.json",
+    "progress.json",
+    "lock",
+    "starts",
+    "out/results.jsonl",
+    "out/report.html",
+)
 
 
 def test_results_are_read_with_their_checksums(client: TestClient, rules: Rules):
     jobs = JobsFolder(rules.jobs)
     number = jobs.submit(make_job(run=rules.runs / "tiny"), SMALL)
     out = jobs.path(number) / "out"
-    found = [FeatureResult(f, "sae", 0.5, 0.01, 3, (), shortfalls={"top/test": "wörds " * 4000}) for f in range(9)]
+    found = [
+        FeatureResult(f, "sae", 0.5, 0.01, 3, (), shortfalls={"top/test": "wörds " * 4000}) for f in range(9)
+    ]
     write_results(out, found, {"title": "t"})
     end(jobs.path(number), "done", "")
     rows = client.get(f"/api/jobs/{number}/results").json()
@@ -441,9 +560,13 @@ def test_results_are_read_with_their_checksums(client: TestClient, rules: Rules)
     changed = data.rindex(b"rds")
     path.write_bytes(data[:changed] + b"X" + data[changed + 1 :])  # still JSON, and a text that nobody wrote
     assert client.get(f"/api/jobs/{number}/features/0").status_code == 200
-    assert [r["feature"] for r in client.get(f"/api/jobs/{number}/results?limit=2").json()] == [0, 1], "blocks before it are whole"
+    assert [r["feature"] for r in client.get(f"/api/jobs/{number}/results?limit=2").json()] == [0, 1], (
+        "blocks before it are whole"
+    )
     answer = client.get(f"/api/jobs/{number}/features/8")
-    assert answer.status_code == 409 and "results.jsonl is damaged at byte" in answer.json()["detail"], answer.text
+    assert answer.status_code == 409 and "results.jsonl is damaged at byte" in answer.json()["detail"], (
+        answer.text
+    )
     assert "resume the job" in answer.json()["detail"] and str(out) not in answer.text
     path.write_bytes(data[:-1])
     assert client.get(f"/api/jobs/{number}/features/8").status_code == 409
@@ -462,7 +585,13 @@ def expected(name: str, kind: str, ended: bool) -> str:
 
 
 def looked_at_everywhere(client: TestClient, number: str, state: str) -> None:
-    paths = ["", "/results", "/features/3", "/report", *(["/events"] if state not in ("queued", "running") else [])]
+    paths = [
+        "",
+        "/results",
+        "/features/3",
+        "/report",
+        *(["/events"] if state not in ("queued", "running") else []),
+    ]
     for path in paths:
         answer = client.get(f"/api/jobs/{number}{path}")
         assert answer.status_code < 500, (path, answer.text)
@@ -471,8 +600,12 @@ def looked_at_everywhere(client: TestClient, number: str, state: str) -> None:
         assert answer.status_code < 500, (wish, answer.text)
 
 
-@pytest.mark.parametrize(("name", "ended"), [*((name, True) for name in STORED), *((name, False) for name in STORED[:5])])
-def test_a_damaged_job_is_shown_as_such_and_nothing_else_suffers(client: TestClient, rules: Rules, name: str, ended: bool):
+@pytest.mark.parametrize(
+    ("name", "ended"), [*((name, True) for name in STORED), *((name, False) for name in STORED[:5])]
+)
+def test_a_damaged_job_is_shown_as_such_and_nothing_else_suffers(
+    client: TestClient, rules: Rules, name: str, ended: bool
+):
     jobs = JobsFolder(rules.jobs)
     other = jobs.submit(make_job(run=rules.runs / "tiny"), SMALL)
     kinds = {jobs.submit(make_job(run=rules.runs / "tiny"), SMALL): kind for kind in DAMAGES}
@@ -491,7 +624,11 @@ def test_a_damaged_job_is_shown_as_such_and_nothing_else_suffers(client: TestCli
         assert name in listed[number]["message"] and str(rules.jobs) not in listed[number]["message"]
     health = client.get("/health").json()
     assert health["queue"]["damaged"] == list(wanted.values()).count("damaged")
-    assert ("damaged" in str(health["problems"])) == (health["status"] == "degraded") == ("damaged" in wanted.values())
+    assert (
+        ("damaged" in str(health["problems"]))
+        == (health["status"] == "degraded")
+        == ("damaged" in wanted.values())
+    )
     assert client.get("/").status_code == 200
     for number, state in wanted.items():
         looked_at_everywhere(client, number, state)
@@ -543,7 +680,10 @@ def test_a_jobs_folder_that_is_gone_is_told_and_found_again(rules: Rules, tmp_pa
         rules.jobs.rename(tmp_path / "elsewhere")
         health = until(lambda: (h := client.get("/health").json())["status"] != "ok" and h)
         assert "last round failed" in health["problems"][0] and str(tmp_path) not in str(health)
-        assert client.get("/api/jobs").status_code == 503 and client.post("/api/jobs", json=SMALL).status_code == 503
+        assert (
+            client.get("/api/jobs").status_code == 503
+            and client.post("/api/jobs", json=SMALL).status_code == 503
+        )
         assert not rules.jobs.exists()
         (tmp_path / "elsewhere").rename(rules.jobs)
         until(lambda: client.get("/health").json()["status"] == "ok")
@@ -591,7 +731,8 @@ def test_half_a_job_is_deleted_by_the_next_service_and_nothing_else(rules: Rules
     assert sorted(p.name for p in rules.jobs.iterdir()) == [".mine.new", number] and jobs.ids() == [number]
 
 
-# ── the disk ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the disk
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Tmpfs:
@@ -616,7 +757,9 @@ class Tmpfs:
 
 
 class NoRoom:
-    """Where nothing may be mounted: the system call that makes what was written last refuses, as a full disk's does."""
+    """Where nothing may be mounted: the system call that makes what was written last refuses, as a full
+    disk's does.
+    """
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.patch = folder, patch
@@ -652,11 +795,16 @@ def disk(tmp_path: Path) -> Iterator[Tmpfs | NoRoom]:
 def test_jobs_wait_for_a_full_disk_and_go_on_when_it_is_freed(rules: Rules, disk: Tmpfs | NoRoom):
     rules = replace(rules, jobs=disk.folder / "jobs")
     jobs = JobsFolder(rules.jobs)
-    number = jobs.submit(make_job(run=rules.runs / "tiny", **{k: v for k, v in SMALL.items() if k not in ("run", "n_test")}), SMALL)
+    number = jobs.submit(
+        make_job(run=rules.runs / "tiny", **{k: v for k, v in SMALL.items() if k not in ("run", "n_test")}),
+        SMALL,
+    )
     with TestClient(make_app(rules), base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
         disk.fill()
         answer = client.post("/api/jobs", json=SMALL)
-        assert answer.status_code == 503 and answer.json()["detail"].startswith("the disk of the service is full")
+        assert answer.status_code == 503 and answer.json()["detail"].startswith(
+            "the disk of the service is full"
+        )
         assert client.post(f"/api/jobs/{number}/cancel").status_code in (200, 503)
         assert worker.work(rules.jobs / number) in (0, worker.DISK_FULL)
         disk.free()
@@ -665,7 +813,9 @@ def test_jobs_wait_for_a_full_disk_and_go_on_when_it_is_freed(rules: Rules, disk
     assert len(list(rules.jobs.glob("*"))) == 2, "half a job was left"
 
 
-def test_a_worker_that_finds_the_disk_full_leaves_the_job_to_be_gone_on_with(rules: Rules, disk: Tmpfs | NoRoom):
+def test_a_worker_that_finds_the_disk_full_leaves_the_job_to_be_gone_on_with(
+    rules: Rules, disk: Tmpfs | NoRoom
+):
     rules = replace(rules, jobs=disk.folder / "jobs")
     jobs = JobsFolder(rules.jobs)
     fields = {k: v for k, v in SMALL.items() if k not in ("run", "n_test")}
@@ -694,7 +844,8 @@ def test_no_worker_is_started_on_a_full_disk(rules: Rules, disk: Tmpfs | NoRoom,
     assert rounds(rules, 2).round.disk.enough and started(rules, number)  # type: ignore[union-attr]
 
 
-# ── many ended jobs ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── many ended jobs
+# ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 OPENED: list[str] = []
 COUNTING = threading.Event()
@@ -747,7 +898,8 @@ def test_3000_ended_jobs_are_not_opened_again(rules: Rules):
     opened_at_rest(rules, 3000)
 
 
-# ── two services, and everything at once ─────────────────────────────────────────────────────────────────────────────────
+# ── two services, and everything at once
+# ─────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_second_service_on_a_folder_says_who_holds_it(rules: Rules):
@@ -758,13 +910,17 @@ def test_a_second_service_on_a_folder_says_who_holds_it(rules: Rules):
     with owned(rules.jobs, "featureinterp serve"), pytest.raises(FolderInUseError) as refused:
         serve(rules.runs, rules.jobs, "127.0.0.1", 0, None, [], ["lexical"], 1, 1, 0)
     said = str(refused.value)
-    assert all(part in said for part in (str(rules.jobs), f"process {os.getpid()}", socket.gethostname(), "featureinterp serve"))
+    assert all(
+        part in said
+        for part in (str(rules.jobs), f"process {os.getpid()}", socket.gethostname(), "featureinterp serve")
+    )
 
 
 @pytest.mark.slow
 def test_the_service_stays_through_all_of_it(rules: Rules, disk: Tmpfs | NoRoom, tmp_path: Path):
-    """3,000 ended jobs, a damaged folder, one that vanishes at work, 500 half requests with few descriptors, a second service, ``kill -9``,
-    and a full disk that is freed: the jobs of the others go on, and /health tells."""
+    """3,000 ended jobs, a damaged folder, one that vanishes at work, 500 half requests with few descriptors,
+    a second service, ``kill -9``, and a full disk that is freed: the jobs of the others go on, and /health
+    tells."""
     jobs = disk.folder / "jobs" if isinstance(disk, Tmpfs) else rules.jobs
     many_ended(tmp_path / "jobs", 3000)
     if isinstance(disk, Tmpfs):
@@ -779,15 +935,23 @@ def test_the_service_stays_through_all_of_it(rules: Rules, disk: Tmpfs | NoRoom,
         try:
             with Service(service.url, timeout_s=60) as client:
                 health = client.health()
-                assert health["queue"]["damaged"] == 1 and health["queue"]["jobs"] == 3000 and health["status"] == "degraded"
+                assert (
+                    health["queue"]["damaged"] == 1
+                    and health["queue"]["jobs"] == 3000
+                    and health["status"] == "degraded"
+                )
                 shutil.rmtree(damaged)
                 first, second = client.submit(**wanted), client.submit(**wanted)
                 for view in client.watch(first.id):
                     if view.progress.get("requests", 0) >= 3:
                         break
                 shutil.rmtree(jobs / first.id, ignore_errors=True)
-                again = subprocess.run(service.args, env=service.env, capture_output=True, text=True, timeout=120, check=False)
-                assert again.returncode == 2 and f"process {service.process.pid}" in again.stderr, again.stderr
+                again = subprocess.run(
+                    service.args, env=service.env, capture_output=True, text=True, timeout=120, check=False
+                )
+                assert again.returncode == 2 and f"process {service.process.pid}" in again.stderr, (
+                    again.stderr
+                )
                 port = int(service.url.rsplit(":", 1)[1])
                 with ThreadPoolExecutor(50) as pool:
                     halves = list(pool.map(lambda i: opened(port, HALVES[i % 5]), range(500)))
@@ -804,7 +968,9 @@ def test_the_service_stays_through_all_of_it(rules: Rules, disk: Tmpfs | NoRoom,
                 third = client.submit(**wanted | {"features": "17"})
                 if isinstance(disk, Tmpfs):
                     disk.fill()
-                    until(lambda: "disk is full" in str(httpx.get(f"{service.url}/health").json()["problems"]))
+                    until(
+                        lambda: "disk is full" in str(httpx.get(f"{service.url}/health").json()["problems"])
+                    )
                     with pytest.raises(EndpointUnavailableError, match="full"):
                         client.submit(**wanted)
                     disk.free()

@@ -23,23 +23,28 @@ from featureinterp.sae.topk import TopK
 
 __all__ = ["ARCHITECTURES", "FETCH_AGAIN", "Checkpoint", "read_json"]
 
-ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {c.architecture: c for c in (TopK, BatchTopK, JumpReLU, ReLU, Gated)}
+ARCHITECTURES: dict[str, type[SparseAutoencoder]] = {
+    c.architecture: c for c in (TopK, BatchTopK, JumpReLU, ReLU, Gated)
+}
 MAX_FEATURES = 1 << 24
 MAX_BLOCKS = 10_000
 _UNIT = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 """How far the norm of a decoder row may be from 1, by the dtype that it is stored in."""
 ROUNDED = 5e-3
-"""How far it may be where codes would be rescaled: what rounding to half precision once does is left as it is."""
+"""How far it may be where codes would be rescaled: what rounding to half precision once does is left as it
+is.
+"""
 _ROWS = 4096
 _SITE = re.compile(r"blocks\.([0-9]{1,5})\.hook_resid_(pre|post)")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An SAE as its files say it, in this project's terms. ``architecture``: how it encodes; ``settings``: what that needs
-    besides tensors. ``model`` and ``hook``: what it was trained on; a model that is not named is "". ``fingerprint``: SHA-256
-    of its files. ``prepend_bos``: whether a BOS stood in front in training, None where nothing says so. ``notes``: sentences
-    about what it says of itself and is of no consequence, or was changed into this project's terms."""
+    """An SAE as its files say it, in this project's terms. ``architecture``: how it encodes; ``settings``:
+    what that needs besides tensors. ``model`` and ``hook``: what it was trained on; a model that is not named
+    is "". ``fingerprint``: SHA-256 of its files. ``prepend_bos``: whether a BOS stood in front in training,
+    None where nothing says so. ``notes``: sentences about what it says of itself and is of no consequence, or
+    was changed into this project's terms."""
 
     architecture: str
     tensors: Mapping[str, torch.Tensor]
@@ -66,12 +71,15 @@ def size_of(config: Mapping[str, Any], key: str, path: Path) -> int:
     """A dimension in a configuration. Raises ``IncompatibleError`` when it is no sensible number."""
     value = config.get(key)
     if type(value) is not int or not 1 <= value <= MAX_FEATURES:
-        raise IncompatibleError(f"{path} gives {key} = {shown(value)}: it must be a positive integer up to {MAX_FEATURES:,}")
+        raise IncompatibleError(
+            f"{path} gives {key} = {shown(value)}: it must be a positive integer up to {MAX_FEATURES:,}"
+        )
     return value
 
 
 def hook_after_block(hook: object, where: object) -> str:
-    """``blocks.N.hook_resid_post`` of a hook that is the residual stream after block N: ``blocks.{N+1}.hook_resid_pre`` is it too.
+    """``blocks.N.hook_resid_post`` of a hook that is the residual stream after block N:
+    ``blocks.{N+1}.hook_resid_pre`` is it too.
 
     Raises ``IncompatibleError`` for every other site: its activations are other numbers of the same width.
     """
@@ -79,7 +87,8 @@ def hook_after_block(hook: object, where: object) -> str:
     block = int(match[1]) - (match[2] == "pre") if match else -1
     if not 0 <= block < MAX_BLOCKS:
         raise IncompatibleError(
-            f"{where} reads {shown(hook)}: only SAEs of the residual stream after a block (blocks.N.hook_resid_post) can be used",
+            f"{where} reads {shown(hook)}: only SAEs of the residual stream after a block "
+            "(blocks.N.hook_resid_post) can be used",
         )
     return f"blocks.{block}.hook_resid_post"
 
@@ -91,17 +100,19 @@ def check_shapes(
     *,
     named: bool = False,
 ) -> None:
-    """Raises ``IncompatibleError`` that names the first tensor that is missing or of another shape. ``named``: a published
-    name, and not only a configuration, promised it."""
+    """Raises ``IncompatibleError`` that names the first tensor that is missing or of another shape.
+    ``named``: a published name, and not only a configuration, promised it."""
     promise = "name" if named else "configuration"
     for name, shape in wanted.items():
         if name not in found:
             raise IncompatibleError(
-                f"{path} has no tensor {name!r}, only {listed(found)}: it is another architecture than its {promise} says",
+                f"{path} has no tensor {name!r}, only {listed(found)}: it is another architecture than its "
+                f"{promise} says",
             )
         if found[name] != shape:
             raise IncompatibleError(
-                f"the tensor {name!r} of {path} is {list(found[name])} instead of {list(shape)}: it is not the SAE that its {promise} says",
+                f"the tensor {name!r} of {path} is {list(found[name])} instead of {list(shape)}: it is not "
+                f"the SAE that its {promise} says",
             )
 
 
@@ -110,7 +121,8 @@ def check_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         if not all_finite(tensor):
             raise IncompatibleError(
-                f"the tensor {name!r} of {path} holds values that are not finite: the file is damaged or training diverged",
+                f"the tensor {name!r} of {path} holds values that are not finite: the file is damaged or "
+                "training diverged",
             )
 
 
@@ -119,11 +131,15 @@ def row_norms(decoder: torch.Tensor) -> torch.Tensor:
     return torch.cat([part.double().norm(dim=1) for part in decoder.split(_ROWS)])
 
 
-def unit_rows(tensors: Mapping[str, torch.Tensor], path: Path, kind: str, *, rescale: bool = True) -> dict[str, torch.Tensor]:
-    """The tensors with decoder rows of unit norm, in this project's formulas, so that an SAE has the same codes in every layout.
+def unit_rows(
+    tensors: Mapping[str, torch.Tensor], path: Path, kind: str, *, rescale: bool = True
+) -> dict[str, torch.Tensor]:
+    """The tensors with decoder rows of unit norm, in this project's formulas, so that an SAE has the same
+    codes in every layout.
 
-    The norms go into the encoder, and with it into thresholds, which changes no reconstruction. ``rescale``: whether that may
-    be done where codes were published; otherwise, and for TopK, a row that is longer or shorter is an ``IncompatibleError``.
+    The norms go into the encoder, and with it into thresholds, which changes no reconstruction. ``rescale``:
+    whether that may be done where codes were published; otherwise, and for TopK, a row that is longer or
+    shorter is an ``IncompatibleError``.
     """
     norms = row_norms(tensors["W_dec"])
     off = (norms - 1).abs()
@@ -132,15 +148,20 @@ def unit_rows(tensors: Mapping[str, torch.Tensor], path: Path, kind: str, *, res
     if float(off[worst]) <= tolerance:
         return dict(tensors)
     if float(norms.min()) == 0:
-        raise IncompatibleError(f"the decoder row {int(norms.argmin())} of {path} is zero: its feature cannot write anything")
+        raise IncompatibleError(
+            f"the decoder row {int(norms.argmin())} of {path} is zero: its feature cannot write anything"
+        )
     if not may:
         raise IncompatibleError(
-            f"the decoder row {worst} of {path} has norm {float(norms[worst]):.6g} instead of 1: its codes would be in other units than published",
+            f"the decoder row {worst} of {path} has norm {float(norms[worst]):.6g} instead of 1: its codes "
+            "would be in other units than published",
         )
     return scaled_codes(tensors, norms, kind)
 
 
-def scaled_codes(tensors: Mapping[str, torch.Tensor], scale: torch.Tensor, kind: str) -> dict[str, torch.Tensor]:
+def scaled_codes(
+    tensors: Mapping[str, torch.Tensor], scale: torch.Tensor, kind: str
+) -> dict[str, torch.Tensor]:
     """The SAE whose codes are ``scale [d_sae]`` times as large, with the same reconstructions."""
     factor = scale.to(tensors["W_dec"].dtype)
     found = {**tensors, "W_dec": tensors["W_dec"] / factor[:, None]}

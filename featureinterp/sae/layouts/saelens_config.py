@@ -1,4 +1,6 @@
-"""What a configuration of SAELens says, of every version: each key that changes a code is obeyed or refused."""
+"""What a configuration of SAELens says, of every version: each key that changes a code is obeyed or
+refused.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ KINDS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "g
 """How each of its architectures is called here."""
 _FOLDED = frozenset({"fold_ln", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices"})
 """What TransformerLens does to weights without a change to the residual stream after a block."""
-_HARMLESS = frozenset({"dtype", "torch_dtype", "device", "device_map", "n_devices", "move_to_device", "low_cpu_mem_usage"}) | {
+_HARMLESS = frozenset(
+    {"dtype", "torch_dtype", "device", "device_map", "n_devices", "move_to_device", "low_cpu_mem_usage"}
+) | {
     *_FOLDED,
     "default_prepend_bos",
     "default_padding_side",
@@ -30,8 +34,9 @@ _HARMLESS = frozenset({"dtype", "torch_dtype", "device", "device_map", "n_device
 
 @dataclass(frozen=True)
 class SaeLensConfig:
-    """What a configuration says of how its SAE encodes. ``centred``: whether ``b_dec`` is taken from the input; ``rescaled``:
-    whether codes are in units of decoder rows; ``fine_tuned``: whether each feature has a factor after it."""
+    """What a configuration says of how its SAE encodes. ``centred``: whether ``b_dec`` is taken from the
+    input; ``rescaled``: whether codes are in units of decoder rows; ``fine_tuned``: whether each feature has
+    a factor after it."""
 
     kind: str
     d_in: int
@@ -49,7 +54,9 @@ class SaeLensConfig:
 
 
 def read_config(config: Mapping[str, Any], path: Path) -> SaeLensConfig:
-    """Raises ``IncompatibleError`` for what is contradictory, not known, or would be encoded otherwise here."""
+    """Raises ``IncompatibleError`` for what is contradictory, not known, or would be encoded otherwise
+    here.
+    """
     metadata = config.get("metadata", {})
     if not isinstance(metadata, dict):
         raise IncompatibleError(f"{path} gives metadata = {shown(metadata)}: it must be a table")
@@ -91,23 +98,37 @@ def _flag(said: Mapping[str, Any], key: str, path: Path, *, default: bool = Fals
 def _kind(said: Mapping[str, Any], path: Path) -> tuple[str, Any]:
     """How it encodes, and the ``k`` of TopK. The activation has stood under two keys."""
     architecture, options = said.get("architecture", "standard"), said.get("activation_fn_kwargs") or {}
-    activations = {said[key] for key in ("activation_fn", "activation_fn_str") if isinstance(said.get(key), str)}
-    others = [said[key] for key in ("activation_fn", "activation_fn_str") if not isinstance(said.get(key, ""), str | None)]
+    activations = {
+        said[key] for key in ("activation_fn", "activation_fn_str") if isinstance(said.get(key), str)
+    }
+    others = [
+        said[key]
+        for key in ("activation_fn", "activation_fn_str")
+        if not isinstance(said.get(key, ""), str | None)
+    ]
     if not isinstance(options, dict):
         raise IncompatibleError(f"{path} gives activation_fn_kwargs = {shown(options)}: it must be a table")
     if len(activations) > 1 or others or not activations <= {"relu", "topk"}:
-        raise IncompatibleError(f"{path} gives the activation {shown(sorted(activations) or others)}: known are relu and topk")
+        raise IncompatibleError(
+            f"{path} gives the activation {shown(sorted(activations) or others)}: known are relu and topk"
+        )
     if architecture == "standard" and activations == {"topk"}:
         architecture = "topk"
     if not isinstance(architecture, str) or architecture not in KINDS:
-        raise IncompatibleError(f"{path} names the architecture {shown(architecture)}: known are {', '.join(KINDS)}")
+        raise IncompatibleError(
+            f"{path} names the architecture {shown(architecture)}: known are {', '.join(KINDS)}"
+        )
     if activations == {"topk"} and architecture != "topk":
-        raise IncompatibleError(f"{path} says architecture = {architecture!r} and the activation topk: they exclude each other")
+        raise IncompatibleError(
+            f"{path} says architecture = {architecture!r} and the activation topk: they exclude each other"
+        )
     if architecture != "topk":
         return KINDS[architecture], None
     ks = [value for value in (said.get("k"), options.get("k")) if value is not None]
     if len(ks) > 1 and ks[0] != ks[1]:
-        raise IncompatibleError(f"{path} says k = {shown(ks[0])} and k = {shown(ks[1])}: one of them is wrong")
+        raise IncompatibleError(
+            f"{path} says k = {shown(ks[0])} and k = {shown(ks[1])}: one of them is wrong"
+        )
     return "topk", ks[0] if ks else None
 
 
@@ -118,13 +139,18 @@ def _hook(said: Mapping[str, Any], path: Path) -> str:
         raise IncompatibleError(f"{path} does not say which hook the SAE reads (hook_name is {shown(hook)})")
     for key in ("hook_head_index", "hook_point_head_index"):
         if said.get(key) is not None:
-            raise IncompatibleError(f"{path} says {key} = {shown(said[key])}: SAEs of one attention head are not supported")
+            raise IncompatibleError(
+                f"{path} says {key} = {shown(said[key])}: SAEs of one attention head are not supported"
+            )
     outputs = [said.get(key) for key in ("hook_name_out", "out_hook_point", "hook_point_out")]
     if said.get("is_transcoder") or any(out not in (None, hook) for out in outputs):
-        raise IncompatibleError(f"{path} is a transcoder, which writes at another hook than it reads: only SAEs are supported")
+        raise IncompatibleError(
+            f"{path} is a transcoder, which writes at another hook than it reads: only SAEs are supported"
+        )
     if said.get("reshape_activations") not in (None, "none"):
         raise IncompatibleError(
-            f"{path} says reshape_activations = {shown(said['reshape_activations'])}, which is not supported: "
+            f"{path} says reshape_activations = {shown(said['reshape_activations'])}, which is not "
+            "supported: "
             "only SAEs of the residual stream after a block can be used",
         )
     return hook_after_block(hook, path)
@@ -139,23 +165,31 @@ def _normalize(said: Mapping[str, Any], path: Path) -> Normalize:
         return "layer_norm"
     named = "expected_average_only_in" if value is True else value
     raise IncompatibleError(
-        f"{path} says normalize_activations = {shown(named)}, which is not supported: fold it into the weights, or save an SAE without it",
+        f"{path} says normalize_activations = {shown(named)}, which is not supported: fold it into the "
+        "weights, or save an SAE without it",
     )
 
 
 def _centred_model(said: Mapping[str, Any], model: object, path: Path) -> bool:
-    """Whether the SAE was trained on a residual stream without its mean, as TransformerLens makes it on request."""
+    """Whether the SAE was trained on a residual stream without its mean, as TransformerLens makes it on
+    request.
+    """
     options = said.get("model_from_pretrained_kwargs") or {}
     if not isinstance(options, dict):
-        raise IncompatibleError(f"{path} gives model_from_pretrained_kwargs = {shown(options)}: it must be a table")
-    active = {key: value for key, value in options.items() if value not in (None, False) and key not in _HARMLESS}
+        raise IncompatibleError(
+            f"{path} gives model_from_pretrained_kwargs = {shown(options)}: it must be a table"
+        )
+    active = {
+        key: value for key, value in options.items() if value not in (None, False) and key not in _HARMLESS
+    }
     if active.get("revision") == "main":
         active.pop("revision")
     centred = active.pop("center_writing_weights", False)
     if active:
         key, value = next(iter(active.items()))
         raise IncompatibleError(
-            f"{path} was trained on a model loaded with {shown(key)} = {shown(value)} (model_from_pretrained_kwargs): "
+            f"{path} was trained on a model loaded with {shown(key)} = {shown(value)} "
+            "(model_from_pretrained_kwargs): "
             "its activations are other ones than those of the published model",
         )
     if not centred:
@@ -163,7 +197,8 @@ def _centred_model(said: Mapping[str, Any], model: object, path: Path) -> bool:
     known = has_layer_norm(model) if isinstance(model, str) else None
     if centred is not True or known is None:
         raise IncompatibleError(
-            f"{path} says center_writing_weights = {shown(centred)} of the model {shown(model)}: that changes its residual stream "
+            f"{path} says center_writing_weights = {shown(centred)} of the model {shown(model)}: that "
+            "changes its residual stream "
             "in a way that is only known for models with a layer norm, such as gpt2-small",
         )
     return known
@@ -173,9 +208,16 @@ def _notes(said: Mapping[str, Any], normalize: str) -> tuple[str, ...]:
     """What the reader of results should know, though nothing is wrong."""
     found = []
     if not said.get("model_name"):
-        found.append("it does not say which model it was trained on, so that only the width and the hook were compared")
+        found.append(
+            "it does not say which model it was trained on, so that only the width and the hook were compared"
+        )
     if normalize == "center":
-        found.append("it was trained on a residual stream without its mean, so the mean of every token is taken away first")
+        found.append(
+            "it was trained on a residual stream without its mean, so the mean of every token is taken "
+            "away first"
+        )
     if said.get("seqpos_slice") not in (None, [None], [None, None], [None, None, None]):
-        found.append(f"it was trained on a part of the positions alone (seqpos_slice = {shown(said['seqpos_slice'])})")
+        found.append(
+            f"it was trained on a part of the positions alone (seqpos_slice = {shown(said['seqpos_slice'])})"
+        )
     return tuple(found)

@@ -1,4 +1,6 @@
-"""safetensors files: names, shapes, dtypes and places are checked from the header, before any weight is read."""
+"""safetensors files: names, shapes, dtypes and places are checked from the header, before any weight is
+read.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ class Declared:
 def read_header(path: Path) -> dict[str, Declared]:
     """The tensors of a safetensors file by their names.
 
-    Raises ``IncompatibleError`` when it is none, holds other than floats, or its tensors do not fill it exactly.
+    Raises ``IncompatibleError`` when it is none, holds other than floats, or its tensors do not fill it
+    exactly.
     """
     size = file_size(path)
     with explained_storage(path), path.open("rb") as file:
@@ -51,23 +54,34 @@ def read_header(path: Path) -> dict[str, Declared]:
     total = sum(math.prod(entry.shape) * _FLOATS[entry.dtype] for entry in found.values())
     if size != 8 + length + total:
         raise IncompatibleError(
-            f"{path} has {size:,} bytes instead of {8 + length + total:,}: it was cut or extended; {FETCH_AGAIN}",
+            f"{path} has {size:,} bytes instead of {8 + length + total:,}: it was cut or extended; "
+            f"{FETCH_AGAIN}",
         )
     _check_places(found, path)
     return found
 
 
 def _declared(name: str, entry: Any, path: Path) -> Declared:
-    dtype, shape, place = (entry.get(key) if isinstance(entry, dict) else None for key in ("dtype", "shape", "data_offsets"))
+    dtype, shape, place = (
+        entry.get(key) if isinstance(entry, dict) else None for key in ("dtype", "shape", "data_offsets")
+    )
     if not _sizes(shape) or not _sizes(place) or len(place) != 2:
-        raise IncompatibleError(f"{path} is not a safetensors file: it gives the tensor {shown(name)} no shape or no place")
+        raise IncompatibleError(
+            f"{path} is not a safetensors file: it gives the tensor {shown(name)} no shape or no place"
+        )
     if not isinstance(dtype, str) or dtype not in _FLOATS:
-        raise IncompatibleError(f"the tensor {shown(name)} of {path} is {shown(dtype)} {shape} instead of a float")
+        raise IncompatibleError(
+            f"the tensor {shown(name)} of {path} is {shown(dtype)} {shape} instead of a float"
+        )
     return Declared(dtype, tuple(shape), *place)
 
 
 def _sizes(value: Any) -> bool:
-    return isinstance(value, list) and len(value) <= 8 and all(type(v) is int and 0 <= v < _MAX_DIMENSION for v in value)
+    return (
+        isinstance(value, list)
+        and len(value) <= 8
+        and all(type(v) is int and 0 <= v < _MAX_DIMENSION for v in value)
+    )
 
 
 def _check_places(header: Mapping[str, Declared], path: Path) -> None:
@@ -76,7 +90,8 @@ def _check_places(header: Mapping[str, Declared], path: Path) -> None:
     for name, entry in sorted(header.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != at or entry.end - entry.begin != math.prod(entry.shape) * _FLOATS[entry.dtype]:
             raise IncompatibleError(
-                f"{path} gives the tensor {shown(name)} the bytes {entry.begin} to {entry.end}, which do not fit its shape "
+                f"{path} gives the tensor {shown(name)} the bytes {entry.begin} to {entry.end}, which do "
+                "not fit its shape "
                 f"{list(entry.shape)} and the other tensors: it is damaged; {FETCH_AGAIN}",
             )
         at = entry.end
@@ -90,7 +105,8 @@ def check_header(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     for name, shape in shapes.items():
         if header[name].shape != shape:
             raise IncompatibleError(
-                f"the tensor {name!r} of {path} is {header[name].dtype} {list(header[name].shape)} instead of a float {list(shape)}",
+                f"the tensor {name!r} of {path} is {header[name].dtype} {list(header[name].shape)} instead "
+                f"of a float {list(shape)}",
             )
 
 
@@ -103,4 +119,6 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         with explained_storage(path):
             return load_file(path)
     except (SafetensorError, ValueError, RuntimeError) as error:
-        raise IncompatibleError(f"{path} cannot be read as tensors: it was cut or damaged; {FETCH_AGAIN}") from error
+        raise IncompatibleError(
+            f"{path} cannot be read as tensors: it was cut or damaged; {FETCH_AGAIN}"
+        ) from error

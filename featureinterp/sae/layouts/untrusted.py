@@ -1,7 +1,8 @@
 """Files of strangers: what they say of themselves is compared with their size before anything is allocated.
 
-Every reader of a layout opens its files through this module. A file must be a regular one (a pipe would block, a device
-would never end), JSON is bounded and unambiguous, and an archive unpacks to no more than its own size allows.
+Every reader of a layout opens its files through this module. A file must be a regular one (a pipe would
+block, a device would never end), JSON is bounded and unambiguous, and an archive unpacks to no more than its
+own size allows.
 """
 
 from __future__ import annotations
@@ -31,8 +32,17 @@ SLACK = 32 << 20
 _MAX_DIGITS = 40
 _MAX_SHOWN = 60
 _LISTED = 8
-ARCHIVE_ERRORS = (ValueError, EOFError, NotImplementedError, RuntimeError, KeyError, zlib.error, zipfile.BadZipFile)
-"""What the library raises for an archive that is damaged, encrypted or packed in a way that it does not know."""
+ARCHIVE_ERRORS = (
+    ValueError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    KeyError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+"""What the library raises for an archive that is damaged, encrypted or packed in a way that it does not know.
+"""
 
 
 def shown(value: object) -> str:
@@ -58,7 +68,9 @@ def file_size(path: Path) -> int:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A configuration file. Raises ``IncompatibleError`` when it holds no JSON object, or two values of one name."""
+    """A configuration file. Raises ``IncompatibleError`` when it holds no JSON object, or two values of one
+    name.
+    """
     size = file_size(path)
     if size > MAX_JSON:
         raise IncompatibleError(f"{path} has {size:,} bytes: a configuration has at most {MAX_JSON:,}")
@@ -82,7 +94,9 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"two values are named {shown(next(name for name in names if names.count(name) > 1))}")
+        raise ValueError(
+            f"two values are named {shown(next(name for name in names if names.count(name) > 1))}"
+        )
     return found
 
 
@@ -95,7 +109,8 @@ def _integer(digits: str) -> int:
 def archive_members(path: Path, *, packed: bool) -> list[zipfile.ZipInfo]:
     """The members of a zip archive, from its directory alone. ``packed``: whether they may be compressed.
 
-    Raises ``IncompatibleError`` when it is no archive, has two members of one name, or would unpack to more than fits.
+    Raises ``IncompatibleError`` when it is no archive, has two members of one name, or would unpack to more
+    than fits.
     """
     size = file_size(path)
     damaged = f"{path} cannot be read: it was cut or damaged; {FETCH_AGAIN}"
@@ -106,21 +121,31 @@ def archive_members(path: Path, *, packed: bool) -> list[zipfile.ZipInfo]:
     except ARCHIVE_ERRORS as error:
         raise IncompatibleError(damaged) from error
     if len(found) > MAX_MEMBERS:
-        raise IncompatibleError(f"{path} holds {len(found):,} members: a checkpoint has at most {MAX_MEMBERS:,}")
+        raise IncompatibleError(
+            f"{path} holds {len(found):,} members: a checkpoint has at most {MAX_MEMBERS:,}"
+        )
     names = [entry.filename for entry in found]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise IncompatibleError(f"{path} has two members named {shown(twice)}: it is damaged or forged; {FETCH_AGAIN}")
+        raise IncompatibleError(
+            f"{path} has two members named {shown(twice)}: it is damaged or forged; {FETCH_AGAIN}"
+        )
     kinds = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED} if packed else {zipfile.ZIP_STORED}
     for entry in found:
         stored = entry.compress_type == zipfile.ZIP_STORED
         if entry.compress_type not in kinds or entry.flag_bits & 1:
-            raise IncompatibleError(f"{path} holds {shown(entry.filename)} packed or encrypted: save it again, not packed")
-        if entry.header_offset + entry.compress_size > size or (stored and entry.file_size != entry.compress_size):
+            raise IncompatibleError(
+                f"{path} holds {shown(entry.filename)} packed or encrypted: save it again, not packed"
+            )
+        if entry.header_offset + entry.compress_size > size or (
+            stored and entry.file_size != entry.compress_size
+        ):
             raise IncompatibleError(damaged)
     total = sum(entry.file_size for entry in found)
     if total > (2 * size + SLACK if packed else size):
-        raise IncompatibleError(f"{path} has {size:,} bytes and unpacks to {total:,}: it is no checkpoint of weights")
+        raise IncompatibleError(
+            f"{path} has {size:,} bytes and unpacks to {total:,}: it is no checkpoint of weights"
+        )
     return found
 
 
@@ -131,7 +156,9 @@ def _check_directory(path: Path, size: int) -> None:
         tail = file.read()
         at = tail.rfind(b"PK\x05\x06")
         if at < 0 or len(tail) < at + 22:
-            raise IncompatibleError(f"{path} cannot be read as an archive of tensors: it was cut or damaged; {FETCH_AGAIN}")
+            raise IncompatibleError(
+                f"{path} cannot be read as an archive of tensors: it was cut or damaged; {FETCH_AGAIN}"
+            )
         directory = struct.unpack_from("<I", tail, at + 12)[0]
         if at >= 20 and tail[at - 20 : at - 16] == b"PK\x06\x07":
             file.seek(min(struct.unpack_from("<Q", tail, at - 12)[0], size))
@@ -139,4 +166,6 @@ def _check_directory(path: Path, size: int) -> None:
             inner = struct.unpack_from("<Q", record, 40)[0] if len(record) == 56 else size
             directory = inner if directory == 0xFFFFFFFF else max(directory, inner)
     if directory > MAX_DIRECTORY:
-        raise IncompatibleError(f"{path} lists its members in {directory:,} bytes: a checkpoint needs at most {MAX_DIRECTORY:,}")
+        raise IncompatibleError(
+            f"{path} lists its members in {directory:,} bytes: a checkpoint needs at most {MAX_DIRECTORY:,}"
+        )

@@ -1,1 +1,3 @@
-"""The doctor: checks that find the known mistakes on the way from a corpus to an SAE, each with the figure that it measured."""
+"""The doctor: checks that find the known mistakes on the way from a corpus to an SAE, each with the figure
+that it measured.
+"""

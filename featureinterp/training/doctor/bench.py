@@ -25,7 +25,14 @@ class Speed:
     peak_bytes: int | None
 
 
-def speeds(subject: Subject, hook: str, *, batches: Sequence[int] = BATCHES, lengths: Sequence[int] = LENGTHS, least_s: float = 0.5) -> Iterator[Speed]:
+def speeds(
+    subject: Subject,
+    hook: str,
+    *,
+    batches: Sequence[int] = BATCHES,
+    lengths: Sequence[int] = LENGTHS,
+    least_s: float = 0.5,
+) -> Iterator[Speed]:
     """Runs the model up to the hook on random tokens."""
     cuda = subject.device.type == "cuda"
     vocabulary = int(subject.model.config.get_text_config().vocab_size)
@@ -46,5 +53,9 @@ def speeds(subject: Subject, hook: str, *, batches: Sequence[int] = BATCHES, len
             except torch.OutOfMemoryError:
                 yield Speed(batch, length, None, None)
                 continue
-            peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            peak = (
+                torch.cuda.max_memory_allocated()
+                if cuda
+                else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            )
             yield Speed(batch, length, rate, peak)

@@ -13,8 +13,8 @@ Status = Literal["pass", "warn", "fail", "skip"]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What a check found. ``subject``: what was looked at (model, corpus, activations, training, result); ``figure``: what was measured; ``advice``: what to
-    do, empty when all is well."""
+    """What a check found. ``subject``: what was looked at (model, corpus, activations, training, result);
+    ``figure``: what was measured; ``advice``: what to do, empty when all is well."""
 
     subject: str
     name: str
@@ -28,7 +28,9 @@ class Check:
 
 
 class Sheet:
-    """Collects the checks of one subject. An error of the project inside a check is a finding, not the end."""
+    """Collects the checks of one subject. An error of the project inside a check is a finding, not the
+    end.
+    """
 
     def __init__(self, subject: str) -> None:
         self.subject = subject
@@ -48,7 +50,9 @@ class Sheet:
 
     def judge(self, name: str, good: bool, figure: str, advice: str, *, otherwise: Status = "fail") -> None:
         """Passed when ``good``."""
-        self.found.append(Check(self.subject, name, "pass" if good else otherwise, figure, "" if good else advice))
+        self.found.append(
+            Check(self.subject, name, "pass" if good else otherwise, figure, "" if good else advice)
+        )
 
     def attempt(self, name: str, look: Callable[[], None]) -> bool:
         """Runs a check; what it raises is its finding. Whether it went through."""

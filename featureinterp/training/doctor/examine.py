@@ -26,7 +26,9 @@ Steps = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Patient:
-    """What is examined; what is None is not. ``run``: a folder of 'train'; ``activations``: one of 'extract', or a single store."""
+    """What is examined; what is None is not. ``run``: a folder of 'train'; ``activations``: one of 'extract',
+    or a single store.
+    """
 
     model: str | None = None
     hook: str | None = None
@@ -45,10 +47,17 @@ def patient_of(folder: Path) -> Patient:
     if (folder / ABOUT).exists():
         about = read_marker(folder / ABOUT, AGAIN).value
         activations = about.get("activations")
-        return Patient(run=folder, activations=Path(activations) if activations and Path(activations).exists() else None)
-    if any((folder / name).exists() for name in ("train", "test", "request.json", "metadata.json")) or shard_path(folder, 0).exists():
+        return Patient(
+            run=folder, activations=Path(activations) if activations and Path(activations).exists() else None
+        )
+    if (
+        any((folder / name).exists() for name in ("train", "test", "request.json", "metadata.json"))
+        or shard_path(folder, 0).exists()
+    ):
         return Patient(activations=folder)
-    raise InputError(f"{folder} is neither a run of 'featureinterp train' nor activations of 'featureinterp extract'")
+    raise InputError(
+        f"{folder} is neither a run of 'featureinterp train' nor activations of 'featureinterp extract'"
+    )
 
 
 def examine(patient: Patient, *, seed: int = 0, steps: Steps = lambda *_: None) -> Iterator[Check]:
@@ -57,12 +66,17 @@ def examine(patient: Patient, *, seed: int = 0, steps: Steps = lambda *_: None) 
     if patient.model is not None:
         sheet = Sheet("model")
         hook = patient.hook or "blocks.0.hook_resid_post"
-        subject = look_at_model(sheet, patient.model, hook, device=patient.device, dtype=patient.dtype, window=patient.window)
+        subject = look_at_model(
+            sheet, patient.model, hook, device=patient.device, dtype=patient.dtype, window=patient.window
+        )
         yield from sheet
     if patient.corpus is not None:
         sheet = Sheet("corpus")
         held = []
-        options: dict[str, Any] = {"text_field": patient.text_field, "document_separator": patient.document_separator}
+        options: dict[str, Any] = {
+            "text_field": patient.text_field,
+            "document_separator": patient.document_separator,
+        }
         if sheet.attempt("it can be read", lambda: held.append(load_corpus(patient.corpus or "", **options))):
             look_at_corpus(sheet, held[0], subject, patient.window)
         yield from sheet
@@ -85,7 +99,9 @@ def examine(patient: Patient, *, seed: int = 0, steps: Steps = lambda *_: None) 
         yield from sheet
 
 
-def _stores(folder: Path, subject: Subject | None, seed: int) -> Iterator[tuple[Sheet, ActivationStore | None]]:
+def _stores(
+    folder: Path, subject: Subject | None, seed: int
+) -> Iterator[tuple[Sheet, ActivationStore | None]]:
     """A sheet per store, with the training store, and one for both."""
     windows: WindowTable | None = None
     if (folder / "windows").exists():

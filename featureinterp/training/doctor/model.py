@@ -28,9 +28,11 @@ FAR = 0.02
 """Relative difference of activations that rounding of half-precision weights does not reach."""
 
 
-def look_at_model(sheet: Sheet, name: str, hook: str, *, device: str | None, dtype: str | None, window: int) -> Subject | None:
-    """The model loads whole, computes finite activations, and its hook is where its name says. The subject, for what comes after; None when it cannot be
-    had."""
+def look_at_model(
+    sheet: Sheet, name: str, hook: str, *, device: str | None, dtype: str | None, window: int
+) -> Subject | None:
+    """The model loads whole, computes finite activations, and its hook is where its name says. The subject,
+    for what comes after; None when it cannot be had."""
     held: list[Any] = []
 
     def load() -> None:
@@ -44,8 +46,11 @@ def look_at_model(sheet: Sheet, name: str, hook: str, *, device: str | None, dty
     sheet.judge(
         "its checkpoint is whole",
         not missing and not constant,
-        f"{n:,} weights" if not missing else f"{len(missing)} weights are not in the checkpoint, such as {missing[0]}",
-        "the missing or constant weights are random or empty, and so is what comes out: convert the checkpoint again and compare its size with the original's",
+        f"{n:,} weights"
+        if not missing
+        else f"{len(missing)} weights are not in the checkpoint, such as {missing[0]}",
+        "the missing or constant weights are random or empty, and so is what comes out: convert the "
+        "checkpoint again and compare its size with the original's",
     )
     subject = as_subject(name, model, tokenizer)
     if not sheet.attempt("the hook exists", lambda: _hook(sheet, subject, hook)):
@@ -55,7 +60,8 @@ def look_at_model(sheet: Sheet, name: str, hook: str, *, device: str | None, dty
         "its tokens are in its embedding",
         highest < rows,
         f"{rows:,} rows, the highest token is {highest:,}",
-        "the tokenizer is of another model, or has tokens that were added later: text that gives them is refused",
+        "the tokenizer is of another model, or has tokens that were added later: text that gives them is "
+        "refused",
         otherwise="warn",
     )
     ids = torch.tensor([subject.encoder.encode([TEXT])[0].ids])
@@ -67,7 +73,10 @@ def look_at_model(sheet: Sheet, name: str, hook: str, *, device: str | None, dty
     residual = read[0]
     finite = bool(torch.isfinite(residual).all())
     sheet.judge(
-        "its activations are finite", finite, f"largest {float(residual.abs().max()):.4g}", "run it in float32 or bfloat16: float16 overflows in some models"
+        "its activations are finite",
+        finite,
+        f"largest {float(residual.abs().max()):.4g}",
+        "run it in float32 or bfloat16: float16 overflows in some models",
     )
     if finite:
         _index(sheet, subject, hook, ids)
@@ -88,23 +97,36 @@ def _hook(sheet: Sheet, subject: Subject, hook: str) -> None:
 
 
 def _index(sheet: Sheet, subject: Subject, hook: str, ids: torch.Tensor) -> None:
-    """The residual stream after block i is entry i + 1 of the library's hidden states, whose entry 0 is the embedding; the last has the final norm applied."""
+    """The residual stream after block i is entry i + 1 of the library's hidden states, whose entry 0 is the
+    embedding; the last has the final norm applied.
+    """
     block = subject.check_hook(hook)
     states = hidden_states(subject, ids)
     found = subject.residual(ids, hook).float()
     nearest = min(range(len(states)), key=lambda i: relative(states[i], found))
     if block == subject.n_blocks - 1:
-        sheet.skipped("the layer index is the library's", "the last block's hidden state has the final norm applied, and cannot be compared")
+        sheet.skipped(
+            "the layer index is the library's",
+            "the last block's hidden state has the final norm applied, and cannot be compared",
+        )
         return
-    figure = f"equals hidden state {nearest} (0: the embedding), relative difference {relative(states[nearest], found):.2g}"
+    figure = (
+        f"equals hidden state {nearest} (0: the embedding), relative difference "
+        f"{relative(states[nearest], found):.2g}"
+    )
     sheet.judge(
-        "the layer index is the library's", nearest == block + 1, figure, f"hook {hook} should be hidden state {block + 1}: this architecture counts otherwise"
+        "the layer index is the library's",
+        nearest == block + 1,
+        figure,
+        f"hook {hook} should be hidden state {block + 1}: this architecture counts otherwise",
     )
 
 
 @torch.inference_mode()
 def hidden_states(subject: Subject, ids: torch.Tensor) -> list[torch.Tensor]:
-    """All hidden states of the library for windows ``[window, token]``, each ``[window, token, d]`` without the BOS, float32."""
+    """All hidden states of the library for windows ``[window, token]``, each ``[window, token, d]`` without
+    the BOS, float32.
+    """
     ids, cut = subject.as_read(ids)
     states = subject.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
     return [state[:, cut:].float() for state in states]
@@ -119,8 +141,17 @@ def relative(a: torch.Tensor | np.ndarray, b: torch.Tensor | np.ndarray) -> floa
 def repeats(sheet: Sheet, hashes: np.ndarray) -> None:
     """Windows have texts of their own."""
     share = repeated_share(hashes)
-    advice = "the same text would be on both sides of a split, and is left out of one: remove repeated documents and common headers"
-    sheet.judge("windows differ", share <= REPEATED, f"{share:.1%} of {len(hashes):,} windows have the text of another", advice, otherwise="warn")
+    advice = (
+        "the same text would be on both sides of a split, and is left out of one: remove repeated "
+        "documents and common headers"
+    )
+    sheet.judge(
+        "windows differ",
+        share <= REPEATED,
+        f"{share:.1%} of {len(hashes):,} windows have the text of another",
+        advice,
+        otherwise="warn",
+    )
 
 
 def look_at_corpus(sheet: Sheet, corpus: Corpus, subject: Subject | None, window: int = 64) -> None:
@@ -136,7 +167,12 @@ def look_at_corpus(sheet: Sheet, corpus: Corpus, subject: Subject | None, window
 
     if not sheet.attempt("it can be read", read):
         return
-    sheet.judge("it is not empty", bool(texts), f"{sum(map(len, texts)):,} characters in the first {len(texts)} documents", "name a corpus with text in it")
+    sheet.judge(
+        "it is not empty",
+        bool(texts),
+        f"{sum(map(len, texts)):,} characters in the first {len(texts)} documents",
+        "name a corpus with text in it",
+    )
     twice = len(texts) - len(set(texts))
     sheet.judge(
         "documents differ",
@@ -159,7 +195,9 @@ def _uncovered(text: str, spans: Sequence[tuple[int, int]]) -> int:
     for start, end in spans:
         covered[start] += 1
         covered[end] -= 1
-    return sum(not c.isspace() for c, inside in zip(text, covered.cumsum().tolist(), strict=False) if not inside)
+    return sum(
+        not c.isspace() for c, inside in zip(text, covered.cumsum().tolist(), strict=False) if not inside
+    )
 
 
 def offsets(sheet: Sheet, encoder: Any, tokenizer: Any, texts: list[str]) -> None:
@@ -176,7 +214,9 @@ def offsets(sheet: Sheet, encoder: Any, tokenizer: Any, texts: list[str]) -> Non
         for piece, token in zip(pieces, encoding.ids, strict=True):
             if piece.isascii() and piece.strip():
                 n += 1
-                decoded = tokenizer.decode([token]).replace("\ufffd", "")  # a part of a character of several tokens
+                decoded = tokenizer.decode([token]).replace(
+                    "\ufffd", ""
+                )  # a part of a character of several tokens
                 if decoded.strip() != piece.strip():
                     wrong += 1
                     example = example or f"{piece!r} for {decoded!r}"
@@ -184,8 +224,10 @@ def offsets(sheet: Sheet, encoder: Any, tokenizer: Any, texts: list[str]) -> Non
     sheet.judge(
         "tokens know their characters",
         not broken and share < 0.02,
-        f"{wrong:,} of {n:,} tokens decode to other text than their offsets say{', ' + example if example else ''}",
-        "offsets and tokens do not belong together (by one, perhaps): examples would show the wrong words; use this model's own fast tokenizer",
+        f"{wrong:,} of {n:,} tokens decode to other text than their offsets "
+        f"say{', ' + example if example else ''}",
+        "offsets and tokens do not belong together (by one, perhaps): examples would show the wrong words; "
+        "use this model's own fast tokenizer",
     )
     sheet.judge(
         "tokens cover the text",
@@ -195,17 +237,29 @@ def offsets(sheet: Sheet, encoder: Any, tokenizer: Any, texts: list[str]) -> Non
     )
 
 
-def look_at_environment(sheet: Sheet, tracking: TrackingTable, environment: Mapping[str, str] | None = None) -> None:
+def look_at_environment(
+    sheet: Sheet, tracking: TrackingTable, environment: Mapping[str, str] | None = None
+) -> None:
     """A tracker's variables in the environment would override the configured account silently."""
     if tracking.to != "wandb":
         sheet.passed("no tracker is overridden", tracking.to)
         return
     environment = os.environ if environment is None else environment
     wrong = []
-    for variable, configured in (("WANDB_ENTITY", tracking.entity), ("WANDB_PROJECT", tracking.project), ("WANDB_NAME", tracking.name)):
+    for variable, configured in (
+        ("WANDB_ENTITY", tracking.entity),
+        ("WANDB_PROJECT", tracking.project),
+        ("WANDB_NAME", tracking.name),
+    ):
         value = environment.get(variable)
         if value is not None and value != configured:
             wrong.append(f"{variable} = {value!r} against {configured!r}")
     if "WANDB_API_KEY" in environment and (Path.home() / ".netrc").exists():
         wrong.append("WANDB_API_KEY takes the place of the account in .netrc")
-    sheet.judge("no tracker is overridden", not wrong, "; ".join(wrong) or "as configured", "unset the variable, or configure the same", otherwise="warn")
+    sheet.judge(
+        "no tracker is overridden",
+        not wrong,
+        "; ".join(wrong) or "as configured",
+        "unset the variable, or configure the same",
+        otherwise="warn",
+    )

@@ -36,20 +36,29 @@ def look_at_run(sheet: Sheet, folder: Path, train: ActivationStore | None) -> Re
     recipe = held[0]
     sheet.passed("its settings are there", f"{recipe.sae.architecture}, seed {recipe.training.seed}")
     read: list[Line] = []
-    if (folder / ABOUT).exists() and not sheet.attempt("it left a log", lambda: read.append(read_marker(folder / ABOUT, AGAIN).value)):
+    if (folder / ABOUT).exists() and not sheet.attempt(
+        "it left a log", lambda: read.append(read_marker(folder / ABOUT, AGAIN).value)
+    ):
         return recipe
     about = read[0] if read else None
     log: list[Line] = []
     if not sheet.attempt("it left a log", lambda: log.extend(read_log(folder / LOG))):
         return recipe
     if not about or not log:
-        sheet.fail("it left a log", f"{len(log)} lines", "the run never began: run the same 'featureinterp train' again")
+        sheet.fail(
+            "it left a log",
+            f"{len(log)} lines",
+            "the run never began: run the same 'featureinterp train' again",
+        )
         return recipe
     name(sheet, folder.resolve().name, recipe, about)
     if train is not None:
         good = about.get("data") == train.key
         sheet.judge(
-            "it was trained on these activations", good, "hashes match" if good else "the run names other data", "name the activations that it was trained on"
+            "it was trained on these activations",
+            good,
+            "hashes match" if good else "the run names other data",
+            "name the activations that it was trained on",
         )
     schedule(sheet, recipe, about, log)
     curves(sheet, recipe, log)
@@ -62,7 +71,13 @@ def name(sheet: Sheet, text: str, recipe: Recipe, about: Line) -> None:
     wrong = []
     for key, wanted in claims:
         table, _, setting = key.partition(".")
-        found = about["d_sae"] if key == "sae.d_sae" else about["aux_k"] if key == "sae.aux_k" else getattr(getattr(recipe, table), setting)
+        found = (
+            about["d_sae"]
+            if key == "sae.d_sae"
+            else about["aux_k"]
+            if key == "sae.aux_k"
+            else getattr(getattr(recipe, table), setting)
+        )
         if wanted is True:
             good = bool(found)
         elif isinstance(wanted, float) and isinstance(found, int | float):
@@ -70,7 +85,9 @@ def name(sheet: Sheet, text: str, recipe: Recipe, about: Line) -> None:
         else:
             good = found == wanted
         if not good:
-            wrong.append(f"the name says {key} {'on' if wanted is True else f'= {wanted}'}, and it ran with {found}")
+            wrong.append(
+                f"the name says {key} {'on' if wanted is True else f'= {wanted}'}, and it ran with {found}"
+            )
     sheet.judge(
         "its name says what it is",
         not wrong,
@@ -79,8 +96,22 @@ def name(sheet: Sheet, text: str, recipe: Recipe, about: Line) -> None:
     )
 
 
-_NUMBERS = {"k": "sae.k", "d": "sae.d_sae", "x": "sae.expansion", "lr": "training.lr", "mix": "training.mix", "presample": "training.presample"}
-_NUMBERS |= {"warmup": "training.warmup", "clip": "training.clip", "seed": "training.seed", "batch": "training.batch", "aux": "sae.aux_k", "auxk": "sae.aux_k"}
+_NUMBERS = {
+    "k": "sae.k",
+    "d": "sae.d_sae",
+    "x": "sae.expansion",
+    "lr": "training.lr",
+    "mix": "training.mix",
+    "presample": "training.presample",
+}
+_NUMBERS |= {
+    "warmup": "training.warmup",
+    "clip": "training.clip",
+    "seed": "training.seed",
+    "batch": "training.batch",
+    "aux": "sae.aux_k",
+    "auxk": "sae.aux_k",
+}
 _WORDS = {
     "bf16": ("training.precision", "bfloat16"),
     "auxk": ("sae.aux_k", True),
@@ -114,7 +145,11 @@ def schedule(sheet: Sheet, recipe: Recipe, about: Line, log: list[Line]) -> None
     t, steps = recipe.training, about["steps"]
     last = log[-1]
     if last["step"] < steps:
-        sheet.warn("it is finished", f"step {last['step']:,} of {steps:,}", "run the same 'featureinterp train' again to finish it")
+        sheet.warn(
+            "it is finished",
+            f"step {last['step']:,} of {steps:,}",
+            "run the same 'featureinterp train' again to finish it",
+        )
     else:
         sheet.passed("it is finished", f"{steps:,} steps")
     horizon = about.get("decay_steps", steps)
@@ -125,21 +160,34 @@ def schedule(sheet: Sheet, recipe: Recipe, about: Line, log: list[Line]) -> None
         "the learning rate ends with the run",
         horizon == steps and ended,
         f"decay over {horizon:,} of {steps:,} steps; {rate:.2g} at the last one, {wanted:.2g} planned",
-        "a decay that is longer than the run leaves the rate high, a shorter one wastes the rest: plan both from the same number of steps",
+        "a decay that is longer than the run leaves the rate high, a shorter one wastes the rest: plan "
+        "both from the same number of steps",
     )
 
 
 def curves(sheet: Sheet, recipe: Recipe, log: list[Line]) -> None:
-    """Loss falls, FVU is below one, dead features come back, and a number of codes that was asked for is reached."""
-    values = {key: np.array([line.get(key, np.nan) for line in log], float) for key in ("loss", "fvu", "dead", "l0")}
+    """Loss falls, FVU is below one, dead features come back, and a number of codes that was asked for is
+    reached.
+    """
+    values = {
+        key: np.array([line.get(key, np.nan) for line in log], float) for key in ("loss", "fvu", "dead", "l0")
+    }
     if not np.isfinite(values["loss"]).all():
-        sheet.fail("the loss is finite", "it is not", "training diverged: lower training.lr, raise training.warmup, and look for NaN in the activations")
+        sheet.fail(
+            "the loss is finite",
+            "it is not",
+            "training diverged: lower training.lr, raise training.warmup, and look for NaN in the "
+            "activations",
+        )
         return
     loss, fvu, dead = values["loss"], values["fvu"], values["dead"]
     n = max(1, len(log) // 4)
     first, end = float(loss[:n].mean()), float(loss[-n:].mean())
     sheet.judge(
-        "the loss falls", len(log) < 4 or end < first, f"{first:.4g} in the first quarter, {end:.4g} in the last", "lower training.lr, or check the data"
+        "the loss falls",
+        len(log) < 4 or end < first,
+        f"{first:.4g} in the first quarter, {end:.4g} in the last",
+        "lower training.lr, or check the data",
     )
     sheet.judge(
         "it explains more than the mean",
@@ -149,11 +197,25 @@ def curves(sheet: Sheet, recipe: Recipe, log: list[Line]) -> None:
     )
     half = dead[len(dead) // 2 :]
     stuck = float(half.min()) > STUCK and dead[-1] > 0.9 * float(half.max())
-    advice = "they do not come back: raise sae.aux_k or its coefficient, lower the learning rate, or make the dictionary smaller"
-    sheet.judge("dead features come back", not stuck, f"{dead[-1]:.1%} dead at the end, {float(dead.max()):.1%} at most", advice)
+    advice = (
+        "they do not come back: raise sae.aux_k or its coefficient, lower the learning rate, or make "
+        "the dictionary smaller"
+    )
+    sheet.judge(
+        "dead features come back",
+        not stuck,
+        f"{dead[-1]:.1%} dead at the end, {float(dead.max()):.1%} at most",
+        advice,
+    )
     if recipe.sae.architecture in (*BY_COUNT, "jumprelu"):
         l0, k = float(values["l0"][-1]), recipe.sae.k
-        sheet.judge("its codes are as few as asked for", l0 <= MANY * k, f"L0 {l0:.1f}, k {k}", "train longer, or raise sae.penalty", otherwise="warn")
+        sheet.judge(
+            "its codes are as few as asked for",
+            l0 <= MANY * k,
+            f"L0 {l0:.1f}, k {k}",
+            "train longer, or raise sae.penalty",
+            otherwise="warn",
+        )
 
 
 def look_at_result(sheet: Sheet, folder: Path) -> None:
@@ -174,9 +236,12 @@ def figures(sheet: Sheet, m: Line) -> None:
         "its codes do the explaining",
         not (zero > 0.3 or (m["l0"] < 0.5 and raw > 0.3)),
         f"{raw:.3f} with {m['l0']:.1f} codes per token, {zero:.3f} with none",
-        "most of the raw variance is explained without a single code (undoing a per-token normalisation is free): judge by the normalised figure",
+        "most of the raw variance is explained without a single code (undoing a per-token normalisation is "
+        "free): judge by the normalised figure",
     )
-    causes = "look at norms, sinks, dead features and normalisation; compare raw with normalised, and with PCA"
+    causes = (
+        "look at norms, sinks, dead features and normalisation; compare raw with normalised, and with PCA"
+    )
     sheet.judge(
         "it is not too good",
         raw <= TOO_GOOD,
@@ -193,7 +258,12 @@ def figures(sheet: Sheet, m: Line) -> None:
             "train longer, or with a higher learning rate",
             otherwise="warn",
         )
-    sheet.judge("features fire", m["dead"] < STUCK, f"{m['dead']:.1%} never do", "raise sae.aux_k, or make the dictionary smaller")
+    sheet.judge(
+        "features fire",
+        m["dead"] < STUCK,
+        f"{m['dead']:.1%} never do",
+        "raise sae.aux_k, or make the dictionary smaller",
+    )
     if m.get("loss"):
         _readable(sheet, m["loss"])
 
@@ -225,11 +295,17 @@ def files(sheet: Sheet, folder: Path) -> None:
         figure = f"{own.n_features:,} features"
         if (folder / "saelens").exists():
             other = load_sae(str(folder / "saelens"))
-            x = torch.randn(64, own.sae.d_in, generator=torch.Generator().manual_seed(0)) * own.sae.b_dec.norm().clamp_min(1) / own.sae.d_in**0.5
+            x = (
+                torch.randn(64, own.sae.d_in, generator=torch.Generator().manual_seed(0))
+                * own.sae.b_dec.norm().clamp_min(1)
+                / own.sae.d_in**0.5
+            )
             a, b = own.sae.encode(x).to_dense(), other.sae.encode(x).to_dense()
             off = float((a - b).abs().max() / a.abs().max().clamp_min(1e-12))
             if off > 1e-3:
-                raise FeatureInterpError(f"sae and saelens encode the same input differently (by {off:.2g}): export them again")
+                raise FeatureInterpError(
+                    f"sae and saelens encode the same input differently (by {off:.2g}): export them again"
+                )
             figure += ", both layouts encode alike"
         sheet.passed("the exported SAE loads", figure)
 
