@@ -19,7 +19,8 @@ from tiny import make_sae, make_subject_folder
 
 from featureinterp.codes import collect as collect_module
 from featureinterp.codes.collect import SINK_FACTOR, collect, scored_tokens
-from featureinterp.codes.store import CodesStore, RunWriter, feature_blocks, narrow_values
+from featureinterp.codes.runs import RunWriter, feature_blocks, narrow_values
+from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.text import load_corpus
 from featureinterp.corpus.windows import WindowPolicy
 from featureinterp.errors import (

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import NASTY, TINY_TEXTS, tokenizer
 
-from featureinterp.codes.store import CodesStore, RunWriter
+from featureinterp.codes.runs import RunWriter
+from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.text import Corpus, Document
 from featureinterp.corpus.windows import WindowPolicy, build_windows
 from featureinterp.errors import IncompatibleError, InputError, UnknownNameError

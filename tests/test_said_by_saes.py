@@ -586,7 +586,7 @@ def test_activations_that_are_not_finite_give_no_codes():
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_never_stored(dtype: str, bad: float):
-    from featureinterp.codes.store import narrow_values
+    from featureinterp.codes.runs import narrow_values
 
     with pytest.raises((StorageError, FeatureInterpError), match="finite|float16"):
         narrow_values(np.array([1.0, bad, 2.0], np.float32), np.dtype(dtype))

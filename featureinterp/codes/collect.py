@@ -14,7 +14,8 @@ import torch
 from featureinterp.accelerator import to_device, to_host
 from featureinterp.claims import check_free, claim, owned
 from featureinterp.codes.fit import check_fit
-from featureinterp.codes.store import MARKER, CodesStore, RunWriter
+from featureinterp.codes.runs import RunWriter
+from featureinterp.codes.store import MARKER, CodesStore
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import (
     WindowPolicy,

@@ -20,7 +20,8 @@ from common import arguments, compare, report, seconds
 from shapes import D_SAE, SHAPES, Ids, bare_blocks, shapes
 
 from featureinterp.codes.collect import collect
-from featureinterp.codes.store import CodesStore, RunWriter
+from featureinterp.codes.runs import RunWriter
+from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.text import Corpus, Document
 from featureinterp.corpus.windows import WindowPolicy, build_windows
 from featureinterp.subject.reading import BATCH_TOKENS

@@ -20,7 +20,8 @@ from typing import Literal
 
 import numpy as np
 
-from featureinterp.codes.store import CodesStore, RunWriter
+from featureinterp.codes.runs import RunWriter
+from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.domain.explanation import Explanation, Provenance, Rule
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from common import arguments, compare, report
 
-from featureinterp.codes.store import CodesStore, RunWriter
+from featureinterp.codes.runs import RunWriter
+from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.text import Corpus, Document
 from featureinterp.corpus.windows import WindowPolicy, build_windows
 from featureinterp.domain.record import Window

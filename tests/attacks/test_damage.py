@@ -21,7 +21,8 @@ from featureinterp.api.stored import verify
 from featureinterp.claims import claim
 from featureinterp.cli.main import app
 from featureinterp.codes.dense import dense_twin
-from featureinterp.codes.store import CodesStore, RunWriter
+from featureinterp.codes.runs import RunWriter
+from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.text import Corpus, Document
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
 from featureinterp.domain.feature import FeatureId
