@@ -23,7 +23,7 @@ from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
 from featureinterp.machine import Machine, pick_device, pick_dtype, this_machine, x86_bfloat16
 from featureinterp.sae.load import load_sae, save_sae
 from featureinterp.subject.load import check_same_model, load_subject
-from featureinterp.training.recipe import fitted, resolved
+from featureinterp.training.parts import fitted, resolved
 from featureinterp.training.settings import make_recipe
 
 HOOK = "blocks.1.hook_resid_post"
@@ -176,7 +176,7 @@ def test_a_recipe_leaves_with_what_was_chosen(monkeypatch: pytest.MonkeyPatch):
     recipe = make_recipe({"training": {"precision": "auto"}})
     assert recipe.subject.dtype == "auto"
     for machine, dtype in ((PLAIN, "float32"), (SERVER, "bfloat16"), (GPU, "bfloat16")):
-        monkeypatch.setattr("featureinterp.training.recipe.this_machine", lambda machine=machine: machine)
+        monkeypatch.setattr("featureinterp.training.parts.this_machine", lambda machine=machine: machine)
         chosen = resolved(recipe, None)
         assert (chosen.subject.dtype, chosen.training.precision) == (dtype, dtype)
         assert resolved(fitted(recipe, source), None, made_in="bfloat16").subject.dtype == dtype

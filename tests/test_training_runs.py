@@ -395,7 +395,7 @@ def test_two_processes_are_one_with_the_joint_batch(
 def test_several_processes_may_ask_at_once_whether_a_folder_can_be_written(tmp_path: Path):
     from concurrent.futures import ThreadPoolExecutor
 
-    from featureinterp.training.recipe import writable
+    from featureinterp.training.parts import writable
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: writable(tmp_path / "out"), range(400)))

@@ -61,7 +61,7 @@ def extract(
     from dataclasses import replace as replaced
 
     from featureinterp.claims import check_free
-    from featureinterp.training.recipe import Parts, resolved, writable
+    from featureinterp.training.parts import Parts, resolved, writable
 
     out = Path(out)
     check_free(out)
@@ -318,7 +318,7 @@ def layers(
     from featureinterp.report.layers import LAYER_FILES, write_layers
     from featureinterp.subject.load import load_subject
     from featureinterp.training.layers import choose_layer
-    from featureinterp.training.recipe import writable
+    from featureinterp.training.parts import writable
 
     if out is not None:
         writable(Path(out))
