@@ -218,7 +218,7 @@ def test_what_a_step_reports():
 
 def test_half_precision_chooses_and_full_precision_computes():
     full, half = make("topk"), make("topk")
-    half.half = True
+    half.half_precision = True
     x = rows(64)
     a, b = full(x, NONE_DEAD, 1.0), half(x, NONE_DEAD, 1.0)
     assert b.loss.item() == pytest.approx(a.loss.item(), rel=0.02)

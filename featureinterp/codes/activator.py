@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import anyio.to_thread
 import numpy as np
 import torch
+from jaxtyping import Float32
 
 from featureinterp.accelerator import fit_of, in_parts, on_gpu, to_host
 from featureinterp.codes.collect import check_finite, check_sae, check_subject, rows_where, scored_by_norm
@@ -77,10 +78,10 @@ class TextActivator:
                 yield batch[part], found
 
     @torch.inference_mode()
-    def _activations(self, rows: Sequence[Sequence[int]], features: list[int]) -> list[np.ndarray]:
-        """For each row of ids, float32 ``[feature, token]``. Rows are filled up on the right, which no token
-        before can see.
-        """
+    def _activations(
+        self, rows: Sequence[Sequence[int]], features: list[int]
+    ) -> list[Float32[np.ndarray, "feature token"]]:
+        """For each row of ids. Rows are filled up on the right, which no token before can see."""
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows])
         residual = self.subject.residual(ids, self.sae.hook)

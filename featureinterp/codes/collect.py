@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
 
 from featureinterp.accelerator import to_device, to_host
 from featureinterp.claims import check_free, claim, owned
@@ -247,9 +249,14 @@ def mask_of(subject: Subject) -> dict[str, Any]:
             return {"first": "skipped", "sink_factor": SINK_FACTOR}
 
 
-Encoded = tuple[list[tuple[np.ndarray, np.ndarray, np.ndarray]], np.ndarray]
-"""For each SAE the positions, features and values (float32) of the codes; and the positions of the tokens
-that are not scored.
+Encoded = tuple[
+    list[
+        tuple[Int64[np.ndarray, " nonzero"], Int64[np.ndarray, " nonzero"], Float32[np.ndarray, " nonzero"]]
+    ],
+    Int64[np.ndarray, " unscored"],
+]
+"""For each SAE the positions, features and values of the codes; and the positions of the tokens that are not
+scored.
 """
 
 
@@ -258,12 +265,10 @@ def encode_windows(
     subject: Subject,
     saes: Sequence[LoadedSae],
     windows: WindowTable,
-    rows: np.ndarray,
-    residual: torch.Tensor,
+    rows: Int64[np.ndarray, " window"],
+    residual: Float[Tensor, "window token d_model"],
 ) -> Encoded:
-    """The codes of windows of one length by SAEs at one hook, from their ``residual [window, token,
-    d_model]``.
-    """
+    """The codes of windows of one length by SAEs at one hook, from their ``residual``."""
     scored = scored_on_host(residual, subject)
     place = positions_of(windows, rows, residual.shape[1])
     kept, at = rows_where(residual, scored), place[scored]
@@ -275,20 +280,27 @@ def encode_windows(
     return found, place[~scored]
 
 
-def rows_where(residual: torch.Tensor, wanted: np.ndarray) -> torch.Tensor:
-    """The activations of the tokens that are wanted, bool ``[window, token]``, in order: ``[row, d_model]``.
-    Their number is known on the host, so that nobody waits for a GPU to count them."""
+def rows_where(
+    residual: Float[Tensor, "window token d_model"], wanted: Bool[np.ndarray, "window token"]
+) -> Float[Tensor, "row d_model"]:
+    """The activations of the tokens that are wanted, in order. Their number is known on the host, so that
+    nobody waits for a GPU to count them.
+    """
     index = to_device(torch.from_numpy(np.flatnonzero(wanted)), residual.device)
     return residual.reshape(-1, residual.shape[-1]).index_select(0, index)
 
 
-def positions_of(windows: WindowTable, rows: np.ndarray, length: int) -> np.ndarray:
-    """The positions of the first ``length`` tokens of some windows: int64 ``[window, token]``."""
+def positions_of(
+    windows: WindowTable, rows: Int64[np.ndarray, " window"], length: int
+) -> Int64[np.ndarray, "window {length}"]:
+    """The positions of the first ``length`` tokens of some windows."""
     return np.asarray(rows[:, None] * windows.length + np.arange(length))
 
 
-def scored_tokens(residual: torch.Tensor, subject: Subject) -> torch.Tensor:
-    """Which tokens of ``residual [window, token, d_model]`` are scored, bool ``[window, token]``.
+def scored_tokens(
+    residual: Float[Tensor, "window token d_model"], subject: Subject
+) -> Bool[Tensor, "window token"]:
+    """Which tokens of ``residual`` are scored.
 
     Not scored: position 0 of a model without BOS, and attention sinks further on, whose norm exceeds
     ``SINK_FACTOR`` times the median of their window and who would stand at the top of every feature.
@@ -298,7 +310,9 @@ def scored_tokens(residual: torch.Tensor, subject: Subject) -> torch.Tensor:
     return scored_by_norm(norms, subject)
 
 
-def scored_on_host(residual: torch.Tensor, subject: Subject) -> np.ndarray:
+def scored_on_host(
+    residual: Float[Tensor, "window token d_model"], subject: Subject
+) -> Bool[np.ndarray, "window token"]:
     """The same as an array, with one wait for a GPU."""
     norms = residual.float().norm(dim=-1)
     scored, finite = to_host(scored_by_norm(norms, subject), torch.isfinite(norms).all())
@@ -315,8 +329,8 @@ def check_finite(finite: bool, subject: Subject) -> None:
         )
 
 
-def scored_by_norm(norms: torch.Tensor, subject: Subject) -> torch.Tensor:
-    """The same from the residuals' norms ``[window, token]``."""
+def scored_by_norm(norms: Float[Tensor, "window token"], subject: Subject) -> Bool[Tensor, "window token"]:
+    """The same from the residuals' norms."""
     scored = norms <= SINK_FACTOR * norms.median(dim=1, keepdim=True).values
     if isinstance(subject.sink, SkipFirst):
         scored[:, 0] = False

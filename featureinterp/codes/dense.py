@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float32
 
 from featureinterp.accelerator import to_host
 from featureinterp.codes.collect import Progress, check_subject, positions_of
@@ -28,9 +29,8 @@ def dense_twin(
     *,
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
-) -> np.ndarray:
-    """The activations at the SAE's hook of every scored token of a run: float32 ``[token, d_model]``,
-    memory-mapped.
+) -> Float32[np.ndarray, "token d_model"]:
+    """The activations at the SAE's hook of every scored token of a run, memory-mapped.
 
     They are kept in ``run/dense``; what is there of the same codes is used, and what is unfinished is gone on
     with. ``load`` is called only when something is missing. Raises ``IncompatibleError`` when the subject is

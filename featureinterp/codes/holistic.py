@@ -10,6 +10,8 @@ from typing import Literal
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Int64, Integer
+from torch import Tensor
 
 from featureinterp.codes.collect import check_sae, check_subject, scored_by_norm
 from featureinterp.codes.fit import check_fit
@@ -54,9 +56,12 @@ class HolisticActivations:
         check_subject(store, subject)
         return cls(subject, sae, method)
 
-    def of(self, feature: int, windows: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """For token ids, one array ``[token]`` per window: holistic activations, float32 ``[token]``, in raw
-        SAE units; positive where the feature's mean activation is larger with the token than without."""
+    def of(
+        self, feature: int, windows: Sequence[Integer[np.ndarray, " token"]]
+    ) -> list[Float32[np.ndarray, " token"]]:
+        """Holistic activations of the tokens of windows, given by their ids, in raw SAE units: positive where
+        the feature's mean activation is larger with the token than without.
+        """
         found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(windows)
         for length in sorted({len(w) for w in windows} - {0}):
             places = [i for i, w in enumerate(windows) if len(w) == length]
@@ -92,7 +97,7 @@ class HolisticActivations:
             )
 
     @torch.inference_mode()
-    def _exact(self, feature: int, ids: torch.Tensor) -> np.ndarray:
+    def _exact(self, feature: int, ids: Int64[Tensor, "window n"]) -> Float32[np.ndarray, "window n"]:
         assert self._deletions is not None
         out = []
         n = ids.shape[1]
@@ -111,8 +116,8 @@ class HolisticActivations:
                 out.append(own[None].cpu().numpy())
         return np.stack(out)
 
-    def _gradient(self, feature: int, ids: torch.Tensor) -> np.ndarray:
-        def mean(residual: torch.Tensor) -> torch.Tensor:
+    def _gradient(self, feature: int, ids: Int64[Tensor, "window n"]) -> Float32[np.ndarray, "window n"]:
+        def mean(residual: Float[Tensor, "window n d_model"]) -> Float[Tensor, " window"]:
             scored = scored_by_norm(residual.detach().float().norm(dim=-1), self.subject)
             flat = self._activations(feature, residual.reshape(-1, residual.shape[-1]))
             return (flat.reshape(scored.shape) * scored).sum(1) / scored.shape[1]
@@ -122,8 +127,8 @@ class HolisticActivations:
             [embedding_effects(self.subject, self.sae.hook, part, mean).numpy() for part in ids.split(batch)]
         )
 
-    def _activations(self, feature: int, residual: torch.Tensor) -> torch.Tensor:
-        """The feature's codes of ``residual [row, d_model]``, float32 ``[row]``."""
+    def _activations(self, feature: int, residual: Float[Tensor, "row d_model"]) -> Float32[Tensor, " row"]:
+        """The feature's codes of ``residual``."""
         parts = []
         for chunk in residual.split(ENCODED_ROWS):
             codes = self.sae.sae.encode(chunk)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Float32, Int64, Integer, UInt
 
 from featureinterp.codes.store import FORMAT, MARKER, positive, remedy_for
 from featureinterp.errors import IncompleteStoreError, StorageError
@@ -33,7 +34,9 @@ _FLOAT16_MAX = 65504.0
 _FLOAT16_TINY = np.float16(6e-8)
 
 
-def narrow_values(values: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+def narrow_values(
+    values: Float[np.ndarray, " nonzero"], dtype: np.dtype[Any]
+) -> Float[np.ndarray, " nonzero"]:
     """Values in the store's dtype. A value too large for float16, or not finite, is an error; a positive one
     too small stays positive.
     """
@@ -102,13 +105,13 @@ class RunWriter:
 
     def add(
         self,
-        positions: np.ndarray,
-        features: np.ndarray,
-        values: np.ndarray,
+        positions: Integer[np.ndarray, " nonzero"],
+        features: Integer[np.ndarray, " nonzero"],
+        values: Float[np.ndarray, " nonzero"],
         *,
         n_scored: int,
         end_window: int,
-        unscored: np.ndarray | None = None,
+        unscored: Integer[np.ndarray, " unscored"] | None = None,
     ) -> None:
         """Codes in any order, each pair (position, feature) once; ``unscored``: positions of tokens that were
         left out; ``end_window``: all windows before it are now complete."""
@@ -234,10 +237,10 @@ class RunWriter:
 class _Run:
     """A run on disk."""
 
-    offsets: np.ndarray
-    positions: np.ndarray
-    values: np.ndarray
-    unscored: np.ndarray
+    offsets: Int64[np.ndarray, " n_features+1"]
+    positions: UInt[np.ndarray, " nonzero"]
+    values: Float[np.ndarray, " nonzero"]
+    unscored: UInt[np.ndarray, " unscored"]
 
     @classmethod
     def open(cls, folder: Path, of: RunWriter) -> _Run:
@@ -273,7 +276,7 @@ def _written(path: Path, arrays: Sequence[np.ndarray]) -> Sums:
     return out.sums
 
 
-def feature_blocks(offsets: np.ndarray, budget: int) -> list[tuple[int, int]]:
+def feature_blocks(offsets: Int64[np.ndarray, " n_features+1"], budget: int) -> list[tuple[int, int]]:
     """Consecutive ranges of features with at most ``budget`` nonzeros each (one feature may have more)."""
     blocks, a, f = [], 0, len(offsets) - 1
     while a < f:
@@ -284,8 +287,10 @@ def feature_blocks(offsets: np.ndarray, budget: int) -> list[tuple[int, int]]:
     return blocks
 
 
-def block_maxima(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """The largest value between each pair of offsets, float32; 0 where they enclose nothing."""
+def block_maxima(
+    values: Float[np.ndarray, " nonzero"], offsets: Int64[np.ndarray, " n+1"]
+) -> Float32[np.ndarray, " n"]:
+    """The largest value between each pair of offsets; 0 where they enclose nothing."""
     out = np.zeros(len(offsets) - 1, np.float32)
     full = np.flatnonzero(np.diff(offsets))
     if len(full):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Float32, Int32, Int64, UInt
 
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import FeatureRangeError, IncompatibleError, IncompleteStoreError
@@ -32,12 +33,12 @@ VALUE_DTYPES = ("float16", "float32")
 
 @dataclass(frozen=True, slots=True)
 class FeatureCodes:
-    """All positive codes of one feature: ``positions [nonzero]`` ascending, ``values [nonzero]`` > 0. Views
-    of the mapped files.
+    """All positive codes of one feature: ``positions`` ascending, ``values`` > 0. Views of the
+    mapped files.
     """
 
-    positions: np.ndarray
-    values: np.ndarray
+    positions: UInt[np.ndarray, " nonzero"]
+    values: Float[np.ndarray, " nonzero"]
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class CodesStore:
     folder: Path
     meta: Mapping[str, Any]
     windows: WindowTable
-    offsets: np.ndarray
-    positions: np.ndarray
-    values: np.ndarray
-    scales: np.ndarray
-    unscored: np.ndarray
+    offsets: Int64[np.ndarray, " n_features+1"]
+    positions: UInt[np.ndarray, " nonzero"]
+    values: Float[np.ndarray, " nonzero"]
+    scales: Float32[np.ndarray, " n_features"]
+    unscored: UInt[np.ndarray, " unscored"]
 
     @property
     def fingerprint(self) -> str:
@@ -95,15 +96,15 @@ class CodesStore:
         return int(self.meta["n_scored"])
 
     @cached_property
-    def scored_positions(self) -> np.ndarray:
-        """The positions of the scored tokens, ascending: int64 ``[token]``."""
+    def scored_positions(self) -> Int64[np.ndarray, " token"]:
+        """The positions of the scored tokens, ascending."""
         there = np.arange(self.windows.length) < np.asarray(self.windows.lengths)[:, None]
         there.reshape(-1)[np.asarray(self.unscored, np.int64)] = False
         return np.flatnonzero(there)
 
     @cached_property
-    def row_of_position(self) -> np.ndarray:
-        """The place of every position among the scored tokens, −1 where none is: int32 ``[position]``."""
+    def row_of_position(self) -> Int32[np.ndarray, " position"]:
+        """The place of every position among the scored tokens, −1 where none is."""
         out = np.full(len(self.windows) * self.windows.length, -1, np.int32)
         out[self.scored_positions] = np.arange(len(self.scored_positions))
         return out
@@ -121,14 +122,14 @@ class CodesStore:
         a, b = int(self.offsets[index]), int(self.offsets[index + 1])
         return FeatureCodes(self.positions[a:b], self.values[a:b])
 
-    def counts(self) -> np.ndarray:
-        """On how many tokens each feature fires, int64 ``[F]``."""
+    def counts(self) -> Int64[np.ndarray, " n_features"]:
+        """On how many tokens each feature fires."""
         return np.diff(self.offsets)
 
-    def window_activations(self, index: int, rows: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Activations of one feature in some windows: float32 ``[len(rows), window length]``, zero after a
-        short window's end.
-        """
+    def window_activations(
+        self, index: int, rows: Sequence[int] | Int64[np.ndarray, " window"]
+    ) -> Float32[np.ndarray, "window token"]:
+        """Activations of one feature in some windows, zero after a short window's end."""
         rows = np.asarray(rows, np.int64)
         codes, length = self.feature(index), self.windows.length
         edges = np.searchsorted(

@@ -11,6 +11,8 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from featureinterp.errors import IncompatibleError
 from featureinterp.sae.codes import SparseCodes
@@ -24,17 +26,17 @@ def all_finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor))
 
 
-def layer_norm(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """((x − mean) / (deviation + 1e-5), mean, deviation) of every row ``[token, d_in]``; the deviation is the
-    unbiased one.
-    """
+def layer_norm(
+    x: Float[Tensor, "*token d_in"],
+) -> tuple[Float[Tensor, "*token d_in"], Float[Tensor, " *token"], Float[Tensor, " *token"]]:
+    """((x − mean) / (deviation + 1e-5), mean, deviation) of every row; the deviation is the unbiased one."""
     mean = x.mean(-1, keepdim=True)
     deviation = x.std(-1, keepdim=True)
     return (x - mean) / (deviation + LAYER_NORM_EPSILON), mean.squeeze(-1), deviation.squeeze(-1)
 
 
 class SparseAutoencoder:
-    """Base of the architectures. ``decode(encode(x))`` reconstructs activations ``x`` ``[token, d_in]``.
+    """Base of the architectures. ``decode(encode(x))`` reconstructs activations ``x [token, d_in]``.
 
     ``W_enc [d_in, d_sae]``, ``b_enc [d_sae]``, ``W_dec [d_sae, d_in]``, ``b_dec [d_in]``, and what ``extra``
     names.
@@ -106,8 +108,8 @@ class SparseAutoencoder:
             **self.options,
         )
 
-    def encode(self, x: torch.Tensor) -> SparseCodes:
-        """Sparse codes of activations ``[token, d_in]`` (any float dtype; computed in the SAE's own)."""
+    def encode(self, x: Float[Tensor, "token d_in"]) -> SparseCodes:
+        """Sparse codes of activations (any float dtype; computed in the SAE's own)."""
         if x.ndim != 2 or x.shape[1] != self.d_in:
             raise IncompatibleError(
                 f"the SAE takes activations [token, {self.d_in}], not {list(x.shape)}: it belongs to a "
@@ -149,7 +151,7 @@ class SparseAutoencoder:
             (float(part.to(wide).norm(dim=0).max()) for part in self.W_enc.split(4096, dim=1)), default=0.0
         )
 
-    def _checked(self, x: torch.Tensor) -> SparseCodes:
+    def _checked(self, x: Float[Tensor, "token d_in"]) -> SparseCodes:
         """The codes of normalised activations. Raises ``IncompatibleError`` when one is beyond what the dtype
         can hold.
 
@@ -173,22 +175,23 @@ class SparseAutoencoder:
             )
         return codes
 
-    def decode(self, codes: SparseCodes) -> torch.Tensor:
-        """``codes @ W_dec + b_dec``, with the input's normalisation undone: ``[token, d_in]``."""
+    def decode(self, codes: SparseCodes) -> Float[Tensor, "token d_in"]:
+        """``codes @ W_dec + b_dec``, with the input's normalisation undone."""
         found = codes.matmul(self.W_dec) + self.b_dec
         if codes.scale is None or codes.shift is None:
             return found
         return found * codes.scale[:, None] + codes.shift[:, None]
 
-    def units(self, x: torch.Tensor) -> torch.Tensor:
-        """By how much a code of 1 moves each token of ``x [..., d_in]`` along its decoder row, ``[...]``: the
-        token's deviation where tokens are normalised by it, else 1."""
+    def units(self, x: Float[Tensor, "*token d_in"]) -> Float[Tensor, " *token"]:
+        """By how much a code of 1 moves each token along its decoder row: the token's deviation where tokens
+        are normalised by it, else 1.
+        """
         return layer_norm(x)[2] if self.normalize == "layer_norm" else torch.ones_like(x[..., 0])
 
-    def _encode(self, x: torch.Tensor) -> SparseCodes:
+    def _encode(self, x: Float[Tensor, "token d_in"]) -> SparseCodes:
         raise TypeError(f"{type(self).__name__} has no encoder")
 
-    def _centred(self, x: torch.Tensor) -> torch.Tensor:
+    def _centred(self, x: Float[Tensor, "token d_in"]) -> Float[Tensor, "token d_sae"]:
         """``(x − b_dec) W_enc + b_enc`` in one fused product."""
         bias = -(self.b_dec @ self.W_enc)
         return torch.addmm(bias if self.b_enc is None else bias + self.b_enc, x, self.W_enc)

@@ -7,6 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from featureinterp.errors import IncompatibleError
 from featureinterp.sae.base import SparseAutoencoder
@@ -34,6 +36,6 @@ class BatchTopK(SparseAutoencoder):
                 "checkpoint from the end of training"
             )
 
-    def _encode(self, x: torch.Tensor) -> SparseCodes:
+    def _encode(self, x: Float[Tensor, "token d_in"]) -> SparseCodes:
         z = self._centred(x)
         return SparseCodes.from_dense(torch.where(z > self.threshold, z, 0))

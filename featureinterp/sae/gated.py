@@ -5,6 +5,8 @@ mag_bias) how much.
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from featureinterp.sae.base import SparseAutoencoder
 from featureinterp.sae.codes import SparseCodes
@@ -20,7 +22,7 @@ class Gated(SparseAutoencoder):
     def _derived(self) -> dict[str, torch.Tensor]:
         return super()._derived() | {"exp(r_mag)": torch.exp(self.tensors["r_mag"])}
 
-    def _encode(self, x: torch.Tensor) -> SparseCodes:
+    def _encode(self, x: Float[Tensor, "token d_in"]) -> SparseCodes:
         u = self._centred(x)
         size = torch.relu(torch.exp(self.tensors["r_mag"]) * u + self.tensors["mag_bias"])
         return SparseCodes.from_dense(torch.where(u + self.tensors["gate_bias"] > 0, size, 0))

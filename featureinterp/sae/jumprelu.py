@@ -7,6 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from featureinterp.sae.base import SparseAutoencoder
 from featureinterp.sae.codes import SparseCodes
@@ -22,6 +24,6 @@ class JumpReLU(SparseAutoencoder):
         super().__init__(tensors, **settings)
         self.threshold = tensors["threshold"]
 
-    def _encode(self, x: torch.Tensor) -> SparseCodes:
+    def _encode(self, x: Float[Tensor, "token d_in"]) -> SparseCodes:
         z = torch.addmm(self.tensors["b_enc"], x, self.W_enc)
         return SparseCodes.from_dense(torch.where((z > self.threshold) & (z > 0), z, 0))

@@ -6,17 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
 
 _CHUNK = 1024
 
 
 @torch.inference_mode()
 def nearest_directions(
-    decoder: torch.Tensor, features: Sequence[int], k: int
-) -> tuple[np.ndarray, np.ndarray]:
+    decoder: Float[Tensor, "d_sae d_in"], features: Sequence[int], k: int
+) -> tuple[Int64[np.ndarray, "feature k"], Float32[np.ndarray, "feature k"]]:
     """For each of ``features`` the ``k`` others (fewer in a smaller dictionary) with the largest cosine
-    between rows of ``decoder [d_sae, d_in]``: their indices, int64 ``[feature, k]``, nearest first, and
-    cosines, float32 of the same shape."""
+    between rows of ``decoder``: their indices, nearest first, and cosines."""
     unit = torch.nn.functional.normalize(decoder.float(), dim=-1)
     k = min(k, len(unit) - 1)
     wanted = torch.tensor(list(features), dtype=torch.int64, device=unit.device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from featureinterp.sae.base import SparseAutoencoder
 from featureinterp.sae.codes import SparseCodes
@@ -13,5 +15,5 @@ class ReLU(SparseAutoencoder):
 
     architecture = "relu"
 
-    def _encode(self, x: torch.Tensor) -> SparseCodes:
+    def _encode(self, x: Float[Tensor, "token d_in"]) -> SparseCodes:
         return SparseCodes.from_dense(torch.relu(self._centred(x)))

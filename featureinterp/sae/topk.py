@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from featureinterp.sae.base import SparseAutoencoder
 from featureinterp.sae.codes import SparseCodes
@@ -14,6 +16,6 @@ class TopK(SparseAutoencoder):
     architecture = "topk"
     settings = ("k",)
 
-    def _encode(self, x: torch.Tensor) -> SparseCodes:
+    def _encode(self, x: Float[Tensor, "token d_in"]) -> SparseCodes:
         values, indices = torch.topk(self._centred(x), self.options["k"], dim=-1, sorted=False)
         return SparseCodes.from_top(indices, values, self.d_sae)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
@@ -69,8 +70,10 @@ class AllAtOnce(LocalSimulator):
                     best[index] = np.maximum(best[index], next(levels) * (rule.strength / 5))
         return [Simulation(levels) for levels in best]
 
-    def _levels(self, before: Prefix | Branches, batch: Sequence[Built]) -> Iterator[np.ndarray]:
-        """Expected level of every token of each window, ``[token]`` in 0 … 5."""
+    def _levels(
+        self, before: Prefix | Branches, batch: Sequence[Built]
+    ) -> Iterator[Float64[np.ndarray, " token"]]:
+        """Expected level of every token of each window, in 0 … 5."""
         ids = padded([b.ids for b in batch], self.model.device)
         rows = torch.tensor([i for i, b in enumerate(batch) for _ in b.positions], device=self.model.device)
         columns = torch.tensor([p for b in batch for p in b.positions], device=self.model.device)

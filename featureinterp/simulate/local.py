@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 import anyio.to_thread
 import torch
+from jaxtyping import Int64
+from torch import Tensor
 
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
@@ -84,7 +86,7 @@ class LocalSimulator(ABC):
         return self.model.prefix(self.header)
 
     @cached_property
-    def _level_ids(self) -> torch.Tensor:
+    def _level_ids(self) -> Int64[Tensor, " level"]:
         return torch.tensor([single(self.tokenizer, level) for level in LEVELS], device=self.model.device)
 
     def _behind(self, lines: Sequence[Sequence[int]]) -> Prefix | Branches:
@@ -131,9 +133,7 @@ def batches(rows: Sequence[Sequence[int]], budget: int) -> Iterator[list[int]]:
         yield batch
 
 
-def padded(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
-    """Rows of ids, none of them empty, filled up on the right with their last id: int64 ``[row,
-    longest]``.
-    """
+def padded(rows: Sequence[Sequence[int]], device: torch.device) -> Int64[Tensor, "row longest"]:
+    """Rows of ids, none of them empty, filled up on the right with their last id."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows], device=device)

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float64
 
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
@@ -79,7 +80,7 @@ class TokenWise(LocalSimulator):
         return f"{self._asked['label']}{escape(text)}\n"
 
     @cached_property
-    def _log_prior(self) -> np.ndarray:
+    def _log_prior(self) -> Float64[np.ndarray, " level"]:
         silent: float = self._asked["silent"]
         return np.log([silent, *[(1 - silent) / 5] * 5])
 
@@ -94,8 +95,8 @@ class TokenWise(LocalSimulator):
         place = {piece: i for i, piece in enumerate(pieces)}
         return [Simulation(best[[place[piece] for piece in w.pieces]]) for w in windows]
 
-    def _neutral_of(self, pieces: Sequence[str]) -> np.ndarray:
-        """Log-probabilities of the levels of each token for the neutral topic, ``[token, 6]``."""
+    def _neutral_of(self, pieces: Sequence[str]) -> Float64[np.ndarray, "token level"]:
+        """Log-probabilities of the levels of each token for the neutral topic."""
         new = [piece for piece in pieces if piece not in self._neutral]
         if new:
             before = self.model.prefix(self.explanation(self._asked["neutral"]), self._header)
@@ -105,8 +106,10 @@ class TokenWise(LocalSimulator):
             del self._neutral[piece]
         return found
 
-    def _read(self, before: Prefix | Branches, pieces: Sequence[str], n_rules: int) -> np.ndarray:
-        """Log-probabilities of the levels, renormalised, ``[rule, token, 6]``."""
+    def _read(
+        self, before: Prefix | Branches, pieces: Sequence[str], n_rules: int
+    ) -> Float64[np.ndarray, "rule token level"]:
+        """Log-probabilities of the levels, renormalised."""
         rows = [self.token(piece) for piece in pieces]
         found = np.zeros((n_rules, len(pieces), len(LEVELS)))
         for batch in batches(rows, self.batch_tokens // n_rules):

@@ -15,6 +15,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
 
 from featureinterp.subject.hooks import find_blocks, residual_after
 from featureinterp.subject.load import PrependToken, Subject
@@ -34,16 +36,20 @@ class Deletions:
         self.packs = self._packing_works()
 
     @torch.inference_mode()
-    def residuals(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For token ids ``[window, n]``: residuals ``[window, row, d_model]`` whose first n rows are the
-        window's own, and the row of every token of every deletion, int64 ``[n, n − 1]`` (deletion, token that
-        is left)."""
+    def residuals(
+        self, ids: Int64[Tensor, "window n"]
+    ) -> tuple[Float[Tensor, "window row d_model"], Int64[Tensor, "n n-1"]]:
+        """Residuals whose first n rows are the window's own, and the row of every token of every deletion
+        (deletion, token that is left).
+        """
         self.subject.as_read(ids)
         return (self._packed if self.packs and self._fits(ids.shape[1]) else self._plain)(
             ids.to(self.subject.device)
         )
 
-    def _packed(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _packed(
+        self, ids: Int64[Tensor, "window n"]
+    ) -> tuple[Float[Tensor, "window row d_model"], Int64[Tensor, "n n-1"]]:
         n = ids.shape[1]
         bos = self._bos
         own: torch.Tensor | None = None
@@ -67,7 +73,9 @@ class Deletions:
         assert own is not None
         return torch.cat([own, *parts], 1), deletion_rows(n).to(ids.device)
 
-    def _plain(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _plain(
+        self, ids: Int64[Tensor, "window n"]
+    ) -> tuple[Float[Tensor, "window row d_model"], Int64[Tensor, "n n-1"]]:
         n = ids.shape[1]
         left = _others(n).to(ids.device)
         own = self.subject.residual(ids, self.hook)
@@ -108,15 +116,16 @@ class Deletions:
 
 
 @lru_cache(64)
-def deletion_rows(n: int) -> torch.Tensor:
-    """Where the packed sequence of a window of ``n`` tokens holds token j of deletion t, int64 ``[n, n −
-    1]``: tokens before t are the window's own."""
+def deletion_rows(n: int) -> Int64[Tensor, "{n} {n}-1"]:
+    """Where the packed sequence of a window of ``n`` tokens holds token j of deletion t: tokens before t are
+    the window's own.
+    """
     starts = [n + t * (n - 1) - t * (t - 1) // 2 for t in range(n)]
     rows = [[*range(t), *range(starts[t], starts[t] + n - 1 - t)] for t in range(n)]
     return torch.tensor(rows, dtype=torch.int64).reshape(n, n - 1)
 
 
-def _others(n: int) -> torch.Tensor:
+def _others(n: int) -> Int64[Tensor, "{n} {n}-1"]:
     """Row t: 0 … n − 1 without t."""
     return torch.tensor([[j for j in range(n) if j != t] for t in range(n)], dtype=torch.int64).reshape(
         n, n - 1
@@ -139,9 +148,11 @@ def _groups(n: int, longest: int) -> list[tuple[int, int]]:
 
 
 @lru_cache(64)
-def _layout(n: int, first: int, end: int, bos: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _layout(
+    n: int, first: int, end: int, bos: bool
+) -> tuple[Int64[Tensor, " row"], Int64[Tensor, " row"], Bool[Tensor, "row row"]]:
     """The packed sequence of deletions ``first`` to ``end``: which token of the window (n: the BOS) stands
-    where, its position in the text, and what it sees, bool ``[row, row]``."""
+    where, its position in the text, and what it sees."""
     lead = int(bos)
     source = [n] * lead + list(range(n))
     position = list(range(lead + n))
@@ -161,11 +172,14 @@ def _layout(n: int, first: int, end: int, bos: bool) -> tuple[torch.Tensor, torc
 
 
 def embedding_effects(
-    subject: Subject, hook: str, ids: torch.Tensor, total: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
-    """Gradient × input: for token ids ``[window, n]`` and a differentiable ``total`` of residuals ``[window,
-    n, d_model]``, one value per window, the first-order effect of every token's embedding on it, float32
-    ``[window, n]``."""
+    subject: Subject,
+    hook: str,
+    ids: Int64[Tensor, "window n"],
+    total: Callable[[Float[Tensor, "window n d_model"]], Float[Tensor, " window"]],
+) -> Float32[Tensor, "window n"]:
+    """Gradient × input: the first-order effect of every token's embedding on a differentiable ``total`` of
+    the residuals.
+    """
     block = find_blocks(subject.model, subject.n_blocks)[subject.check_hook(hook)]
     ids, lead = subject.as_read(ids)
     with torch.enable_grad():

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from featureinterp.errors import IncompatibleError, UnknownNameError
 
@@ -45,8 +46,10 @@ def find_blocks(model: nn.Module, n_blocks: int) -> nn.ModuleList:
     )
 
 
-def residual_after(model: nn.Module, block: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-    """Runs ``model(**inputs)`` up to ``block`` and returns that block's output ``[batch, token, d_model]``.
+def residual_after(
+    model: nn.Module, block: nn.Module, inputs: dict[str, Any]
+) -> Float[Tensor, "batch token d_model"]:
+    """Runs ``model(**inputs)`` up to ``block`` and returns that block's output.
 
     No later block, no final norm and no logits are computed. The hook is removed whatever happens.
     """
@@ -55,7 +58,7 @@ def residual_after(model: nn.Module, block: nn.Module, inputs: dict[str, Any]) -
 
 def residuals_after(
     model: nn.Module, blocks: Sequence[nn.Module], inputs: dict[str, Any]
-) -> list[torch.Tensor]:
+) -> list[Float[Tensor, "batch token d_model"]]:
     """The same for several blocks, in the order in which they run, in one pass up to the last."""
     found: list[torch.Tensor] = []
 
@@ -75,10 +78,8 @@ def residuals_after(
     raise RuntimeError("the forward pass ended without reaching the hooked block")
 
 
-def residual_in(output: Any, block: nn.Module) -> torch.Tensor:
-    """The residual stream ``[batch, token, d_model]`` in what a block puts out. Raises ``IncompatibleError``
-    when it is of another form.
-    """
+def residual_in(output: object, block: nn.Module) -> Float[Tensor, "batch token d_model"]:
+    """The residual stream in what a block puts out. Raises ``IncompatibleError`` when there is none."""
     found = output[0] if isinstance(output, tuple) and output else output
     if isinstance(found, torch.Tensor) and found.ndim == 3:
         return found
@@ -89,10 +90,14 @@ def residual_in(output: Any, block: nn.Module) -> torch.Tensor:
     )
 
 
+Change = Callable[[Float[Tensor, "batch token d_model"]], Float[Tensor, "batch token d_model"]]
+
+
 @contextmanager
-def replaced(model: nn.Module, hook: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Within the block, the residual stream at ``hook`` goes through ``change``, a function of ``[batch,
-    token, d_model]``. The hook is removed whatever happens."""
+def replaced(model: nn.Module, hook: str, change: Change) -> Iterator[None]:
+    """Within the block, the residual stream at ``hook`` goes through ``change``. The hook is removed
+    whatever happens.
+    """
     n_blocks = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[operator,union-attr]
     block = find_blocks(model, n_blocks)[block_of(hook, n_blocks)]
 

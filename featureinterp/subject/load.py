@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
 
 from featureinterp.accelerator import to_device
 from featureinterp.corpus.cut import Encoding
@@ -109,9 +111,8 @@ class Subject:
         """The block of a hook's name; raises ``UnknownNameError`` when there is none."""
         return block_of(hook, self.n_blocks)
 
-    def residual(self, ids: torch.Tensor, hook: str) -> torch.Tensor:
-        """The residual stream at ``hook`` for token ids ``[batch, token]``, as ``[batch, token, d_model]`` in
-        the model's dtype.
+    def residual(self, ids: Int64[Tensor, "batch token"], hook: str) -> Float[Tensor, "batch token d_model"]:
+        """The residual stream at ``hook`` for token ids, in the model's dtype.
 
         The sink policy is applied: a BOS is read first and its position is cut off; without one, position 0
         is part of the result and the caller must not score it.
@@ -119,7 +120,9 @@ class Subject:
         return self.residuals(ids, [hook])[0]
 
     @torch.inference_mode()
-    def residuals(self, ids: torch.Tensor, hooks: Sequence[str]) -> list[torch.Tensor]:
+    def residuals(
+        self, ids: Int64[Tensor, "batch token"], hooks: Sequence[str]
+    ) -> list[Float[Tensor, "batch token d_model"]]:
         """The same at several hooks, in the order of their blocks, in one pass."""
         blocks = find_blocks(self.model, self.n_blocks)
         wanted = [blocks[number] for number in sorted({self.check_hook(hook) for hook in hooks})]
@@ -129,8 +132,8 @@ class Subject:
             for residual in residuals_after(self.model, wanted, {"input_ids": ids, "use_cache": False})
         ]
 
-    def as_read(self, ids: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """The ids ``[batch, token]`` that the model reads, with its BOS in front where it has one, on its
+    def as_read(self, ids: Int64[Tensor, "batch token"]) -> tuple[Int64[Tensor, "batch read"], int]:
+        """The ids that the model reads, with its BOS in front where it has one, on its
         device; and how many were put in front.
 
         Raises ``IncompatibleError`` for a text that is longer than the context, and for ids that its

@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from featureinterp.accelerator import fit_of, on_gpu, queues
 from featureinterp.corpus.windows import WindowTable
@@ -24,9 +26,8 @@ CHUNK_TOKENS = 16_384
 """Tokens of which windows of one length are put together; a GPU tries to read all of them at once."""
 
 T = TypeVar("T")
-Finish = Callable[["Batch", list[torch.Tensor]], T]
-"""Makes of a batch and its activations at every hook, each ``[window, token, d_model]``, what is handed over.
-It runs in inference mode.
+Finish = Callable[["Batch", list[Float[Tensor, "window token d_model"]]], T]
+"""Makes of a batch and its activations at every hook what is handed over. It runs in inference mode.
 """
 
 

@@ -7,21 +7,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
 
 from featureinterp.errors import IncompatibleError
 from featureinterp.subject.hooks import replaced
 
-Units = Callable[[torch.Tensor], torch.Tensor]
-"""What a direction is multiplied by at each token: from the residual stream ``[batch, token, d_model]`` to
-``[batch, token]``.
-"""
+Units = Callable[[Float[Tensor, "batch token d_model"]], Float[Tensor, "batch token"]]
+"""What a direction is multiplied by at each token: a function of the residual stream."""
 
 
 @contextmanager
 def added(
-    model: torch.nn.Module, hook: str, vector: torch.Tensor | None, units: Units | None = None
+    model: torch.nn.Module,
+    hook: str,
+    vector: Float[Tensor, " d_model"] | None,
+    units: Units | None = None,
 ) -> Iterator[None]:
-    """Within the block, ``vector [d_model]``, times each token's own ``units`` where they are given, is added
+    """Within the block, ``vector``, times each token's own ``units`` where they are given, is added
     to the residual stream at ``hook``, at every token but a text's first, the attention sink; a pass of one
     token is taken to go on behind others. None, or zeros: nothing is hooked, and the model is exactly what it
     was. The hook is removed whatever happens."""
@@ -29,7 +32,7 @@ def added(
         yield
         return
 
-    def add(residual: torch.Tensor) -> torch.Tensor:
+    def add(residual: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
         if vector.shape != residual.shape[-1:]:
             raise IncompatibleError(
                 f"a direction of {list(vector.shape)} cannot be added to a residual stream of width "
@@ -52,7 +55,7 @@ def write(
     model: Any,
     tokenizer: Any,
     hook: str,
-    vector: torch.Tensor | None,
+    vector: Float[Tensor, " d_model"] | None,
     openings: Sequence[str],
     *,
     max_tokens: int,
@@ -85,13 +88,13 @@ def write(
 
 def _continued(
     model: Any,
-    ids: torch.Tensor,
+    ids: Int64[Tensor, "text token"],
     generators: Sequence[torch.Generator],
     max_tokens: int,
     temperature: float,
     end: int | None,
 ) -> list[list[int]]:
-    """What follows each row of ``ids [text, token]``, up to its end token; each row has its own luck."""
+    """What follows each row of ``ids``, up to its end token; each row has its own luck."""
     found: list[list[int]] = [[] for _ in generators]
     going = set(range(len(found)))
     past, step = None, ids
@@ -115,8 +118,8 @@ def _continued(
     return found
 
 
-def random_directions(d: int, n: int, *, seed: int) -> torch.Tensor:
-    """``n`` directions of unit length, uniform on the sphere, float32 ``[n, d]``."""
+def random_directions(d: int, n: int, *, seed: int) -> Float32[Tensor, "{n} {d}"]:
+    """``n`` directions of unit length, uniform on the sphere."""
     found = [
         torch.randn(d, generator=torch.Generator().manual_seed(seed * 1_000_003 + number))
         for number in range(n)

@@ -4,17 +4,22 @@ Weights are held by feature (``W_enc``, ``W_dec``: ``[d_sae, d_in]``), decoder r
 normalised; every loss is in shares of their variance V = E‖x − mean‖², so that the weight of a penalty means
 the same for any model:
 
-    reconstruction  Σ‖x − x̂‖² / (batch · V), the fraction of variance unexplained (FVU) TopK            + aux
-    Gao et al. 2024, "Scaling and evaluating sparse autoencoders" BatchTopK       + aux
-    Bussmann et al. 2024, "BatchTopK sparse autoencoders" Matryoshka      mean FVU of the prefixes + aux
-    Bussmann et al. 2025, "Learning multi-level features with Matryoshka sparse autoencoders" ReLU
-    + λ Σ c / (batch · √V) + aux    Bricken et al. 2023, "Towards monosemanticity" JumpReLU        + λ (L0 / k
-    − 1)² + aux         Rajamanoharan et al. 2024, "Jumping ahead", with a wanted L0 gated           + λ Σ
-    ReLU(π) / (batch · √V) + Σ‖x − x̂(ReLU(π))‖² / (batch · V), that x̂ with a frozen decoder, + aux
-                                                    Rajamanoharan et al. 2024, "Improving dictionary learning
-                                                    with gated sparse autoencoders"
-    aux             α Σ‖e − ê‖² / Σ‖e‖²: of the error e by the ``aux_k`` largest codes of dead features (Gao
-    et al. 2024)
+    reconstruction  Σ‖x − x̂‖² / (batch · V), the fraction of variance unexplained (FVU)
+    TopK            + aux
+                    Gao et al. 2024, "Scaling and evaluating sparse autoencoders"
+    BatchTopK       + aux
+                    Bussmann et al. 2024, "BatchTopK sparse autoencoders"
+    Matryoshka      mean FVU of the prefixes + aux
+                    Bussmann et al. 2025, "Learning multi-level features with Matryoshka sparse autoencoders"
+    ReLU            + λ Σ c / (batch · √V) + aux
+                    Bricken et al. 2023, "Towards monosemanticity"
+    JumpReLU        + λ (L0 / k − 1)² + aux
+                    Rajamanoharan et al. 2024, "Jumping ahead", with a wanted L0
+    gated           + λ Σ ReLU(π) / (batch · √V) + Σ‖x − x̂(ReLU(π))‖² / (batch · V), that x̂ with a frozen
+                    decoder, + aux
+                    Rajamanoharan et al. 2024, "Improving dictionary learning with gated sparse autoencoders"
+    aux             α Σ‖e − ê‖² / Σ‖e‖²: of the error e by the ``aux_k`` largest codes of dead features
+                    (Gao et al. 2024)
 """
 
 from __future__ import annotations
@@ -23,7 +28,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
 from torch.nn.functional import embedding_bag, linear
 
 from featureinterp.sae.base import SparseAutoencoder, layer_norm
@@ -36,14 +42,14 @@ from featureinterp.training.sparse import Pattern, decoded, encoded
 class Step(NamedTuple):
     """What a batch gave: the ``loss`` to descend; the parts of it and of this process's rows, without
     gradients: ``error`` Σ‖x − x̂‖², ``penalty`` and ``aux`` (as they stand in the loss), ``n_codes``;
-    ``fired`` bool ``[d_sae]``."""
+    ``fired``: which features did."""
 
-    loss: torch.Tensor
-    error: torch.Tensor
-    penalty: torch.Tensor
-    aux: torch.Tensor
-    n_codes: torch.Tensor
-    fired: torch.Tensor
+    loss: Float[Tensor, ""]
+    error: Float[Tensor, ""]
+    penalty: Float[Tensor, ""]
+    aux: Float[Tensor, ""]
+    n_codes: Int64[Tensor, ""]
+    fired: Bool[Tensor, " d_sae"]
 
 
 @dataclass(frozen=True)
@@ -56,21 +62,21 @@ class Normalizer:
     scale: float = 1.0
 
     @classmethod
-    def of(cls, kind: str, sample: torch.Tensor) -> Normalizer:
-        """From a sample ``[row, d_in]``: ``global`` gives the centred rows unit variance per dimension, on
-        average.
-        """
+    def of(cls, kind: str, sample: Float[Tensor, "row d_in"]) -> Normalizer:
+        """From a sample: ``global`` gives the centred rows unit variance per dimension, on average."""
         if kind != "global":
             return cls(kind)
         variance = float((sample - sample.mean(0)).pow(2).mean())
         return cls(kind, variance**-0.5 if variance > 0 else 1.0)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_in"]:
         return layer_norm(x)[0] if self.kind == "token" else x * self.scale
 
 
-def geometric_median(x: torch.Tensor, *, tolerance: float = 1e-5, most: int = 200) -> torch.Tensor:
-    """The point with the smallest sum of distances to the rows of ``x [row, d]``: Weiszfeld's iteration,
+def geometric_median(
+    x: Float[Tensor, "row d"], *, tolerance: float = 1e-5, most: int = 200
+) -> Float[Tensor, " d"]:
+    """The point with the smallest sum of distances to the rows of ``x``: Weiszfeld's iteration,
     until it moves by less than ``tolerance`` of their mean distance."""
     point = x.mean(0)
     for _ in range(most):
@@ -85,7 +91,7 @@ def geometric_median(x: torch.Tensor, *, tolerance: float = 1e-5, most: int = 20
 
 
 class Trainable(nn.Module):
-    """Base of the architectures. ``variance``: of the normalised inputs. ``bias``: the pre-bias ``[d_in]``;
+    """Base of the architectures. ``variance``: of the normalised inputs. ``bias``: the pre-bias;
     ``ranks``: the processes that share a batch.
     """
 
@@ -94,7 +100,7 @@ class Trainable(nn.Module):
         d_in: int,
         table: SaeTable,
         *,
-        bias: torch.Tensor,
+        bias: Float[Tensor, " d_in"],
         variance: float,
         generator: torch.Generator,
         ranks: Ranks = Ranks(),
@@ -104,16 +110,16 @@ class Trainable(nn.Module):
         self.table, self.variance, self.ranks = table, variance, ranks
         self.d_in, self.d_sae = d_in, d_sae
         self.aux_k = min(d_sae, d_in // 2 if table.aux_k is None else table.aux_k)
-        self.half = False
+        self.half_precision = False
         directions = nn.functional.normalize(torch.randn(d_sae, d_in, generator=generator), dim=1)
         self.W_enc = nn.Parameter(directions.clone())
         self.W_dec = nn.Parameter(directions)
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.b_dec = nn.Parameter(bias.clone())
 
-    def forward(self, x: torch.Tensor, dead: torch.Tensor, strength: float) -> Step:
-        """The loss of normalised ``x [row, d_in]``. ``dead``: the features that are, int64; ``strength``: how
-        far the penalty has grown, 0 to 1.
+    def forward(self, x: Float[Tensor, "row d_in"], dead: Int64[Tensor, " dead"], strength: float) -> Step:
+        """The loss of normalised ``x``. ``dead``: the features that are; ``strength``: how far the penalty
+        has grown, 0 to 1.
         """
         raise NotImplementedError
 
@@ -140,7 +146,9 @@ class Trainable(nn.Module):
         """Gives every decoder row unit norm, after a step."""
         self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
 
-    def _aux(self, x: torch.Tensor, error: torch.Tensor, dead: torch.Tensor) -> torch.Tensor:
+    def _aux(
+        self, x: Float[Tensor, "row d_in"], error: Float[Tensor, "row d_in"], dead: Int64[Tensor, " dead"]
+    ) -> Float[Tensor, ""]:
         """The auxiliary loss of dead features: how much of the error is left when they reconstruct it."""
         if not len(dead) or not self.aux_k or not self.table.aux_coefficient:
             return x.new_zeros(())
@@ -151,18 +159,20 @@ class Trainable(nn.Module):
         whole = self.ranks.sum(error.pow(2).sum()) / self.ranks.world
         return self.table.aux_coefficient * (error - guess).pow(2).sum() / whole.clamp_min(1e-12)
 
-    def _before(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """What some features read, before any threshold: ``[row, feature]``."""
+    def _before(
+        self, x: Float[Tensor, "row d_in"], features: Int64[Tensor, " feature"]
+    ) -> Float[Tensor, "row feature"]:
+        """What some features read, before any threshold."""
         return linear(x - self.b_dec, self.W_enc[features], self.b_enc[features])
 
-    def _fvu(self, error: torch.Tensor) -> torch.Tensor:
+    def _fvu(self, error: Float[Tensor, "row d_in"]) -> Float[Tensor, ""]:
         return error.pow(2).sum() / (len(error) * self.variance)
 
 
 class ByCount(Trainable):
     """TopK: the k largest codes of each token. Base of those that keep a number of codes."""
 
-    def forward(self, x: torch.Tensor, dead: torch.Tensor, strength: float) -> Step:
+    def forward(self, x: Float[Tensor, "row d_in"], dead: Int64[Tensor, " dead"], strength: float) -> Step:
         centred = (x - self.b_dec).detach()
         with torch.no_grad():
             values, pattern = self._chosen(centred)
@@ -183,21 +193,27 @@ class ByCount(Trainable):
         """Where the prefixes of the dictionary end that reconstruct on their own."""
         return [self.d_sae]
 
-    def _chosen(self, centred: torch.Tensor) -> tuple[torch.Tensor, Pattern]:
+    def _chosen(self, centred: Float[Tensor, "row d_in"]) -> tuple[Float[Tensor, " chosen"], Pattern]:
         """The values of the codes that are kept, and which they are."""
         values, indices = torch.topk(self._all(centred), min(self.table.k, self.d_sae), dim=1, sorted=False)
         pattern = Pattern.equal(indices, self.d_sae)
         return self._exact(values.flatten(), centred, pattern), pattern
 
-    def _all(self, centred: torch.Tensor) -> torch.Tensor:
-        """What every feature reads, ``[row, d_sae]``; in half precision it only chooses."""
-        if self.half:
+    def _all(self, centred: Float[Tensor, "row d_in"]) -> Float[Tensor, "row d_sae"]:
+        """What every feature reads; in half precision it only chooses."""
+        if self.half_precision:
             return linear(centred.bfloat16(), self.W_enc.bfloat16(), self.b_enc.bfloat16())
         return linear(centred, self.W_enc, self.b_enc)
 
-    def _exact(self, values: torch.Tensor, centred: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    def _exact(
+        self, values: Float[Tensor, " chosen"], centred: Float[Tensor, "row d_in"], pattern: Pattern
+    ) -> Float[Tensor, " chosen"]:
         """The values of chosen codes in full precision."""
-        return pattern.products(centred, self.W_enc) + self.b_enc[pattern.features] if self.half else values
+        return (
+            pattern.products(centred, self.W_enc) + self.b_enc[pattern.features]
+            if self.half_precision
+            else values
+        )
 
     def export(self, scale: float) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
         name, tensors, _ = super().export(scale)
@@ -214,7 +230,7 @@ class ByBatch(ByCount):
         super().__init__(d_in, table, **options)
         self.register_buffer("threshold", torch.tensor(-1.0))
 
-    def _chosen(self, centred: torch.Tensor) -> tuple[torch.Tensor, Pattern]:
+    def _chosen(self, centred: Float[Tensor, "row d_in"]) -> tuple[Float[Tensor, " chosen"], Pattern]:
         dense = torch.relu(self._all(centred))
         n = min(self.table.k * len(dense) * self.ranks.world, dense.numel())
         smallest = (
@@ -252,20 +268,20 @@ class Dense(Trainable):
     def _linear(
         self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.half_precision):
             return linear(x, weight, bias).to(x.dtype)
 
     def _decoded(self, codes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(codes.device.type, torch.bfloat16, enabled=self.half):
+        with torch.autocast(codes.device.type, torch.bfloat16, enabled=self.half_precision):
             return (codes @ weight).to(codes.dtype)
 
     def _step(
         self,
-        x: torch.Tensor,
-        codes: torch.Tensor,
-        penalty: torch.Tensor,
-        dead: torch.Tensor,
-        extra: torch.Tensor | None = None,
+        x: Float[Tensor, "row d_in"],
+        codes: Float[Tensor, "row d_sae"],
+        penalty: Float[Tensor, ""],
+        dead: Int64[Tensor, " dead"],
+        extra: Float[Tensor, ""] | None = None,
     ) -> Step:
         error = x - self.b_dec - self._decoded(codes, self.W_dec)
         aux = self._aux(x, error, dead)
@@ -284,7 +300,7 @@ class Dense(Trainable):
 class ReLU(Dense):
     """ReLU with an L1 penalty."""
 
-    def forward(self, x: torch.Tensor, dead: torch.Tensor, strength: float) -> Step:
+    def forward(self, x: Float[Tensor, "row d_in"], dead: Int64[Tensor, " dead"], strength: float) -> Step:
         codes = torch.relu(self._linear(x - self.b_dec, self.W_enc, self.b_enc))
         penalty = strength * self.table.penalty_or_default * codes.sum() / (len(x) * self.variance**0.5)
         return self._step(x, codes, penalty, dead)
@@ -298,7 +314,7 @@ class Gated(Dense):
         self.r_mag = nn.Parameter(torch.zeros(self.d_sae))
         self.mag_bias = nn.Parameter(torch.zeros(self.d_sae))
 
-    def forward(self, x: torch.Tensor, dead: torch.Tensor, strength: float) -> Step:
+    def forward(self, x: Float[Tensor, "row d_in"], dead: Int64[Tensor, " dead"], strength: float) -> Step:
         opened, codes = gated(
             self._linear(x - self.b_dec, self.W_enc), self.b_enc, torch.exp(self.r_mag), self.mag_bias
         )
@@ -321,13 +337,13 @@ class JumpReLU(Dense):
     it.
     """
 
-    def __init__(self, d_in: int, table: SaeTable, *, bias: torch.Tensor, **options: Any) -> None:
+    def __init__(self, d_in: int, table: SaeTable, *, bias: Float[Tensor, " d_in"], **options: Any) -> None:
         super().__init__(d_in, table, bias=bias, **options)
         self.threshold = nn.Parameter(torch.full((self.d_sae,), float(table.bandwidth)))
         with torch.no_grad():
             self.b_enc.copy_(-self.W_enc @ bias)  # its input is not centred
 
-    def forward(self, x: torch.Tensor, dead: torch.Tensor, strength: float) -> Step:
+    def forward(self, x: Float[Tensor, "row d_in"], dead: Int64[Tensor, " dead"], strength: float) -> Step:
         codes, count = jump(self._linear(x, self.W_enc, self.b_enc), self.threshold, self.table.bandwidth)
         local = count / len(x)
         # the square is of the mean over all processes; what is descended is its tangent, which adds up over
@@ -346,7 +362,9 @@ class JumpReLU(Dense):
         super().constrain()
         self.threshold.clamp_(min=0)
 
-    def _before(self, x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    def _before(
+        self, x: Float[Tensor, "row d_in"], features: Int64[Tensor, " feature"]
+    ) -> Float[Tensor, "row feature"]:
         return linear(x, self.W_enc[features], self.b_enc[features])
 
     def export(self, scale: float) -> tuple[str, dict[str, torch.Tensor], dict[str, Any]]:
@@ -396,28 +414,33 @@ class _Gated(torch.autograd.Function):
         return torch.addcmul(gate, size, scale), gate.sum(0), (size * read).sum(0), size.sum(0)
 
 
-def jump(z: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """z ``[row, feature]`` where it exceeds ``threshold [feature]``, else 0; and how many do."""
+def jump(
+    z: Float[Tensor, "row feature"], threshold: Float[Tensor, " feature"], bandwidth: float
+) -> tuple[Float[Tensor, "row feature"], Float[Tensor, ""]]:
+    """z where it exceeds the feature's ``threshold``, else 0; and how many do."""
     codes, number = _Jump.apply(z, threshold, bandwidth)
     return codes, number
 
 
 def gated(
-    read: torch.Tensor, gate_bias: torch.Tensor, scale: torch.Tensor, mag_bias: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gate, and the codes that it lets through: each ``[row, feature]``."""
+    read: Float[Tensor, "row feature"],
+    gate_bias: Float[Tensor, " feature"],
+    scale: Float[Tensor, " feature"],
+    mag_bias: Float[Tensor, " feature"],
+) -> tuple[Float[Tensor, "row feature"], Float[Tensor, "row feature"]]:
+    """The gate, and the codes that it lets through."""
     opened, codes = _Gated.apply(read, gate_bias, scale, mag_bias)
     return opened, codes
 
 
-def largest(values: torch.Tensor, n: int) -> torch.Tensor:
+def largest(values: Float[Tensor, " value"], n: int) -> Float[Tensor, " {n}"]:
     """The ``n`` largest of a vector, in any order; filled with −inf where it has fewer."""
     if n > len(values):
         return torch.cat([values, values.new_full((n - len(values),), float("-inf"))])
     return torch.topk(values, n, sorted=False).values
 
 
-def nth_largest(values: torch.Tensor, n: int) -> torch.Tensor:
+def nth_largest(values: Float[Tensor, " value"], n: int) -> Float[Tensor, ""]:
     """The ``n``-th largest of a vector (1: the largest)."""
     if values.device.type == "cpu":
         import numpy as np

@@ -8,10 +8,12 @@ was; the order depends on the seed alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
+from jaxtyping import Float32
+from torch import Tensor
 
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import InputError
@@ -28,12 +30,12 @@ class Batches(Protocol):
         """Width of a row."""
         ...
 
-    def sample(self, n: int, *, seed: int, n_shards: int | None) -> np.ndarray:
-        """About ``n`` rows to prepare the training by, float32 ``[row, d_model]``."""
+    def sample(self, n: int, *, seed: int, n_shards: int | None) -> Float32[np.ndarray, "row d_model"]:
+        """About ``n`` rows to prepare the training by."""
         ...
 
-    def next(self) -> np.ndarray:
-        """This process's share of the next batch, float32 ``[row, d_model]``."""
+    def next(self) -> Float32[np.ndarray, "row d_model"]:
+        """This process's share of the next batch."""
         ...
 
     @property
@@ -86,7 +88,7 @@ class StoreBatches:
     def d_model(self) -> int:
         return self.store.d_model
 
-    def sample(self, n: int, *, seed: int, n_shards: int | None) -> np.ndarray:
+    def sample(self, n: int, *, seed: int, n_shards: int | None) -> Float32[np.ndarray, "row d_model"]:
         return self.store.sample(n, seed=seed, n_shards=n_shards)
 
     @property
@@ -96,12 +98,12 @@ class StoreBatches:
     def seek(self, cursor: dict[str, int]) -> None:
         self._at = cursor["row"]
 
-    def next(self) -> np.ndarray:
+    def next(self) -> Float32[np.ndarray, "row d_model"]:
         start = self._at + self.share.rank * self._per
         self._at += self.batch
         return self.rows(start, self._per)
 
-    def rows(self, start: int, n: int) -> np.ndarray:
+    def rows(self, start: int, n: int) -> Float32[np.ndarray, "{n} d_model"]:
         """``n`` rows of the endless stream from its row ``start`` on."""
         parts = []
         while n:
@@ -193,7 +195,7 @@ class OnlineBatches:
     def d_model(self) -> int:
         return self.subject.d_model
 
-    def sample(self, n: int, *, seed: int, n_shards: int | None) -> np.ndarray:
+    def sample(self, n: int, *, seed: int, n_shards: int | None) -> Float32[np.ndarray, "row d_model"]:
         order = np.random.default_rng([seed, 1]).permutation(self.rows)
         return self._read(order, 0, n)[0]
 
@@ -204,7 +206,7 @@ class OnlineBatches:
     def seek(self, cursor: dict[str, int]) -> None:
         self._at, self._held = dict(cursor), None
 
-    def next(self) -> np.ndarray:
+    def next(self) -> Float32[np.ndarray, "row d_model"]:
         parts, n = [], self._per
         while n:
             held = self._rows()
@@ -248,6 +250,6 @@ class OnlineBatches:
         return found, end
 
 
-def as_tensor(rows: Any, device: torch.device) -> torch.Tensor:
-    """Rows on a device, float32."""
+def as_tensor(rows: np.ndarray, device: torch.device) -> Float32[Tensor, "row d_model"]:
+    """Rows on a device."""
     return torch.from_numpy(np.ascontiguousarray(rows)).to(device, torch.float32)

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Float32, Float64, Int64
+from torch import Tensor
 
 from featureinterp.accelerator import fit_of, in_parts, on_gpu, to_host
 from featureinterp.codes.collect import scored_tokens
@@ -112,7 +114,13 @@ class _Sums:
         self.by_document = np.zeros(n_documents)
         self.by_decile = np.zeros(DECILES)
 
-    def add(self, x: torch.Tensor, guess: torch.Tensor, documents: np.ndarray, deciles: np.ndarray) -> None:
+    def add(
+        self,
+        x: Float[Tensor, "row d"],
+        guess: Float[Tensor, "row d"],
+        documents: Int64[np.ndarray, " row"],
+        deciles: Int64[np.ndarray, " row"],
+    ) -> None:
         """``guess``: of the rows ``x``."""
         errors = (x - guess).double().pow(2).sum(1)
         self.normalised += float((errors / _variance(x)).sum())
@@ -132,7 +140,7 @@ class _Sums:
         )
 
 
-def _variance(x: torch.Tensor) -> torch.Tensor:
+def _variance(x: Float[Tensor, "row d"]) -> Float64[Tensor, " row"]:
     """Of each row over its own dimensions."""
     return x.double().var(1).clamp_min(1e-12)
 
@@ -140,7 +148,7 @@ def _variance(x: torch.Tensor) -> torch.Tensor:
 def evaluate(
     sae: SparseAutoencoder,
     test: ActivationStore,
-    sample: np.ndarray | None = None,
+    sample: Float32[np.ndarray, "row d"] | None = None,
     *,
     max_rows: int | None = None,
     pca: int = 32,
@@ -148,8 +156,8 @@ def evaluate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """``test``: a store of documents that were not trained on. ``sample``: training activations ``[row, d]``,
-    for the PCA. Raises ``IncompatibleError`` for a store of another width."""
+    """``test``: a store of documents that were not trained on. ``sample``: training activations, for
+    the PCA. Raises ``IncompatibleError`` for a store of another width."""
     rows = _rows(test, sae.d_in, max_rows, seed)
     if pca < 1:
         raise InputError(f"a PCA of {pca} components is not possible: choose at least 1")
@@ -258,8 +266,10 @@ def _interval(errors: np.ndarray, total: np.ndarray, seed: int) -> Interval | No
         return interval_of(1 - (counts @ errors) / (counts @ total))
 
 
-def principal(sample: np.ndarray, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean ``[d]``, first ``k`` principal directions ``[k, d]``) of a sample, float64."""
+def principal(
+    sample: Float[np.ndarray, "row d"], k: int
+) -> tuple[Float64[Tensor, " d"], Float64[Tensor, "{k} d"]]:
+    """(mean, first ``k`` principal directions) of a sample."""
     x = torch.from_numpy(sample).double()
     centre = x.mean(0)
     values, vectors = torch.linalg.eigh((x - centre).T @ (x - centre))
@@ -280,7 +290,7 @@ def check_apart(train: ActivationStore, test: ActivationStore) -> None:
         )
 
 
-def held_out_windows(test: ActivationStore, n: int, seed: int = 0) -> np.ndarray:
+def held_out_windows(test: ActivationStore, n: int, seed: int = 0) -> Int64[np.ndarray, " window"]:
     """Up to ``n`` random windows of a store, ascending."""
     rows = np.unique(np.asarray(test.windows))
     return (
@@ -295,7 +305,7 @@ def loss_recovered(
     hook: str,
     sae: SparseAutoencoder,
     windows: WindowTable,
-    rows: np.ndarray,
+    rows: Int64[np.ndarray, " window"],
     *,
     batch: int | None = None,
     progress: Progress | None = None,
@@ -329,21 +339,22 @@ def loss_recovered(
 
 
 def _losses(
-    model: Any, subject: Subject, hook: str, sae: SparseAutoencoder, ids: torch.Tensor
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Cross-entropies ``[window, token − 1]`` of the three ways, and which predictions count, for token ids
-    ``[window, token]``.
-    """
+    model: Any, subject: Subject, hook: str, sae: SparseAutoencoder, ids: Int64[Tensor, "window token"]
+) -> tuple[list[Float[Tensor, "window token-1"]], Bool[Tensor, "window token-1"]]:
+    """Cross-entropies of the three ways, and which predictions count."""
     scored = scored_tokens(subject.residual(ids, hook), subject)
     ids, lead = subject.as_read(ids)
     scored = torch.nn.functional.pad(scored, (lead, 0))
 
-    def changed(residual: torch.Tensor, how: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def changed(
+        residual: Float[Tensor, "window token d"],
+        how: Callable[[Float[Tensor, "row d"]], Float[Tensor, "row d"]],
+    ) -> Float[Tensor, "window token d"]:
         out = residual.clone()
         out[scored] = how(residual[scored].float()).to(residual.dtype)
         return out
 
-    ways: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    ways: list[Callable[[Float[Tensor, "row d"]], Float[Tensor, "row d"]]] = [
         lambda x: x,
         lambda x: sae.decode(sae.encode(x)).to(x.device),
         torch.zeros_like,

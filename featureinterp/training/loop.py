@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from featureinterp.errors import DamagedStoreError, FeatureInterpError, IncompatibleError, InputError
 from featureinterp.files import content_key, explained_storage, parse_json, replaced_atomically
@@ -83,7 +84,7 @@ class Trainer:
     ranks: Ranks = field(default_factory=Ranks)
 
     def __post_init__(self) -> None:
-        self.model.half = self.table.precision == "bfloat16"
+        self.model.half_precision = self.table.precision == "bfloat16"
         self.model.to(self.device).train()
         fused = self.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(
@@ -99,8 +100,8 @@ class Trainer:
             )
 
     @property
-    def dead(self) -> torch.Tensor:
-        """Which features are dead, bool ``[d_sae]``."""
+    def dead(self) -> Bool[Tensor, " d_sae"]:
+        """Which features are dead."""
         return self.silent_for > self.model.table.dead_after
 
     def one_step(self) -> Line:

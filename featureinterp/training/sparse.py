@@ -14,27 +14,29 @@ from functools import cache, cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
 
 CHUNK = 4096
 
 
 class Pattern:
-    """Which codes are chosen: for row i the features ``features[starts[i]:starts[i + 1]]``. ``starts`` int64
-    ``[row + 1]``, ``features`` int64 ``[chosen]``.
-    """
+    """Which codes are chosen: for row i the features ``features[starts[i]:starts[i + 1]]``."""
 
-    def __init__(self, starts: torch.Tensor, features: torch.Tensor, n_features: int) -> None:
+    def __init__(
+        self, starts: Int64[Tensor, " row+1"], features: Int64[Tensor, " chosen"], n_features: int
+    ) -> None:
         self.starts, self.features, self.n_features = starts, features, n_features
 
     @classmethod
-    def equal(cls, indices: torch.Tensor, n_features: int) -> Pattern:
-        """As many in every row: ``indices [row, k]``."""
+    def equal(cls, indices: Int64[Tensor, "row k"], n_features: int) -> Pattern:
+        """As many in every row."""
         n, k = indices.shape
         return cls(torch.arange(0, n * k + 1, k, device=indices.device), indices.flatten(), n_features)
 
     @classmethod
-    def where(cls, mask: torch.Tensor) -> Pattern:
-        """Where ``mask [row, feature]`` is true."""
+    def where(cls, mask: Bool[Tensor, "row feature"]) -> Pattern:
+        """Where ``mask`` is true."""
         rows, features = torch.nonzero(mask, as_tuple=True)
         return cls(_starts(rows, len(mask)), features, mask.shape[1])
 
@@ -43,8 +45,8 @@ class Pattern:
         return len(self.starts) - 1
 
     @cached_property
-    def rows(self) -> torch.Tensor:
-        """The row of every chosen code, int64 ``[chosen]``."""
+    def rows(self) -> Int64[Tensor, " chosen"]:
+        """The row of every chosen code."""
         return torch.repeat_interleave(
             torch.arange(self.n_rows, device=self.starts.device),
             self.starts.diff(),
@@ -52,11 +54,11 @@ class Pattern:
         )
 
     @cached_property
-    def by_feature(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def by_feature(self) -> tuple[Int64[Tensor, " chosen"], Int64[Tensor, " feature+1"]]:
         """(the order of the chosen codes by feature, where each feature begins in it)."""
         return torch.argsort(self.features, stable=True), _starts(self.features, self.n_features)
 
-    def part(self, first: int, end: int) -> tuple[Pattern, torch.Tensor]:
+    def part(self, first: int, end: int) -> tuple[Pattern, Int64[Tensor, " inside"]]:
         """The codes of features from ``first`` to before ``end``, counted from ``first``; and which of the
         chosen ones they are.
         """
@@ -65,19 +67,21 @@ class Pattern:
             _starts(self.rows[inside], self.n_rows), self.features[inside] - first, end - first
         ), inside
 
-    def times(self, values: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """S @ ``matrix [feature, d]``: ``[row, d]``."""
+    def times(
+        self, values: Float[Tensor, " chosen"], matrix: Float[Tensor, "feature d"]
+    ) -> Float[Tensor, "row d"]:
+        """S @ ``matrix``."""
         return _csr(self.starts, self.features, values, (self.n_rows, self.n_features)) @ matrix
 
-    def transposed_times(self, values: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-        """Sᵀ @ ``matrix [row, d]``: ``[feature, d]``."""
+    def transposed_times(
+        self, values: Float[Tensor, " chosen"], matrix: Float[Tensor, "row d"]
+    ) -> Float[Tensor, "feature d"]:
+        """Sᵀ @ ``matrix``."""
         order, starts = self.by_feature
         return _csr(starts, self.rows[order], values[order], (self.n_features, self.n_rows)) @ matrix
 
-    def products(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """For every chosen (row, feature) the product of a row of ``a [row, d]`` with one of ``b [feature,
-        d]``: ``[chosen]``.
-        """
+    def products(self, a: Float[Tensor, "row d"], b: Float[Tensor, "feature d"]) -> Float[Tensor, " chosen"]:
+        """For every chosen (row, feature) the product of a row of ``a`` with one of ``b``."""
         if _sampled_is_there(a.device.type):
             zero = _csr(
                 self.starts,
@@ -92,8 +96,8 @@ class Pattern:
         ]
         return torch.cat(parts) if parts else a.new_zeros(0)
 
-    def sum_by_feature(self, values: torch.Tensor) -> torch.Tensor:
-        """``[feature]``."""
+    def sum_by_feature(self, values: Float[Tensor, " chosen"]) -> Float[Tensor, " feature"]:
+        """The sum of each feature's values."""
         return values.new_zeros(self.n_features).index_add_(0, self.features, values)
 
 
@@ -186,21 +190,24 @@ class _Nested(torch.autograd.Function):
 
 
 def encoded(
-    values: torch.Tensor,
-    centred: torch.Tensor,
-    W_enc: torch.Tensor,
-    b_enc: torch.Tensor,
-    b_dec: torch.Tensor,
+    values: Float[Tensor, " chosen"],
+    centred: Float[Tensor, "row d"],
+    W_enc: Float[Tensor, "feature d"],
+    b_enc: Float[Tensor, " feature"],
+    b_dec: Float[Tensor, " d"],
     pattern: Pattern,
-) -> torch.Tensor:
-    """``values [chosen]`` of ``centred`` = x − b_dec ``[row, d]`` times W_encᵀ plus b_enc, as a function of
-    ``W_enc [feature, d]``, ``b_enc`` and ``b_dec``.
+) -> Float[Tensor, " chosen"]:
+    """``values`` of ``centred`` = x − b_dec times W_encᵀ plus b_enc, as a function of ``W_enc``, ``b_enc``
+    and ``b_dec``.
     """
     return _Encoded.apply(values, centred, W_enc, b_enc, b_dec, pattern)
 
 
 def decoded(
-    values: torch.Tensor, W_dec: torch.Tensor, pattern: Pattern, ends: Sequence[int] | None = None
-) -> torch.Tensor:
-    """S W_dec with the features before each of ``ends`` (all of them when None): ``[prefix, row, d]``."""
+    values: Float[Tensor, " chosen"],
+    W_dec: Float[Tensor, "feature d"],
+    pattern: Pattern,
+    ends: Sequence[int] | None = None,
+) -> Float[Tensor, "prefix row d"]:
+    """S W_dec with the features before each of ``ends`` (all of them when None)."""
     return _Nested.apply(values, W_dec, pattern, list(ends or [pattern.n_features]))

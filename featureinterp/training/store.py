@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+from jaxtyping import Float, Float32, Int32, Int64
 
 from featureinterp.errors import (
     FeatureInterpError,
@@ -44,17 +45,17 @@ DTYPES = {"float16": np.float16, "float32": np.float32}
 
 @dataclass(frozen=True, eq=False)
 class ActivationStore:
-    """A complete store, memory-mapped. ``shards``: arrays ``[row, d_model]``; ``documents``, ``windows``,
-    ``offsets``, ``tokens``: int32 ``[row]``. All are checked where they are read. ``files``: their checksums,
+    """A complete store, memory-mapped. ``documents``, ``windows``, ``offsets``, ``tokens``:
+    of each row. All are checked where they are read. ``files``: their checksums,
     None for a store of an earlier version."""
 
     folder: Path
     meta: dict[str, Any]
-    shards: tuple[np.ndarray, ...]
-    documents: np.ndarray
-    windows: np.ndarray
-    offsets: np.ndarray
-    tokens: np.ndarray
+    shards: tuple[Float[np.ndarray, "shard_row d_model"], ...]
+    documents: Int32[np.ndarray, " row"]
+    windows: Int32[np.ndarray, " row"]
+    offsets: Int32[np.ndarray, " row"]
+    tokens: Int32[np.ndarray, " row"]
     files: Mapping[str, Sums] | None = None
 
     @classmethod
@@ -92,8 +93,8 @@ class ActivationStore:
         """First row of every shard, and the end: int64 ``[shard + 1]``."""
         return np.concatenate([[0], np.cumsum(self.meta["shards"], dtype=np.int64)])
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """The given rows in their order, float32 ``[row, d_model]``. Raises ``FeatureInterpError`` when a
+    def read(self, rows: Int64[np.ndarray, " row"]) -> Float32[np.ndarray, "row d_model"]:
+        """The given rows in their order. Raises ``FeatureInterpError`` when a
         value is not finite.
         """
         rows = np.asarray(rows, np.int64)
@@ -123,7 +124,9 @@ class ActivationStore:
         for start in range(0, len(self), rows):
             yield self.read(np.arange(start, min(start + rows, len(self))))
 
-    def sample(self, n: int, *, seed: int = 0, n_shards: int | None = None) -> np.ndarray:
+    def sample(
+        self, n: int, *, seed: int = 0, n_shards: int | None = None
+    ) -> Float32[np.ndarray, "row d_model"]:
         """``n`` rows drawn evenly from up to ``n_shards`` shards (all when None), float32; all rows when
         there are fewer.
         """
@@ -243,8 +246,8 @@ class StoreWriter:
                 )
         self._shard: IO[bytes] | None = None
 
-    def append(self, rows: np.ndarray, **sides: np.ndarray) -> None:
-        """``rows`` ``[row, d_model]``, and the arrays of ``SIDES`` ``[row]``. Raises ``FeatureInterpError``
+    def append(self, rows: Float[np.ndarray, "row d_model"], **sides: Int32[np.ndarray, " row"]) -> None:
+        """``rows``, and the arrays of ``SIDES``. Raises ``FeatureInterpError``
         for a value that the dtype cannot hold.
         """
         with np.errstate(over="ignore"):
