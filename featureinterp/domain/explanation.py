@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
+from featureinterp.domain.plain import Plain
 from featureinterp.domain.usage import Usage
 
 MAX_RULES = 10
@@ -27,7 +26,7 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class SearchNode:
+class SearchNode(Plain):
     """One explanation that a tree search tried.
 
     ``number``: its place in the order of making; ``parent``: the number of the one that it improves, None for
@@ -50,17 +49,6 @@ class SearchNode:
     chosen: bool = False
     failure: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-serialisable form that :meth:`from_json` reads back to an equal value."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__} | {
-            "rules": _rules_json(self.rules)
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> SearchNode:
-        """Reads what :meth:`to_json` wrote."""
-        return cls(**{**value, "rules": tuple(Rule(**r) for r in value["rules"])})
-
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
@@ -80,7 +68,7 @@ class Provenance:
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(Plain):
     """Structured rules, or one sentence (``rules`` is then a single rule of strength 5 and ``structured`` is
     False).
 
@@ -107,40 +95,3 @@ class Explanation:
     def text(self) -> str:
         """It in one line: the sentence, or the rules joined by semicolons, strongest first."""
         return "; ".join(rule.activates_on for rule in sorted(self.rules, key=lambda r: -r.strength))
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-serialisable form that :meth:`from_json` reads back to an equal value."""
-        p = self.provenance
-        return {
-            "structured": self.structured,
-            "rules": _rules_json(self.rules),
-            "search": [node.to_json() for node in self.search],
-            "provenance": {
-                **{
-                    name: getattr(p, name)
-                    for name in (
-                        "method",
-                        "model",
-                        "prompt",
-                        "prompt_hash",
-                        "temperature",
-                        "seed",
-                        "left_out",
-                    )
-                },
-                "examples": list(p.examples),
-                "usage": {name: getattr(p.usage, name) for name in Usage.__dataclass_fields__},
-            },
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Explanation:
-        """Reads what :meth:`to_json` wrote."""
-        p = dict(value["provenance"])
-        provenance = Provenance(**{**p, "examples": tuple(p["examples"]), "usage": Usage(**p["usage"])})
-        search = tuple(map(SearchNode.from_json, value.get("search", ())))
-        return cls(tuple(Rule(**r) for r in value["rules"]), provenance, value["structured"], search)
-
-
-def _rules_json(rules: tuple[Rule, ...]) -> list[dict[str, Any]]:
-    return [{"activates_on": r.activates_on, "strength": r.strength} for r in rules]

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
+from featureinterp.domain.plain import AsRow, OfOneField
 from featureinterp.domain.score import Interval, Score
 
 Direction = Literal["none", "feature", "random"]
@@ -31,10 +32,10 @@ class SteeredText:
 
 
 @dataclass(frozen=True)
-class Intervention:
+class Intervention(OfOneField):
     """The texts of one feature, in the order in which they were written."""
 
-    texts: tuple[SteeredText, ...]
+    texts: tuple[Annotated[SteeredText, AsRow()], ...]
 
     @property
     def doses(self) -> tuple[float, ...]:
@@ -65,15 +66,6 @@ class Intervention:
         return Score(
             "steering_effect", float(own.mean() - other.mean()), n, failed, Interval(float(low), float(high))
         )
-
-    def to_json(self) -> list[list[Any]]:
-        """A JSON-serialisable form that :meth:`from_json` reads back to an equal value."""
-        return [[t.opening, t.text, t.direction, t.dose, t.activation, t.match] for t in self.texts]
-
-    @classmethod
-    def from_json(cls, value: Sequence[Sequence[Any]]) -> Intervention:
-        """Reads what :meth:`to_json` wrote."""
-        return cls(tuple(SteeredText(*t) for t in value))
 
 
 def _matches(texts: Sequence[SteeredText]) -> np.ndarray:

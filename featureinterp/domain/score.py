@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import numpy as np
+
+from featureinterp.domain.plain import AsRow, Plain
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +19,7 @@ class Interval:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class Score(Plain):
     """One figure about one explanation.
 
     ``value`` is None when the figure is undefined, and ``undefined`` then says why. ``n_scored`` and
@@ -30,10 +31,10 @@ class Score:
     value: float | None
     n_scored: int
     n_failed: int = 0
-    interval: Interval | None = None
+    interval: Annotated[Interval, AsRow()] | None = None
     undefined: str | None = None
     null: float | None = None
-    null_interval: Interval | None = None
+    null_interval: Annotated[Interval, AsRow()] | None = None
     null_failed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,25 +54,6 @@ class Score:
             and self.null_interval is not None
             and self.interval.low > self.null_interval.high
         )
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-serialisable form."""
-        out = {
-            name: getattr(self, name)
-            for name in ("name", "value", "n_scored", "n_failed", "undefined", "null", "null_failed")
-        }
-        for name in ("interval", "null_interval"):
-            interval = getattr(self, name)
-            out[name] = None if interval is None else [interval.low, interval.high]
-        return out
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Score:
-        """Reads what :meth:`to_json` wrote."""
-        out = dict(value)
-        for name in ("interval", "null_interval"):
-            out[name] = None if out[name] is None else Interval(*out[name])
-        return cls(**out)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 from featureinterp.domain.explanation import Rule
+from featureinterp.domain.plain import AsRow, Plain
 from featureinterp.domain.rate import Rate
 
 
@@ -29,11 +29,11 @@ class TrialText:
 
 
 @dataclass(frozen=True)
-class Trial:
+class Trial(Plain):
     """One explanation's trial. A text fires when its largest activation exceeds ``threshold`` (raw units)."""
 
-    rules: tuple[Rule, ...]
-    texts: tuple[TrialText, ...]
+    rules: tuple[Annotated[Rule, AsRow()], ...]
+    texts: tuple[Annotated[TrialText, AsRow()], ...]
     threshold: float
 
     def fires(self, text: TrialText) -> bool:
@@ -65,20 +65,3 @@ class Trial:
         """Harmonic mean of both; 0 when the feature fires on no fitting text."""
         hits = self.precision.hits
         return 2 * hits / (self.precision.n + self.recall.n) if hits else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON-serialisable form that :meth:`from_json` reads back to an equal value."""
-        return {
-            "rules": [[r.activates_on, r.strength] for r in self.rules],
-            "texts": [[t.text, t.fits, list(t.pieces), list(t.activations), t.alike] for t in self.texts],
-            "threshold": self.threshold,
-        }
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Trial:
-        """Reads what :meth:`to_json` wrote."""
-        texts = tuple(
-            TrialText(text, fits, tuple(pieces), tuple(activations), alike)
-            for text, fits, pieces, activations, alike in value["texts"]
-        )
-        return cls(tuple(Rule(*r) for r in value["rules"]), texts, value["threshold"])

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import anyio
 
-from featureinterp.domain.usage import Usage
 from featureinterp.errors import LanguageModelError
 from featureinterp.files import content_key, parse_json
 from featureinterp.interfaces import LanguageModel
@@ -51,12 +50,12 @@ class ReplyStore:
         """The reply under a key."""
         for row in self._tables.rows("replies", "WHERE key = ?", (key,)):
             with described(self.path or Path(), _REMEDY):
-                return _reply_from(parse_json(row["reply"]))
+                return Reply.from_json(parse_json(row["reply"]))
         return None
 
     def put(self, key: str, model: str, reply: Reply) -> None:
         """Keeps a reply."""
-        row = {"key": key, "model": model, "reply": json.dumps(_to_json(reply), ensure_ascii=False)}
+        row = {"key": key, "model": model, "reply": json.dumps(reply.to_json(), ensure_ascii=False)}
         self._tables.put("replies", row | {"created": time.time()})
 
     def close(self) -> None:
@@ -166,33 +165,3 @@ def is_answer(request: Request, reply: Reply) -> bool:
     except LanguageModelError:
         return False
     return True
-
-
-def _to_json(reply: Reply) -> dict[str, Any]:
-    return {
-        "texts": reply.texts,
-        "truncated": reply.truncated,
-        "usage": asdict(reply.usage),
-        "first_token": [dict(f) for f in reply.first_token],
-        "read": [dict(f) for f in reply.read],
-        **({"refused": reply.refused} if reply.refused is not None else {}),
-        **({"room": reply.room} if reply.room else {}),
-        **(
-            {"tokens": [[[t, dict(a)] for t, a in head] for head in reply.tokens]}
-            if any(reply.tokens)
-            else {}
-        ),
-    }
-
-
-def _reply_from(value: dict[str, Any]) -> Reply:
-    return Reply(
-        tuple(value["texts"]),
-        tuple(value["truncated"]),
-        Usage(**value["usage"]),
-        tuple(value["first_token"]),
-        tuple(value["read"]),
-        value.get("refused"),
-        value.get("room", 0),
-        tuple(tuple((t, a) for t, a in head) for head in value.get("tokens", ())),
-    )

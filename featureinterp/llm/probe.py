@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pydantic
 
+from featureinterp.domain.plain import Plain
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import LanguageModelError, MalformedReplyError
 from featureinterp.files import content_key, parse_json, write_json
@@ -38,7 +39,7 @@ class _Colour(pydantic.BaseModel):
 
 
 @dataclass(frozen=True)
-class Probed:
+class Probed(Plain):
     """What was found. ``reply_form``: the strictest form of a structured reply that is taken, None when none
     was given. ``follows``: whether the reply had it. ``prompt_logprobs``: the field that asks for the
     probabilities of a prompt's tokens, None when there is none. ``order_matters``: whether they changed when
@@ -75,20 +76,6 @@ class Probed:
             if on
         ]
         return ", ".join(names)
-
-    def to_json(self) -> dict[str, Any]:
-        """For programs."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Probed:
-        """Reads what :meth:`to_json` wrote."""
-        again = {
-            "call": Usage(**value["call"]),
-            "usage": Usage(**value["usage"]),
-            "otherwise": tuple(value.get("otherwise", ())),
-        }
-        return cls(**{**value, **again})
 
     def lines(self) -> list[tuple[str, str]]:
         """What a person reads."""

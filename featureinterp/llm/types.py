@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from featureinterp.domain.plain import Plain
 from featureinterp.domain.usage import Usage
 
 
@@ -44,7 +45,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class Reply(Plain):
     """``texts``: one per choice. ``truncated``: which of them were cut by ``max_tokens``. ``first_token``:
     for each choice the natural-log probabilities of the first token's alternatives, empty where the endpoint
     gives none. ``read``: the same for each place of ``read_at``, the alternatives by their text. ``refused``:
