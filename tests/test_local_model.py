@@ -4,8 +4,10 @@ local simulator.
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -16,8 +18,11 @@ from endpoint import endpoint
 from test_simulate import RULES, WINDOWS
 from tiny import make_model, tokenizer
 
+import featureinterp as fi
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, InputError, MalformedReplyError, RequestRefusedError
+from featureinterp.jobs.records import alive_features
+from featureinterp.llm.config import LOCAL
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.local import LocalModel
 from featureinterp.llm.openai import OpenAIModel
@@ -317,3 +322,57 @@ def test_levels_that_are_not_among_the_alternatives():
 
     with pytest.raises(EndpointRefusedError):
         anyio.run(PromptLogprobs(FunctionModel(refuse), lambda: tok).simulate, RULES, WINDOWS[:1])
+
+
+def judge_folder(folder: Path) -> str:
+    """A chat model that says Yes or No to everything: by the sign of a random direction of what it read."""
+    model, tok = parts()
+    tok.add_tokens(["Yes", "No"])
+    yes, no = tok.convert_tokens_to_ids(["Yes", "No"])
+    direction = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[yes], model.lm_head.weight[no] = 4 * direction, -4 * direction
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return str(folder)
+
+
+def probabilities(out: Path) -> set[str]:
+    """What the journal holds of detection, each answer of a question with its probability."""
+    rows = sqlite3.connect(out / "journal.sqlite").execute(
+        "SELECT value, provenance FROM results WHERE stage = 'detection'"
+    )
+    return {f"{value} {provenance}" for value, provenance in rows}
+
+
+def test_a_judge_of_this_process_is_asked_anew_in_another_dtype(run: Path, tmp_path: Path):
+    """In the same folder as in one of its own; and what was asked in each is known in each."""
+    judge, features = judge_folder(tmp_path / "judge"), alive_features(fi.open_run(run))[:2]
+
+    def job(out: str, dtype: str) -> fi.Job:
+        return fi.Job(
+            run=run,
+            out=tmp_path / out,
+            features=tuple(map(int, features)),
+            llm=fi.Endpoint(LOCAL, judge),
+            explainer="top-tokens",
+            simulator="lexical",
+            stages=("explain", "score"),
+            simulator_dtype=dtype,
+            simulator_device="cpu",
+            plan=fi.Plan(n_test=2, n_valid=2, negatives=("random",), fuzzing=False, complexity=False),
+            records=fi.RecordPolicy({"top": (4, 2, 2), "random": (0, 2, 2)}),
+        )
+
+    results = fi.run(job("both", "float32"))
+    assert results.n_failures == 0 and {s.name for r in results for s in r.scores} > {"detection_auroc"}
+    first = probabilities(tmp_path / "both")
+    assert fi.dry_run(job("both", "bfloat16")).left == 2 and fi.dry_run(job("both", "float32")).left == 0
+    fi.run(job("both", "bfloat16"))
+    fi.run(job("alone", "bfloat16"))
+    alone = probabilities(tmp_path / "alone")
+    assert first and alone and not first & alone, "both answer, and otherwise"
+    assert probabilities(tmp_path / "both") == first | alone
+    assert all("float32)" in row for row in first) and all("bfloat16)" in row for row in alone)
+    assert fi.dry_run(job("both", "bfloat16")).left == fi.dry_run(job("both", "float32")).left == 0

@@ -85,6 +85,11 @@ def local_parts() -> Local:
             loaded[key] = load_causal_lm(name, device=job.simulator_device, dtype=job.simulator_dtype)
         return loaded[key]
 
+    def dtype(job: Job) -> str:
+        from featureinterp.machine import this_machine
+
+        return this_machine().dtype(job.simulator_dtype, job.simulator_device)
+
     def simulator(job: Job) -> Simulator:
         model = job.simulator_model
         return simulator_of(
@@ -112,9 +117,10 @@ def local_parts() -> Local:
     def activator(job: Job, store: CodesStore) -> Activator:
         from featureinterp.codes.activator import RunActivator
 
-        dtype = live_dtype(store, job.subject_device)
         return RunActivator(
-            store, lambda: subject_of(store, job.model, job.sae, job.subject_device), dtype=dtype
+            store,
+            lambda: subject_of(store, job.model, job.sae, job.subject_device),
+            dtype=live_dtype(store, job.subject_device),
         )
 
     def steerer(job: Job, store: CodesStore) -> Steerer:
@@ -133,7 +139,7 @@ def local_parts() -> Local:
 
         return RunSteerer(store, parts, dtype=live_dtype(store, job.subject_device))
 
-    return Local(simulator, load, tokenizer, causes, neighbours, activator, steerer)
+    return Local(simulator, load, dtype, tokenizer, causes, neighbours, activator, steerer)
 
 
 def local_simulator(

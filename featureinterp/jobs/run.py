@@ -36,7 +36,7 @@ from featureinterp.jobs.records import build_records, parse_features
 from featureinterp.jobs.results import KeptResults
 from featureinterp.jobs.spec import Job
 from featureinterp.llm.cached import Cached, ReplyStore
-from featureinterp.llm.config import Endpoint, load_config
+from featureinterp.llm.config import LOCAL, Endpoint, load_config
 from featureinterp.llm.metered import Meter, Metered
 from featureinterp.llm.stack import open_stack
 from featureinterp.llm.tally import Tallied
@@ -72,12 +72,14 @@ Steps = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Local:
-    """What needs a model library: the local simulator of a job, model and tokenizer of a name for a job, a
-    tokenizer alone; what adds holistic activations to the records of a job; which features have the nearest
-    decoder directions; and a job's model and SAE on new texts and as a writer."""
+    """What needs a model library: the local simulator of a job; model and tokenizer of a name for a job, and
+    the dtype that they are loaded in; a tokenizer alone; what adds holistic activations to the records of a
+    job; which features have the nearest decoder directions; and a job's model and SAE on new texts and as a
+    writer."""
 
     simulator: Callable[[Job], Simulator]
     load: Callable[[Job, str], tuple[Any, Any]]
+    dtype: Callable[[Job], str]
     tokenizer: Callable[[str], Any]
     causes: Callable[[Job, CodesStore], Callable[[Iterator[FeatureRecord]], Iterator[FeatureRecord]]]
     neighbours: Callable[[Job, CodesStore], Neighbours]
@@ -144,7 +146,11 @@ async def run_job(
         endpoints = (
             [endpoint] if job.judge_endpoint == endpoint else [endpoint, job.judge_endpoint]
         )  # never twice, as each has limits of its own
-        parts: dict[str, Any] = {"load": partial(local.load, job), "tokenizer": local.tokenizer}
+        parts: dict[str, Any] = {
+            "load": partial(local.load, job),
+            "dtype": partial(local.dtype, job),
+            "tokenizer": local.tokenizer,
+        }
         stack, *own = [
             await opened.enter_async_context(open_stack(e, meter, price=config.price(e), **parts))
             for e in endpoints
@@ -204,7 +210,7 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
     config = load_config()
     path = job.folder / "journal.sqlite"
     meter = Meter()
-    asked = [(e.name, config.price(e)) for e in (endpoint, job.judge_endpoint)]
+    asked = [(_name_of(e, job, local), config.price(e)) for e in (endpoint, job.judge_endpoint)]
     model, judge = (
         Tallied(Cached(Metered(_Understudy(name), meter, price=price), ReplyStore(None)))
         for name, price in asked
@@ -234,6 +240,11 @@ async def dry_run(job: Job, store: CodesStore, local: Local, *, steps: Steps = l
     return DryRun(
         len(features), len(features) - len(left), len(left), requests, prompt_tokens, completion_tokens, cost
     )
+
+
+def _name_of(endpoint: Endpoint, job: Job, local: Local) -> str:
+    """The name that the model of a job's endpoint has in its keys."""
+    return endpoint.name_in(local.dtype(job) if endpoint.base_url == LOCAL else None)
 
 
 def _asks(job: Job) -> bool:

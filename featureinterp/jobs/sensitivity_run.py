@@ -110,7 +110,7 @@ async def run_sensitivity(
     from featureinterp.codes.fit import check_fit
     from featureinterp.corpus.text import load_corpus
     from featureinterp.corpus.windows import WindowPolicy
-    from featureinterp.machine import pick_device
+    from featureinterp.machine import pick_device, this_machine
     from featureinterp.sae.load import load_sae
     from featureinterp.subject.load import load_causal_lm, load_subject, load_tokenizer
 
@@ -131,7 +131,11 @@ async def run_sensitivity(
     folders = [spec.out / folder_name(name) for name in spec.saes]
     meter = Meter()
     guard = Guard(spec.budget, lambda: meter.usage, max_failure_rate=spec.max_failure_rate)
-    parts: dict[str, Any] = {"load": partial(load_causal_lm, device=spec.device), "tokenizer": load_tokenizer}
+    parts: dict[str, Any] = {
+        "load": partial(load_causal_lm, device=spec.device),
+        "dtype": lambda: this_machine().dtype(None, spec.device),
+        "tokenizer": load_tokenizer,
+    }
     async with open_stack(endpoint, meter, price=price, **parts) as stack, AsyncExitStack() as held:
         if not (spec.out / "journal.sqlite").exists():
             await check_endpoint(

@@ -77,12 +77,11 @@ class Endpoint:
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
-    @property
-    def name(self) -> str:
-        """The model as results name it; the embedded one's weights in this process are of another precision
-        than its server's.
+    def name_in(self, dtype: str | None) -> str:
+        """The model as results name it. One that runs in this process is named with its ``dtype``: the same
+        weights answer otherwise in another one, and otherwise than behind a server.
         """
-        return f"{self.model} in this process" if self.base_url == LOCAL else self.model
+        return f"{self.model} in this process ({dtype})" if self.base_url == LOCAL else self.model
 
     def __post_init__(self) -> None:
         if self.base_url is not None:

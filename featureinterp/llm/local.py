@@ -45,13 +45,12 @@ class LocalModel:
     read once, and one pass gives every reply's first token. All others are answered one at a time. Sampling
     is reproducible: the same request has the same answer. A JSON schema is not enforced, so that structured
     replies rest on the prompt. Raises ``InputError`` for a tokenizer without a chat template and
-    ``RequestRefusedError`` for a prompt beyond the context.
+    ``RequestRefusedError`` for a prompt beyond the context. ``dtype``: that of the weights as they are
+    loaded, which answers depend on.
     """
 
-    identity = "local"
-
-    def __init__(self, load: Callable[[], tuple[Any, Any]], *, name: str) -> None:
-        self.name = name
+    def __init__(self, load: Callable[[], tuple[Any, Any]], *, name: str, dtype: str | None = None) -> None:
+        self.name, self.identity = name, ["local", dtype]
         self._load = load
         self._busy = threading.Lock()
         self._questions: list[_Question] = []

@@ -86,12 +86,14 @@ async def open_stack(
     *,
     price: Price | None = None,
     load: LoadModel | None = None,
+    dtype: Callable[[], str] | None = None,
     tokenizer: Callable[[str], Any] | None = None,
 ) -> AsyncIterator[Stack]:
     """Innermost first: the adapter; metered; limited, so that what waits for its turn has not been spent;
     retrying, so that a backoff holds no slot; then cached and tallied (:meth:`Stack.model`). The adapter is
-    closed at the end of the block. ``load`` gives model and tokenizer of a name, for an endpoint that is this
-    process itself; ``tokenizer`` that of the endpoint's, for counting what it does not report."""
+    closed at the end of the block. ``load`` gives model and tokenizer of a name, and ``dtype`` what they are
+    loaded in, for an endpoint that is this process itself; ``tokenizer`` that of the endpoint's, for counting
+    what it does not report."""
     bare: Any
     if endpoint.base_url is None:
         from featureinterp.llm.embedded import EmbeddedModel
@@ -100,11 +102,12 @@ async def open_stack(
     elif endpoint.base_url == LOCAL:
         from featureinterp.llm.local import LocalModel
 
-        if load is None:
+        if load is None or dtype is None:
             raise InputError(
                 f"a local language model cannot be loaded here: give {endpoint.model!r} an endpoint's address"
             )
-        bare = LocalModel(partial(load, endpoint.model), name=endpoint.name)
+        kind = dtype()
+        bare = LocalModel(partial(load, endpoint.model), name=endpoint.name_in(kind), dtype=kind)
     else:
         from featureinterp.llm.openai import OpenAIModel
 
