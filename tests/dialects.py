@@ -500,6 +500,32 @@ FINAL: dict[str, Final] = {
         _KEY,
         "no credit left",
     ),
+    "quota-anthropic-month": Final(
+        400,
+        {
+            "type": "error",
+            "error": {
+                "type": "invalid_request_error",
+                "message": "You have reached your specified API usage limits. You will regain access on "
+                "2026-04-01 at 00:00 UTC.",
+            },
+        },
+        _KEY,
+        "limit per day or month",
+    ),
+    "credit-anthropic-spend-limit": Final(
+        429,
+        {
+            "type": "error",
+            "error": {
+                "type": "rate_limit_error",
+                "message": "This request would exceed what your organization may spend.",
+                "details": {"error_code": "enforced_spend_limit_reached"},
+            },
+        },
+        _KEY,
+        "no credit left",
+    ),
     "quota-openrouter-day": Final(
         429,
         {"error": {"message": "Rate limit exceeded: free-models-per-day", "code": 429}},

@@ -8,17 +8,21 @@ End = Literal["whole", "cut", "filtered", "broken"]
 
 
 class Reasons(NamedTuple):
-    """``reasons``: in small letters. ``source``: whose they are, and where they are stated or were seen."""
+    """``reasons``: in small letters. ``source``: whose they are, and where they are stated or were seen: a
+    page, or ``owner/project#number`` of a report on GitHub."""
 
     end: End
     reasons: tuple[str, ...]
     source: str
 
 
-_OPENAI = "OpenAI's finish_reason (OpenAPI description)"
+_OPENAI = "OpenAI's finish_reason (github.com/openai/openai-openapi)"
 _ANTHROPIC = "Anthropic's stop_reason (platform.claude.com/docs/build-with-claude/handling-stop-reasons)"
 _GEMINI = "Gemini's FinishReason (googleapis.github.io/js-genai, enums/types.FinishReason)"
-_BEDROCK = "Bedrock Converse's stopReason (docs.aws.amazon.com, API_runtime_Converse)"
+_BEDROCK = (
+    "Bedrock Converse's stopReason "
+    "(docs.aws.amazon.com/bedrock/latest/APIReference/API_runtime_Converse.html)"
+)
 _WATSONX = "watsonx's finish reason (ibm.github.io/watsonx-ai-node-sdk, TextChatResultChoice)"
 _ZHIPU = "Zhipu's finish_reason (docs.bigmodel.cn/api-reference)"
 REASONS: tuple[Reasons, ...] = (
@@ -36,7 +40,7 @@ REASONS: tuple[Reasons, ...] = (
     Reasons("cut", ("max_output_tokens",), "OpenAI's responses (docs.nvidia.com/nemo/relay, FinishReason)"),
     Reasons("cut", ("model_length",), "Mistral's finish_reason (docs.rs/mistral-openapi-client)"),
     Reasons("cut", ("time_limit",), _WATSONX),
-    Reasons("cut", ("repetition_truncation",), "Xiaomi's MiMo, when it repeats itself"),
+    Reasons("cut", ("repetition_truncation",), "words seen at Xiaomi's MiMo, when it repeats itself"),
     Reasons("filtered", ("content_filter",), _OPENAI),
     Reasons("filtered", ("refusal",), _ANTHROPIC),
     Reasons(
@@ -52,12 +56,20 @@ REASONS: tuple[Reasons, ...] = (
     Reasons("filtered", ("guardrail_intervened", "content_filtered"), _BEDROCK),
     Reasons("filtered", ("sensitive",), _ZHIPU),
     Reasons("broken", ("other", "malformed_function_call"), _GEMINI),
-    Reasons("broken", ("error",), "OpenRouter, Mistral, Together (together-python#153) and watsonx"),
+    Reasons(
+        "broken",
+        ("error",),
+        "OpenRouter, Mistral, watsonx and Together (togethercomputer/together-python#153)",
+    ),
     Reasons("broken", ("cancelled",), _WATSONX),
     Reasons("broken", ("abort",), "vLLM and SGLang (vllm-project/vllm#57082, sgl-project/sglang#6693)"),
     Reasons("broken", ("insufficient_system_resource",), "DeepSeek's finish_reason (docs.rs/ds-api)"),
     Reasons("broken", ("network_error",), _ZHIPU),
-    Reasons("broken", ("unload",), "Ollama: the model was taken out of memory (docs of its API)"),
+    Reasons(
+        "broken",
+        ("unload",),
+        "Ollama: the model was taken out of memory (github.com/ollama/ollama/blob/main/docs/api.md)",
+    ),
 )
 _ENDS: dict[str, End] = {reason: row.end for row in REASONS for reason in row.reasons}
 

@@ -143,7 +143,18 @@ def _dicts(value: Any, depth: int = 5) -> Iterator[dict[str, Any]]:
 
 
 _WORDS = ("message", "detail", "error_description", "description", "msg", "error_msg", "title", "reason")
-_NAMES = ("code", "type", "status", "quotaId", "reasons", "@type", "retryDelay", "object", "limit_source")
+_NAMES = (
+    "code",
+    "type",
+    "status",
+    "error_code",
+    "quotaId",
+    "reasons",
+    "@type",
+    "retryDelay",
+    "object",
+    "limit_source",
+)
 _INSIDE = (
     "error",
     "errors",
