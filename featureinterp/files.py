@@ -130,3 +130,16 @@ def valid_unicode(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def whole_characters(value: Any) -> Any:
+    """JSON with U+FFFD for every half of a character (a lone surrogate), which no file can hold."""
+    if isinstance(value, str):
+        return valid_unicode(value)
+    if isinstance(value, list):
+        return [whole_characters(v) for v in value]
+    return (
+        {valid_unicode(k): whole_characters(v) for k, v in value.items()}
+        if isinstance(value, dict)
+        else value
+    )

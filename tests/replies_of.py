@@ -11,6 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from featureinterp.domain.usage import Usage
+from featureinterp.falsify.writing import read_texts
+from featureinterp.llm.types import Reply
+
 MARKERS = (
     "```", "```json", "~~~", "<think>", "</think>", "[THINK]", "[/THINK]", "<|channel|>final<|message|>",
     "<|channel|>analysis<|message|>",
@@ -212,3 +216,8 @@ def logged(text: str, *tokens: tuple[str, dict[str, float]]) -> dict[str, Any]:
         "choices": [choice],
         "usage": usage,
     }
+
+
+def texts_in(reply: str) -> list[str]:
+    """What the product reads of a list of texts that came whole."""
+    return read_texts(Reply((reply,), (False,), Usage()))

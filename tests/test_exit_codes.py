@@ -4,6 +4,9 @@ asks again, and what was billed."""
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,3 +173,51 @@ def test_a_budget_in_usd_without_price_and_bill_is_refused_before_any_work(
             and len(server.ledger) == 1
         )
     assert not (tmp_path / "out").exists()
+
+
+def started(*args: str) -> subprocess.CompletedProcess[str]:
+    """The program in a process of its own, as a shell starts it."""
+    return subprocess.run(
+        [sys.executable, "-m", "featureinterp", *args],
+        env=os.environ | {"TEST_KEY": KEY},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def no_credit_for_questions(entry: Entry, body: dict[str, Any]) -> Any:
+    """Explanations are answered, and the check; every question after them is refused with 402."""
+    case = FINAL["credit-402"]
+    return None if entry.number == 0 or "response_format" in body else (case.status, {}, case.body)
+
+
+def some_questions(entry: Entry, body: dict[str, Any]) -> Any:
+    """Every third of the requests that are no explanations is refused as such."""
+    refused = entry.number % 3 == 0 and entry.number > 0 and "response_format" not in body
+    return (400, {}, {"error": {"message": "it is purple"}}) if refused else None
+
+
+PROCESSES: dict[str, tuple[Dialect | None, int, str]] = {
+    "clean": (None, 0, ""),
+    "every-question-refused-with-402": (no_credit_for_questions, 2, "no credit left"),
+    "gaps": (some_questions, 1, "have gaps"),
+    "unreachable": (None, 2, "cannot be reached"),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_the_exit_code_of_a_process_says_how_a_job_ended(
+    name: str, run: Path, features: list[int], tmp_path: Path
+):
+    dialect, code, says = PROCESSES[name]
+    with endpoint(dialect=dialect) as server:
+        url = "http://127.0.0.1:9/v1" if name == "unreachable" else server.url
+        file = written(tmp_path / "job.toml", run, features, url)
+        ended = started("run", str(file))
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == code and says in ended.stderr, ended.stderr
+    assert "Traceback" not in said and KEY not in said
+    assert (code == 2) == ("featureinterp: " in ended.stderr)
+    assert bool(server.ledger) == (name != "unreachable") and not server.paid_twice()

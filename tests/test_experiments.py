@@ -5,6 +5,7 @@ twice.
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,12 +18,16 @@ from endpoint import endpoint
 from tiny import make_sae
 
 import featureinterp as fi
+from featureinterp.domain.usage import Usage
 from featureinterp.jobs.records import alive_features
 from featureinterp.jobs.spec import make_job
+from featureinterp.llm.cached import ReplyStore
+from featureinterp.llm.types import Reply
 from featureinterp.sae.load import save_sae
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "experiments"))
 
+import answer_share
 import common
 import explainers
 import layers
@@ -211,3 +216,23 @@ def test_arms_are_compared_on_features_that_have_a_value_in_all():
     assert common.means(rows, "arm", "r", paired=True) == {"a": [0.3], "b": [0.5], "c": [None]}
     assert common.means(rows, "arm", "r") == {"a": [0.1, 0.3], "b": [None, 0.5], "c": [None, None]}
     assert common.means([r for r in rows if r["arm"] == "c"], "arm", "r", paired=True) == {"c": []}
+
+
+def test_the_shares_of_answers_are_those_of_the_kept_replies(tmp_path: Path):
+    """By hand: 0.9 + 0.05 on yes and no; 0.02; 0.5 on the levels; and a reply without probabilities."""
+    kept = (
+        {"Yes": math.log(0.9), " no": math.log(0.05), "Maybe": math.log(0.01)},
+        {"The": math.log(0.9), "No": math.log(0.02)},
+        {"3": math.log(0.3), "**4**": math.log(0.2), "Yes": math.log(0.1)},
+        {},
+    )
+    store = ReplyStore(tmp_path / "replies.sqlite")
+    for number, first in enumerate(kept):
+        store.put(str(number), "m", Reply(("x",), (False,), Usage(), (first,)))
+    store.close()
+    found = sorted(answer_share.shares(tmp_path))
+    assert [(m, k) for m, k, _ in found] == [("m", "level"), ("m", "yes or no"), ("m", "yes or no")]
+    assert [s for *_, s in found] == pytest.approx([0.5, 0.02, 0.95])
+    head, _, levels, yes_no = answer_share.table([tmp_path])
+    assert head.endswith("| below 10% |") and levels.endswith("| 50.00% | 0 |")
+    assert "| yes or no | 2 | 2.00% |" in yes_no and yes_no.endswith("| 95.00% | 1 |")

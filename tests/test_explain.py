@@ -21,7 +21,7 @@ from featureinterp.errors import InputError, MalformedReplyError, TruncatedReply
 from featureinterp.explain.asking import MAX_ATTEMPTS
 from featureinterp.explain.baselines import TopTokens
 from featureinterp.explain.one_shot import OneShot
-from featureinterp.explain.parse import RulesReply, SentenceReply, clean, rules_of
+from featureinterp.explain.parse import RulesReply, SentenceReply, clean, read_rules
 from featureinterp.explain.styles import RulesStyle, SentenceStyle
 from featureinterp.explain.windows import excerpt, top_tokens
 from featureinterp.llm.function import FunctionModel
@@ -247,7 +247,7 @@ def unescaped(text: str) -> str:
 def check_spoilt(case: tuple[str, str]) -> None:
     reply, said = case
     try:
-        rules = rules_of(parse_reply(reply, RulesReply), 5)
+        rules, _ = read_rules(parse_reply(reply, RulesReply), 5)
     except MalformedReplyError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000
         return
@@ -294,9 +294,9 @@ def test_rules_are_capped_and_each_said_once():
             ]
         }
     )
-    assert rules_of(reply, 2) == (Rule("A", 5), Rule("c", 3))
+    assert read_rules(reply, 2) == ((Rule("A", 5), Rule("c", 3)), 3)
     with pytest.raises(MalformedReplyError):
-        rules_of(RulesReply.model_validate({"rules": [{"activates_on": "b", "strength": 0}]}), 3)
+        read_rules(RulesReply.model_validate({"rules": [{"activates_on": "b", "strength": 0}]}), 3)
 
 
 def test_clean_by_hand():

@@ -37,7 +37,7 @@ ALLOWED = {
     "prompts": {"errors", "resources", "visible", "files"},
     "machine": {"assets", "errors", "files"},
     "accelerator": {"errors"},
-    "replies": {"replies", "errors"},
+    "replies": {"replies", "errors", "files"},
     "tasks": set(),
     "validation": set(),
     "interfaces": {"domain", "llm"},

@@ -15,7 +15,7 @@ from endpoint import completion, endpoint, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from featureinterp.domain.usage import Usage
+from featureinterp.domain.usage import Usage, cost_in_words
 from featureinterp.errors import (
     BudgetReachedError,
     EndpointUnavailableError,
@@ -428,6 +428,15 @@ def test_a_budget_in_usd_needs_a_cost():
     guard = Guard(Budget(usd=1.0), lambda: Usage(1, 5, 5, 0.0, None))
     with pytest.raises(BudgetReachedError, match="not known"):
         guard.before()
+
+
+def test_what_something_cost_in_words():
+    assert cost_in_words(None) == cost_in_words(None, 2, about=True) == "at a price that is not known"
+    assert (
+        cost_in_words(0.1236) == "for $0.1236"
+        and cost_in_words(1.5, 2, about=True) == "for about $1.50"
+        and cost_in_words(0.0, 6) == "for $0.000000"
+    )
 
 
 def test_a_sum_with_estimates_says_so():

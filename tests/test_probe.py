@@ -18,6 +18,7 @@ from conftest import HOOK
 from sklearn.metrics import roc_auc_score
 from test_cli import cli, refused
 from test_probing import bursts, random_codes
+from test_report import rendered
 from tiny import make_subject_folder
 
 import featureinterp as fi
@@ -40,7 +41,6 @@ from featureinterp.probing import (
 from featureinterp.probing.agreement import agreement_with, agreements
 from featureinterp.probing.study import Study, StudySettings, study
 from featureinterp.report.probing import read_annotations, study_table, write_study
-from featureinterp.report.render import render_report
 from featureinterp.sae.load import load_sae
 from featureinterp.subject.load import Subject, load_subject
 
@@ -443,14 +443,14 @@ def test_the_report_says_where_they_disagree():
     result = result_of([[5, 0, 0, 1]] * 4, TRUE)
     bad = replace(MONTHS, label="<u>months</u>")
     shown = agreements([result], [bad], {"<u>months</u>": LABELLED}, 4)
-    page = render_report([result], {"title": "t", "subtitle": "s", "facts": {}}, shown)
+    page = rendered([result], {"title": "t", "subtitle": "s", "facts": {}}, shown)
     assert (
         "it disagrees" in page
         and "AUROC 0.97" in page
         and "&lt;u&gt;months" in page
         and "<u>months" not in page
     )
-    assert "by labels" not in render_report([result], {"title": "t", "subtitle": "s", "facts": {}})
+    assert "by labels" not in rendered([result], {"title": "t", "subtitle": "s", "facts": {}})
 
 
 def test_reports_take_annotations_from_the_run(run_copy: Path, tmp_path: Path):

@@ -11,13 +11,13 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from replies_of import DRESSES, MARKERS, THOUGHTS, Played, broken, whole
+from replies_of import DRESSES, MARKERS, THOUGHTS, Played, broken, texts_in, whole
 
 from featureinterp.domain.explanation import Provenance, Rule
 from featureinterp.errors import MalformedReplyError
 from featureinterp.explain.parse import RulesReply, SentenceReply, clean, read_rules
 from featureinterp.explain.styles import RulesStyle
-from featureinterp.falsify.writing import parse_texts
+from featureinterp.falsify.writing import _texts
 from featureinterp.replies import answer_of, parse_reply
 from featureinterp.simulate.rated import LevelsReply
 
@@ -27,7 +27,7 @@ def read(played: Played) -> list[tuple[str, int]]:
     if played.kind == "explanation":
         return [(parse_reply(played.reply, SentenceReply).explanation, 0)]
     if played.kind == "texts":
-        return [(t, 0) for t in parse_texts(played.reply)]
+        return [(t, 0) for t in _texts(played.reply)[0]]
     found = parse_reply(played.reply, RulesReply)
     read_rules(found, 10)
     return [(r.activates_on or "", r.strength or 0) for r in found.rules]
@@ -179,6 +179,32 @@ def test_one_answer_by_hand(reply: str, found: str):
 def test_what_would_lose_or_invent_a_text_is_refused(reply: str):
     with pytest.raises(MalformedReplyError):
         parse_reply(reply, SentenceReply)
+
+
+HALVES = {
+    "a \\ud83d b": "a \ufffd b",
+    "\\ude00a": "\ufffda",
+    "\\ud83d\\ude00": "😀",
+    "\\ude00\\ud83d.": "\ufffd\ufffd.",
+}
+"""Escapes of UTF-16 units within a text, and the text: a half alone is U+FFFD."""
+
+
+@pytest.mark.parametrize("written", HALVES)
+@pytest.mark.parametrize(
+    "dress",
+    ['{"%s": %s}', "{'%s': %s,}", 'Here:\n```json\n{"%s": %s}\n```', '{"%s": %s', "{%s: %s}"],
+)
+def test_half_a_character_is_read_alike_in_json_and_in_what_is_nearly_json(written: str, dress: str):
+    """In one text and in a list of them, and within rules."""
+    text, shown = HALVES[written], f'"{written}"'
+    assert parse_reply(dress % ("explanation", shown), SentenceReply).explanation == text
+    (rule,) = parse_reply(
+        dress % ("rules", f'[{{"activates_on": {shown}, "strength": 2}}]'), RulesReply
+    ).rules
+    assert rule.activates_on == text
+    if not dress.endswith("%s"):  # the last text of a list that was cut is none
+        assert texts_in(dress % ("texts", f'[{shown}, "and a whole one"]')) == [text, "and a whole one"]
 
 
 def rule(text: object, strength: object = 3) -> dict[str, object]:

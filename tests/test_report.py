@@ -7,8 +7,11 @@ from __future__ import annotations
 import html.parser
 import json
 import re
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,7 +27,6 @@ from featureinterp.report.render import (
     histogram,
     number,
     read_results,
-    render_report,
     search_rows,
     summarise,
     visible,
@@ -88,8 +90,14 @@ class Page(html.parser.HTMLParser):
         self.texts.append(data)
 
 
+def rendered(results: Sequence[FeatureResult], about: Mapping[str, Any], labels: Any = None) -> str:
+    """The page that is written for results."""
+    with tempfile.TemporaryDirectory() as folder:
+        return write_report(Path(folder) / "r.html", results, about, labels).read_text(encoding="utf-8")
+
+
 def test_what_the_page_shows():
-    page = render_report(
+    page = rendered(
         [
             result(),
             result(
@@ -136,7 +144,7 @@ def searched(text: str) -> FeatureResult:
 
 
 def test_a_search_is_drawn_as_a_tree_and_causes_are_marked():
-    page = render_report([searched("names of months")], ABOUT)
+    page = rendered([searched("names of months")], ABOUT)
     assert "4 explanations tried, 1 of them improved" in page
     rows = re.search(r'<table class="search">.*?</table>', page, re.DOTALL)
     assert rows is not None
@@ -149,7 +157,7 @@ def test_a_search_is_drawn_as_a_tree_and_causes_are_marked():
         and "–" in rows[0]
     )
     assert page.count("--c:1.00") == 1 and "without this token the feature would fire less" in page
-    plain = render_report([result()], ABOUT)
+    plain = rendered([result()], ABOUT)
     assert "--c:" not in plain and 'class="search"' not in plain and "would fire less" not in plain
 
 
@@ -160,7 +168,7 @@ def test_a_tree_is_read_from_every_root_down():
 
 
 def test_the_page_needs_nothing_from_outside():
-    page = Page(render_report([result()], ABOUT))
+    page = Page(rendered([result()], ABOUT))
     for tag, name, value in page.attributes:
         if name in ("src", "href", "action", "data", "poster", "srcset"):
             assert value.startswith("#"), (tag, name, value)
@@ -172,7 +180,7 @@ def test_the_page_needs_nothing_from_outside():
     "nasty", [*NASTY, '"><img src=x onerror=alert(1)>', "javascript:alert(1)", "{{ 7 * 7 }}"]
 )
 def test_hostile_text_is_shown_as_text_everywhere(nasty: str):
-    plain = render_report([result(), searched("x")], ABOUT)
+    plain = rendered([result(), searched("x")], ABOUT)
     bad = result(
         text=nasty,
         windows=(shown((nasty, " tail")),),
@@ -181,9 +189,7 @@ def test_hostile_text_is_shown_as_text_everywhere(nasty: str):
         baseline=Explanation((Rule(nasty, 4),), P),
         sae=nasty,
     )
-    hostile = render_report(
-        [bad, searched(nasty)], {"title": nasty, "subtitle": nasty, "facts": {nasty: nasty}}
-    )
+    hostile = rendered([bad, searched(nasty)], {"title": nasty, "subtitle": nasty, "facts": {nasty: nasty}})
     a, b = Page(plain), Page(hostile)
     assert set(b.tags) <= {*a.tags, "em"} and b.tags.count("script") == 1
     assert not [x for x in b.attributes if x[1].startswith("on")]
@@ -203,9 +209,7 @@ def test_results_round_trip(tmp_path: Path):
     write_results(tmp_path, results, ABOUT)
     again, about = read_results(tmp_path)
     assert list(again) == results and about == ABOUT
-    assert write_report(tmp_path / "r.html", again, about).read_text(encoding="utf-8") == render_report(
-        results, ABOUT
-    )
+    assert rendered(again, about) == rendered(results, ABOUT)
 
 
 def test_missing_or_damaged_results_are_one_sentence(tmp_path: Path):

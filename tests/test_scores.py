@@ -14,6 +14,7 @@ from featureinterp.domain.score import Interval, Score, Simulation
 from featureinterp.domain.usage import Usage
 from featureinterp.intervals import interval_of, resample_counts, weighted_aurocs
 from featureinterp.llm.types import Reply
+from featureinterp.score.answers import read_yes
 from featureinterp.score.complexity import rating
 from featureinterp.score.correlation import (
     Pairs,
@@ -23,7 +24,7 @@ from featureinterp.score.correlation import (
     false_positives,
 )
 from featureinterp.score.fuzzing import questions_of
-from featureinterp.score.verdicts import Verdict, calibrated, judge, yes_probability
+from featureinterp.score.verdicts import Verdict, calibrated, judge
 
 
 def pairs(seed: int, n: int = 12, noise: float = 1.0) -> Pairs:
@@ -234,8 +235,8 @@ def test_probability_of_yes():
         Usage(),
         ({"Yes": np.log(0.5), " yes": np.log(0.1), "no": np.log(0.2), "maybe": np.log(0.2)},),
     )
-    assert yes_probability(reply) == pytest.approx(0.75)
-    assert yes_probability(Reply(("x",), (False,), Usage(), ({"maybe": -0.1},))) is None
+    assert read_yes(reply) == (True, pytest.approx(0.75))
+    assert read_yes(Reply(("No",), (False,), Usage(), ({"maybe": -0.1},))) == (False, None)
 
 
 def test_complexity_is_the_expected_level():

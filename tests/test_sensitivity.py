@@ -16,6 +16,7 @@ import pytest
 from endpoint import completion, endpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from replies_of import texts_in
 from test_cli import cli
 from tiny import NASTY, TINY_TEXTS
 
@@ -26,7 +27,7 @@ from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointUnavailableError, FeatureRangeError, InputError, MalformedReplyError
 from featureinterp.falsify.saebench import examples_in, examples_of_log
 from featureinterp.falsify.sensitivity import Example, FeatureSensitivity, base_rate, example
-from featureinterp.falsify.writing import TextWriter, parse_texts, without_marks
+from featureinterp.falsify.writing import TextWriter, without_marks
 from featureinterp.jobs.budget import Budget, Guard
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.sensitivity import SensitivityJob, SensitivityPlan
@@ -54,18 +55,16 @@ def texts_reply(texts: Sequence[str]) -> str:
     )
 )
 def test_texts_are_exactly_those_of_the_reply(texts: list[str]):
-    assert parse_texts(texts_reply(texts)) == texts
-    assert parse_texts(json.dumps({"texts": texts})) == texts
+    assert texts_in(texts_reply(texts)) == texts
+    assert texts_in(json.dumps({"texts": texts})) == texts
 
 
 def test_texts_with_line_breaks_braces_and_odd_characters():
     nasty = [t for t in NASTY if t.strip()]
-    assert parse_texts("Here you are:\n```json\n" + texts_reply(nasty) + "\n```") == nasty
-    assert parse_texts(texts_reply(["a", "  ", "a", "b"])) == ["a", "b"], (
-        "empty texts and repetitions are none"
-    )
+    assert texts_in("Here you are:\n```json\n" + texts_reply(nasty) + "\n```") == nasty
+    assert texts_in(texts_reply(["a", "  ", "a", "b"])) == ["a", "b"], "empty texts and repetitions are none"
     with pytest.raises(MalformedReplyError):
-        parse_texts("I cannot do that.")
+        texts_in("I cannot do that.")
 
 
 def test_marks_that_were_copied_are_taken_out():

@@ -25,7 +25,7 @@ from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.score.answers import MIN_SHARE, read_level, read_yes
 from featureinterp.score.complexity import Complexity
 from featureinterp.score.detection import Detection
-from featureinterp.score.verdicts import Verdict, judge, yes_probability
+from featureinterp.score.verdicts import Verdict, judge
 
 SAID = Explanation.sentence("months", Provenance("test"))
 
@@ -54,7 +54,7 @@ def test_what_is_a_level(text: str, level: int | None):
 
 def test_negligible_probabilities_are_no_answer():
     noise = {"\n\n": 0.9995, "No": math.exp(-8)}
-    assert read_yes(reply("**Yes**", noise)) == (True, None) and yes_probability(reply("Yes", noise)) is None
+    assert read_yes(reply("**Yes**", noise)) == (True, None) and read_yes(reply("Yes", noise))[1] is None
     with pytest.raises(MalformedReplyError):
         read_yes(reply("\n\nThe text", noise))
     assert read_level(reply("3", {"\n": 0.99, "1": 0.001})) == 3

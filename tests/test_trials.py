@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from endpoint import endpoint, play
 from test_cli import cli
+from test_report import rendered
 
 import featureinterp as fi
 from featureinterp.domain.explanation import Explanation, Provenance, Rule
@@ -31,7 +32,6 @@ from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.plan import Plan
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.types import Request
-from featureinterp.report.render import render_report
 from featureinterp.score.correlation import agreement
 from featureinterp.simulate.lexical import Lexical
 
@@ -310,7 +310,7 @@ def test_the_report_shows_what_broke_it_and_escapes_it(tmp_path: Path):
     result = finished(
         job(tmp_path, writer(texts, ["an army came", "go on"], other=lambda _: IMPROVED), Decides())
     )
-    page = render_report([result], {"title": "t", "subtitle": "s", "facts": {}})
+    page = rendered([result], {"title": "t", "subtitle": "s", "facts": {}})
     assert "On trial" in page and "Revision on trial" in page and "only near, and fires" in page
     assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 

@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 import pytest
 from endpoint import completion, endpoint
+from replies_of import texts_in
 from test_trials import Decides, Finds, explanation, window
 
 from featureinterp.domain.feature import FeatureId
@@ -17,7 +18,7 @@ from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import MalformedReplyError
 from featureinterp.falsify.counterexamples import MAX_ATTEMPTS, Falsifier, TrialSettings
-from featureinterp.falsify.writing import TextWriter, parse_texts, read_texts, without_numbers
+from featureinterp.falsify.writing import TextWriter, read_texts, without_numbers
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.openai import OpenAIModel
 from featureinterp.llm.types import Reply, Request
@@ -82,7 +83,7 @@ def test_copies_alone_are_no_samples():
     ],
 )
 def test_lists_by_hand(reply: str, texts: list[str]):
-    assert parse_texts(reply) == texts
+    assert texts_in(reply) == texts
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ def run(
     from dataclasses import replace as replaced
 
     from featureinterp import api
+    from featureinterp.domain.usage import cost_in_words
     from featureinterp.jobs.spec import load_job
 
     screen = Screen(as_json=as_json)
@@ -47,13 +48,10 @@ def run(
         if as_json:
             screen.result(found.to_json())
             return
-        cost = (
-            "at a price that is not known" if found.cost_usd is None else f"for about ${found.cost_usd:.2f}"
-        )
         put(f"{found.features:,} features: {found.done:,} done, {found.left:,} left")
         put(
             f"about {found.requests:,} requests with {found.prompt_tokens:,} + {found.completion_tokens:,} "
-            f"tokens, {cost}"
+            f"tokens, {cost_in_words(found.cost_usd, 2, about=True)}"
         )
         return
     with screen.live():

@@ -39,3 +39,12 @@ class Usage:
             self.cached_tokens + other.cached_tokens,
             self.estimated + other.estimated,
         )
+
+
+def cost_in_words(cost_usd: float | None, digits: int = 4, *, about: bool = False) -> str:
+    """What something cost, for the end of a sentence: with so many digits of a dollar, or that no price is
+    known.
+    """
+    if cost_usd is None:
+        return "at a price that is not known"
+    return f"for {'about ' if about else ''}${cost_usd:.{digits}f}"

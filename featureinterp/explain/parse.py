@@ -53,8 +53,3 @@ def read_rules(reply: RulesReply, cap: int) -> tuple[tuple[Rule, ...], int]:
         raise MalformedReplyError("the reply holds no rule with a text and a strength above 0")
     kept = tuple(list(rules.values())[:cap])
     return kept, len(reply.rules) - len(kept)
-
-
-def rules_of(reply: RulesReply, cap: int) -> tuple[Rule, ...]:
-    """The rules of :func:`read_rules`."""
-    return read_rules(reply, cap)[0]

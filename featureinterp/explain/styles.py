@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from featureinterp.domain.explanation import MAX_RULES, Explanation, Provenance
 from featureinterp.domain.record import FeatureRecord, Window
@@ -172,9 +172,6 @@ def _peaks(windows: Sequence[Sequence[tuple[str, int]]]) -> list[str]:
         if token.strip() and level > 0:
             total[token] = total.get(token, 0) + level
     return sorted(total, key=lambda token: -total[token])
-
-
-StyleName = Literal["sentence", "rules"]
 
 
 def style(name: str, *, rule_cap: int = 5, causes: bool = False, few_shot: Path | None = None) -> Style:

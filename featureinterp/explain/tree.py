@@ -19,7 +19,6 @@ from featureinterp.explain.asking import ask
 from featureinterp.explain.one_shot import OneShot
 from featureinterp.explain.styles import Style
 from featureinterp.explain.windows import training_windows
-from featureinterp.files import valid_unicode
 from featureinterp.interfaces import Agree, LanguageModel, Simulator
 from featureinterp.llm.types import Message, Request
 from featureinterp.prompts import escape, load_prompt
@@ -274,7 +273,7 @@ class _Search:
         )
 
         def read(text: str) -> tuple[Explanation, str]:
-            words = " ".join(valid_unicode(parse_reply(text, _Improvement).improvement).split())
+            words = " ".join(parse_reply(text, _Improvement).improvement.split())
             return tree.style.read(text, explanation.provenance), words[:MAX_IMPROVEMENT]
 
         try:

@@ -151,23 +151,18 @@ def read_texts(reply: Reply) -> list[str]:
     return found
 
 
-def parse_texts(reply: str) -> list[str]:
+def _texts(reply: str) -> tuple[list[str], bool]:
     """The texts in a reply, exactly as they stand in its JSON, or in its numbered list where it holds no
     JSON; those that are empty or there twice are left out, and so are the numbers of texts that are numbered
-    in order. Raises ``MalformedReplyError``."""
-    return _texts(reply)[0]
-
-
-def _texts(reply: str) -> tuple[list[str], bool]:
-    """The texts, and whether the reply ends within the last one."""
+    in order. And whether the reply ends within the last one. Raises ``MalformedReplyError``."""
     try:
         written, cut = parse_with_end(reply, _Written)
         texts = without_numbers(written.texts)
     except MalformedReplyError:
-        texts, cut = _numbered_list(answer_of(reply)), False
+        texts, cut = _numbered_list(valid_unicode(answer_of(reply))), False
         if not texts:
             raise
-    return new_texts([valid_unicode(text) for text in texts], set()), cut
+    return new_texts(texts, set()), cut
 
 
 def without_numbers(texts: Sequence[str]) -> list[str]:

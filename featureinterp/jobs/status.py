@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from featureinterp.domain.usage import cost_in_words
 from featureinterp.errors import InputError
 from featureinterp.jobs.journal import Journal
 from featureinterp.stored.sums import described, read_marker
@@ -75,8 +76,7 @@ def _told(run: dict[str, Any] | None) -> str:
     began = time.strftime("%Y-%m-%d %H:%M", time.localtime(run["started"]))
     if run["ended"] is None:
         return f"began {began}; it is under way, or was killed"
-    cost = "at a price that is not known" if run["cost_usd"] is None else f"for ${run['cost_usd']:.4f}"
     return (
         f"began {began}, ended as {run['outcome']} after {run['ended'] - run['started']:.0f} s and "
-        f"{run['requests']:,} requests {cost}"
+        f"{run['requests']:,} requests {cost_in_words(run['cost_usd'])}"
     )

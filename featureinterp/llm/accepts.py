@@ -10,7 +10,6 @@ from featureinterp.llm.roles import as_text
 from featureinterp.llm.types import Message, Request
 
 ReplyForm = Literal["json_schema", "plain_schema", "bare_schema", "json_object", "text"]
-FORMS: tuple[ReplyForm, ...] = ("json_schema", "plain_schema", "bare_schema", "json_object", "text")
 """From strict to loose. ``plain_schema``: the schema without bounds; ``bare_schema``: also without
 ``additionalProperties`` and ``strict``.
 """

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointUnavailableError, MalformedReplyError
-from featureinterp.files import valid_unicode
 from featureinterp.llm.finish_reasons import End, end_of
 from featureinterp.llm.tokens import Token, answer_tokens
 from featureinterp.llm.types import Reply
@@ -153,19 +152,6 @@ def thinks(choices: list[Choice], completion: Any) -> bool:
     details = usage.get("completion_tokens_details") if isinstance(usage, dict) else None
     tokens = details.get("reasoning_tokens") if isinstance(details, dict) else None
     return any(c.thought for c in choices) or (isinstance(tokens, int) and tokens > 0)
-
-
-def whole_characters(value: Any) -> Any:
-    """JSON with U+FFFD for every half of a character (a lone surrogate), which no file can hold."""
-    if isinstance(value, str):
-        return valid_unicode(value)
-    if isinstance(value, list):
-        return [whole_characters(v) for v in value]
-    return (
-        {valid_unicode(k): whole_characters(v) for k, v in value.items()}
-        if isinstance(value, dict)
-        else value
-    )
 
 
 def is_stream(content_type: str, body: bytes) -> bool:

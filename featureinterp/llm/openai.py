@@ -23,10 +23,10 @@ from featureinterp.errors import (
     LanguageModelError,
     RequestRefusedError,
 )
-from featureinterp.files import valid_unicode
+from featureinterp.files import valid_unicode, whole_characters
 from featureinterp.llm.accepts import Accepts, Options
 from featureinterp.llm.address import check_key, read_address, read_headers, read_key
-from featureinterp.llm.answers import collect, is_stream, read_choices, reply_of, thinks, whole_characters
+from featureinterp.llm.answers import collect, is_stream, read_choices, reply_of, thinks
 from featureinterp.llm.bounds import bounded
 from featureinterp.llm.refusals import Refusal, error_within, gives_way, read_refusal
 from featureinterp.llm.secrets import Secrets

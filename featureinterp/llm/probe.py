@@ -10,7 +10,7 @@ from typing import Any
 import pydantic
 
 from featureinterp.domain.plain import Plain
-from featureinterp.domain.usage import Usage
+from featureinterp.domain.usage import Usage, cost_in_words
 from featureinterp.errors import LanguageModelError, MalformedReplyError
 from featureinterp.files import content_key, parse_json, write_json
 from featureinterp.llm.accepts import Accepts
@@ -125,8 +125,8 @@ _FORM_NAMES = {
 
 
 def _spent(usage: Usage) -> str:
-    cost = "price not known" if usage.cost_usd is None else f"${usage.cost_usd:.6f}"
-    return f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, {cost}"
+    tokens = f"{usage.prompt_tokens} + {usage.completion_tokens} tokens"
+    return f"{tokens} {cost_in_words(usage.cost_usd, 6)}"
 
 
 async def probe(endpoint: Endpoint, price: Price | None = None) -> Probed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from featureinterp.files import valid_unicode
 from featureinterp.replies.strict import UnreadableError
 
 _MAX_DEPTH = 20
@@ -141,9 +142,9 @@ class _Reader:
             else:
                 if self._next() not in behind and not self.cut:
                     raise UnreadableError("a text in it holds its own quotation mark")
-                return _joined(out)
+                return valid_unicode("".join(out))
         self.cut = True
-        return _joined(out)
+        return valid_unicode("".join(out))
 
     def _apostrophe(self, closing: str) -> bool:
         around = self.text[self.at - 2 : self.at - 1] + self.text[self.at : self.at + 1]
@@ -164,8 +165,3 @@ class _Reader:
 
     def _odd(self) -> UnreadableError:
         return UnreadableError(f"{self.text[self.at : self.at + 12]!r} stands where it cannot")
-
-
-def _joined(characters: list[str]) -> str:
-    """The text, halves of characters (UTF-16 surrogates) put together."""
-    return "".join(characters).encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin
 import pydantic
 
 from featureinterp.errors import MalformedReplyError
+from featureinterp.files import whole_characters
 from featureinterp.replies.lenient import balanced_end, parse_lenient
 from featureinterp.replies.strict import UnreadableError, decoder
 from featureinterp.replies.thoughts import answer_of
@@ -124,7 +125,7 @@ def _candidates(answer: str) -> list[_Candidate]:
     """The JSON values of an answer, in order; one that holds everything comes alone."""
     stripped = answer.strip()
     try:
-        found = [_Candidate(0, len(answer), stripped, decoder.decode(stripped))]
+        found = [_Candidate(0, len(answer), stripped, whole_characters(decoder.decode(stripped)))]
     except (ValueError, RecursionError):
         bounds = [0, *(x for m in _FENCE.finditer(answer) for x in m.span()), len(answer)]
         found = [
@@ -179,7 +180,8 @@ def _within(answer: str, start: int, end: int) -> Iterator[_Candidate]:
     while (bracket := _BRACKET.search(answer, start, end)) is not None:
         at = bracket.start()
         try:
-            value, start = decoder.raw_decode(answer[:end], at)
+            value, stop = decoder.raw_decode(answer[:end], at)
+            value, start = whole_characters(value), stop
             problem = _goes_on(answer, at, start, end)
             yield _Candidate(at, start, answer[at:end], None if problem else value, problem)
         except (ValueError, RecursionError):

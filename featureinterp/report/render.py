@@ -99,15 +99,6 @@ def write_report(
     return path
 
 
-def render_report(
-    results: Sequence[FeatureResult],
-    about: Mapping[str, Any],
-    labels: Mapping[int, Sequence[Agreement]] | None = None,
-) -> str:
-    """The page as a string. ``labels``: concepts that features were annotated with."""
-    return "".join(_parts(results, about, labels))
-
-
 def _parts(
     results: Sequence[FeatureResult],
     about: Mapping[str, Any],

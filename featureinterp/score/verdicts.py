@@ -12,9 +12,9 @@ from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, LanguageModelError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.intervals import bootstrap, weighted_aurocs
-from featureinterp.llm.types import Message, Reply, Request
+from featureinterp.llm.types import Message, Request
 from featureinterp.prompts import Prompt
-from featureinterp.score.answers import masses, read_yes
+from featureinterp.score.answers import read_yes
 from featureinterp.tasks import each
 
 
@@ -70,13 +70,6 @@ async def ask(
             return Verdict(question.label, None, failure=f"{type(error).__name__}: {error}", row=question.row)
 
     return await each(one, questions), sum(spent, Usage())
-
-
-def yes_probability(reply: Reply) -> float | None:
-    """P(yes) / (P(yes) + P(no)), whatever their case, where the two hold their share
-    (:data:`featureinterp.score.answers.MIN_SHARE`) of a token's probability; None where they do not."""
-    mass = masses(reply, ("yes", "no"))
-    return None if mass is None else mass["yes"] / sum(mass.values())
 
 
 def judge(name: str, verdicts: Sequence[Verdict], *, seed: int = 0) -> list[Score]:
