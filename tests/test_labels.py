@@ -217,11 +217,14 @@ def test_a_function_that_gives_no_spans_is_told_so():
     for found, message in (
         (5, "which is no span"),
         ((1, 2), "which is no span"),
+        ((0.5, 1.7, "x"), "which is no span"),
+        (("0", "2", "x"), "which is no span"),
         ((0, 99, "x"), "from 0 to 99 in the document 'd' of 3 characters"),
     ):
         with pytest.raises(InputError, match=message):
             list(load_labels(lambda text, found=found: [found]).of("d", "abc"))
     assert list(load_labels(lambda text: [(1, 1, "x")]).of("d", "abc")) == []
+    assert [s.end for s in load_labels(lambda text: [(0, np.int64(2), "x")]).of("d", "abc")] == [2]
 
 
 def test_another_corpus_is_refused(tmp_path: Path):

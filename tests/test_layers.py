@@ -6,14 +6,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from test_cli import cli
+from tiny import TINY_TEXTS
 
+from featureinterp.corpus.text import load_corpus
+from featureinterp.corpus.windows import WindowPolicy, build_windows
 from featureinterp.domain.score import Interval
 from featureinterp.errors import InputError, UnknownNameError
-from featureinterp.training.layers import Layer, Spectrum, parse_blocks, recommend, spectra
+from featureinterp.probing.labels import load_labels
+from featureinterp.training import layers as layers_module
+from featureinterp.training.layers import Layer, Spectrum, choose_layer, parse_blocks, recommend, spectra
 
 
 def cloud(scales: list[float], n: int = 20_000, seed: int = 0) -> np.ndarray:
@@ -132,9 +138,40 @@ def test_the_command(tmp_path: Path, subject_folder: Path, corpus_file: Path):
 
 
 def test_a_block_that_does_not_exist(subject, corpus_file: Path):
-    from featureinterp.corpus.text import load_corpus
-    from featureinterp.probing.labels import load_labels
-    from featureinterp.training.layers import choose_layer
-
     with pytest.raises(UnknownNameError, match=r"no hook 'blocks\.3"):
         choose_layer(subject, load_corpus(str(corpus_file)), load_labels(None), blocks=[1, 3])
+
+
+def test_no_text_is_on_both_sides_of_a_probe(subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Documents that are there twice are one, and a header that all share is tested nowhere."""
+    header = TINY_TEXTS[0] * 3
+    for i in range(24):
+        body = " ".join(TINY_TEXTS[(i * 5 + j * (1 + i % 3)) % len(TINY_TEXTS)] + f" {i}" for j in range(8))
+        for copy in range(1 + (i % 4 == 0)):
+            (tmp_path / f"{i:02d}-{copy}.txt").write_text(header + body, encoding="utf-8")
+    seen: list[tuple[np.ndarray, ...]] = []
+    real = layers_module._measure
+
+    def look(block: int, x: np.ndarray, scored: np.ndarray, *rest: Any) -> Any:
+        seen.append((x, *rest[2:5]))
+        return real(block, x, scored, *rest)
+
+    monkeypatch.setattr(layers_module, "_measure", look)
+    corpus, policy = load_corpus(str(tmp_path)), WindowPolicy(16, 8)
+    choose_layer(subject, corpus, load_labels(None), policy, blocks=[0, 1])
+    table = build_windows(corpus, subject.encoder, policy, tmp_path / "again")
+    window = np.repeat(np.arange(len(table)), np.asarray(table.lengths))
+    ids = [tuple(table.ids(row).tolist()) for row in range(len(table))]
+    document = np.asarray(table.documents)[window]
+    assert len(seen) == 2
+    for _, train, test, groups in seen:
+        one, other = ({ids[w] for w in window[rows]} for rows in (train, test))
+        assert one and other and not one & other
+        assert not set(document[train]) & set(document[test])
+        twice = [n for n, name in enumerate(table.document_ids()) if name.endswith("-1.txt")]
+        assert len(twice) == 6
+        for number in twice:  # a resample of documents takes both or none
+            assert set(groups[document == number]) == set(groups[document == number - 1]), number
+    header_ids = ids[0]
+    assert sum(text == header_ids for text in ids) == 30
+    assert header_ids not in {ids[w] for w in window[seen[0][2]]}

@@ -705,6 +705,21 @@ class Danger:
         return (Path("danger").touch, ())
 
 
+def test_large_ids_of_documents_and_instances_stay_what_they_are():
+    """Hashes, and other numbers that 32 bits cannot hold."""
+    big = 2**31
+    instances = np.array([big, big, -1, big + 7, -5, 2**62])
+    documents = np.array([-(2**40), -(2**40), -3, 2**33, 2**33, 2**33 + 2**32])
+    found = ActivationBuffer(
+        np.eye(6), np.ones((6, 1)), ("a",), instances={"a": instances}, documents=documents
+    )
+    ids = found.instances["a"].tolist()
+    assert ids[2] == ids[4] == -1 and ids[0] == ids[1] and len({ids[0], ids[3], ids[5]}) == 3
+    assert min(ids[0], ids[3], ids[5]) >= 0
+    assert found.documents is not None and len(set(found.documents.tolist())) == 4
+    assert found.documents[0] == found.documents[1] and found.documents[3] == found.documents[4]
+
+
 def test_a_buffer_never_unpickles_and_says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     good = {"codes": np.eye(3), "labels": np.eye(3) > 0, "label_names": np.array(list("abc"))}

@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
+import test_sensitivity
 import typer
 from endpoint import completion, endpoint, play
 from test_cli import cli, refused
@@ -29,6 +31,7 @@ from featureinterp.cli.main import app
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import InputError
+from featureinterp.falsify.sensitivity import FeatureSensitivity
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.spec import changed, make_job
 from featureinterp.llm.config import Endpoint, load_config
@@ -36,6 +39,7 @@ from featureinterp.llm.prices import Price
 from featureinterp.records.files import write_records
 from featureinterp.report.export import export_results
 from featureinterp.report.render import read_results, write_report, write_results
+from featureinterp.report.sensitivity import write_sensitivity
 
 
 @pytest.fixture
@@ -244,6 +248,36 @@ def test_reports_tables_and_records_hold_few_features_at_a_time(tmp_path: Path, 
     assert [json.loads(line)["scale"] for line in (tmp_path / "r.jsonl").read_text().splitlines()] == list(
         range(1, n + 1)
     )
+
+
+def test_sensitivity_holds_few_features_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """While texts are written, while they are read, in the tables, and in what is given back."""
+    n, before, most = 60, alive(FeatureSensitivity), {"written": 0, "read": 0, "tables": 0, "back": 0}
+    monkeypatch.setattr(test_sensitivity.WordActivator, "WORDS", dict.fromkeys(range(n), "war"))
+
+    def look(when: str, number: int) -> None:
+        if number % 10 == 9:
+            most[when] = max(most[when], alive(FeatureSensitivity) - before)
+
+    def examples(features: Iterable[int]) -> Iterator[FeatureSensitivity]:
+        for i in features:
+            yield dataclasses.replace(test_sensitivity.feature(i), scale=float(i + 1))
+            look("written", i)
+
+    def watched(when: str, features: Iterable[FeatureSensitivity]) -> Iterator[FeatureSensitivity]:
+        for i, found in enumerate(features):
+            assert found.scale == i + 1 and found.generated_sensitivity().value == 0.75
+            look(when, i)
+            yield found
+
+    made, _, _ = test_sensitivity.job(tmp_path, test_sensitivity.good)
+    made.on_feature = lambda _, done, total: look("read", done - 1)
+    features = anyio.run(made.run, list(range(n)), examples)
+    summary = write_sensitivity(tmp_path / "o", watched("tables", features), {"sae_name": "s"}, per_call=4)
+    assert summary["n_features"] == summary["mean_sensitivity"]["n"] == n
+    assert [f.scale for f in features[1:3]] == [2, 3] and features[-1].control_of == 0
+    assert sum(1 for _ in watched("back", features)) == len(features) == n
+    assert all(0 < found <= 6 for found in most.values()), most
 
 
 def test_prices_of_another_model_are_not_taken_for_its_own():

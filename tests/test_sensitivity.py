@@ -221,8 +221,8 @@ def job(
     )
 
 
-def run_job(made: SensitivityJob) -> list[FeatureSensitivity]:
-    return anyio.run(made.run, [feature(1), feature(2)])
+def run_job(made: SensitivityJob) -> Sequence[FeatureSensitivity]:
+    return anyio.run(made.run, [1, 2], lambda features: map(feature, features))
 
 
 NASTY_WAR = "a {brace} % \n\n  war\t<|endoftext|> \u00e9"

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anyio
 import numpy as np
@@ -16,7 +17,9 @@ import pytest
 import torch
 from endpoint import endpoint, play
 from test_cli import cli
-from tiny import make_sae, make_subject_folder
+from tiny import make_model, make_sae, make_subject_folder, tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from featureinterp.domain.explanation import Explanation, Provenance, Rule
 from featureinterp.domain.feature import FeatureId
@@ -133,6 +136,41 @@ def test_writing_equals_reading_everything_anew_each_time(causal: tuple, dose: f
             break
         ids.append(token)
     assert found == [tokenizer.decode(ids[first:], skip_special_tokens=True)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt-neox"])
+def test_an_opening_of_one_token_is_not_pushed_where_nothing_stands_before_it(family: str):
+    """A model without BOS: the opening's token is the text's first, the attention sink."""
+    model, names = make_model(family), tokenizer(bos=False)
+    opening = names.decode([names.encode("the", add_special_tokens=False)[0]])
+    ids = names.encode(opening, add_special_tokens=False)
+    assert len(ids) == 1
+    vector = 3 * random_directions(32, 1, seed=0)[0]
+    block = find_blocks(model, 3)[1]
+
+    def push(_m: object, _a: object, output: Any) -> Any:
+        states = (output[0] if isinstance(output, tuple) else output).clone()
+        states[:, 1:] += vector
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    found = write(model, names, HOOK, vector, [opening], max_tokens=5, temperature=0, seed=0)
+    handle = block.register_forward_hook(push)
+    for _ in range(5):
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    handle.remove()
+    assert found == [names.decode(ids[1:], skip_special_tokens=True)]
+
+
+def test_what_is_written_keeps_the_space_before_its_first_word():
+    """Tokenizers of the SentencePiece kind drop it when a text's middle is decoded alone."""
+    words = {f"▁w{i}": i for i in range(512)}
+    raw = Tokenizer(models.WordLevel(words, unk_token="▁w0"))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    raw.decoder = decoders.Metaspace(prepend_scheme="always")
+    names = PreTrainedTokenizerFast(tokenizer_object=raw)
+    assert names.decode([7, 8]) == "w7 w8"
+    [found] = write(make_model("llama"), names, HOOK, None, ["w1 w2"], max_tokens=4, temperature=0, seed=0)
+    assert found.startswith(" w") and len(found.split()) == 4
 
 
 def test_the_same_seed_writes_the_same_text(causal: tuple):

@@ -91,12 +91,13 @@ class Results(Sequence[FeatureResult]):
 @dataclass(frozen=True, eq=False)
 class Sensitivity:
     """The sensitivity of one SAE's features. ``summary``: what ``summary.json`` in ``folder`` holds.
-    ``stopped``: why the job ended early. ``n_partial``: features with fewer texts than were asked for."""
+    ``features``: each read from disk when it is asked for. ``stopped``: why the job ended early.
+    ``n_partial``: features with fewer texts than were asked for."""
 
     sae: str
     folder: Path
     summary: dict[str, Any]
-    features: tuple[FeatureSensitivity, ...]
+    features: Sequence[FeatureSensitivity]
     stopped: JobStoppedError | None = None
     n_partial: int = 0
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Float32, Int64, Integer
 from torch import Tensor
 
+from featureinterp.accelerator import fit_of, in_parts
 from featureinterp.codes.collect import check_sae, check_subject, scored_by_norm
 from featureinterp.codes.fit import check_fit
 from featureinterp.codes.store import CodesStore
@@ -104,7 +105,7 @@ class HolisticActivations:
         for window in ids:
             residual, rows = self._deletions.residuals(window[None])
             residual = residual[0]
-            activations = self._activations(feature, residual)
+            activations = self._encoded(feature, residual)
             norms = residual.float().norm(dim=-1)
             own = torch.where(scored_by_norm(norms[None, :n], self.subject)[0], activations[:n], 0).sum() / n
             if n > 1:
@@ -122,20 +123,30 @@ class HolisticActivations:
             flat = self._activations(feature, residual.reshape(-1, residual.shape[-1]))
             return (flat.reshape(scored.shape) * scored).sum(1) / scored.shape[1]
 
-        batch = max(1, ENCODED_ROWS // ids.shape[1])
-        return np.concatenate(
-            [embedding_effects(self.subject, self.sae.hook, part, mean).numpy() for part in ids.split(batch)]
+        def effects(part: slice) -> np.ndarray:
+            return embedding_effects(self.subject, self.sae.hook, ids[part], mean).numpy()
+
+        fit = fit_of(self.subject.model, "gradients of windows")
+        parts = in_parts(*ids.shape, ENCODED_ROWS, fit, self.subject.device, effects)
+        return np.concatenate([found for _, found in parts])
+
+    def _encoded(self, feature: int, residual: Float[Tensor, "row d_model"]) -> Float32[Tensor, " row"]:
+        """:meth:`_activations`, as many rows at once as fit."""
+        fit, device = fit_of(self.sae.sae, "encoding"), self.sae.sae.device
+        parts = in_parts(
+            len(residual),
+            1,
+            ENCODED_ROWS,
+            fit,
+            device,
+            lambda part: self._activations(feature, residual[part]),
         )
+        return torch.cat([found for _, found in parts])
 
     def _activations(self, feature: int, residual: Float[Tensor, "row d_model"]) -> Float32[Tensor, " row"]:
         """The feature's codes of ``residual``."""
-        parts = []
-        for chunk in residual.split(ENCODED_ROWS):
-            codes = self.sae.sae.encode(chunk)
-            mine = codes.features == feature
-            parts.append(
-                torch.zeros(len(chunk), dtype=torch.float32, device=codes.values.device).index_put(
-                    (codes.rows[mine],), codes.values[mine].float()
-                )
-            )
-        return torch.cat(parts)
+        codes = self.sae.sae.encode(residual)
+        mine = codes.features == feature
+        return torch.zeros(len(residual), dtype=torch.float32, device=codes.values.device).index_put(
+            (codes.rows[mine],), codes.values[mine].float()
+        )

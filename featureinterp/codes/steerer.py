@@ -18,9 +18,9 @@ from featureinterp.sae.load import LoadedSae
 from featureinterp.subject.load import check_same_weights
 from featureinterp.subject.steering import random_directions, write
 
-PUSH = 2
+PUSH = 3
 """How a direction is added; part of every result's key. 2: in the units of each token, for SAEs that
-normalise tokens.
+normalise tokens. 3: never at a text's first token, whatever its opening; the space behind an opening is kept.
 """
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import InitVar, asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -23,12 +24,14 @@ from featureinterp.interfaces import Activator
 from featureinterp.jobs.budget import Budget, Guard
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.plan import is_read, readable_as
+from featureinterp.jobs.stored_features import StoredFeatures
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.tally import tally
 
 FORMAT = 1
 OnFeature = Callable[[FeatureSensitivity, int, int], None]
 """Called with (a feature that is through, how many are, of how many)."""
+ExamplesOf = Callable[[Sequence[int]], Iterator[FeatureSensitivity]]
 
 
 @dataclass(frozen=True)
@@ -94,23 +97,36 @@ class SensitivityJob:
         self.guard = guard or Guard(Budget(), lambda: self.meter.usage)
         self.meter.before, self.meter.fits = self.guard.before, self.guard.fits
         self.stopped: JobStoppedError | None = None
+        self._folder = Path(journal.path).parent if journal.path != ":memory:" else None
 
-    async def run(self, features: Sequence[FeatureSensitivity]) -> list[FeatureSensitivity]:
-        """Takes features with their examples and gives them back with texts and activations, as far as it
-        gets: ``stopped`` says why it ended early. What failed has its cause in it. Raises
-        ``EndpointRefusedError`` and ``StorageError``."""
-        number = self.journal.start(
-            content_key({"sensitivity": self.sae, "source": self.source}), len(features)
-        )
+    async def run(self, features: Sequence[int], examples: ExamplesOf) -> StoredFeatures:
+        """Gives features texts and activations, as far as it gets: ``stopped`` says why it ended early.
+        ``examples`` gives features with their examples, in order. What failed has its cause in it. Few
+        features are in memory at once. Raises ``EndpointRefusedError`` and ``StorageError``."""
+        order = list(dict.fromkeys(features))
+        number = self.journal.start(content_key({"sensitivity": self.sae, "source": self.source}), len(order))
         ended = "interrupted"
-        found: dict[int, FeatureSensitivity] = {}
+        try:
+            written = await self._write_all(order, examples)
+            done = await self._read_all([f for f in order if f in written.indices], written, len(order))
+            ended = type(self.stopped).__name__ if self.stopped else "done"
+            return done
+        except Exception as error:
+            ended = type(error).__name__
+            raise
+        finally:
+            self.journal.end(number, ended, self.meter.usage)
+
+    async def _write_all(self, order: Sequence[int], examples: ExamplesOf) -> StoredFeatures:
+        """The features that have their texts, or a failure."""
+        written = StoredFeatures(self._folder)
         limit = anyio.Semaphore(self.plan.features_at_once)
         broken: list[Exception] = []
 
         async def one(feature: FeatureSensitivity) -> None:
             try:
                 if not broken:
-                    found[feature.feature] = await self._written(feature)
+                    written.add(await self._written(feature))
             except JobStoppedError as error:
                 self.stopped = self.stopped or error
                 broken.append(error)
@@ -119,24 +135,22 @@ class SensitivityJob:
             finally:
                 limit.release()
 
-        try:
-            async with anyio.create_task_group() as group:
-                for feature in features:
-                    await limit.acquire()
-                    group.start_soon(one, feature)
-            for error in broken:
-                if not isinstance(error, JobStoppedError):
-                    raise error
-            done = await self._read_all(
-                [found[f.feature] for f in features if f.feature in found], len(features)
-            )
-            ended = type(self.stopped).__name__ if self.stopped else "done"
-            return done
-        except Exception as error:
-            ended = type(error).__name__
-            raise
-        finally:
-            self.journal.end(number, ended, self.meter.usage)
+        found = examples(order)
+        async with anyio.create_task_group() as group:
+            for _ in order:
+                await limit.acquire()
+                if broken:
+                    break
+                try:
+                    feature = await anyio.to_thread.run_sync(next, found)
+                except Exception as error:  # what is in flight is let finish: it may be paid for
+                    broken.append(error)
+                    break
+                group.start_soon(one, feature)
+        for error in broken:
+            if not isinstance(error, JobStoppedError):
+                raise error
+        return written
 
     async def _written(self, feature: FeatureSensitivity) -> FeatureSensitivity:
         """The feature with texts that were written for it, from the journal where they are there."""
@@ -180,36 +194,43 @@ class SensitivityJob:
         self.guard.outcome(None)
         return _with_calls(feature, calls)
 
-    async def _read_all(self, features: Sequence[FeatureSensitivity], total: int) -> list[FeatureSensitivity]:
+    async def _read_all(self, order: Sequence[int], written: StoredFeatures, total: int) -> StoredFeatures:
         """The features with activations: on their own texts, on their examples, and on the texts of the next
         feature that has any.
         """
-        writers = [f for f in features if f.texts]
-        done = []
-        for feature in features:
-            place = next((i for i, f in enumerate(writers) if f.feature == feature.feature), None)
-            other = writers[(place + 1) % len(writers)] if place is not None and len(writers) > 1 else None
-            own = [without_marks(t) for t in feature.texts]
-            theirs = [without_marks(t) for t in other.texts] if other else []
-            texts = [*own, *(e.text for e in feature.examples), *theirs]
-            windows = await self._read(feature.feature, texts) if feature.examples else []
-            n, m = len(own), len(feature.examples)
-            samples = tuple(windows[:n])
-            rate = await anyio.to_thread.run_sync(
-                partial(self.base_rate, feature.feature, [len(w.pieces) for w in samples])
-            )
-            done.append(
-                replace(
-                    feature,
-                    samples=samples,
-                    originals=tuple(windows[n : n + m]),
-                    control=tuple(w.max_activation for w in windows[n + m :]),
-                    control_of=other.feature if other else None,
-                    base_rate=rate,
-                )
+        writers = [f for f in order if written.of(f).texts]
+        following = dict(zip(writers, [*writers[1:], *writers[:1]], strict=True)) if len(writers) > 1 else {}
+        done = StoredFeatures(self._folder)
+        for index in order:
+            other = following.get(index)
+            done.add(
+                await self._with_activations(written.of(index), other, written.of(other).texts)
+                if other is not None
+                else await self._with_activations(written.of(index), None, ())
             )
             self.on_feature(done[-1], len(done), total)
         return done
+
+    async def _with_activations(
+        self, feature: FeatureSensitivity, other: int | None, theirs: Sequence[str]
+    ) -> FeatureSensitivity:
+        """``theirs``: the texts that were written for the feature ``other``."""
+        own = [without_marks(t) for t in feature.texts]
+        texts = [*own, *(e.text for e in feature.examples), *map(without_marks, theirs)]
+        windows = await self._read(feature.feature, texts) if feature.examples else []
+        n, m = len(own), len(feature.examples)
+        samples = tuple(windows[:n])
+        rate = await anyio.to_thread.run_sync(
+            partial(self.base_rate, feature.feature, [len(w.pieces) for w in samples])
+        )
+        return replace(
+            feature,
+            samples=samples,
+            originals=tuple(windows[n : n + m]),
+            control=tuple(w.max_activation for w in windows[n + m :]),
+            control_of=other,
+            base_rate=rate,
+        )
 
     async def _read(self, feature: int, texts: Sequence[str]) -> list[Window]:
         """Windows of the texts, from the journal where they are there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,12 +14,12 @@ from featureinterp.claims import check_free, owned
 from featureinterp.codes.store import CodesStore
 from featureinterp.errors import FeatureRangeError, InputError, JobStoppedError
 from featureinterp.falsify.saebench import examples_in
-from featureinterp.falsify.sensitivity import FeatureSensitivity, base_rate, examples_of
+from featureinterp.falsify.sensitivity import Example, FeatureSensitivity, base_rate, examples_of
 from featureinterp.falsify.writing import TextWriter
 from featureinterp.jobs.budget import Budget, Guard, check_endpoint
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.records import parse_features, random_features
-from featureinterp.jobs.sensitivity import OnFeature, SensitivityJob, SensitivityPlan
+from featureinterp.jobs.sensitivity import ExamplesOf, OnFeature, SensitivityJob, SensitivityPlan
 from featureinterp.llm.cached import ReplyStore
 from featureinterp.llm.config import LOCAL, Endpoint, load_config
 from featureinterp.llm.metered import Meter
@@ -86,11 +86,12 @@ class SensitivityJobSpec:
 
 @dataclass(frozen=True)
 class Measured:
-    """One SAE, as far as it got. ``about``: what is known of it. ``stopped``: why the job ended early."""
+    """One SAE, as far as it got. ``about``: what is known of it. ``features``: each read when it is asked
+    for. ``stopped``: why the job ended early."""
 
     folder: Path
     about: dict[str, Any]
-    features: tuple[FeatureSensitivity, ...]
+    features: Sequence[FeatureSensitivity]
     stopped: JobStoppedError | None
 
 
@@ -171,7 +172,11 @@ async def run_sensitivity(
                 temperature=plan.temperature,
                 seed=plan.seed,
             )
-            for sae, folder, store, examples in zip(saes, folders, stores, published, strict=True):
+            wanted = [
+                _from_corpus(spec, store) if store is not None else _chosen(spec, examples or {})
+                for store, examples in zip(stores, published, strict=True)
+            ]
+            for sae, folder, store, chosen in zip(saes, folders, stores, wanted, strict=True):
                 job = SensitivityJob(
                     journal,
                     writer,
@@ -184,11 +189,8 @@ async def run_sensitivity(
                     guard=guard,
                     on_feature=on_feature,
                 )
-                wanted = _from_corpus(spec, store) if store is not None else _chosen(spec, examples or {})
-                features = await job.run(wanted)
-                yield Measured(
-                    folder, _about(spec, subject, sae, store, writer), tuple(features), job.stopped
-                )
+                features = await job.run(*chosen)
+                yield Measured(folder, _about(spec, subject, sae, store, writer), features, job.stopped)
                 if job.stopped is not None:
                     return
 
@@ -223,8 +225,8 @@ def _base_rate(store: CodesStore | None, seed: int) -> Callable[[int, Sequence[i
     )
 
 
-def _from_corpus(spec: SensitivityJobSpec, store: CodesStore) -> list[FeatureSensitivity]:
-    """The chosen features with examples from the corpus."""
+def _from_corpus(spec: SensitivityJobSpec, store: CodesStore) -> tuple[Sequence[int], ExamplesOf]:
+    """The chosen features, and what draws their examples from the corpus."""
     plan = spec.plan
     chosen = (
         random_features(store, spec.features, seed=plan.seed)
@@ -236,15 +238,17 @@ def _from_corpus(spec: SensitivityJobSpec, store: CodesStore) -> list[FeatureSen
         half_width=plan.half_width,
         seed=plan.seed,
     )
-    return [
-        FeatureSensitivity(
-            r.feature.index, r.scale, examples_of(r, plan.n_top, plan.n_weighted, plan.half_width)
-        )
-        for r in RecordBuilder(store, policy).build(chosen)
-    ]
+    builder = RecordBuilder(store, policy)
+
+    def examples(features: Sequence[int]) -> Iterator[FeatureSensitivity]:
+        for r in builder.build(features):
+            shown = examples_of(r, plan.n_top, plan.n_weighted, plan.half_width)
+            yield FeatureSensitivity(r.feature.index, r.scale, shown)
+
+    return chosen, examples
 
 
-def _published(spec: SensitivityJobSpec, name: str) -> dict[int, Any] | None:
+def _published(spec: SensitivityJobSpec, name: str) -> dict[int, tuple[Example, ...]] | None:
     """The published examples of an SAE, when they are asked for."""
     if spec.examples != "saebench":
         return None
@@ -253,25 +257,28 @@ def _published(spec: SensitivityJobSpec, name: str) -> dict[int, Any] | None:
     return examples_in(fetch_results(name))
 
 
-def _chosen(spec: SensitivityJobSpec, examples: dict[int, Any]) -> list[FeatureSensitivity]:
+def _chosen(
+    spec: SensitivityJobSpec, examples: dict[int, tuple[Example, ...]]
+) -> tuple[Sequence[int], ExamplesOf]:
     """Features with published examples: the first ones, or those that are named."""
     n = spec.plan.n_top + spec.plan.n_weighted
-    if isinstance(spec.features, int):
-        wanted = list(examples)[: spec.features]
-    else:
-        try:
-            wanted = [int(part) for part in spec.features.split(",")]
-        except ValueError as error:
-            raise InputError(
-                f"{spec.features!r} names no features: with published examples write their numbers, such "
-                "as 3,17"
-            ) from error
-        for index in wanted:
-            if index not in examples:
-                raise FeatureRangeError(
-                    f"feature {index} has no published examples: some that have are "
-                    f"{', '.join(map(str, list(examples)[:8]))}"
-                )
-    return [
-        FeatureSensitivity(i, max(e.activation for e in examples[i]), tuple(examples[i][:n])) for i in wanted
-    ]
+    wanted = list(examples)[: spec.features] if isinstance(spec.features, int) else _named(spec.features)
+    for index in wanted:
+        if index not in examples:
+            raise FeatureRangeError(
+                f"feature {index} has no published examples: some that have are "
+                f"{', '.join(map(str, list(examples)[:8]))}"
+            )
+    return wanted, lambda features: (
+        FeatureSensitivity(i, max(e.activation for e in examples[i]), examples[i][:n]) for i in features
+    )
+
+
+def _named(features: str) -> list[int]:
+    """Numbers of features, each once."""
+    try:
+        return list(dict.fromkeys(int(part) for part in features.split(",")))
+    except ValueError as error:
+        raise InputError(
+            f"{features!r} names no features: with published examples write their numbers, such as 3,17"
+        ) from error

@@ -18,8 +18,9 @@ import anyio
 import anyio.to_thread
 import torch
 
+from featureinterp.accelerator import fit_of, in_parts
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import InputError, RequestRefusedError
+from featureinterp.errors import DeviceMemoryError, InputError, RequestRefusedError
 from featureinterp.llm.prefix_cache import PrefixCache, PrefixModel, lock_of, shared_tokens
 from featureinterp.llm.roles import chat_ids
 from featureinterp.llm.tokens import KEPT, Token
@@ -99,12 +100,22 @@ class LocalModel:
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _complete(self, request: Request) -> Reply:
         with self._alone():
-            start = time.monotonic()
-            model, tokenizer = self._loaded
-            ids = torch.tensor([self._ids(request)], device=model.device)
-            if request.prompt:
-                return self._read(model, tokenizer, ids, request, start)
-            return self._generate(model, tokenizer, ids, request, start)
+            return self._alone_answered(self._ids(request), request)
+
+    def _alone_answered(self, ids: Sequence[int], request: Request) -> Reply:
+        """A reply by itself. Raises ``DeviceMemoryError`` when it does not fit."""
+        start, (model, tokenizer) = time.monotonic(), self._loaded
+        way = self._read if request.prompt else self._generate
+        fit = fit_of(model, "answering")
+        [(_, reply)] = in_parts(
+            1,
+            len(ids),
+            len(ids),
+            fit,
+            model.device,
+            lambda _: way(model, tokenizer, torch.tensor([list(ids)], device=model.device), request, start),
+        )
+        return reply
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
     def _answer_all(self, questions: Sequence[_Question]) -> None:
@@ -117,33 +128,46 @@ class LocalModel:
                 except (InputError, RequestRefusedError) as error:
                     question.error = error
             for batch in _batches(prompts):
-                self._answer_batch(batch)
+                try:
+                    self._answer_batch(batch)
+                except DeviceMemoryError as error:
+                    for question, _ in batch:
+                        question.error = error if question.reply is None else None
 
     def _answer_batch(self, batch: Sequence[tuple[_Question, list[int]]]) -> None:
-        start = time.monotonic()
-        model, tokenizer = self._loaded
+        """Replies to as many questions at once as fit."""
+        model, width = self._loaded[0], max(len(ids) for _, ids in batch)
+        fit = fit_of(model, "answering questions")
+        for part, (logits, seconds) in in_parts(
+            len(batch), width, len(batch) * width, fit, model.device, lambda part: self._said(batch[part])
+        ):
+            for (question, ids), row in zip(batch[part], logits, strict=True):
+                question.reply = self._reply(question.request, ids, row, seconds / len(logits))
+
+    def _said(self, batch: Sequence[tuple[_Question, list[int]]]) -> tuple[torch.Tensor, float]:
+        """Logits of every reply's first token, float32 ``[question, token]``, and the seconds that took."""
+        start, model = time.monotonic(), self._loaded[0]
         prefix = self._prefixes.common([ids for _, ids in batch])
         rest = [ids[prefix.n_tokens :] for _, ids in batch]
         width = max(map(len, rest))
         padded = torch.tensor([ids + [ids[-1]] * (width - len(ids)) for ids in rest], device=model.device)
         last = torch.tensor([len(ids) - 1 for ids in rest], device=model.device)
         prefixed = self._prefixes.model
-        logits = prefixed.logits(
-            prefixed.hidden(prefix, padded)[torch.arange(len(rest), device=model.device), last]
-        )
-        seconds = (time.monotonic() - start) / len(batch)
-        ends = _ends(model, tokenizer)
-        for (question, ids), row in zip(batch, logits, strict=True):
-            request, token = question.request, int(row.argmax())
-            text = "" if token in ends else tokenizer.decode([token])
-            whole = token in ends or text.strip().lower() in {a.lower() for a in request.answers}
-            if whole or request.max_tokens == 1:
-                first = _alternatives(tokenizer, row, request.top_logprobs)
-                question.reply = Reply((text,), (not whole,), Usage(1, len(ids), 1, seconds, 0.0), (first,))
-            else:  # it says something else, or an answer of several tokens
-                question.reply = self._generate(
-                    model, tokenizer, torch.tensor([ids], device=model.device), request, time.monotonic()
-                )
+        hidden = prefixed.hidden(prefix, padded)[torch.arange(len(rest), device=model.device), last]
+        return prefixed.logits(hidden), time.monotonic() - start
+
+    def _reply(self, request: Request, ids: list[int], logits: torch.Tensor, seconds: float) -> Reply:
+        """The reply that begins with the likeliest token, which is all of it unless it says something
+        else.
+        """
+        model, tokenizer = self._loaded
+        ends, token = _ends(model, tokenizer), int(logits.argmax())
+        text = "" if token in ends else tokenizer.decode([token])
+        whole = token in ends or text.strip().lower() in {a.lower() for a in request.answers}
+        if not whole and request.max_tokens > 1:  # something else, or an answer of several tokens
+            return self._alone_answered(ids, request)
+        first = _alternatives(tokenizer, logits, request.top_logprobs)
+        return Reply((text,), (not whole,), Usage(1, len(ids), 1, seconds, 0.0), (first,))
 
     def _ids(self, request: Request) -> list[int]:
         """The tokens that a request's reply begins after."""

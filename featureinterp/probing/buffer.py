@@ -228,4 +228,8 @@ def _whole_numbers(
             f"{what} of shape {array.shape} and type {array.dtype} do not fit {n} tokens: give whole "
             "numbers, one per token"
         )
+    narrow = np.iinfo(np.int32)
+    if dtype is np.int32 and array.size and not narrow.min <= array.min() <= array.max() <= narrow.max:
+        numbers = np.unique(array, return_inverse=True)[1].reshape(array.shape)
+        array = np.where(array < 0, -1, numbers) if 2 in dimensions else numbers  # −1: in no instance
     return array.astype(dtype)

@@ -6,6 +6,7 @@ Spans are in characters of the document's text, from ``start`` to before ``end``
 
 from __future__ import annotations
 
+import operator
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -69,7 +70,8 @@ class Labels:
 def _span_of(found: Any, source: str) -> Span:
     try:
         start, end, label, *rest = found
-        return Span(int(start), int(end), str(label), None if not rest or rest[0] is None else str(rest[0]))
+        place = operator.index(start), operator.index(end)
+        return Span(*place, str(label), None if not rest or rest[0] is None else str(rest[0]))
     except (TypeError, ValueError) as error:
         raise InputError(f"{source} gives {found!r}, which is no span: give (start, end, label)") from error
 

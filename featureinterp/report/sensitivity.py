@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +27,75 @@ EVAL_NAME = "sensitivity"
 SUMMARY = "summary.json"
 _ACTIVATIONS = ("text_annotated", "text_clean", "tokenized_text", "max_activation", "all_activations")
 Row = dict[str, Any]
+RowsOf = Callable[[FeatureSensitivity], Iterator[Row]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Figures:
+    """What the summary needs of one feature."""
+
+    failed: bool
+    generated: float | None
+    original: float | None
+    held_out: float | None
+    control: float | None
+    base_rate: float | None
+    drift: float | None
+    by_threshold: Mapping[str, float | None]
+
+    @classmethod
+    def of(cls, feature: FeatureSensitivity) -> _Figures:
+        return cls(
+            feature.failure is not None,
+            feature.generated_sensitivity().value,
+            feature.original_sensitivity().value,
+            feature.original_sensitivity(held_out=True).value,
+            feature.control_rate().value,
+            feature.base_rate,
+            feature.drift,
+            {name: feature.generated_sensitivity(t).value for name, t in feature.thresholds().items()},
+        )
 
 
 def write_sensitivity(
-    folder: Path, features: Sequence[FeatureSensitivity], about: Mapping[str, Any], *, per_call: int
+    folder: Path, features: Iterable[FeatureSensitivity], about: Mapping[str, Any], *, per_call: int
 ) -> Row:
-    """Writes the six tables and ``summary.json`` of one SAE into ``folder``, and returns the summary.
-    ``about``: what is known of the SAE; ``sae_name`` is needed."""
-    tables: dict[str, tuple[Sequence[str], Iterator[Row]]] = {
-        "feature_examples": (("feature_index", "Top_act", "Sequence"), _examples(features)),
+    """Writes the six tables and ``summary.json`` of one SAE into ``folder``, one feature at a time, and
+    returns the summary. ``about``: what is known of the SAE; ``sae_name`` is needed."""
+    tables = _tables(str(about["sae_name"]))
+    figures: list[_Figures] = []
+    with ExitStack() as open_tables:
+        writers = [
+            (open_tables.enter_context(_table(folder / f"{name}.csv", columns)), rows_of)
+            for name, (columns, rows_of) in tables.items()
+        ]
+        for feature in features:
+            for writer, rows_of in writers:
+                writer.writerows(rows_of(feature))
+            figures.append(_Figures.of(feature))
+    found = {**about, "num_per_call": per_call, **_summary(figures)}
+    names = [f"{name}.csv" for name in tables]
+    write_marker(folder / SUMMARY, found, {name: Sums.of(folder / name) for name in names})
+    return found
+
+
+@contextmanager
+def _table(path: Path, columns: Sequence[str]) -> Iterator[csv.DictWriter[str]]:
+    """A table that is there when the block ends well."""
+    with replaced_atomically(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="")
+        writer = csv.DictWriter(text, list(columns))
+        writer.writeheader()
+        yield writer
+        text.flush()
+        text.detach()
+
+
+def _tables(sae: str) -> dict[str, tuple[Sequence[str], RowsOf]]:
+    """Name → its columns, and the rows of a feature."""
+    nothing = FeatureSensitivity(0, 1.0, ())
+    return {
+        "feature_examples": (("feature_index", "Top_act", "Sequence"), _examples),
         "generation_queries_with_responses": (
             (
                 "sae_name",
@@ -45,12 +108,12 @@ def write_sensitivity(
                 "llm_response",
                 "status",
             ),
-            _queries(features, str(about["sae_name"])),
+            partial(_queries, sae),
         ),
-        "generated_samples": (("feature_index", "sample_index", "text"), _samples(features)),
+        "generated_samples": (("feature_index", "sample_index", "text"), _samples),
         "generated_samples_with_activations": (
             ("feature_index", "sample_index", "text", *_ACTIVATIONS),
-            _samples_read(features),
+            _samples_read,
         ),
         "original_examples_with_activations": (
             (
@@ -62,22 +125,10 @@ def write_sensitivity(
                 "held_out",
                 "same_tokens",
             ),
-            _originals_read(features),
+            _originals_read,
         ),
-        "feature_stats": (_stats_columns(features), map(stats, features)),
+        "feature_stats": (list(stats(nothing)), lambda feature: iter([stats(feature)])),
     }
-    for name, (columns, rows) in tables.items():
-        with replaced_atomically(folder / f"{name}.csv") as file:
-            text = io.TextIOWrapper(file, "utf-8", newline="")
-            writer = csv.DictWriter(text, list(columns))
-            writer.writeheader()
-            writer.writerows(rows)
-            text.flush()
-            text.detach()
-    found = {**about, "num_per_call": per_call, **summarise(features)}
-    names = [f"{name}.csv" for name in tables]
-    write_marker(folder / SUMMARY, found, {name: Sums.of(folder / name) for name in names})
-    return found
 
 
 def stats(feature: FeatureSensitivity) -> Row:
@@ -116,29 +167,20 @@ def _interval(name: str, rate: Rate) -> Row:
     }
 
 
-def _stats_columns(features: Sequence[FeatureSensitivity]) -> list[str]:
+def _examples(feature: FeatureSensitivity) -> Iterator[Row]:
     return (
-        list(stats(features[0]))
-        if features
-        else ["feature_index", "generated_sensitivity", "original_sensitivity"]
-    )
-
-
-def _examples(features: Sequence[FeatureSensitivity]) -> Iterator[Row]:
-    return (
-        {"feature_index": f.feature, "Top_act": e.activation, "Sequence": e.shown}
-        for f in features
-        for e in f.examples
+        {"feature_index": feature.feature, "Top_act": e.activation, "Sequence": e.shown}
+        for e in feature.examples
         if not e.held_out
     )
 
 
-def _queries(features: Sequence[FeatureSensitivity], sae: str) -> Iterator[Row]:
+def _queries(sae: str, feature: FeatureSensitivity) -> Iterator[Row]:
     return (
         {
             "sae_name": sae,
             "eval_name": EVAL_NAME,
-            "feature_index": f.feature,
+            "feature_index": feature.feature,
             "system_prompt": c.system,
             "user_prompt": c.user,
             "separator": "",  # replies are JSON
@@ -146,45 +188,41 @@ def _queries(features: Sequence[FeatureSensitivity], sae: str) -> Iterator[Row]:
             "llm_response": c.reply,
             "status": c.status,
         }
-        for f in features
-        for c in f.calls
+        for c in feature.calls
     )
 
 
-def _samples(features: Sequence[FeatureSensitivity]) -> Iterator[Row]:
+def _samples(feature: FeatureSensitivity) -> Iterator[Row]:
     return (
-        {"feature_index": f.feature, "sample_index": i, "text": text}
-        for f in features
-        for i, text in enumerate(f.texts)
+        {"feature_index": feature.feature, "sample_index": i, "text": text}
+        for i, text in enumerate(feature.texts)
     )
 
 
-def _samples_read(features: Sequence[FeatureSensitivity]) -> Iterator[Row]:
+def _samples_read(feature: FeatureSensitivity) -> Iterator[Row]:
     return (
         {
-            "feature_index": f.feature,
+            "feature_index": feature.feature,
             "sample_index": i,
             "text": text,
-            **_read(window, without_marks(text), f.scale),
+            **_read(window, without_marks(text), feature.scale),
         }
-        for f in features
-        for i, (text, window) in enumerate(zip(f.texts, f.samples, strict=False))
+        for i, (text, window) in enumerate(zip(feature.texts, feature.samples, strict=False))
     )
 
 
-def _originals_read(features: Sequence[FeatureSensitivity]) -> Iterator[Row]:
+def _originals_read(feature: FeatureSensitivity) -> Iterator[Row]:
     return (
         {
-            "feature_index": f.feature,
+            "feature_index": feature.feature,
             "sample_index": i,
             "text": e.text,
-            **_read(window, e.text, f.scale),
+            **_read(window, e.text, feature.scale),
             "corpus_activation": e.activation,
             "held_out": e.held_out,
             "same_tokens": e.tokens == window.pieces if e.tokens else None,
         }
-        for f in features
-        for i, (e, window) in enumerate(zip(f.examples, f.originals, strict=False))
+        for i, (e, window) in enumerate(zip(feature.examples, feature.originals, strict=False))
     )
 
 
@@ -201,33 +239,27 @@ def _read(window: Window, text: str, scale: float) -> Row:
     }
 
 
-def summarise(features: Sequence[FeatureSensitivity]) -> Row:
+def _summary(figures: Sequence[_Figures]) -> Row:
     """Means over features with 95 % bootstrap intervals: over those whose own examples fire again at least
     nine times in ten, as published, and over all.
     """
-    reliable = [f for f in features if (f.original_sensitivity().value or 0) >= RELIABLE]
-    out: Row = {
-        "n_features": len(features),
-        "n_failed": sum(f.failure is not None for f in features),
+    reliable = [f for f in figures if (f.original or 0) >= RELIABLE]
+    names = list(figures[0].by_threshold) if figures else []
+    return {
+        "n_features": len(figures),
+        "n_failed": sum(f.failed for f in figures),
         "n_reliable": len(reliable),
-        "mean_sensitivity": mean_with_interval([f.generated_sensitivity().value for f in reliable]),
-        "mean_sensitivity_unfiltered": mean_with_interval(
-            [f.generated_sensitivity().value for f in features]
-        ),
-        "mean_original_sensitivity": mean_with_interval([f.original_sensitivity().value for f in features]),
-        "mean_original_sensitivity_held_out": mean_with_interval(
-            [f.original_sensitivity(held_out=True).value for f in features]
-        ),
-        "mean_control": mean_with_interval([f.control_rate().value for f in features]),
-        "mean_base_rate": mean_with_interval([f.base_rate for f in features]),
-        "mean_retokenisation_drift": mean_with_interval([f.drift for f in features]),
+        "mean_sensitivity": mean_with_interval([f.generated for f in reliable]),
+        "mean_sensitivity_unfiltered": mean_with_interval([f.generated for f in figures]),
+        "mean_original_sensitivity": mean_with_interval([f.original for f in figures]),
+        "mean_original_sensitivity_held_out": mean_with_interval([f.held_out for f in figures]),
+        "mean_control": mean_with_interval([f.control for f in figures]),
+        "mean_base_rate": mean_with_interval([f.base_rate for f in figures]),
+        "mean_retokenisation_drift": mean_with_interval([f.drift for f in figures]),
+        "sensitivity_by_threshold": {
+            name: mean_with_interval([f.by_threshold[name] for f in figures]) for name in names
+        },
     }
-    names = list(features[0].thresholds()) if features else []
-    out["sensitivity_by_threshold"] = {
-        n: mean_with_interval([f.generated_sensitivity(f.thresholds()[n]).value for f in features])
-        for n in names
-    }
-    return out
 
 
 def mean_with_interval(values: Sequence[float | None], *, seed: int = 0, n_resamples: int = 2000) -> Row:

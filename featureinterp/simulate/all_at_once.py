@@ -9,8 +9,9 @@ never looked for in a text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
 from featureinterp.llm.prefix_cache import Branches, Prefix
-from featureinterp.simulate.local import LocalSimulator, batches, padded
+from featureinterp.simulate.local import LocalSimulator, padded
 from featureinterp.simulate.parts import TEMPERATURE, Built, PromptBuilder
 
 
@@ -63,16 +64,18 @@ class AllAtOnce(LocalSimulator):
         best = [np.zeros(len(b.positions)) for b in built]
         rules = explanation.rules
         before = self._behind([self.builder.explanation(rule.activates_on) for rule in rules])
-        for batch in batches([b.ids for b in built], self.batch_tokens // len(rules)):
-            levels = self._levels(before, [built[i] for i in batch] * len(rules))
-            for rule in rules:
-                for index in batch:
-                    best[index] = np.maximum(best[index], next(levels) * (rule.strength / 5))
+
+        def read(batch: list[int]) -> list[np.ndarray]:
+            return self._levels(before, [built[i] for i in batch] * len(rules))
+
+        for batch, levels in self._in_batches([b.ids for b in built], len(rules), read):
+            for number, (rule, index) in enumerate(product(rules, batch)):
+                best[index] = np.maximum(best[index], levels[number] * (rule.strength / 5))
         return [Simulation(levels) for levels in best]
 
     def _levels(
         self, before: Prefix | Branches, batch: Sequence[Built]
-    ) -> Iterator[Float64[np.ndarray, " token"]]:
+    ) -> list[Float64[np.ndarray, " token"]]:
         """Expected level of every token of each window, in 0 … 5."""
         ids = padded([b.ids for b in batch], self.model.device)
         rows = torch.tensor([i for i, b in enumerate(batch) for _ in b.positions], device=self.model.device)
@@ -85,7 +88,5 @@ class AllAtOnce(LocalSimulator):
             .cpu()
             .numpy()
         )
-        start = 0
-        for b in batch:
-            yield expected[start : start + len(b.positions)]
-            start += len(b.positions)
+        ends = np.cumsum([len(b.positions) for b in batch])
+        return np.split(expected, ends[:-1])

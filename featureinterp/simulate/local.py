@@ -8,13 +8,14 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import anyio.to_thread
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from featureinterp.accelerator import fit_of, in_parts
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
@@ -24,6 +25,7 @@ from featureinterp.prompts import load_prompt
 from featureinterp.simulate.parts import LEVELS, single
 
 BATCH_TOKENS = 1024
+T = TypeVar("T")
 
 
 class LocalSimulator(ABC):
@@ -107,6 +109,21 @@ class LocalSimulator(ABC):
         """
         with self._busy, lock_of(self._loaded[0]), torch.inference_mode():
             return self._predict(explanation, windows)
+
+    def _in_batches(
+        self, rows: Sequence[Sequence[int]], n_rules: int, work: Callable[[list[int]], T]
+    ) -> Iterator[tuple[list[int], T]]:
+        """``work`` on rows of about one length behind ``n_rules`` rules, as many at once as are to be, or as
+        fit: (their indices, what it gave)."""
+        fit, device = fit_of(self._loaded[0], "simulating"), self.model.device
+        for batch in batches(rows, self.batch_tokens // n_rules):
+            width = max(len(rows[i]) for i in batch) * n_rules
+
+            def part_of(part: slice, batch: list[int] = batch) -> T:
+                return work(batch[part])
+
+            for part, found in in_parts(len(batch), width, self.batch_tokens, fit, device, part_of):
+                yield batch[part], found
 
     @property
     @abstractmethod

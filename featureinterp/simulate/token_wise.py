@@ -30,7 +30,7 @@ from featureinterp.domain.score import Simulation
 from featureinterp.llm.prefix_cache import Branches, Prefix
 from featureinterp.llm.roles import text_ids
 from featureinterp.prompts import escape
-from featureinterp.simulate.local import LocalSimulator, batches, padded
+from featureinterp.simulate.local import LocalSimulator, padded
 from featureinterp.simulate.parts import LEVELS, single
 
 KEPT = 200_000
@@ -112,13 +112,17 @@ class TokenWise(LocalSimulator):
         """Log-probabilities of the levels, renormalised."""
         rows = [self.token(piece) for piece in pieces]
         found = np.zeros((n_rules, len(pieces), len(LEVELS)))
-        for batch in batches(rows, self.batch_tokens // n_rules):
+
+        def read(batch: list[int]) -> np.ndarray:
             part = [rows[i] for i in batch]
             ids = padded(part * n_rules, self.model.device)
             ends = torch.tensor([len(row) - 1 for row in part] * n_rules, device=self.model.device)
             hidden = self.model.hidden(before, ids)[torch.arange(len(ids), device=self.model.device), ends]
             logits = self.model.logits(hidden, self._level_ids).double().cpu().numpy()
-            found[:, batch] = _normalised(logits).reshape(n_rules, len(batch), -1)
+            return _normalised(logits).reshape(n_rules, len(batch), -1)
+
+        for batch, levels in self._in_batches(rows, n_rules, read):
+            found[:, batch] = levels
         return found
 
 

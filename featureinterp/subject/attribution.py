@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
+from featureinterp.accelerator import fit_of, in_parts
+from featureinterp.errors import DeviceMemoryError
 from featureinterp.subject.hooks import find_blocks, residual_after
 from featureinterp.subject.load import PrependToken, Subject
 
@@ -33,6 +35,7 @@ class Deletions:
     def __init__(self, subject: Subject, hook: str) -> None:
         self.subject, self.hook = subject, hook
         self.block = find_blocks(subject.model, subject.n_blocks)[subject.check_hook(hook)]
+        self._longest = PACKED_TOKENS
         self.packs = self._packing_works()
 
     @torch.inference_mode()
@@ -40,7 +43,8 @@ class Deletions:
         self, ids: Int64[Tensor, "window n"]
     ) -> tuple[Float[Tensor, "window row d_model"], Int64[Tensor, "n n-1"]]:
         """Residuals whose first n rows are the window's own, and the row of every token of every deletion
-        (deletion, token that is left).
+        (deletion, token that is left). What does not fit into the memory of a GPU is read in more passes;
+        raises ``DeviceMemoryError`` when one deletion does not fit.
         """
         self.subject.as_read(ids)
         return (self._packed if self.packs and self._fits(ids.shape[1]) else self._plain)(
@@ -51,27 +55,42 @@ class Deletions:
         self, ids: Int64[Tensor, "window n"]
     ) -> tuple[Float[Tensor, "window row d_model"], Int64[Tensor, "n n-1"]]:
         n = ids.shape[1]
-        bos = self._bos
         own: torch.Tensor | None = None
         parts = []
-        for first, end in _groups(n, PACKED_TOKENS):
-            source, position, mask = _layout(n, first, end, bos is not None)
-            tokens = ids if bos is None else torch.cat([ids, ids.new_full((len(ids), 1), bos)], 1)
-            additive = torch.zeros(1, 1, *mask.shape, dtype=self.subject.dtype, device=ids.device)
-            additive.masked_fill_(~mask.to(ids.device), torch.finfo(self.subject.dtype).min)
-            found = [
-                self._run(
-                    input_ids=batch[:, source.to(ids.device)],
-                    position_ids=position.to(ids.device).expand(len(batch), -1),
-                    attention_mask=additive,
-                )
-                for batch in tokens.split(max(1, BATCH_TOKENS // len(source)))
-            ]
-            found = torch.cat(found)[:, int(bos is not None) :]
+        waiting = _groups(n, min(PACKED_TOKENS, self._longest))[::-1]
+        while waiting:
+            first, end = waiting.pop()
+            try:
+                found = self._pass(ids, first, end)
+            except DeviceMemoryError:
+                if end - first == 1:
+                    raise
+                middle = (first + end) // 2
+                waiting += [(middle, end), (first, middle)]
+                self._longest = min(self._longest, n + sum(n - 1 - t for t in range(first, middle)))
+                continue
             own = found[:, :n] if own is None else own
             parts.append(found[:, n:])
         assert own is not None
         return torch.cat([own, *parts], 1), deletion_rows(n).to(ids.device)
+
+    def _pass(self, ids: torch.Tensor, first: int, end: int) -> torch.Tensor:
+        """Residuals of the windows and of their deletions ``first`` to ``end``, packed."""
+        n, bos = ids.shape[1], self._bos
+        source, position, mask = _layout(n, first, end, bos is not None)
+        tokens = ids if bos is None else torch.cat([ids, ids.new_full((len(ids), 1), bos)], 1)
+        additive = torch.zeros(1, 1, *mask.shape, dtype=self.subject.dtype, device=ids.device)
+        additive.masked_fill_(~mask.to(ids.device), torch.finfo(self.subject.dtype).min)
+
+        def read(part: slice) -> torch.Tensor:
+            batch = tokens[part]
+            return self._run(
+                input_ids=batch[:, source.to(ids.device)],
+                position_ids=position.to(ids.device).expand(len(batch), -1),
+                attention_mask=additive,
+            )
+
+        return self._in_parts(len(tokens), len(source), read)[:, int(bos is not None) :]
 
     def _plain(
         self, ids: Int64[Tensor, "window n"]
@@ -83,10 +102,14 @@ class Deletions:
         if n == 1:
             return own, rows
         cut = ids[:, left].reshape(len(ids) * n, n - 1)
-        found = torch.cat(
-            [self.subject.residual(batch, self.hook) for batch in cut.split(max(1, BATCH_TOKENS // (n - 1)))]
-        )
+        found = self._in_parts(len(cut), n - 1, lambda part: self.subject.residual(cut[part], self.hook))
         return torch.cat([own, found.reshape(len(ids), n * (n - 1), -1)], 1), rows
+
+    def _in_parts(self, n: int, width: int, read: Callable[[slice], torch.Tensor]) -> torch.Tensor:
+        """What ``read`` gives of ``n`` rows of ``width`` tokens."""
+        fit = fit_of(self.subject.model, "leaving out tokens")
+        parts = in_parts(n, width, BATCH_TOKENS, fit, self.subject.device, read)
+        return torch.cat([found for _, found in parts])
 
     @property
     def _bos(self) -> int | None:

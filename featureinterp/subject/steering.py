@@ -25,14 +25,16 @@ def added(
     units: Units | None = None,
 ) -> Iterator[None]:
     """Within the block, ``vector``, times each token's own ``units`` where they are given, is added
-    to the residual stream at ``hook``, at every token but a text's first, the attention sink; a pass of one
-    token is taken to go on behind others. None, or zeros: nothing is hooked, and the model is exactly what it
-    was. The hook is removed whatever happens."""
+    to the residual stream at ``hook``, at every token but a text's first, the attention sink; the first pass
+    begins texts, and a later pass of one token is taken to go on behind others. None, or zeros: nothing is
+    hooked, and the model is exactly what it was. The hook is removed whatever happens."""
     if vector is None or not bool(vector.any()):
         yield
         return
+    begins = True
 
     def add(residual: Float[Tensor, "batch token d_model"]) -> Float[Tensor, "batch token d_model"]:
+        nonlocal begins
         if vector.shape != residual.shape[-1:]:
             raise IncompatibleError(
                 f"a direction of {list(vector.shape)} cannot be added to a residual stream of width "
@@ -42,8 +44,9 @@ def added(
         if units is not None:
             shift = units(residual.float())[..., None] * shift
         moved = residual + shift.to(residual.dtype)
-        if residual.shape[1] > 1:
-            return torch.cat([residual[:, :1], moved[:, 1:]], 1)
+        if begins or residual.shape[1] > 1:
+            moved = torch.cat([residual[:, :1], moved[:, 1:]], 1)
+        begins = False
         return moved
 
     with replaced(model, hook, add):
@@ -69,10 +72,10 @@ def write(
     bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None else []
     ids = [bos + tokenizer.encode(opening, add_special_tokens=False) for opening in openings]
     texts = [""] * len(openings)
-    with added(model, hook, vector, units):
-        for length in sorted({len(row) for row in ids}):
-            group = [i for i, row in enumerate(ids) if len(row) == length]
-            generators = [torch.Generator().manual_seed(seed + i) for i in group]
+    for length in sorted({len(row) for row in ids}):
+        group = [i for i, row in enumerate(ids) if len(row) == length]
+        generators = [torch.Generator().manual_seed(seed + i) for i in group]
+        with added(model, hook, vector, units):
             new = _continued(
                 model,
                 torch.tensor([ids[i] for i in group]),
@@ -81,9 +84,18 @@ def write(
                 temperature,
                 tokenizer.eos_token_id,
             )
-            for i, tokens in zip(group, new, strict=True):
-                texts[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+        for i, tokens in zip(group, new, strict=True):
+            texts[i] = _text_after(tokenizer, ids[i], tokens)
     return texts
+
+
+def _text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
+    """The text of tokens that go on behind others. Decoded alone, many tokenizers would drop the space in
+    front of the first."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    head = tokenizer.decode(list(before), **options)
+    whole = tokenizer.decode([*before, *tokens], **options)
+    return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(list(tokens), **options)
 
 
 def _continued(
