@@ -147,9 +147,9 @@ class SensitivityJob:
                     broken.append(error)
                     break
                 group.start_soon(one, feature)
-        for error in broken:
-            if not isinstance(error, JobStoppedError):
-                raise error
+        for cause in broken:
+            if not isinstance(cause, JobStoppedError):
+                raise cause
         return written
 
     async def _written(self, feature: FeatureSensitivity) -> FeatureSensitivity:
