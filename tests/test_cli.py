@@ -178,7 +178,7 @@ def test_explain_refuses_what_cannot_work_before_it_writes(run: Path, tmp_path: 
             cli(*args, "--base-url", server.url, "--simulator", "best", **env),
             "simulator",
             "'best'",
-            "'all-at-once', 'prompt-logprobs', 'rated' or 'lexical'",
+            "choose from token-wise, all-at-once, prompt-logprobs, rated, lexical",
         )
         refused(cli(*args, "--base-url", "host", **env), "not the address")
         refused(cli(*args, "--base-url", server.url, TEST_KEY=""), "TEST_KEY", "is not set")

@@ -20,6 +20,7 @@ from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.text import load_corpus
 from featureinterp.corpus.windows import WindowPolicy
 from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
+from featureinterp.jobs.resolved import live_choice
 from featureinterp.machine import Machine, pick_device, pick_dtype, this_machine, x86_bfloat16
 from featureinterp.sae.load import load_sae, save_sae
 from featureinterp.subject.load import check_same_model, load_subject
@@ -150,7 +151,7 @@ def test_a_run_s_model_may_run_in_another_dtype_and_its_keys_say_so(
     assert activator.settings == {**live_settings(store), "dtype": lives} and "dtype" not in live_settings(
         store, collected
     )
-    subject, _ = subject_of(store, None, str(sae_folder), "cpu")
+    subject, _ = subject_of(live_choice(store, sae=str(sae_folder), device="cpu"))
     assert str(subject.dtype).removeprefix("torch.") == this_machine().dtype(None, "cpu", made_in=collected)
 
 

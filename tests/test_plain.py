@@ -49,6 +49,7 @@ RESULT = FeatureResult(
     EXPLANATION,
     0.5,
     STEERED,
+    {"length": {"words": 3}},
 )
 REPLY = Reply(
     ("Yes",), (False,), USAGE, ({"Yes": -0.5},), ({"3": -1.0},), "a filter", 8, ((("Yes", {"Yes": -0.5}),),)

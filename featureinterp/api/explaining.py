@@ -15,7 +15,8 @@ from featureinterp.jobs.plan import Event
 from featureinterp.jobs.spec import Job, load_job, make_job
 
 if TYPE_CHECKING:
-    from featureinterp.jobs.run import DryRun, Ran
+    from featureinterp.jobs.rehearsal import DryRun
+    from featureinterp.jobs.run import Ran
 
 
 def run(
@@ -69,7 +70,7 @@ async def run_async(
 
 def dry_run(job: Job | str | Path) -> DryRun:
     """What a job would do: features, requests, tokens and USD. Asks no model and writes nothing."""
-    from featureinterp.jobs.run import dry_run
+    from featureinterp.jobs.rehearsal import dry_run
 
     job = job if isinstance(job, Job) else load_job(Path(job))
     return outside(lambda: dry_run(job, open_run(job.run), local_parts()))

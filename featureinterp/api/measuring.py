@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from featureinterp.api.common import SAE, SUBJECT, Steps, outside, silent
-from featureinterp.api.local import live_dtype
 from featureinterp.api.results import Probe, Sensitivity
 from featureinterp.api.runs import open_run
 from featureinterp.errors import InputError
@@ -97,6 +96,7 @@ def probe(
     from featureinterp.claims import owned
     from featureinterp.codes.dense import dense_twin
     from featureinterp.corpus.text import load_corpus
+    from featureinterp.jobs.resolved import live_choice
     from featureinterp.probing.buffer import ActivationBuffer
     from featureinterp.probing.labels import load_labels
     from featureinterp.probing.study import study
@@ -120,7 +120,7 @@ def probe(
 
     def subject() -> Subject:
         name = model or store.meta["model"]["name"]
-        return load_subject(name, device=device, dtype=live_dtype(store, device))
+        return load_subject(name, device=device, dtype=live_choice(store, device=device).dtype)
 
     folder = Path(out) if out else Path(run) / "probe"
     with owned(folder, "probe"):

@@ -101,9 +101,9 @@ def records(
     run's own are found now, when not by the names that it recorded; they are needed for holistic activations
     and co-active windows.
     """
-    from featureinterp.jobs.records import build_records, parse_features
+    from featureinterp.jobs.records import build_records, embedder_of, parse_features
+    from featureinterp.jobs.resolved import live_choice
     from featureinterp.records.policy import RecordPolicy
-    from featureinterp.records.similar import SentenceEmbedder
 
     store = open_run(run)
     chosen = parse_features(features, store) if isinstance(features, str) else list(features)
@@ -113,10 +113,12 @@ def records(
         store,
         chosen,
         policy,
-        embedder=SentenceEmbedder(embedder) if embedder else None,
-        neighbours=near_directions(store, sae, policy.n_neighbours, device)
+        embedder=embedder_of(embedder) if embedder else None,
+        neighbours=near_directions(store, live_choice(store, model, sae, device), policy.n_neighbours)
         if policy.wants("coactive_negative")
         else None,
         progress=lambda done, total: steps("windows embedded", done, total),
     )
-    return built if holistic is None else holistic_of(store, model, sae, holistic, device).add(built)
+    if holistic is None:
+        return built
+    return holistic_of(store, live_choice(store, model, sae, device), holistic).add(built)

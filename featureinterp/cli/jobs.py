@@ -109,7 +109,9 @@ def status(
 
 def export(
     folder: Path = typer.Argument(..., metavar="RUN", help="A job's folder, or the run folder above it."),
-    to: str = typer.Option("parquet", help="parquet, csv or jsonl."),
+    to: str = typer.Option(
+        "parquet", help="parquet, csv, jsonl, or another of 'featureinterp list formats'."
+    ),
     out: Path = typer.Option(
         None, help="The file to write; features.FORMAT in the job's folder when not given."
     ),

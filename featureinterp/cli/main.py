@@ -17,6 +17,7 @@ from featureinterp.cli import (
     explain,
     falsify,
     jobs,
+    listing,
     llm,
     models,
     probe,
@@ -57,6 +58,7 @@ app.command("train")(training.train)
 app.command("evaluate")(training.evaluate)
 app.command("doctor")(training.doctor)
 app.command("layers")(training.layers)
+app.command("list")(listing.list_parts)
 app.command("run")(jobs.run)
 app.command("status")(jobs.status)
 app.command("export")(jobs.export)

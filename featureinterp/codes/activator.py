@@ -35,6 +35,12 @@ class TextActivator:
         self.max_tokens = room if max_tokens is None else min(max_tokens, room)
         self._busy = threading.Lock()
 
+    @property
+    def settings(self) -> dict[str, str | int]:
+        """What the activations depend on, besides the texts."""
+        found: dict[str, str | int] = {"model": self.subject.fingerprint, "sae": self.sae.fingerprint}
+        return found | {"max_tokens": self.max_tokens}
+
     async def run(self, feature: FeatureId, texts: Sequence[str]) -> list[Window]:
         """One window per text, in a worker thread. ``row`` is the text's place in ``texts``; a text without
         any token gives an empty window.

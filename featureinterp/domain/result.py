@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.intervention import Intervention
@@ -39,7 +40,7 @@ class FeatureResult(Plain):
     explanation was the null. ``holistic``: the method of its windows' holistic activations. ``trials``: the
     explanation, and then what was made of it, on texts that were written to test it; ``revised``: what was
     made of it last, with its correlation on the main test windows. ``intervention``: what the subject writes
-    when the feature is pushed."""
+    when the feature is pushed. ``notes``: what further stages found, by their names."""
 
     feature: int
     sae: str
@@ -60,6 +61,7 @@ class FeatureResult(Plain):
     revised: Explanation | None = None
     revised_correlation: float | None = None
     intervention: Intervention | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def score(self, name: str) -> Score | None:
         """The explanation's score of that name."""

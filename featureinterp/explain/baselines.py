@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from typing import Any
 
 from featureinterp.domain.explanation import MAX_RULES, Explanation, Provenance, Rule
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.explain.windows import training_windows
+from featureinterp.interfaces import Parts
 
 
 class TopTokens:
@@ -19,6 +21,16 @@ class TopTokens:
 
     def __init__(self, n_tokens: int = MAX_RULES, n_windows: int = 15) -> None:
         self.n_tokens, self.n_windows = n_tokens, n_windows
+
+    @classmethod
+    def of_job(cls, parts: Parts) -> TopTokens:
+        """The explainer of a job."""
+        return cls()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that an explanation depends on, besides the record."""
+        return {"explainer": "top-tokens", "n_tokens": self.n_tokens, "n_windows": self.n_windows}
 
     async def explain(self, record: FeatureRecord) -> Explanation:
         """Never fails on a feature that fires in a training window; raises ``InputError`` on one that does

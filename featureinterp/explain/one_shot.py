@@ -10,7 +10,7 @@ from featureinterp.domain.record import FeatureRecord
 from featureinterp.explain.asking import Answers, ask
 from featureinterp.explain.styles import Style
 from featureinterp.explain.windows import training_windows
-from featureinterp.interfaces import LanguageModel
+from featureinterp.interfaces import LanguageModel, Parts
 from featureinterp.llm.types import Request
 from featureinterp.replies import object_schema
 
@@ -37,6 +37,11 @@ class OneShot:
             seed,
             max_tokens,
         )
+
+    @classmethod
+    def of_job(cls, parts: Parts) -> OneShot:
+        """The explainer of a job."""
+        return cls(parts.model, parts.job.form())
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from featureinterp.explain.asking import ask
 from featureinterp.explain.one_shot import OneShot
 from featureinterp.explain.styles import Style
 from featureinterp.explain.windows import training_windows
-from featureinterp.interfaces import Agree, LanguageModel, Simulator
+from featureinterp.interfaces import Agree, LanguageModel, Parts, Simulator, settings_of
 from featureinterp.llm.types import Message, Request
 from featureinterp.prompts import escape, load_prompt
 from featureinterp.replies import object_schema, parse_reply
@@ -114,6 +114,17 @@ class Tree:
             max_tokens=max_tokens,
         )
 
+    @classmethod
+    def of_job(cls, parts: Parts) -> Tree:
+        """The explainer of a job."""
+        return cls.shaped(parts, parts.job.tree)
+
+    @classmethod
+    def shaped(cls, parts: Parts, tree: TreeSettings) -> Tree:
+        """A search of another shape with a job's model, style and simulator."""
+        simulator, seed = parts.kept_simulator, parts.job.plan.seed
+        return cls(parts.model, parts.job.form(), simulator, parts.agree, tree=tree, seed=seed)
+
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that an explanation depends on, besides the record."""
@@ -122,7 +133,7 @@ class Tree:
             "explainer": "tree",
             "improve": [self.prompt.name, self.prompt.hash, self.improve_temperature],
             "tree": asdict(self.tree),
-            "simulator": getattr(self.simulator, "settings", {"kind": type(self.simulator).__name__}),
+            "simulator": settings_of(self.simulator),
         }
 
     async def explain(self, record: FeatureRecord) -> Explanation:

@@ -22,7 +22,7 @@ from featureinterp.domain.trial import Trial, TrialText
 from featureinterp.errors import InputError, LanguageModelError, MalformedReplyError
 from featureinterp.falsify.sensitivity import examples_of
 from featureinterp.falsify.writing import TextWriter, new_texts, read_texts, same_text, without_marks
-from featureinterp.interfaces import Activator, Judge, LanguageModel
+from featureinterp.interfaces import Activator, Judge, LanguageModel, Settled, settings_of
 from featureinterp.llm.types import Message, Request
 from featureinterp.prompts import escape, load_prompt
 from featureinterp.replies import object_schema
@@ -97,16 +97,17 @@ class Falsifier:
             "temperature": self.temperature,
             "seed": self.seed,
         }
-        others = {
-            name: getattr(part, "settings", None)
-            for name, part in (("activator", self.activator), ("judge", self.judge), ("writer", self.writer))
+        parts: dict[str, Settled] = {
+            "activator": self.activator,
+            "judge": self.judge,
+            "writer": self.writer,
         }
         return {
             **own,
             "n_texts": self.trial.n_texts,
             "fires_above": self.trial.fires_above,
             "n_examples": N_EXAMPLES,
-            **others,
+            **{name: settings_of(part) for name, part in parts.items()},
         }
 
     async def run(self, explanation: Explanation, record: FeatureRecord) -> Trial:

@@ -14,7 +14,7 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.intervention import Direction, Intervention, SteeredText
 from featureinterp.errors import InputError
-from featureinterp.interfaces import Activator, Judge, Steerer
+from featureinterp.interfaces import Activator, Judge, Steerer, settings_of
 
 OPENINGS = ("I think that", "The most important", "It was a", "There is a")
 
@@ -74,7 +74,7 @@ class Interventions:
         """Everything that the texts depend on, besides the feature."""
         s = self.steering
         shape = [list(s.doses), list(s.openings), s.n_random, s.max_tokens, s.temperature]
-        return {"steering": shape, "seed": self.seed, "steerer": getattr(self.steerer, "settings", None)}
+        return {"steering": shape, "seed": self.seed, "steerer": settings_of(self.steerer)}
 
     async def write(self, feature: FeatureId, scale: float) -> Intervention:
         """The texts, with the feature's activations when they are read again, and without a judgement."""

@@ -4,9 +4,10 @@ that.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -17,15 +18,9 @@ from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Failure, Score, Simulation
 from featureinterp.domain.trial import Trial
 from featureinterp.files import content_key
+from featureinterp.interfaces import Stage, Work, settings_of
+from featureinterp.jobs.keeping import FORMAT, Keeper
 from featureinterp.jobs.plan import Part, Plan
-from featureinterp.score.correlation import (
-    Pairs,
-    correlation,
-    deviation_explained,
-    explained_variance,
-    false_positives,
-)
-from featureinterp.simulate.lexical import Lexical
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +33,18 @@ class Null:
 
 @dataclass
 class FeatureState:
-    """What is known of a feature while a job runs."""
+    """What is known of a feature while a job runs, and where its stages put what they find."""
 
     record: FeatureRecord
+    keeper: Keeper
     baseline: Explanation | None = None
+    baseline_scores: list[Score] = field(default_factory=list)
     explanation: Explanation | None = None
     null: Null | None = None
     own: dict[Part, list[Simulation]] = field(default_factory=dict)
     null_simulated: dict[Part, list[Simulation]] = field(default_factory=dict)
-    asked: list[Score] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
     ratings: tuple[float | None, ...] = ()
     search: tuple[SearchNode, ...] = ()
     trials: list[Trial] = field(default_factory=list)
@@ -56,6 +54,17 @@ class FeatureState:
     failures: list[Failure] = field(default_factory=list)
     partial: bool = False
     reused: bool = True
+
+    @property
+    def explained(self) -> Explanation:
+        """The explanation, of a feature that has one."""
+        assert self.explanation is not None, "stages after explain run on features with an explanation"
+        return self.explanation
+
+    @property
+    def other(self) -> Explanation | None:
+        """Another feature's explanation."""
+        return self.null.explanation if self.null else None
 
     @cached_property
     def record_key(self) -> str:
@@ -78,23 +87,34 @@ class FeatureState:
 
     @property
     def status(self) -> str:
+        """As the journal has it."""
         if self.failures:
             return "failed"
         return "partial" if self.partial else "done"
 
+    async def kept(self, stage: Stage[Any], depends: Mapping[str, Any], work: Work) -> Any | None:
+        """What the journal holds for a stage, its settings and ``depends``, or what ``work`` gives now; None
+        when it failed. ``work`` gives a value and why parts of it failed."""
+        settings = settings_of(stage)
+        return await self.row(stage.name, {"settings": settings, "depends": dict(depends)}, work, settings)
+
+    async def row(
+        self, stage: str, depends: Mapping[str, Any], work: Work, provenance: Mapping[str, Any]
+    ) -> Any | None:
+        """The same with a key and a provenance of the stage's own: ``depends`` holds everything that the
+        value depends on besides the record."""
+        key = content_key({"format": FORMAT, "stage": stage, "record": self.record_key, **depends})
+        kept = await self.keeper.keep(key, self.record.feature.index, stage, work, provenance)
+        self.reused = self.reused and kept.reused
+        self.partial = self.partial or kept.partial
+        if kept.failure is not None:
+            self.failures.append(kept.failure)
+        return kept.value
+
 
 def result_of(state: FeatureState, plan: Plan, document_name: Callable[[int], str] = str) -> FeatureResult:
-    """What a job says of a feature: its windows, its explanation, and the scores of what was simulated and
-    asked.
-    """
+    """What a job says of a feature: its windows, its explanation, and what its stages found."""
     record = state.record
-    own = _scores(state, plan, state.own) if state.own else []
-    if own and state.null_simulated:
-        own = with_nulls(own, _scores(state, plan, state.null_simulated))
-    baseline: list[Score] = []
-    if state.baseline is not None:
-        parts = {part: Lexical().predict(state.baseline, record.get(*part)[:n]) for part, n in plan.parts()}
-        baseline = _scores(state, plan, parts)
     return FeatureResult(
         feature=record.feature.index,
         sae=record.feature.sae,
@@ -105,9 +125,9 @@ def result_of(state: FeatureState, plan: Plan, document_name: Callable[[int], st
         explanation=replace(state.explanation, search=state.search)
         if state.explanation and state.search
         else state.explanation,
-        scores=(*own, *state.asked, *_trial_scores(state.trials), *_steering_scores(state.intervention)),
+        scores=tuple(state.scores),
         baseline=state.baseline,
-        baseline_scores=tuple(baseline),
+        baseline_scores=tuple(state.baseline_scores),
         null_of=state.null.feature if state.null else None,
         failures=tuple(state.failures),
         shortfalls=dict(record.shortfalls),
@@ -117,55 +137,8 @@ def result_of(state: FeatureState, plan: Plan, document_name: Callable[[int], st
         revised=state.revised,
         revised_correlation=state.revised_correlation,
         intervention=state.intervention,
+        notes=dict(state.notes),
     )
-
-
-def _steering_scores(found: Intervention | None) -> list[Score]:
-    """The effect of the largest dose."""
-    return [] if found is None else [found.effect(found.doses[-1])]
-
-
-def _trial_scores(trials: Sequence[Trial]) -> list[Score]:
-    """Precision and recall of the feature's explanation on texts that were written to test it."""
-    if not trials:
-        return []
-    first = trials[0]
-    none = "the feature fires on none of the texts"
-    return [
-        first.precision.score("trial_precision", "no text was written"),
-        first.recall.score("trial_recall", none),
-    ]
-
-
-def with_nulls(scores: Sequence[Score], nulls: Sequence[Score]) -> list[Score]:
-    """The scores with the nulls' values and intervals, by name."""
-    known = {null.name: null for null in nulls}
-    found = [(s, known.get(s.name)) for s in scores]
-    return [
-        s if n is None else replace(s, null=n.value, null_interval=n.interval, null_failed=n.n_failed)
-        for s, n in found
-    ]
-
-
-def _scores(state: FeatureState, plan: Plan, simulated: Mapping[Part, list[Simulation]]) -> list[Score]:
-    def pairs(part: Part) -> Pairs:
-        simulations = simulated.get(part, [])
-        return Pairs.of(state.record.get(*part)[: len(simulations)], simulations)
-
-    main = plan.negatives[0]
-    top, valid = pairs(("test", "top")), pairs(("valid", "top"))
-    scores = [
-        correlation(
-            top + pairs(("test", s)), "correlation" if s == main else f"correlation_{s}", seed=plan.seed
-        )
-        for s in plan.negatives
-    ]
-    fit, test = valid + pairs(("valid", main)), top + pairs(("test", main))
-    scores += [explained_variance(fit, test, seed=plan.seed), deviation_explained(fit, test, seed=plan.seed)]
-    silent = [s for s in plan.negatives if s.endswith("negative")]
-    return scores + [
-        false_positives(valid, pairs(("test", s)), f"false_positives_{s}", seed=plan.seed) for s in silent
-    ]
 
 
 def _shown(state: FeatureState, plan: Plan, document_name: Callable[[int], str]) -> list[ShownWindow]:

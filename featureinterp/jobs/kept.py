@@ -15,7 +15,7 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
 from featureinterp.files import content_key
-from featureinterp.interfaces import Simulator
+from featureinterp.interfaces import Simulator, settings_of
 from featureinterp.jobs.journal import Journal
 from featureinterp.llm.tally import count, tally
 
@@ -37,7 +37,7 @@ class KeptSimulator:
     """Simulates with ``simulator`` what ``journal`` does not hold. Use it within :func:`working_on`."""
 
     def __init__(self, simulator: Simulator, journal: Journal) -> None:
-        self.settings: dict[str, Any] = getattr(simulator, "settings", {"kind": type(simulator).__name__})
+        self.settings: dict[str, Any] = settings_of(simulator)
         self._simulator, self._journal = simulator, journal
 
     async def simulate(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:

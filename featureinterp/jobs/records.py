@@ -22,6 +22,7 @@ from featureinterp.records.similar import (
     SimilarWindows,
     window_embeddings,
 )
+from featureinterp.registry import EMBEDDERS
 
 
 def parse_features(text: str, store: CodesStore) -> list[int]:
@@ -89,6 +90,11 @@ def random_features(store: CodesStore, n: int, *, seed: int, min_windows: int = 
         f"only {len(chosen)} features fire in at least {min_windows} windows, but {n} were asked for: "
         "collect more tokens or ask for fewer"
     )
+
+
+def embedder_of(name: str) -> Embedder:
+    """An embedder of the registry, or a sentence-transformers model by its hub name or folder."""
+    return EMBEDDERS.load(name)() if name in EMBEDDERS.names() else SentenceEmbedder(name)
 
 
 def build_records(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import anyio
 import anyio.to_thread
@@ -16,11 +16,10 @@ from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import JobStoppedError
 from featureinterp.jobs.feature import FeatureState, Null
-from featureinterp.jobs.plan import Event, Progress
+from featureinterp.jobs.journal import Journal
+from featureinterp.jobs.plan import Event, Plan, Progress
+from featureinterp.llm.metered import Meter
 from featureinterp.llm.tally import Tally, tally
-
-if TYPE_CHECKING:
-    from featureinterp.jobs.explain import ExplainJob
 
 NULL_REACH = 8
 """How many of the following features are looked at for an explanation that can be a null."""
@@ -30,10 +29,38 @@ REMEMBERED = 64
 RecordsOf = Callable[[Sequence[int]], Iterator[FeatureRecord]]
 
 
+class Work(Protocol):
+    """What is done with every feature, for whoever decides when. ``needs_null``: whether a stage after the
+    first compares with another feature's explanation."""
+
+    key: str
+    plan: Plan
+    journal: Journal
+    meter: Meter
+    on_event: Callable[[Event], None]
+    needs_null: bool
+
+    def state(self, record: FeatureRecord) -> FeatureState:
+        """A feature that nothing is known of yet."""
+        ...
+
+    async def explain(self, state: FeatureState) -> None:
+        """The first stage."""
+        ...
+
+    async def judge(self, state: FeatureState) -> None:
+        """The stages after it."""
+        ...
+
+    async def result(self, state: FeatureState) -> FeatureResult:
+        """What is known of the feature."""
+        ...
+
+
 class Run:
     """One run of a job: which features are under way, which explanations are known, and why it stops."""
 
-    def __init__(self, job: ExplainJob, ring: list[int], left: list[int]) -> None:
+    def __init__(self, job: Work, ring: list[int], left: list[int]) -> None:
         self.job, self.ring, self.left = job, ring, left
         self.worked: set[int] = set()
         self._place = {feature: i for i, feature in enumerate(ring)}
@@ -73,7 +100,7 @@ class Run:
     async def _feature(self, feature: int, record: FeatureRecord) -> None:
         try:
             with tally() as self._begun[feature]:
-                await self._work(FeatureState(record))
+                await self._work(self.job.state(record))
         except Exception as error:
             # Bugs, too: what is in flight is let finish, as it may be paid for, and then they are raised.
             self._give_up(error)
@@ -94,11 +121,11 @@ class Run:
         result = await self.job.result(state)
         self._n_explained += 1  # counted when it is said, so that the counts come in order
         self._say("explained", state, self._n_explained, result)
-        if (self.job.plan.simulate or self.job.judge is not None) and state.explanation is not None:
+        if self.job.needs_null and state.explanation is not None:
             state.null = await self._null(feature, state.explanation)
         async with self._slots:
             if self._error is None:
-                await self.job.score(state)
+                await self.job.judge(state)
             if self._error is not None:
                 return
             result = await self.job.result(state)

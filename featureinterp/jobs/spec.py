@@ -14,10 +14,10 @@ usd = 2.5
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
@@ -32,12 +32,27 @@ from featureinterp.jobs.budget import Budget
 from featureinterp.jobs.plan import Plan
 from featureinterp.llm.config import EMBEDDED, LOCAL, Endpoint, load_config
 from featureinterp.records.policy import RecordPolicy
+from featureinterp.registry import EXPLAINERS, SCORERS, SIMULATORS, STAGES, Registry
 from featureinterp.stored.sums import read_marker
 from featureinterp.validation import first_problem
 
-Stage = Literal["explain", "simulate", "score", "falsify", "steer"]
-LOCAL_SIMULATORS = ("token-wise", "all-at-once")
-"""Simulators on a model of the model library in this process."""
+
+def _named(registry: Registry[Any]) -> Callable[[str], str]:
+    """Checks a name, for a field of the job."""
+
+    def check(name: str) -> str:
+        try:
+            return registry.check(name)
+        except InputError as error:
+            raise ValueError(str(error)) from error
+
+    return check
+
+
+ExplainerName = Annotated[str, pydantic.AfterValidator(_named(EXPLAINERS))]
+SimulatorName = Annotated[str, pydantic.AfterValidator(_named(SIMULATORS))]
+ScorerName = Annotated[str, pydantic.AfterValidator(_named(SCORERS))]
+StageName = Annotated[str, pydantic.AfterValidator(_named(STAGES))]
 
 
 class Job(pydantic.BaseModel):
@@ -47,7 +62,9 @@ class Job(pydantic.BaseModel):
     or indices. ``out``: folder for journal, results and report (``RUN/explain``). ``stages``: ``explain`` is
     always needed; ``simulate`` adds correlations, ``score`` detection, fuzzing and complexity, ``falsify``
     texts that are written to contradict the explanation (``trial`` says how many), and its revision by them,
-    ``steer`` what the subject writes while the feature is pushed (``steering`` says how far).
+    ``steer`` what the subject writes while the feature is pushed (``steering`` says how far). ``scorers``:
+    what the stage ``score`` asks. Stages, scorers, explainers and simulators are names of
+    :mod:`featureinterp.registry`, also of other packages; ``options`` are for those, by their names.
     ``llm``: an endpoint, the name of one in the configuration file, or None for the embedded model.
     ``simulator_chat``: the simulator's prompt as turns of a chat; ``simulator_temperature``: sharpens (below
     1) its level distribution; the simulator's own when not given.
@@ -65,8 +82,9 @@ class Job(pydantic.BaseModel):
     run: Path
     features: str | tuple[int, ...] = "random:10"
     out: Path | None = None
-    stages: tuple[Stage, ...] = ("explain", "simulate", "score")
-    explainer: Literal["one-shot", "tree", "top-tokens"] = "one-shot"
+    stages: tuple[StageName, ...] = ("explain", "simulate", "score")
+    scorers: tuple[ScorerName, ...] = ("detection", "fuzzing", "complexity")
+    explainer: ExplainerName = "one-shot"
     style: Literal["sentence", "rules"] = "sentence"
     rule_cap: int = pydantic.Field(5, ge=1, le=10)
     few_shot: Path | None = None
@@ -76,7 +94,7 @@ class Job(pydantic.BaseModel):
     steering: SteeringSettings = SteeringSettings()
     model: str | None = None
     sae: str | None = None
-    simulator: Literal["token-wise", "all-at-once", "prompt-logprobs", "rated", "lexical"] = "token-wise"
+    simulator: SimulatorName = "token-wise"
     simulator_model: str = EMBEDDED
     subject_device: str | None = None
     simulator_device: str | None = None
@@ -88,6 +106,7 @@ class Job(pydantic.BaseModel):
     records: RecordPolicy = RecordPolicy()
     budget: Budget = Budget()
     max_failure_rate: float = pydantic.Field(0.5, gt=0, le=1)
+    options: dict[str, dict[str, Any]] = pydantic.Field(default_factory=dict)
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -102,22 +121,23 @@ class Job(pydantic.BaseModel):
 
     @pydantic.field_validator("stages")
     @classmethod
-    def _explains(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    def _explains(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
         if "explain" not in stages:
             raise ValueError("explain is missing, without which there is nothing to judge")
         return stages
 
     @pydantic.model_validator(mode="after")
     def _causes_are_shown(self) -> Job:
-        if self.holistic is not None and self.explainer == "top-tokens":
+        if self.holistic is not None and not EXPLAINERS.has(self.explainer, "causes"):
             raise ValueError(
-                "top-tokens looks at no causes: leave holistic out, or choose the explainer one-shot or tree"
+                f"{self.explainer} looks at no causes: leave holistic out, or choose the explainer one-shot "
+                "or tree"
             )
         return self
 
     @pydantic.model_validator(mode="after")
     def _chats(self) -> Job:
-        if self.simulator_chat and self.simulator not in ("all-at-once", "prompt-logprobs"):
+        if self.simulator_chat and not SIMULATORS.has(self.simulator, "chat"):
             raise ValueError(
                 f"the simulator {self.simulator} has no chat form: leave simulator_chat out, or choose the "
                 "simulator all-at-once"
@@ -151,10 +171,23 @@ class Job(pydantic.BaseModel):
         at_least("top", 0, plan.n_valid, plan.n_test)
         for i, source in enumerate(plan.negatives):
             at_least(source, 0, 0 if i else plan.n_valid, plan.n_test)
-        if self.explainer == "tree" or "falsify" in self.stages:
+        if self.searches:
             for source in ("top", *self.tree.negatives):
                 at_least(source, self.tree.n_windows, self.tree.n_windows, 0)
         return replace(self.records, counts=counts)
+
+    @property
+    def searches(self) -> bool:
+        """Whether the job simulates on training and validation windows."""
+        return EXPLAINERS.has(self.explainer, "searches") or any(
+            STAGES.has(name, "searches") for name in self.stages
+        )
+
+    @property
+    def effective_scorers(self) -> tuple[str, ...]:
+        """The scorers without those that the plan leaves out; none without the stage ``score``."""
+        left_out = {n for n in ("detection", "fuzzing", "complexity") if not getattr(self.plan, n)}
+        return tuple(s for s in dict.fromkeys(self.scorers) if s not in left_out and "score" in self.stages)
 
     @property
     def folder(self) -> Path:
@@ -177,7 +210,7 @@ class Job(pydantic.BaseModel):
         endpoint = self.endpoint
         simulates = (
             "simulate" in self.stages
-            and self.simulator in LOCAL_SIMULATORS
+            and SIMULATORS.has(self.simulator, "local")
             and self.simulator_model == endpoint.model
         )
         return replace(endpoint, base_url=LOCAL) if endpoint.base_url is None and simulates else endpoint
@@ -185,13 +218,13 @@ class Job(pydantic.BaseModel):
     @property
     def effective_plan(self) -> Plan:
         """The plan without the stages that are not wanted; one feature at a time on the embedded model."""
-        plan, asks = self.plan, "score" in self.stages
+        plan, scorers = self.plan, self.effective_scorers
         return replace(
             plan,
             simulate=plan.simulate and "simulate" in self.stages,
-            detection=plan.detection and asks,
-            fuzzing=plan.fuzzing and asks,
-            complexity=plan.complexity and asks,
+            detection="detection" in scorers,
+            fuzzing="fuzzing" in scorers,
+            complexity="complexity" in scorers,
             features_at_once=1 if self.endpoint.base_url in (None, LOCAL) else plan.features_at_once,
         )
 

@@ -5,27 +5,28 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from featureinterp.domain.result import FeatureResult
-from featureinterp.errors import InputError
 from featureinterp.files import replaced_atomically
+from featureinterp.interfaces import WriteTable
+from featureinterp.registry import FORMATS
 from featureinterp.report.render import read_results
 
-FORMATS = ("parquet", "csv", "jsonl")
 BATCH = 256
 """Rows that are in memory at once."""
 
 
 def export_results(folder: Path, to: str, out: Path | None = None) -> tuple[Path, int]:
-    """Writes the results in ``folder`` as a table; returns the file and its number of rows."""
-    if to not in FORMATS:
-        raise InputError(f"there is no format {to!r}: choose from {', '.join(FORMATS)}")
+    """Writes the results in ``folder`` as a table in a format of the registry; returns the file and its
+    number of rows.
+    """
+    write = FORMATS.load(to)
     results, _ = read_results(folder)
-    return write_table(out or folder / f"features.{to}", _Rows(results), to)
+    return _written(out or folder / f"features.{to}", _Rows(results), write)
 
 
 class _Rows:
@@ -39,29 +40,50 @@ class _Rows:
 
 
 def write_table(path: Path, rows: Iterable[dict[str, Any]], to: str) -> tuple[Path, int]:
-    """Writes rows in one of ``FORMATS``; a column is there when any row has it. ``rows`` are gone through
-    several times and never held all at once. Returns the file and the number of rows."""
-    names = list(dict.fromkeys(name for r in rows for name in r))
+    """Writes rows in a format of the registry; a column is there when any row has it. ``rows`` are gone
+    through several times and never held all at once. Returns the file and the number of rows."""
+    return _written(path, rows, FORMATS.load(to))
 
-    def whole() -> Iterator[dict[str, Any]]:
-        return ({name: r.get(name) for name in names} for r in rows)
 
-    if to == "parquet":
-        return path, _write_parquet(path, whole)
+def _written(path: Path, rows: Iterable[dict[str, Any]], write: WriteTable) -> tuple[Path, int]:
+    return path, write(path, _Whole(rows))
+
+
+class _Whole:
+    """Rows with all columns, made anew whenever they are gone through."""
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        self._rows = rows
+        self._names = list(dict.fromkeys(name for r in rows for name in r))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return ({name: r.get(name) for name in self._names} for r in self._rows)
+
+
+def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Comma-separated text for spreadsheets; the number of rows."""
     n = 0
     with replaced_atomically(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-        writer = csv.DictWriter(text, names)
-        if to == "csv":
-            writer.writeheader()
-        for r in whole():
+        writer = None
+        for r in rows:
+            if writer is None:
+                writer = csv.DictWriter(text, list(r))
+                writer.writeheader()
+            writer.writerow({k: _plain(v) for k, v in r.items()})
             n += 1
-            if to == "csv":
-                writer.writerow({k: _plain(v) for k, v in r.items()})
-            else:
-                text.write(json.dumps(r, ensure_ascii=False) + "\n")
         text.detach()
-    return path, n
+    return n
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """One JSON object per line; the number of rows."""
+    n = 0
+    with replaced_atomically(path) as file:
+        for r in rows:
+            file.write(json.dumps(r, ensure_ascii=False).encode() + b"\n")
+            n += 1
+    return n
 
 
 def row(result: FeatureResult) -> dict[str, Any]:
@@ -103,23 +125,23 @@ def _plain(value: Any) -> Any:
     return "'" + value if isinstance(value, str) and value[:1] in "=+-@\t\r" else value
 
 
-def _write_parquet(path: Path, rows: Callable[[], Iterator[dict[str, Any]]]) -> int:
-    """Rows in two passes, for the columns' types and for their content; the number of rows."""
+def write_parquet(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Apache Parquet, in two passes: for the columns' types and for their content; the number of rows."""
     import pyarrow
     import pyarrow.parquet
 
     schema = pyarrow.schema([])
-    for batch in _batches(rows()):
+    for batch in _batches(iter(rows)):
         both = [schema, pyarrow.Table.from_pylist(batch).schema]
         schema = pyarrow.unify_schemas(both, promote_options="permissive")
     n = 0
     with replaced_atomically(path) as file, pyarrow.parquet.ParquetWriter(file, schema) as writer:
-        for batch in _batches(rows()):
+        for batch in _batches(iter(rows)):
             writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
             n += len(batch)
     return n
 
 
-def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _batches(rows: Iterator[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
     while batch := list(islice(rows, BATCH)):
         yield batch

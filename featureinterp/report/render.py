@@ -127,7 +127,7 @@ def environment() -> jinja2.Environment:
         "score_name": lambda n: SCORE_NAMES.get(n, n.replace("_", " ")),
         "source_name": lambda s: SOURCE_NAMES.get(s, s),
     }
-    used = (tokens, trial_tokens, visible, whisker, groups, largest_cause, search_rows)
+    used = (tokens, trial_tokens, visible, whisker, groups, largest_cause, search_rows, note_rows)
     made.globals |= {function.__name__: function for function in used}
     return made
 
@@ -249,6 +249,19 @@ def search_rows(nodes: Sequence[SearchNode]) -> list[SearchNode]:
         out.append(node)
         waiting += children.get(node.number, [])[::-1]
     return out
+
+
+def note_rows(note: Any) -> list[tuple[str, Any]]:
+    """What a stage noted, as names and values."""
+    if isinstance(note, Mapping):
+        return [
+            (str(name), value if isinstance(value, str) else _text(value)) for name, value in note.items()
+        ]
+    return [("found", note if isinstance(note, str) else _text(note))]
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def tokens(window: ShownWindow, scale: float, largest: float = 0.0) -> list[Token]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from featureinterp.errors import UnknownNameError
+from featureinterp.errors import IncompatibleError, UnknownNameError
+from featureinterp.registry import LAYOUTS
 from featureinterp.resources import data_folder
 from featureinterp.sae.base import SparseAutoencoder
 from featureinterp.sae.hub import fetch
@@ -107,21 +108,29 @@ def read_checkpoint(name: str, steps: Callable[[str, int, int], None] = lambda *
 
 
 def _folder(folder: Path) -> Checkpoint:
-    """A local folder, by the files that lie in it."""
-    if (folder / saelens.CONFIG).exists():
-        return saelens.read_saelens(folder)
-    if (folder / dictionary_learning.WEIGHTS).exists():
-        return dictionary_learning.read_dictionary_learning(
-            folder / dictionary_learning.WEIGHTS, folder / "config.json"
-        )
-    if (folder / gemma_scope.WEIGHTS).exists():
-        return gemma_scope.read_folder(folder)
-    if not (folder / "config.json").exists():
-        raise UnknownNameError(
-            f"the folder {folder} holds no SAE: config.json and weights.safetensors, cfg.json, ae.pt or "
-            "params.npz are missing"
-        )
-    return own.read_own(folder)
+    """A local folder, by the files that lie in it: in this project's layouts, and then in those of other
+    packages."""
+    for name in _layouts():
+        layout = LAYOUTS.load(name)
+        if layout.matches(folder):
+            found = layout.read(folder)
+            if isinstance(found, Checkpoint):
+                return found
+            raise IncompatibleError(
+                f"the layout {name!r} reads {folder} as a {type(found).__name__}: it must give a Checkpoint"
+            )
+    if (folder / "config.json").exists():
+        return own.read_own(folder)  # says what is wrong with it
+    raise UnknownNameError(
+        f"the folder {folder} holds no SAE: config.json and weights.safetensors, cfg.json, ae.pt or "
+        f"params.npz are missing, and no other layout ('featureinterp list layouts') fits"
+    )
+
+
+def _layouts() -> Iterator[str]:
+    """This project's own layouts; other packages are only looked for when none of those fits."""
+    yield from LAYOUTS.own
+    yield from (name for name in LAYOUTS.names() if name not in LAYOUTS.own)
 
 
 def _published(spec: SaeSpec, steps: Callable[[str, int, int], None]) -> Checkpoint:

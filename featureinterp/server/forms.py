@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ import fastapi
 import pydantic
 from fastapi.responses import JSONResponse
 
+from featureinterp.registry import registry
 from featureinterp.server.runner import MIN_FREE
 from featureinterp.visible import visible_json
 
@@ -44,6 +46,32 @@ def _integral(value: Any) -> Any:
 Integral = pydantic.BeforeValidator(_integral)
 
 
+@lru_cache
+def _served(kind: str) -> tuple[str, ...]:
+    """The names of a kind that a request may give: without what runs the subject model."""
+    names = registry(kind)
+    return tuple(x.name for x in names.listed() if x.trouble is None and not names.has(x.name, "live"))
+
+
+def _one_of(kind: str) -> pydantic.AfterValidator:
+    def check(name: str) -> str:
+        if name not in _served(kind):
+            known = ", ".join(_served(kind))
+            raise ValueError(f"there is no {registry(kind).one} {name[:60]!r} here: choose from {known}")
+        return name
+
+    return pydantic.AfterValidator(check)
+
+
+def _listed(kind: str) -> pydantic.WithJsonSchema:
+    return pydantic.WithJsonSchema({"type": "string", "enum": list(_served(kind))})
+
+
+_Stage = Annotated[str, _one_of("stages"), _listed("stages")]
+_Explainer = Annotated[str, _one_of("explainers"), _listed("explainers")]
+_Simulator = Annotated[str, _one_of("simulators"), _listed("simulators")]
+
+
 class Submission(pydantic.BaseModel):
     """A job to be run. Names stand for what the operator allowed; there are no paths and no addresses."""
 
@@ -66,16 +94,14 @@ class Submission(pydantic.BaseModel):
     llm: str | None = pydantic.Field(
         None, pattern=_NAME, description="Name of an endpoint (GET /api/endpoints); null: the embedded model."
     )
-    stages: list[Literal["explain", "simulate", "score"]] = pydantic.Field(
-        ["explain", "simulate", "score"], max_length=3
-    )
-    explainer: Literal["one-shot", "tree", "top-tokens"] = "one-shot"
+    stages: list[_Stage] = pydantic.Field(["explain", "simulate", "score"], max_length=16)
+    explainer: _Explainer = "one-shot"
     holistic: Literal["exact", "gradient"] | None = pydantic.Field(
         None, description="Show the explainer which tokens cause the activations."
     )
     style: Literal["sentence", "rules"] = "sentence"
     rule_cap: Annotated[int, pydantic.Field(ge=1, le=10), Integral] = 5
-    simulator: Literal["token-wise", "all-at-once", "prompt-logprobs", "rated", "lexical"] = "token-wise"
+    simulator: _Simulator = "token-wise"
     simulator_model: str | None = pydantic.Field(
         None, max_length=200, description="One of the local models that are allowed."
     )

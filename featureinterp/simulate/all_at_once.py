@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import product
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from jaxtyping import Float64
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
+from featureinterp.interfaces import Parts
 from featureinterp.llm.prefix_cache import Branches, Prefix
 from featureinterp.simulate.local import LocalSimulator, padded
 from featureinterp.simulate.parts import TEMPERATURE, Built, PromptBuilder
@@ -43,6 +44,13 @@ class AllAtOnce(LocalSimulator):
     ) -> None:
         super().__init__(load, name=name, **options)
         self.chat = chat
+
+    @classmethod
+    def of_job(cls, parts: Parts) -> Self:
+        """The simulator of a job."""
+        found = super().of_job(parts)
+        found.chat = parts.simulates.chat
+        return found
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
+from featureinterp.interfaces import Parts
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -19,6 +21,13 @@ class Lexical:
     """A rule that is one token in double quotes (a JSON string) predicts its strength where exactly that
     token stands; any other rule where a word of the token occurs in the rule's text. A token gets the
     strongest rule that applies, else 0."""
+
+    settings: ClassVar[Mapping[str, Any]] = {"simulator": "lexical"}
+
+    @classmethod
+    def of_job(cls, parts: Parts) -> Lexical:
+        """The simulator of a job."""
+        return cls()
 
     async def simulate(self, explanation: Explanation, windows: Sequence[Window]) -> list[Simulation]:
         """Never fails."""

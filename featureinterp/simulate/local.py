@@ -8,7 +8,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import anyio.to_thread
 import torch
@@ -20,6 +20,7 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
 from featureinterp.errors import InputError
+from featureinterp.interfaces import Parts
 from featureinterp.llm.prefix_cache import Branches, Prefix, PrefixModel, lock_of
 from featureinterp.prompts import load_prompt
 from featureinterp.simulate.parts import LEVELS, single
@@ -56,6 +57,18 @@ class LocalSimulator(ABC):
         self.prompt = load_prompt(f"simulate-{self.kind}", version or self.version)
         self._load = load
         self._busy = threading.Lock()
+
+    @classmethod
+    def of_job(cls, parts: Parts) -> Self:
+        """The simulator of a job."""
+        wanted = parts.simulates
+        assert wanted.dtype is not None, "a job settles on the dtype of a local simulator"
+        return cls(
+            lambda: parts.load(wanted.model),
+            name=wanted.model,
+            dtype=wanted.dtype,
+            temperature=wanted.temperature,
+        )
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Simulation
 from featureinterp.errors import EndpointRefusedError, LanguageModelError, MalformedReplyError
-from featureinterp.interfaces import LanguageModel
+from featureinterp.interfaces import LanguageModel, Parts
 from featureinterp.llm.types import Reply, Request
 from featureinterp.prompts import load_prompt
 from featureinterp.simulate.parts import LEVELS, TEMPERATURE, Built, PromptBuilder
@@ -42,6 +42,12 @@ class PromptLogprobs:
         self.model, self.temperature = model, TEMPERATURE if temperature is None else temperature
         self.prompt, self.chat = load_prompt("simulate-all-at-once", version), chat
         self._tokenizer = tokenizer
+
+    @classmethod
+    def of_job(cls, parts: Parts) -> PromptLogprobs:
+        """The simulator of a job."""
+        wanted = parts.simulates
+        return cls(parts.model, parts.tokenizer, temperature=wanted.temperature, chat=wanted.chat)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from featureinterp.errors import (
     MalformedReplyError,
     TruncatedReplyError,
 )
-from featureinterp.interfaces import LanguageModel
+from featureinterp.interfaces import LanguageModel, Parts
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.prompts import escape, load_prompt
 from featureinterp.replies import Level, parse_reply
@@ -45,6 +45,11 @@ class Rated:
     def __init__(self, model: LanguageModel, *, version: str = "v1", windows_per_request: int = 4) -> None:
         self.model, self.windows_per_request = model, windows_per_request
         self.prompt = load_prompt("simulate-rated", version)
+
+    @classmethod
+    def of_job(cls, parts: Parts) -> Rated:
+        """The simulator of a job."""
+        return cls(parts.model)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,14 @@ class Checkpoint:
     fingerprint: str
     prepend_bos: bool | None = None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A layout: whether a folder is laid out so, and what reads it."""
+
+    matches: Callable[[Path], bool]
+    read: Callable[[Path], Checkpoint]
 
 
 def fingerprint(*paths: Path) -> str:

@@ -13,6 +13,7 @@ from featureinterp.errors import IncompatibleError
 from featureinterp.sae.layouts.checkpoint import (
     MAX_BLOCKS,
     Checkpoint,
+    Folder,
     check_finite,
     fingerprint,
     size_of,
@@ -192,3 +193,9 @@ def _shapes(architecture: str, d_in: int, d_sae: int) -> dict[str, tuple[int, ..
     if "threshold" in shapes and architecture != "jumprelu":
         shapes["threshold"] = ()
     return shapes | ({"k": ()} if architecture == "topk" else {})
+
+
+LAYOUT = Folder(
+    lambda folder: (folder / WEIGHTS).exists(),
+    lambda folder: read_dictionary_learning(folder / WEIGHTS, folder / "config.json"),
+)

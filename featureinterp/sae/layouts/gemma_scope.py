@@ -16,6 +16,7 @@ from featureinterp.files import explained_storage
 from featureinterp.sae.layouts.checkpoint import (
     MAX_FEATURES,
     Checkpoint,
+    Folder,
     check_finite,
     check_shapes,
     fingerprint,
@@ -144,3 +145,6 @@ def _check_array(name: str, shape: tuple[int, ...], dtype: np.dtype[Any], n_byte
             f"the array {shown(name)} of {path} is {shown(shape)} of {dtype} and has {n_bytes:,} bytes: it "
             "is damaged or forged",
         )
+
+
+LAYOUT = Folder(lambda folder: (folder / WEIGHTS).exists(), read_folder)

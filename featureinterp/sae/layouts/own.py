@@ -12,7 +12,14 @@ import torch
 from featureinterp.errors import IncompatibleError, UnknownNameError
 from featureinterp.files import write_atomic, write_json
 from featureinterp.sae.base import SparseAutoencoder, all_finite
-from featureinterp.sae.layouts.checkpoint import ARCHITECTURES, Checkpoint, check_finite, fingerprint, size_of
+from featureinterp.sae.layouts.checkpoint import (
+    ARCHITECTURES,
+    Checkpoint,
+    Folder,
+    check_finite,
+    fingerprint,
+    size_of,
+)
 from featureinterp.sae.layouts.tensors import check_header, load_tensors
 from featureinterp.sae.layouts.untrusted import read_json, shown
 
@@ -92,3 +99,11 @@ def _checked(config: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path} gives normalize = {shown(config['normalize'])}: it must be the name of a normalisation"
         )
     return config
+
+
+def _matches(folder: Path) -> bool:
+    config = folder / "config.json"
+    return config.exists() and "format" in read_json(config)
+
+
+LAYOUT = Folder(_matches, read_own)

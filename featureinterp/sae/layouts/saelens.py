@@ -17,6 +17,7 @@ from featureinterp.sae.base import SparseAutoencoder
 from featureinterp.sae.layouts.checkpoint import (
     ROUNDED,
     Checkpoint,
+    Folder,
     check_finite,
     check_shapes,
     fingerprint,
@@ -241,3 +242,6 @@ def _centred(kind: str, t: dict[str, torch.Tensor], centred: bool) -> dict[str, 
             "mag_bias": t["b_mag"] + t["r_mag"].exp() * extra,
         }
     return {**base, "b_enc": t["b_enc"] if centred else t["b_enc"] + shift}
+
+
+LAYOUT = Folder(lambda folder: (folder / CONFIG).exists(), read_saelens)

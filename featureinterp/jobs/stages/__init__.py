@@ -1,0 +1,1 @@
+"""The stages of a job, and the scorers of its stage ``score``: one file each."""
