@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
@@ -38,6 +39,25 @@ def explained_storage(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise storage_error(path, error) from error
+
+
+@contextmanager
+def opened_file(path: Path) -> Iterator[IO[bytes]]:
+    """A regular file for reading. A pipe would block, and a device would never end.
+
+    Raises ``StorageError`` for what is no regular file, or cannot be read.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    with explained_storage(path), os.fdopen(os.open(path, flags), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        yield file
+
+
+def whole_file(path: Path) -> bytes:
+    """The content of a regular file. Raises as :func:`opened_file`."""
+    with opened_file(path) as file:
+        return file.read()
 
 
 @contextmanager
@@ -109,7 +129,7 @@ def _parsed(read: Callable[[Any], Read], text: str | bytes, kind: str) -> Read:
 def sha256_of(path: Path, chunk_bytes: int = 1 << 22) -> str:
     """The SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
-    with explained_storage(path), path.open("rb") as file:
+    with opened_file(path) as file:
         while block := file.read(chunk_bytes):
             digest.update(block)
     return digest.hexdigest()
@@ -120,7 +140,12 @@ def content_key(value: Any) -> str:
     hexadecimal digits.
     """
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def readable_name(path: Path) -> str:
+    r"""A path as text that can be written anywhere: bytes of it that are no UTF-8 are shown as ``\xff``."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def valid_unicode(text: str) -> str:

@@ -22,7 +22,7 @@ import torch
 
 from featureinterp.assets.fetch import cache_folder
 from featureinterp.errors import StorageError, UnknownNameError
-from featureinterp.files import parse_json, write_json
+from featureinterp.stored.sums import read_cache, write_marker
 
 AUTO = "auto"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -30,6 +30,8 @@ _SHAPE = (512, 1536, 4096)
 _SMALL = (64, 512, 512)
 """Shapes of the measured products: of a large model's layer, and one that is quick in an emulated dtype too.
 """
+_MOST = 1e9
+"""No machine has such a figure; one that is kept is damaged."""
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 _ONEDNN_WITH_BFLOAT16 = ("ALL", "DEFAULT", "AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10")
 """Values of ONEDNN_MAX_CPU_ISA (or their beginnings) under which torch's products still use bfloat16
@@ -220,21 +222,18 @@ def _known(name: str, what: str, measure: Callable[[], float], *, again: bool = 
     key = f"{name}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}: {what}"
     limits = [f"{limit}={os.environ[limit]}" for limit in _LIMITS if limit in os.environ]
     key = " ".join([key, *limits])
-    try:
-        kept = parse_json(path.read_text(encoding="utf-8"))
-        known = kept if isinstance(kept, dict) else {}
-    except (OSError, ValueError):
-        known = {}
+    known = read_cache(path) or {}
     before = known.get(key)
-    if isinstance(before, int | float) and before > 0 and not again:
-        return float(before)
+    known_one = float(before) if type(before) in (int, float) and 0 < before < _MOST else None
+    if known_one is not None and not again:
+        return known_one
     figure = measure()
-    if isinstance(before, int | float) and before >= figure:
-        return float(before)
+    if known_one is not None and known_one >= figure:
+        return known_one
     with suppress(
         StorageError
     ):  # a cache that cannot be written only means that the next process measures again
-        write_json(path, {**known, key: figure})
+        write_marker(path, {**known, key: figure})
     return figure
 
 

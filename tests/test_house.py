@@ -35,7 +35,7 @@ ALLOWED = {
     "quiet": set(),
     "visible": set(),
     "prompts": {"errors", "resources", "visible", "files"},
-    "machine": {"assets", "errors", "files"},
+    "machine": {"assets", "errors", "stored"},
     "accelerator": {"errors"},
     "replies": {"replies", "errors", "files"},
     "tasks": set(),

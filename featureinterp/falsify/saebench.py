@@ -4,6 +4,7 @@ feature.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from featureinterp.prompts import escape
 _PHASE = "generation phase"
 _ROW = re.compile(r"^\s*[│┃|║]\s*([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s*[│┃|║](.*?)[│┃|║]?\s*$")
 _PLAIN_ROW = re.compile(r"^\s*([-+]?\d+(?:\.\d*)?(?:[eE][-+]?\d+)?)\s{2,}(\S.*?)\s*$")
+_INDEX = re.compile("[0-9]{1,12}")
 _BREAK = "↵"
 _MARK = re.compile(r"<<(.*?)>>", re.DOTALL)
 
@@ -48,8 +50,8 @@ def _logs(results: Any) -> Iterator[tuple[int, str]]:
         entries = []
     for key, entry in entries:
         logs = entry.get("logs") if isinstance(entry, Mapping) else entry
-        if isinstance(logs, str) and str(key).strip().isdecimal():
-            yield int(key), logs
+        if isinstance(logs, str) and (number := _INDEX.fullmatch(str(key).strip())):
+            yield int(number[0]), logs
 
 
 def examples_of_log(logs: str) -> tuple[Example, ...]:
@@ -65,7 +67,7 @@ def examples_of_log(logs: str) -> tuple[Example, ...]:
         if "phase" in line.lower() and not line.lstrip().startswith(tuple("│┃|║0123456789")):
             break  # the next table
         row = _ROW.match(line) or _PLAIN_ROW.match(line)
-        if row is None:
+        if row is None or not math.isfinite(float(row[1])):
             continue
         text = row[2].strip(" ").replace(_BREAK, "\n")
         shown = "".join(

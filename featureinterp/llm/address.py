@@ -15,6 +15,8 @@ from featureinterp.errors import InputError
 from featureinterp.llm.secrets import check_address, check_variable, looks_like_key
 
 _CALLS = re.compile(r"/(chat/completions|completions|responses|embeddings|models|messages)/*\Z")
+PATHS = ("/v1", "")
+"""What may stand between an address and a call."""
 _AZURE = (".openai.azure.com", ".cognitiveservices.azure.com", ".services.ai.azure.com")
 _OWN_HEADERS = {"host", "content-length", "content-type", "transfer-encoding", "connection"}
 _SECRET_HEADER = re.compile(r"authori[sz]ation|key|token|secret|cookie|password", re.IGNORECASE)
@@ -82,11 +84,11 @@ def read_address(text: str) -> Address:
     if azure and not path:
         path = "/openai/v1"
     if not path:
-        paths: tuple[str, ...] = ("/v1", "")
+        paths: tuple[str, ...] = PATHS
     elif azure or re.search(r"/v\d\w*(/openai)?\Z", path):
         paths = ("",)
     else:
-        paths = ("", "/v1")
+        paths = PATHS[::-1]
     return Address(root + path, query, paths, "api-key" if azure else "authorization")
 
 

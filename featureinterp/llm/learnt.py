@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import get_args
 
 from featureinterp.errors import StorageError
-from featureinterp.files import content_key, parse_json, write_json
+from featureinterp.files import content_key
 from featureinterp.llm.accepts import Accepts, ReplyForm
+from featureinterp.llm.address import PATHS
+from featureinterp.stored.sums import read_cache, write_marker
 
 VARIABLE = "FEATUREINTERP_LEARNT"
 """Names another folder for it; empty: nothing is kept."""
@@ -33,14 +35,16 @@ def recall(base_url: str, model: str, now: float | None = None) -> Accepts | Non
     path = _file(base_url, model)
     if path is None:
         return None
+    kept = read_cache(path)
+    if kept is None or (kept.get("endpoint"), kept.get("model")) != (base_url, model):
+        return None
     try:
-        kept = parse_json(path.read_text(encoding="utf-8"))
         age = (time.time() if now is None else now) - float(kept["at"])
         known = {f.name for f in fields(Accepts)}
         found = Accepts(**{name: value for name, value in kept["accepts"].items() if name in known})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return None
-    return found if _sound(found) and 0 <= age < KEPT_DAYS * 86400 else None
+    return found if 0 <= age < KEPT_DAYS * 86400 and _sound(found) else None
 
 
 def remember(base_url: str, model: str, accepts: Accepts, now: float | None = None) -> None:
@@ -52,7 +56,7 @@ def remember(base_url: str, model: str, accepts: Accepts, now: float | None = No
         return
     kept = asdict(replace(accepts, prompt_logprobs="prompt_logprobs"))
     try:
-        write_json(
+        write_marker(
             path,
             {
                 "endpoint": base_url,
@@ -79,11 +83,18 @@ def _file(base_url: str, model: str) -> Path | None:
 
 def _sound(found: Accepts) -> bool:
     switches = ("logprobs", "seed", "temperature", "several", "stop", "system", "stream", "thinks")
-    numbers = (found.least_tokens, found.most_tokens or 0, found.most_logprobs or 0)
+    limits = (found.most_tokens, found.most_logprobs)
     return (
         found.reply_form in get_args(ReplyForm)
         and found.length_field in ("max_tokens", "max_completion_tokens")
+        and found.prompt_logprobs in ("prompt_logprobs", "echo", None)
         and all(isinstance(getattr(found, name), bool) for name in switches)
-        and all(isinstance(n, int) and 0 <= n < 10_000_000 for n in numbers)
-        and (found.path is None or isinstance(found.path, str))
+        and all(n is None or _is_limit(n) for n in limits)
+        and found.most_tokens != 0
+        and _is_limit(found.least_tokens)
+        and found.path in (None, *PATHS)  # it stands in the address that the key is sent to
     )
+
+
+def _is_limit(value: object) -> bool:
+    return type(value) is int and 0 <= value < 10_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import pydantic
 from featureinterp.domain.plain import Plain
 from featureinterp.domain.usage import Usage, cost_in_words
 from featureinterp.errors import LanguageModelError, MalformedReplyError
-from featureinterp.files import content_key, parse_json, write_json
+from featureinterp.files import content_key
 from featureinterp.llm.accepts import Accepts
 from featureinterp.llm.config import LOCAL, Endpoint
 from featureinterp.llm.learnt import forget
@@ -21,6 +22,7 @@ from featureinterp.llm.prices import Price
 from featureinterp.llm.stack import open_stack
 from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.replies import parse_reply
+from featureinterp.stored.sums import read_cache, write_marker
 
 _SCHEMA = {
     "type": "object",
@@ -114,6 +116,8 @@ class Probed(Plain):
         ]
 
 
+_WAYS = (None, "prompt_logprobs", "echo")
+_PROBED = pydantic.TypeAdapter(Probed)
 _FORM_NAMES = {
     "json_schema": "JSON schema",
     "plain_schema": "JSON schema without bounds",
@@ -137,7 +141,7 @@ async def probe(endpoint: Endpoint, price: Price | None = None) -> Probed:
         forget(str(endpoint.base_url), endpoint.model)
     async with open_stack(endpoint, meter, price=price) as stack:
         found = await _Test(Metered(stack.bare, meter, price=price), stack.bare, meter).run()
-    write_json(_file(endpoint), found.to_json())
+    write_marker(_file(endpoint), found.to_json())
     return found
 
 
@@ -225,10 +229,14 @@ def _has_colour(text: str) -> bool:
 
 def recall(endpoint: Endpoint) -> Probed | None:
     """What the last :func:`probe` of an endpoint found; None when there was none."""
+    kept = read_cache(_file(endpoint))
     try:
-        return Probed.from_json(parse_json(_file(endpoint).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, KeyError):
+        text = json.dumps(kept, allow_nan=False)
+        found = None if kept is None else _PROBED.validate_json(text, strict=True)
+    except (ValueError, RecursionError):  # of an earlier version, or damaged
         return None
+    known = found is not None and found.reply_form in (None, *_FORM_NAMES) and found.prompt_logprobs in _WAYS
+    return found if known else None
 
 
 def _file(endpoint: Endpoint) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -18,6 +19,8 @@ from featureinterp.report.render import read_results
 
 BATCH = 256
 """Rows that are in memory at once."""
+_FORMULA = re.compile(r"((?:\A|[;\t])\s{0,16})('*(?=[=+\-@\uff1d\uff0b\uff0d\uff20]))")
+_GUARDED = re.compile(r"((?:\A|[;\t])\s{0,16})'('*(?=[=+\-@\uff1d\uff0b\uff0d\uff20]))")
 
 
 def export_results(folder: Path, to: str, out: Path | None = None) -> tuple[Path, int]:
@@ -69,8 +72,8 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
         for r in rows:
             if writer is None:
                 writer = csv.DictWriter(text, list(r))
-                writer.writeheader()
-            writer.writerow({k: _plain(v) for k, v in r.items()})
+                writer.writerow({name: cell(name) for name in r})
+            writer.writerow({k: cell(v) for k, v in r.items()})
             n += 1
         text.detach()
     return n
@@ -120,9 +123,16 @@ def row(result: FeatureResult) -> dict[str, Any]:
     return out
 
 
-def _plain(value: Any) -> Any:
-    """A spreadsheet must not take a text for a formula."""
-    return "'" + value if isinstance(value, str) and value[:1] in "=+-@\t\r" else value
+def cell(value: Any) -> Any:
+    """A value as a CSV file holds it: a spreadsheet must not take a text, or what follows a semicolon or tab
+    in it (which separate cells in many languages' settings), for a formula, so that ``=``, ``+``, ``-`` and
+    ``@`` get an apostrophe there. :func:`uncell` gives the text back."""
+    return _FORMULA.sub(r"\1'\2", value) if isinstance(value, str) else value
+
+
+def uncell(text: str) -> str:
+    """The text of which :func:`cell` made this."""
+    return _GUARDED.sub(r"\1\2", text)
 
 
 def write_parquet(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

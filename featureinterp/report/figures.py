@@ -16,6 +16,7 @@ _STYLE: Any = {
     "axes.spines.right": False,
     "svg.hashsalt": "featureinterp",
     "figure.facecolor": "white",
+    "text.parse_math": False,  # names come from labels and checkpoints
 }
 
 

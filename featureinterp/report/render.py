@@ -18,7 +18,7 @@ from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Score
 from featureinterp.domain.trial import TrialText
 from featureinterp.errors import DamagedStoreError, InputError
-from featureinterp.files import explained_storage, parse_json, replaced_atomically
+from featureinterp.files import opened_file, parse_json, replaced_atomically
 from featureinterp.probing.agreement import Agreement
 from featureinterp.stored.sums import SummedFile, read_marker, write_marker
 from featureinterp.visible import visible as seen
@@ -335,7 +335,7 @@ class StoredResults(Sequence[FeatureResult]):
         """Reads every line once. Raises ``InputError`` for one that is no result."""
         self.path = path
         self._starts: list[int] = []
-        with explained_storage(path), path.open("rb") as file:
+        with opened_file(path) as file:
             place = 0
             for line in file:
                 self._result(line)
@@ -352,12 +352,12 @@ class StoredResults(Sequence[FeatureResult]):
     def __getitem__(self, index: int | slice) -> FeatureResult | list[FeatureResult]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        with explained_storage(self.path), self.path.open("rb") as file:
+        with opened_file(self.path) as file:
             file.seek(self._starts[index])
             return self._result(file.readline())
 
     def __iter__(self) -> Iterator[FeatureResult]:
-        with explained_storage(self.path), self.path.open("rb") as file:
+        with opened_file(self.path) as file:
             for line in file:
                 yield self._result(line)
 

@@ -20,6 +20,7 @@ from featureinterp.falsify.sensitivity import MARK_ABOVE, RELIABLE, FeatureSensi
 from featureinterp.falsify.writing import without_marks
 from featureinterp.files import replaced_atomically
 from featureinterp.prompts import marked
+from featureinterp.report.export import cell
 from featureinterp.report.figures import figure
 from featureinterp.stored.sums import Sums, write_marker
 
@@ -71,12 +72,16 @@ def write_sensitivity(
         ]
         for feature in features:
             for writer, rows_of in writers:
-                writer.writerows(rows_of(feature))
+                writer.writerows(map(_cells, rows_of(feature)))
             figures.append(_Figures.of(feature))
     found = {**about, "num_per_call": per_call, **_summary(figures)}
     names = [f"{name}.csv" for name in tables]
     write_marker(folder / SUMMARY, found, {name: Sums.of(folder / name) for name in names})
     return found
+
+
+def _cells(row: Row) -> Row:
+    return {name: cell(value) for name, value in row.items()}
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,10 @@ from featureinterp.sae.names import RESULTS_REPOSITORY, SaeSpec, interpretabilit
 EVALUATION = "eval_results.json"
 _log = logging.getLogger("featureinterp")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_FOLDER = re.compile(r"[0-9A-Za-z_][0-9A-Za-z._-]{0,99}")
+"""Names of a list that may become part of a path."""
 _MAX_LISTED = 12
+_MOST_ENTRIES = 1000
 MOST_CODES = 1 << 24
 """Codes per token that an evaluation file can be believed to say."""
 
@@ -205,11 +209,10 @@ def _folders(spec: SaeSpec, folder: str) -> list[str]:
     from huggingface_hub.hf_api import RepoFolder
 
     try:
-        return [
-            entry.path.rsplit("/", 1)[-1]
-            for entry in HfApi().list_repo_tree(spec.repository, folder, revision=spec.revision)
-            if isinstance(entry, RepoFolder)
-        ]
+        tree = HfApi().list_repo_tree(spec.repository, folder, revision=spec.revision)
+        entries = islice(tree, _MOST_ENTRIES)
+        names = [entry.path.rsplit("/", 1)[-1] for entry in entries if isinstance(entry, RepoFolder)]
+        return [name for name in dict.fromkeys(names) if _FOLDER.fullmatch(name)]
     except Exception as error:  # a list is a help, never a reason to fail otherwise
         _log.debug("%s cannot be listed: %s", folder, error)
         return []

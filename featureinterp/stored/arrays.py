@@ -78,6 +78,16 @@ class CheckedArray(np.lib.mixins.NDArrayOperatorsMixin):
             self._check_blocks(np.flatnonzero(~self._seen))
         return self._array
 
+    def copy_rows(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Writes the rows from ``start`` to before ``stop`` into ``out``, whose dtype they take. About a
+        block at a time is checked and then copied, while the processor still has it at hand."""
+        step = max(1, self._block // max(1, self._row))
+        for a in range(start, stop, step):
+            b = min(a + step, stop)
+            if self._left:
+                self._check_range(a * self._row, b * self._row)
+            out[a - start : b - start] = self._array[a:b]
+
     def _check(self, key: Any) -> None:
         n, row, block = len(self._array), self._row, self._block
         if isinstance(key, (int, np.integer)):

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from featureinterp.errors import DamagedStoreError
-from featureinterp.files import explained_storage, write_json
+from featureinterp.errors import DamagedStoreError, StorageError
+from featureinterp.files import opened_file, whole_file, write_json
 
 BLOCK_BYTES = 1 << 16
 MOST_BLOCKS = 1 << 14
@@ -84,7 +84,7 @@ class Sums:
         """Those of a file as it is now, or of its first ``size`` bytes (no bytes: there need be no file)."""
         if size == 0:
             return cls(block or BLOCK_BYTES)
-        with explained_storage(path), path.open("rb") as file:
+        with opened_file(path) as file:
             left = os.fstat(file.fileno()).st_size if size is None else size
             sums = cls(block or block_for(left))
             while left and (data := file.read(min(left, 1 << 20))):
@@ -151,9 +151,17 @@ def read_marker(path: Path, remedy: str) -> Marker:
     Raises ``DamagedStoreError`` for one that is no JSON or is not what was written, and ``StorageError`` when
     there is none.
     """
-    with explained_storage(path):
-        content = path.read_bytes()
-    return marker_of(content, path, remedy)
+    return marker_of(whole_file(path), path, remedy)
+
+
+def read_cache(path: Path) -> dict[str, Any] | None:
+    """What a cache keeps in a marker; None when there is none, or it is not what was written: what it holds
+    is then found out anew.
+    """
+    try:
+        return read_marker(path, "").value
+    except StorageError:
+        return None
 
 
 def marker_of(content: bytes, path: Path, remedy: str) -> Marker:
@@ -233,7 +241,7 @@ def checked_lines(path: Path, sums: Sums, remedy: str) -> Iterator[bytes]:
     """
     check_size(path, sums.size, "its marker", remedy)
     left = b""
-    with explained_storage(path), path.open("rb") as file:
+    with opened_file(path) as file:
         for number, crc in enumerate(sums.crcs):
             block = file.read(sums.block)
             if zlib.crc32(block) != crc:
@@ -248,8 +256,7 @@ def checked_bytes(path: Path, sums: Sums | None, remedy: str) -> bytes:
     """A whole file's content. Raises ``DamagedStoreError`` when it is not what ``sums`` say (None: not
     known).
     """
-    with explained_storage(path):
-        content = path.read_bytes()
+    content = whole_file(path)
     if sums is not None:
         now = Sums(sums.block)
         now.add(content)

@@ -8,6 +8,7 @@ version have neither and are read as they are.
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,6 +82,8 @@ class Tables:
         try:
             if isinstance(path, Path):
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if path.exists() and not path.is_file():
+                    raise OSError(errno.EINVAL, "it is no regular file")
             self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
         except (sqlite3.Error, OSError) as error:
             raise self._unopened(error) from error
@@ -97,6 +100,7 @@ class Tables:
         run = self._connection.execute
         self._connection.create_function("crc", -1, crc_of, deterministic=True)
         run("PRAGMA busy_timeout = 10000")
+        run("PRAGMA trusted_schema = OFF")  # a file from elsewhere may hold triggers and views of its own
         there = run("PRAGMA user_version").fetchone()[0]
         names = {row[0] for row in run("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if names and there not in (version, *reads):

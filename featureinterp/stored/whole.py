@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from featureinterp.errors import FeatureInterpError, StorageError
+from featureinterp.files import opened_file, whole_file
 from featureinterp.stored.sums import Sums, is_sealed, read_marker
 
 GOOD, DAMAGED, UNCHECKED = "good", "damaged", "no checksums"
@@ -70,31 +71,39 @@ def verify_files(
             yield from _marker(path, named)
     for path in files:
         if path.suffix in (".bin", ".npy") and path not in named and not path.name.endswith(".part"):
-            yield Found(str(path), UNCHECKED, "no marker has checksums of it", path.stat().st_size)
+            yield Found(str(path), UNCHECKED, "no marker has checksums of it", _size(path))
 
 
 def _checked(path: Path, check: Check) -> Found:
     try:
+        with opened_file(path):
+            pass
         bare = check(path)
     except FeatureInterpError as error:
-        return Found(str(path), DAMAGED, str(error), path.stat().st_size)
+        return Found(str(path), DAMAGED, str(error), _size(path))
     state = UNCHECKED if bare else GOOD
-    return Found(
-        str(path), state, f"{bare:,} rows of an earlier version" if bare else "", path.stat().st_size
-    )
+    return Found(str(path), state, f"{bare:,} rows of an earlier version" if bare else "", _size(path))
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 for a link to nothing, or a file that is gone by now."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _marker(path: Path, named: set[Path]) -> Iterator[Found]:
     """A marker, and the files that it has checksums of."""
     remedy = "make it again with the command that wrote it"
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(whole_file(path))
         ours = isinstance(value, dict) and (is_sealed(value) or path.name in MARKERS)
-    except (OSError, ValueError, RecursionError):
+    except (StorageError, ValueError, RecursionError):
         ours = True
     if not ours:
         return
-    size = path.stat().st_size
+    size = _size(path)
     try:
         marker = read_marker(path, remedy)
     except StorageError as error:

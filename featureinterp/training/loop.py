@@ -18,7 +18,14 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from featureinterp.errors import DamagedStoreError, FeatureInterpError, IncompatibleError, InputError
-from featureinterp.files import content_key, explained_storage, parse_json, replaced_atomically
+from featureinterp.files import (
+    content_key,
+    explained_storage,
+    opened_file,
+    parse_json,
+    replaced_atomically,
+    whole_file,
+)
 from featureinterp.stored.sums import is_sealed
 from featureinterp.training.architectures import TRAINABLE, Normalizer, Trainable, geometric_median
 from featureinterp.training.batches import Batches, as_tensor
@@ -179,7 +186,9 @@ class Trainer:
                 k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)
             }
         self.optimizer.load_state_dict(optimizer)
-        self.silent_for = tensors["silent_for"].to(self.device)
+        if tensors["silent_for"].shape != self.silent_for.shape:
+            raise ValueError(f"silent_for has the shape {list(tensors['silent_for'].shape)}")
+        self.silent_for = tensors["silent_for"].to(self.silent_for)
         self.step = step
         self.batches.seek(cursor)
 
@@ -302,8 +311,7 @@ def _read_log(path: Path) -> tuple[list[Line], bool]:
     """The lines, and whether they have checksums."""
     if not path.exists():
         return [], True
-    with explained_storage(path):
-        *whole, _ = path.read_bytes().split(b"\n")
+    *whole, _ = whole_file(path).split(b"\n")
     lines = [_parsed(text) for text in whole]
     if not any(line is not None and is_sealed(line) for line in lines):
         return [line for line in lines if line is not None], not lines
@@ -365,11 +373,13 @@ def check_checkpoint(path: Path) -> int:
 def _checkpoint(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor], int, list[dict[str, int]]]:
     from safetensors import SafetensorError, safe_open
 
+    with opened_file(path):
+        pass
     try:
         with safe_open(os.fspath(path), "pt") as file:
             about = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            step, cursors = int(about["step"]), parse_json(about["cursors"])
+            step, cursors = int(about["step"]), _cursors(about["cursors"])
     except (SafetensorError, KeyError, ValueError, OSError, RuntimeError) as error:
         raise IncompatibleError(
             f"the checkpoint {path} cannot be read ({error}): {_FROM_THE_START}"
@@ -386,6 +396,15 @@ def _checkpoint(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor], in
     return about, tensors, step, cursors
 
 
+def _cursors(text: str) -> list[dict[str, int]]:
+    found = parse_json(text)
+    if not (isinstance(found, list) and found and all(isinstance(c, dict) for c in found)) or any(
+        type(n) is not int or n < 0 for cursor in found for n in cursor.values()
+    ):
+        raise ValueError("it does not say where each process stood")
+    return found
+
+
 def read_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
     """Takes a trainer to where a checkpoint was written, when there is one. Raises ``DamagedStoreError`` or
     another ``FeatureInterpError`` when it cannot be gone on from."""
@@ -397,4 +416,10 @@ def read_checkpoint(trainer: Trainer, path: Path, key: str) -> None:
             f"{path.parent} holds a run with other settings or data: train into another folder, or delete "
             "this one"
         )
-    trainer.restore(tensors, step, cursors[trainer.ranks.rank % len(cursors)])
+    try:
+        trainer.restore(tensors, step, cursors[trainer.ranks.rank % len(cursors)])
+    except (RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise IncompatibleError(
+            f"the checkpoint {path} is not of this run ({why}): {_FROM_THE_START}"
+        ) from error

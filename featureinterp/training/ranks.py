@@ -78,8 +78,8 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     """The processes that ``torchrun`` started, or this one alone. Raises ``InputError`` when its environment
     is only half there.
     """
-    world = os.environ.get("WORLD_SIZE")
-    if world is None or int(world) == 1:
+    world = _number("WORLD_SIZE")
+    if world is None or world == 1:
         yield Ranks()
         return
     if "RANK" not in os.environ or "MASTER_ADDR" not in os.environ:
@@ -98,5 +98,14 @@ def joined(device: torch.device) -> Iterator[Ranks]:
 
 def own_device(device: torch.device) -> torch.device:
     """The GPU of this process among those of its machine; another device as it is."""
-    local = os.environ.get("LOCAL_RANK")
-    return torch.device("cuda", int(local)) if device.type == "cuda" and local is not None else device
+    local = _number("LOCAL_RANK")
+    return torch.device("cuda", local) if device.type == "cuda" and local is not None else device
+
+
+def _number(variable: str) -> int | None:
+    """What ``torchrun`` says in an environment variable; None where it says nothing."""
+    found = os.environ.get(variable)
+    if found is not None and not (found.isascii() and found.isdecimal() and len(found) < 10):
+        mend = "start with torchrun, or unset it"
+        raise InputError(f"the environment variable {variable} is {found[:40]!r}: {mend}")
+    return None if found is None else int(found)

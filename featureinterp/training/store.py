@@ -94,10 +94,15 @@ class ActivationStore:
         return np.concatenate([[0], np.cumsum(self.meta["shards"], dtype=np.int64)])
 
     def read(self, rows: Int64[np.ndarray, " row"]) -> Float32[np.ndarray, "row d_model"]:
-        """The given rows in their order. Raises ``FeatureInterpError`` when a
-        value is not finite.
+        """The given rows in their order. Raises ``InputError`` for a row that is not there, and
+        ``FeatureInterpError`` when a value is not finite.
         """
         rows = np.asarray(rows, np.int64)
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
+            outside = int(rows.min() if rows.min() < 0 else rows.max())
+            raise InputError(f"{self.folder} has no row {outside}: it has rows 0 to {len(self) - 1}")
+        if len(rows) and (np.diff(rows) == 1).all():
+            return self._span(int(rows[0]), int(rows[-1]) + 1)
         out = np.empty((len(rows), self.d_model), np.float32)
         order = np.argsort(rows, kind="stable")
         cuts = np.searchsorted(rows[order], self.edges)
@@ -122,7 +127,20 @@ class ActivationStore:
     def blocks(self, rows: int = 8192) -> Iterator[np.ndarray]:
         """All rows in their order, float32, in pieces."""
         for start in range(0, len(self), rows):
-            yield self.read(np.arange(start, min(start + rows, len(self))))
+            yield self._span(start, min(start + rows, len(self)))
+
+    def _span(self, start: int, stop: int) -> Float32[np.ndarray, "row d_model"]:
+        """The rows from ``start`` to before ``stop``."""
+        out = np.empty((stop - start, self.d_model), np.float32)
+        at = start
+        while at < stop:
+            shard = int(np.searchsorted(self.edges, at, "right")) - 1
+            first, end = int(self.edges[shard]), min(stop, int(self.edges[shard + 1]))
+            rows: Any = self.shards[shard]
+            rows.copy_rows(at - first, end - first, out[at - start : end - start])
+            at = end
+        self.check_finite(out)
+        return out
 
     def sample(
         self, n: int, *, seed: int = 0, n_shards: int | None = None
