@@ -29,6 +29,7 @@ from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.plan import Plan
 from featureinterp.jobs.records import random_features
 from featureinterp.llm.embedded import EmbeddedModel
+from featureinterp.machine import this_machine
 from featureinterp.records.policy import RecordPolicy
 from featureinterp.simulate.all_at_once import AllAtOnce
 from featureinterp.simulate.token_wise import TokenWise
@@ -53,9 +54,10 @@ async def compare_features(args: argparse.Namespace, put: Callable[[tuple[str, .
     policy = RecordPolicy({"top": (10, 10, 10), "random": (0, 0, 10)})
     records = dict(zip(chosen, api.records(args.run, chosen, policy=policy), strict=True))
     loaded: list[tuple[object, object]] = []
+    dtype = this_machine().dtype(None, None)
 
     def load() -> tuple[object, object]:
-        loaded[:] = loaded or [load_causal_lm(api.EXPLAINER)]
+        loaded[:] = loaded or [load_causal_lm(api.EXPLAINER, dtype=dtype)]
         return loaded[0]
 
     args.work.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,7 @@ async def compare_features(args: argparse.Namespace, put: Callable[[tuple[str, .
             for simulator_name in args.simulator:
                 kind, _, version = simulator_name.partition("/")
                 simulator = (TokenWise if kind == "token-wise" else AllAtOnce)(
-                    load, name=api.EXPLAINER, version=version
+                    load, name=api.EXPLAINER, dtype=dtype, version=version
                 )
                 plan = Plan(
                     n_test=args.windows, n_valid=0, negatives=("random",), concurrency=1, seed=args.seed

@@ -93,7 +93,9 @@ def bare(url: str, n: int) -> float:
         at = urlsplit(url)
         start = time.perf_counter()
         for _ in range(IN_FLIGHT):
-            await loop.create_connection(lambda: Bare(request, left, done), at.hostname, at.port)
+            await loop.create_connection(
+                lambda: Bare(request, left, done), at.hostname or "127.0.0.1", at.port or 80
+            )
         await done.wait()
         return time.perf_counter() - start
 

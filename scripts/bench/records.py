@@ -11,7 +11,9 @@ feature where the bare work takes 0.62 ms: ``slower`` says how many times longer
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from common import arguments, compare, report
@@ -34,7 +36,7 @@ class Words:
 
     fingerprint = "bench"
 
-    def encode(self, texts: list[str]) -> list[object]:
+    def encode(self, texts: Sequence[str]) -> Sequence[Any]:
         out = []
         for text in texts:
             ends = [i for i, c in enumerate(text + " ") if c == " "]
@@ -98,7 +100,8 @@ def main() -> None:
                 maxima = np.maximum.reduceat(codes.values.astype(np.float32), starts)
                 queries[i] = embeddings[rows[starts][np.argsort(-maxima)[:400]]].mean(0)
                 for row, own in zip(chosen.tolist(), store.window_activations(f, chosen), strict=True):
-                    Window(row, row // 5, *table[row], own)
+                    ids, pieces = table[row]
+                    Window(row, row // 5, ids, pieces, own)
             queries @ embeddings.T
 
         mine, bare = compare(ours, limit, "cpu", args.rounds or (1 if args.quick else 3))

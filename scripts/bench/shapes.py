@@ -8,7 +8,7 @@ the device computes fastest.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ class Ids:
     fingerprint = "bench"
     bos_token_id = 1
 
-    def encode(self, texts: list[str]) -> list[object]:
+    def encode(self, texts: Sequence[str]) -> Sequence[Any]:
         out = []
         for text in texts:
             words = text.split(" ")

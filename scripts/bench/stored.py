@@ -44,7 +44,11 @@ def unsealed(marker: Path) -> Callable[[bool], None]:
 
     sealed = marker.read_text()
     bare = json.dumps(read_marker(marker, "").value)
-    return lambda on: marker.write_text(sealed if on else bare) and None
+
+    def put(on: bool) -> None:
+        marker.write_text(sealed if on else bare)
+
+    return put
 
 
 def cpu(work: Callable[[], object]) -> float:

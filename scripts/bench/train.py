@@ -12,6 +12,9 @@ inputs, 4,608 features, 32 codes per token, batches of 2,048, on random activati
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import numpy as np
 import torch
 from common import arguments, compare, report
@@ -59,7 +62,11 @@ def main() -> None:
             else:
                 c.T @ a  # the gradient of weights
 
-    for precision, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+    precisions: tuple[tuple[Literal["float32", "bfloat16"], torch.dtype], ...] = (
+        ("float32", torch.float32),
+        ("bfloat16", torch.bfloat16),
+    )
+    for precision, dtype in precisions:
         for architecture in ARCHITECTURES[:1] if args.quick else ARCHITECTURES:
             table = SaeTable(architecture=architecture, d_sae=n_features, k=k)
             trainer = prepare(
@@ -106,7 +113,7 @@ def main() -> None:
                 )
 
 
-def dense_step(x: torch.Tensor, n_features: int, k: int):  # noqa: ANN201 (a closure)
+def dense_step(x: torch.Tensor, n_features: int, k: int) -> Callable[[], None]:
     """A step as one would write it: dense codes, autograd, Adam."""
     d = x.shape[1]
     w_enc, w_dec = (torch.randn(n_features, d, device=x.device, requires_grad=True) for _ in range(2))

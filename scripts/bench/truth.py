@@ -1,7 +1,7 @@
 """Which scores tell a true explanation from a wrong one, beside which windows, and which explainers find the
 truth?
 
-    python scripts/bench/truth.py [--small] [--out FOLDER] [--device cpu|cuda]
+    python scripts/bench/truth.py [--small] [--out FOLDER] [--device cpu|cuda] [--dtype float32|bfloat16]
 
 Features are planted in the embedded corpus (``planted.py``), so that the true explanation of each is known,
 and wrong ones of named kinds. Every explanation is simulated on held-out windows where the feature fires and
@@ -46,6 +46,7 @@ from featureinterp.llm.config import Endpoint
 from featureinterp.llm.local import LocalModel
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.stack import open_stack
+from featureinterp.machine import this_machine
 from featureinterp.records.policy import RecordPolicy
 from featureinterp.records.similar import SentenceEmbedder
 from featureinterp.score.detection import FitJudge
@@ -118,6 +119,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--version", help="version of the simulator's prompt")
     parser.add_argument("--temperature", type=float)
     parser.add_argument("--device", default=None)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the simulator")
     return parser.parse_args()
 
 
@@ -132,23 +134,25 @@ def planted_run(out: Path) -> CodesStore:
 async def judged(args: argparse.Namespace, records: Sequence[FeatureRecord]) -> None:
     """Runs the parts that were asked for, prints their tables and writes their files."""
     loaded: list[Any] = []
+    dtype = this_machine().dtype(args.dtype, args.device)
 
     def load() -> tuple[Any, Any]:
-        loaded[:] = loaded or [load_causal_lm(args.model, device=args.device)]
+        loaded[:] = loaded or [load_causal_lm(args.model, device=args.device, dtype=dtype)]
         return loaded[0]  # type: ignore[no-any-return]
 
     if args.simulator == "lexical":
         simulator: Any = Lexical()
     else:
         simulator = (AllAtOnce if args.simulator == "all-at-once" else TokenWise)(
-            load, name=args.model, version=args.version, temperature=args.temperature
+            load, name=args.model, dtype=dtype, version=args.version, temperature=args.temperature
         )
     replies = ReplyStore(args.out / "replies.sqlite")
     found: dict[str, Any] = {"settings": {k: str(v) for k, v in vars(args).items() if k != "out"}}
     with Journal(args.out / "truth.sqlite") as journal:
         kept = KeptSimulator(simulator, journal)
         if "scores" in args.parts or "questions" in args.parts:
-            rows = await scores(args.parts, kept, Cached(LocalModel(load, name=args.model), replies), records)
+            judge = LocalModel(load, name=args.model, dtype=dtype)
+            rows = await scores(args.parts, kept, Cached(judge, replies), records)
             write(args.out / "scores.csv", rows)
             print_scores(rows)
             found["scores"] = [

@@ -34,6 +34,11 @@ class PlantedActivator:
     def __init__(self, encoder: Any) -> None:
         self.encoder = encoder
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the activations depend on, as plain data."""
+        return {"activator": "planted detectors", "tokenizer": self.encoder.fingerprint}
+
     async def run(self, feature: FeatureId, texts: Sequence[str]) -> list[Window]:
         """One window per text."""
         found = []

@@ -37,7 +37,9 @@ def explanations(feature: Planted) -> dict[str, Explanation]:
     """
     place = FEATURES.index(feature)
     others = [FEATURES[(place + 17 + i) % len(FEATURES)] for i in range(len(FEATURES))]
-    return {"true": feature.truth, **feature.wrong(others)}
+    kinds: dict[str, Explanation] = {"true": feature.truth}
+    kinds.update((str(kind), wrong) for kind, wrong in feature.wrong(others).items())
+    return kinds
 
 
 async def simulated(

@@ -33,13 +33,13 @@ def main() -> None:
     for result in results:
         for kind in kinds:
             name = "correlation" if kind == kinds[0] else f"correlation_{kind}"
-            false = value(result, f"false_positives_{kind}") if kind.endswith("negative") else None
+            missed = value(result, f"false_positives_{kind}") if kind.endswith("negative") else None
             rows.append(
                 {
                     "feature": result.feature,
                     "source": kind,
                     "correlation": value(result, name),
-                    "false positives per window": false,
+                    "false positives per window": missed,
                 }
             )
     r, false = means(rows, "source", "correlation"), means(rows, "source", "false positives per window")
