@@ -18,7 +18,7 @@ from replies_of import RATINGS, YES_NO, logged
 from featureinterp.domain.explanation import Explanation, Provenance
 from featureinterp.domain.record import Window
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import MalformedReplyError
+from featureinterp.errors import MalformedReplyError, TruncatedReplyError
 from featureinterp.llm.cached import Cached, ReplyStore
 from featureinterp.llm.openai import OpenAIModel
 from featureinterp.llm.types import Message, Reply, Request
@@ -164,6 +164,7 @@ def test_the_auroc_of_noise_is_undefined_and_not_a_result():
     assert all(v.said is True and v.probability is None for v in verdicts)
     by_name = {s.name: s for s in scores}
     assert by_name["detection_auroc"].value is None and by_name["detection_balanced_accuracy"].value == 0.5
+    assert by_name["detection_auroc"].undefined == "no answer came with probabilities that count"
 
 
 def test_questions_that_no_probability_speaks_of_are_counted_beside_the_others():
@@ -198,3 +199,16 @@ def test_a_rating_out_of_range_is_a_failure(text: str):
 
         score, ratings, _ = anyio.run(go)
     assert score.value is None and ratings == [None] and "no number from 0 to 5" in (score.undefined or "")
+
+
+def test_what_was_cut_before_its_answer_says_so():
+    """And what gives more room; an answer that was cut behind its word stays one."""
+    for read, answer in ((read_yes, (True, None)), (read_level, 3.0)):
+        for text in ("", "I think that", "<think>well"):
+            cut = Reply((text,), (True,), Usage(), room=54)
+            said = r"cut after 54 tokens.*--thinking-tokens"
+            with pytest.raises(TruncatedReplyError, match=said) as caught:
+                read(cut)
+            assert (f"({text!r})" in str(caught.value)) == bool(text) and len(str(caught.value)) < 150
+        word = "Yes, as it" if read is read_yes else "3, as it"
+        assert read(Reply((word,), (True,), Usage(), room=4)) == answer

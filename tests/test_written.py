@@ -16,7 +16,7 @@ from test_trials import Decides, Finds, explanation, window
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import MalformedReplyError
+from featureinterp.errors import MalformedReplyError, TruncatedReplyError
 from featureinterp.falsify.counterexamples import MAX_ATTEMPTS, Falsifier, TrialSettings
 from featureinterp.falsify.writing import TextWriter, read_texts, without_numbers
 from featureinterp.llm.function import FunctionModel
@@ -107,6 +107,9 @@ def test_a_text_that_was_cut_is_none():
     cut = '{"texts": ["a whole one", "the general led the'
     assert read_texts(Reply((cut,), (False,), Usage())) == ["a whole one"]
     assert read_texts(Reply((cut,), (True,), Usage())) == ["a whole one"]
+    for nothing in ("", '{"texts": ["the general led', '{"texts": ["a"]}'):
+        with pytest.raises(TruncatedReplyError, match="cut after 164 tokens"):
+            read_texts(Reply((nothing,), (True,), Usage(), room=164))
     assert without_numbers([]) == []
 
 

@@ -14,7 +14,7 @@ from featureinterp.errors import (
     TruncatedReplyError,
 )
 from featureinterp.interfaces import LanguageModel
-from featureinterp.llm.types import Reply, Request
+from featureinterp.llm.types import Reply, Request, cut_short
 
 MAX_ATTEMPTS = 3
 RETRY_TEMPERATURE = 0.5
@@ -46,14 +46,10 @@ async def ask(model: LanguageModel, request: Request, read: Callable[[str], Answ
     def readable(reply: Reply) -> list[Answer]:
         answers: list[Answer] = []
         problem: MalformedReplyError | TruncatedReplyError | None = None
-        for text, cut in zip(reply.texts, reply.truncated, strict=True):
+        for number, (text, cut) in enumerate(zip(reply.texts, reply.truncated, strict=True)):
             try:
                 if cut:
-                    raise TruncatedReplyError(
-                        f"the reply was cut after {reply.room or request.max_tokens} tokens: give more "
-                        "room with --reply-tokens (reply_tokens of the "
-                        "endpoint), or with --thinking-tokens to a model that thinks"
-                    )
+                    raise cut_short(reply, number, limit=request.max_tokens)
                 answers.append(read(text))
             except (MalformedReplyError, TruncatedReplyError) as error:
                 problem = error

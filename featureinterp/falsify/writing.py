@@ -18,7 +18,7 @@ from featureinterp.errors import (
 )
 from featureinterp.files import valid_unicode
 from featureinterp.interfaces import LanguageModel
-from featureinterp.llm.types import Message, Reply, Request
+from featureinterp.llm.types import Message, Reply, Request, cut_short
 from featureinterp.prompts import load_prompt
 from featureinterp.replies import answer_of, object_schema, parse_with_end
 
@@ -141,11 +141,18 @@ class _Written(pydantic.BaseModel):
 
 def read_texts(reply: Reply) -> list[str]:
     """The texts of a reply, without the last one where it was cut. Raises ``MalformedReplyError`` when there
-    is none.
+    is none, and ``TruncatedReplyError`` when it was cut before there was one.
     """
-    found, cut = _texts(reply.text)
+    try:
+        found, cut = _texts(reply.text)
+    except MalformedReplyError:
+        if reply.truncated[0]:
+            raise cut_short(reply) from None
+        raise
     if reply.truncated[0] or cut:
         found = found[:-1]  # the last one was cut
+    if not found and reply.truncated[0]:
+        raise cut_short(reply)
     if not found:
         raise MalformedReplyError(f"the reply holds no text: {' '.join(reply.text.split())[:80]!r}")
     return found

@@ -411,7 +411,9 @@ class OpenAIModel:
             "request": (RequestRefusedError, "refused the request", ""),
         }
         kind, what, hint = sentences[refusal.kind]
-        message = f"{where} {what} ({code}): {said}" + (f"; {hint}" if hint else "")
+        message = f"{where} {what} ({code}): {said.removesuffix('.') if hint else said}" + (
+            f"; {hint}" if hint else ""
+        )
         return kind(message, wait) if issubclass(kind, EndpointUnavailableError) else kind(message)
 
 

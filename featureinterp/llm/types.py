@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from featureinterp.domain.plain import Plain
 from featureinterp.domain.usage import Usage
+from featureinterp.errors import TruncatedReplyError
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +68,15 @@ class Reply(Plain):
     def text(self) -> str:
         """The first choice."""
         return self.texts[0]
+
+
+def cut_short(reply: Reply, number: int = 0, *, limit: int = 0) -> TruncatedReplyError:
+    """The error for a choice that was cut before it was an answer. ``limit``: of tokens, where the reply
+    itself does not know how many it could have had.
+    """
+    room, text = reply.room or limit, " ".join(reply.texts[number].split())
+    after, shown = f" after {room} tokens" if room else "", f" ({text[:60]!r})" if text else ""
+    return TruncatedReplyError(
+        f"the reply was cut{after}{shown}: give more room with --reply-tokens, or with --thinking-tokens to "
+        "a model that thinks"
+    )

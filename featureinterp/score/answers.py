@@ -11,8 +11,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
-from featureinterp.errors import MalformedReplyError
-from featureinterp.llm.types import Reply
+from featureinterp.errors import LanguageModelError, MalformedReplyError
+from featureinterp.llm.types import Reply, cut_short
 from featureinterp.replies import answer_of
 
 MIN_SHARE = 0.1
@@ -39,7 +39,8 @@ _STRIPPED = " \t\r\n\"'“”‘’«»*_`()[]{}.,:;!"
 
 def read_yes(reply: Reply) -> tuple[bool, float | None]:
     """Whether a reply says yes, and its probability of yes, P(yes) / (P(yes) + P(no)); None where no
-    probabilities count. Raises ``MalformedReplyError`` for what is neither yes nor no."""
+    probabilities count. Raises ``MalformedReplyError`` for what is neither yes nor no, and
+    ``TruncatedReplyError`` where it was cut before."""
     text = answer_of(reply.text)
     said = _yes(text)
     mass = masses(reply, ("yes", "no"), begins=said is None and _begins(text, ("yes", "no")))
@@ -47,21 +48,28 @@ def read_yes(reply: Reply) -> tuple[bool, float | None]:
         probability = mass["yes"] / sum(mass.values())
         return probability > 0.5, probability
     if said is None:
-        raise MalformedReplyError(f"the reply is neither yes nor no: {reply.text[:60]!r}")
+        raise _no_answer(reply, "neither yes nor no")
     return said, None
 
 
 def read_level(reply: Reply) -> float:
     """Σ level · P(level) / Σ P(level), or the level that the reply says where no probabilities count. Raises
-    ``MalformedReplyError`` for what is no level from 0 to 5."""
+    ``MalformedReplyError`` for what is no level from 0 to 5, and ``TruncatedReplyError`` where it was cut
+    before."""
     text = answer_of(reply.text)
     said = _LEVEL.match(text)
     mass = masses(reply, LEVELS, begins=said is None and _begins(text, (*"0123456789", "-", "−", "+")))
     if mass is not None:
         return sum(int(level) * p for level, p in mass.items()) / sum(mass.values())
     if said is None:
-        raise MalformedReplyError(f"the reply is no number from 0 to 5: {reply.text[:60]!r}")
+        raise _no_answer(reply, "no number from 0 to 5")
     return float(said[1])
+
+
+def _no_answer(reply: Reply, what: str) -> LanguageModelError:
+    if any(reply.truncated):
+        return cut_short(reply)
+    return MalformedReplyError(f"the reply is {what}: {reply.text[:60]!r}")
 
 
 def masses(reply: Reply, answers: Sequence[str], *, begins: bool = False) -> dict[str, float] | None:

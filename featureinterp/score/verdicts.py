@@ -93,7 +93,7 @@ def judge(name: str, verdicts: Sequence[Verdict], *, seed: int = 0) -> list[Scor
     known = [v for v in answered if v.probability is not None]
     if not known:
         return scores + [
-            Score(full, None, n, failed, undefined="the endpoint gives no probabilities")
+            Score(full, None, n, failed, undefined="no answer came with probabilities that count")
             for full in names[2:]
         ]
     return scores + _ranking(names[2:], known, failed + n - len(known), seed)

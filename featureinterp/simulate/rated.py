@@ -17,10 +17,9 @@ from featureinterp.errors import (
     EndpointRefusedError,
     LanguageModelError,
     MalformedReplyError,
-    TruncatedReplyError,
 )
 from featureinterp.interfaces import LanguageModel, Parts
-from featureinterp.llm.types import Message, Reply, Request
+from featureinterp.llm.types import Message, Reply, Request, cut_short
 from featureinterp.prompts import escape, load_prompt
 from featureinterp.replies import Level, parse_reply
 from featureinterp.tasks import each
@@ -91,10 +90,7 @@ class Rated:
 
         def read(reply: Reply) -> list[np.ndarray]:
             if reply.truncated[0]:
-                raise TruncatedReplyError(
-                    f"the reply was cut after {reply.room or budget} tokens: give more room with "
-                    "--reply-tokens"
-                )
+                raise cut_short(reply, limit=budget)
             return _check(parse_reply(reply.text, LevelsReply), [len(t) for t in texts])
 
         cause: LanguageModelError | None = None
