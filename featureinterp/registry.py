@@ -15,6 +15,8 @@ causes    it can be shown which tokens cause the activations (an explainer)
 null      it also judges another feature's explanation (a stage, a scorer)
 live      it runs the subject model (a stage)
 fires     windows of the kind fire by their nature (a window kind)
+centred   windows of the kind are cut around a token (a window kind)
+embeds    the kind needs the windows' embeddings (a window kind)
 """
 
 from __future__ import annotations
@@ -291,6 +293,40 @@ SCORERS: Registry[Callable[[Parts], Stage]] = Registry(
     ),
 )
 
+WINDOWS: Registry[Callable[[Any], Iterable[int]]] = Registry(
+    "windows",
+    "kind of window",
+    _own(
+        (
+            ("top", "records.kinds:top", "fires", "the strongest windows"),
+            ("weighted", "records.kinds:weighted", "fires centred", "tokens drawn by their activation"),
+            ("quantile", "records.kinds:quantile", "fires", "from every part of the range of activations"),
+            ("random", "records.kinds:uniform", "", "at random, whether the feature fires or not"),
+            ("random_negative", "records.kinds:uniform", "", "at random, where the feature is silent"),
+            ("similar", "records.kinds:similar", "embeds", "sentence embeddings near those of top windows"),
+            ("similar_negative", "records.kinds:similar", "embeds", "the same, where the feature is silent"),
+            (
+                "projected_similar",
+                "records.kinds:projected_similar",
+                "embeds",
+                "the same after a projection that pulls the top windows together",
+            ),
+            (
+                "projected_similar_negative",
+                "records.kinds:projected_similar",
+                "embeds",
+                "the same, where the feature is silent",
+            ),
+            (
+                "coactive_negative",
+                "records.kinds:coactive",
+                "",
+                "where a feature of nearly the same decoder direction fires, and this one is silent",
+            ),
+        )
+    ),
+)
+
 EMBEDDERS: Registry[Callable[[], Embedder]] = Registry(
     "embedders",
     "embedder",
@@ -337,7 +373,7 @@ LAYOUTS: Registry[Layout] = Registry(
 )
 
 REGISTRIES: dict[str, Registry[Any]] = {
-    r.kind: r for r in (EXPLAINERS, SIMULATORS, SCORERS, STAGES, EMBEDDERS, FORMATS, LAYOUTS)
+    r.kind: r for r in (EXPLAINERS, SIMULATORS, SCORERS, STAGES, WINDOWS, EMBEDDERS, FORMATS, LAYOUTS)
 }
 
 

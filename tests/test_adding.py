@@ -188,6 +188,47 @@ def test_a_layout_that_gives_something_else_is_one_sentence(site: Path, tmp_path
     assert LAYOUTS.load("odd").__name__ == "odd_layout"
 
 
+ENDS = """def from_the_end(offer):
+    \"\"\"the last window of the corpus first.\"\"\"
+    return range(offer.n_windows - 1, -1, -1)
+"""
+
+
+def test_a_kind_of_window_of_another_package(site: Path, run: Path, tmp_path: Path):
+    points = dict.fromkeys(("ends", "ends_negative"), "ends:from_the_end")
+    install(site, "ends", {"featureinterp.windows": points}, **{"ends.py": ENDS})
+    policy = fi.RecordPolicy({"top": (2, 2, 2), "ends": (0, 2, 2), "ends_negative": (2, 2, 4)})
+    for record in fi.records(run, "0:4", policy=policy):
+        for split in ("train", "valid", "test"):
+            rows = [w.row for w in record.get(split, "ends_negative")]
+            assert (
+                rows == sorted(rows, reverse=True)
+                and len(rows)
+                == policy.counts["ends_negative"][0 if split == "train" else 1 if split == "valid" else 2]
+            )
+            assert not any(w.fires for w in record.get(split, "ends_negative"))
+    out = tmp_path / "out"
+    results = fi.explain(
+        run,
+        "0:3",
+        out=out,
+        explainer="top-tokens",
+        simulator="lexical",
+        stages=("explain", "simulate"),
+        plan={"negatives": ("ends", "ends_negative")},
+        records=policy,
+    )
+    names = {score.name for score in results[0].scores}
+    assert {"correlation", "correlation_ends_negative", "false_positives_ends_negative"} <= names
+    args = ["explain", str(run), "--features", "0:2", "--explainer", "top-tokens", "--simulator", "lexical"]
+    refused(cli(*args, "--negatives", "beginnings"), "'beginnings'", "choose from random, ", "ends_negative")
+    for make in (lambda: fi.Plan(negatives=("never",)), lambda: fi.TreeSettings(negatives=("never",))):
+        with pytest.raises(UnknownNameError, match="no kind of window 'never'"):
+            make()
+    with pytest.raises(UnknownNameError, match="no kind of window 'never'"):
+        fi.RecordPolicy({"never": (1, 1, 1)})
+
+
 def test_a_part_of_this_process():
     made: Registry[Any] = Registry("things", "thing", {})
     made.register("mine", len, "counts")

@@ -23,7 +23,7 @@ FOUNDATION = {
     "validation",
     "visible",
 }
-LANGUAGE = FOUNDATION | {"prompts", "replies", "interfaces", "llm"}
+LANGUAGE = FOUNDATION | {"prompts", "replies", "interfaces", "llm", "registry"}
 ALLOWED = {
     "errors": set(),
     "domain": {"domain", "errors"},
@@ -63,6 +63,7 @@ ALLOWED = {
         "records",
         "accelerator",
         "machine",
+        "registry",
         "claims",
         "codes",
         "corpus",

@@ -418,7 +418,7 @@ def test_naming_all_features_again_and_again_takes_no_memory(store: CodesStore):
 def test_policies_that_need_embeddings_say_so(store: CodesStore):
     with pytest.raises(InputError, match="embeddings"):
         RecordBuilder(store, RecordPolicy())
-    with pytest.raises(InputError, match="known source"):
+    with pytest.raises(InputError, match="no kind of window .best."):
         RecordPolicy({"best": (1, 1, 1)})
 
 

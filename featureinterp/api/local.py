@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from featureinterp.interfaces import Activator, Simulator, Steerer
     from featureinterp.jobs.resolved import ResolvedJob
     from featureinterp.jobs.wiring import Local, Records
-    from featureinterp.records.build import Neighbours
+    from featureinterp.records.kinds import Neighbours
     from featureinterp.sae.load import LoadedSae
     from featureinterp.subject.load import Subject
 

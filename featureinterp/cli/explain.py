@@ -170,13 +170,13 @@ def sources_of(text: str) -> tuple[str, ...]:
     """The kinds of windows in a list with commas. Raises ``InputError`` for one that does not exist or fires
     by its nature.
     """
-    from featureinterp.domain.record import COMPLEMENTARY_SOURCES
     from featureinterp.errors import InputError
+    from featureinterp.registry import WINDOWS
 
     found = tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    known = WINDOWS.names()
     for source in found or ("",):
-        if source not in COMPLEMENTARY_SOURCES:
-            raise InputError(
-                f"{source!r} is no kind of window to judge by: choose from {', '.join(COMPLEMENTARY_SOURCES)}"
-            )
+        if source not in known or WINDOWS.has(source, "fires"):
+            beside = ", ".join(name for name in known if not WINDOWS.has(name, "fires"))
+            raise InputError(f"{source!r} is no kind of window to judge by: choose from {beside}")
     return found

@@ -8,7 +8,7 @@ import typer
 
 from featureinterp.cli.screen import Screen, put
 
-KINDS = "explainers, simulators, scorers, stages, embedders, formats, layouts"
+KINDS = "explainers, simulators, scorers, stages, windows, embedders, formats, layouts"
 
 
 def list_parts(

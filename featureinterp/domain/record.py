@@ -14,19 +14,10 @@ from featureinterp.domain.feature import FeatureId
 SplitName = Literal["train", "valid", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "valid", "test")
 
-Source = Literal[
-    "top",
-    "weighted",
-    "quantile",
-    "random",
-    "similar",
-    "projected_similar",
-    "random_negative",
-    "similar_negative",
-    "projected_similar_negative",
-    "coactive_negative",
-    "counterexample",
-]
+Source = str
+"""A kind of window: one of ``SOURCES``, ``counterexample``, or one that another package has registered. Where
+its name ends in ``SILENT``, the feature is silent in it."""
+SILENT = "_negative"
 POSITIVE_SOURCES: tuple[Source, ...] = ("top", "weighted", "quantile")
 NEGATIVE_SOURCES: tuple[Source, ...] = (
     "random_negative",
@@ -109,9 +100,8 @@ class FeatureRecord:
                         f"{what} {min(both)} of feature {self.feature} is in both {one} and {other}"
                     )
         for split in SPLITS:
-            for source in NEGATIVE_SOURCES:
-                windows = self.get(split, source)
-                if windows and np.concatenate([w.activations for w in windows]).any():
+            for source, windows in self.splits.get(split, {}).items():
+                if source.endswith(SILENT) and any(w.activations.any() for w in windows):
                     raise AssertionError(f"a {source} window of feature {self.feature} fires")
 
     def get(self, split: SplitName, source: Source) -> tuple[Window, ...]:
@@ -120,7 +110,9 @@ class FeatureRecord:
 
     def windows(self, split: SplitName) -> Iterator[Window]:
         """All windows of a split."""
-        for source in SOURCES:
+        own = self.splits.get(split, {})
+        others = (source for source in own if source not in SOURCES and source != "counterexample")
+        for source in (*SOURCES, *others):
             yield from self.get(split, source)
 
     def level(self, window: Window) -> list[int]:

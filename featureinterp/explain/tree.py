@@ -22,6 +22,7 @@ from featureinterp.explain.windows import training_windows
 from featureinterp.interfaces import Agree, LanguageModel, Parts, Simulator, settings_of
 from featureinterp.llm.types import Message, Request
 from featureinterp.prompts import escape, load_prompt
+from featureinterp.registry import WINDOWS
 from featureinterp.replies import object_schema, parse_reply
 from featureinterp.tasks import each
 
@@ -59,6 +60,8 @@ class TreeSettings:
                 raise InputError(
                     f"a tree search with {name} = {getattr(self, name)} is not possible: give at least 1"
                 )
+        for source in self.negatives:
+            WINDOWS.check(source)
         if self.depth < 0:
             raise InputError(f"a tree search of depth {self.depth} is not possible: give 0 or more")
 

@@ -10,6 +10,7 @@ import pydantic
 from featureinterp.domain.record import Source, SplitName
 from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import InputError, JobStoppedError
+from featureinterp.registry import WINDOWS
 
 Part = tuple[SplitName, Source]
 
@@ -88,6 +89,8 @@ class Plan:
     def __post_init__(self, concurrency: int | None) -> None:
         if concurrency is not None and not is_read(concurrency):
             object.__setattr__(self, "features_at_once", concurrency)
+        for source in self.negatives:
+            WINDOWS.check(source)
         if self.features_at_once < 1:
             raise InputError(
                 f"features_at_once = {self.features_at_once} leaves nothing to do: give at least 1"

@@ -15,7 +15,8 @@ from featureinterp.codes.store import CodesStore
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.errors import InputError
 from featureinterp.interfaces import Embedder
-from featureinterp.records.build import ALIVE_ABOVE, Neighbours, RecordBuilder
+from featureinterp.records.build import ALIVE_ABOVE, RecordBuilder
+from featureinterp.records.kinds import Neighbours
 from featureinterp.records.policy import RecordPolicy
 from featureinterp.records.similar import (
     SentenceEmbedder,

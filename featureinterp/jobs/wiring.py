@@ -25,7 +25,7 @@ from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.kept import KeptSimulator
 from featureinterp.jobs.records import build_records
 from featureinterp.jobs.resolved import ResolvedJob
-from featureinterp.records.build import Neighbours
+from featureinterp.records.kinds import Neighbours
 from featureinterp.registry import EXPLAINERS, SIMULATORS, STAGES
 from featureinterp.score.correlation import agreement
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import pydantic
 
-from featureinterp.domain.record import SOURCES, Source
+from featureinterp.domain.record import Source
 from featureinterp.errors import InputError
 from featureinterp.records.projected import PROJECTIONS, Projection
+from featureinterp.registry import WINDOWS
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,12 @@ class RecordPolicy:
 
     def __post_init__(self) -> None:
         for source, counts in self.counts.items():
-            if source not in SOURCES or len(counts) != 3 or min(counts) < 0:
+            if len(counts) != 3 or min(counts) < 0:
                 raise InputError(
-                    f"the record policy has {source}: {counts}: give a known source ({', '.join(SOURCES)}) "
-                    "and three counts ≥ 0"
+                    f"the record policy has {source}: {counts}: give three counts ≥ 0, for train, valid and "
+                    "test"
                 )
+            WINDOWS.check(source)
         if self.projection not in PROJECTIONS:
             raise InputError(
                 f"there is no projection {self.projection!r}: choose from {', '.join(PROJECTIONS)}"
@@ -62,4 +64,5 @@ class RecordPolicy:
     @property
     def embeds(self) -> bool:
         """Whether the windows' embeddings are needed."""
-        return self.wants("similar", "similar_negative", "projected_similar", "projected_similar_negative")
+        wanted = (source for source, counts in self.counts.items() if sum(counts))
+        return any(WINDOWS.has(source, "embeds") for source in wanted)
