@@ -224,7 +224,11 @@ def _known(name: str, what: str, measure: Callable[[], float], *, again: bool = 
     key = " ".join([key, *limits])
     known = read_cache(path) or {}
     before = known.get(key)
-    known_one = float(before) if type(before) in (int, float) and 0 < before < _MOST else None
+    known_one = (
+        float(before)
+        if isinstance(before, (int, float)) and before is not True and 0 < before < _MOST
+        else None
+    )
     if known_one is not None and not again:
         return known_one
     figure = measure()

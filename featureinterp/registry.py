@@ -232,7 +232,7 @@ SIMULATORS: Registry[Callable[[Parts], Simulator]] = Registry(
     ),
 )
 
-STAGES: Registry[Callable[[Parts], Stage]] = Registry(
+STAGES: Registry[Callable[[Parts], Stage[Any]]] = Registry(
     "stages",
     "stage",
     _own(
@@ -266,7 +266,7 @@ STAGES: Registry[Callable[[Parts], Stage]] = Registry(
     ),
 )
 
-SCORERS: Registry[Callable[[Parts], Stage]] = Registry(
+SCORERS: Registry[Callable[[Parts], Stage[Any]]] = Registry(
     "scorers",
     "scorer",
     _own(

@@ -241,19 +241,16 @@ def doctor(
     if known is not None and load_model:
         live = this_machine().dtype(None, device, made_in=known["model"]["dtype"])
         patient = replace(patient, model=known["model"]["name"], dtype=live, hook=known["hook"])
-    given = {
-        "model": model,
-        "hook": hook,
-        "corpus": corpus,
-        "device": device,
-        "dtype": dtype,
-        "window": window,
-    }
     patient = replace(
         patient,
         text_field=text_field,
         document_separator=document_separator,
-        **{name: value for name, value in given.items() if value is not None},
+        model=patient.model if model is None else model,
+        hook=patient.hook if hook is None else hook,
+        corpus=patient.corpus if corpus is None else corpus,
+        device=patient.device if device is None else device,
+        dtype=patient.dtype if dtype is None else dtype,
+        window=patient.window if window is None else window,
     )
     if patient == Patient(text_field=text_field, document_separator=document_separator):
         raise InputError(
@@ -331,7 +328,7 @@ def layers(
     with ExitStack() as held:
         if out is not None:
             held.enter_context(owned(Path(out), "layers"))
-            asked = {
+            asked: dict[str, Any] = {
                 "model": subject.fingerprint,
                 "dtype": str(subject.dtype).removeprefix("torch."),
                 "blocks": blocks,

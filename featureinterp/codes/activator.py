@@ -106,7 +106,9 @@ def live_settings(store: CodesStore, dtype: str | None = None) -> dict[str, str]
     """What new texts through a run's model and SAE depend on: both, and the ``dtype`` that the model runs in
     now where the run was made in another."""
     settings = {name: str(store.meta[name]["fingerprint"]) for name in ("model", "sae")}
-    return settings | ({"dtype": dtype} if dtype not in (None, store.meta["model"]["dtype"]) else {})  # type: ignore[dict-item]
+    if dtype is None or dtype == store.meta["model"]["dtype"]:
+        return settings
+    return settings | {"dtype": dtype}
 
 
 class RunActivator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float32
@@ -58,7 +58,7 @@ def dense_twin(
         )
         with explained_storage(path):
             folder.mkdir(parents=True, exist_ok=True)
-            mode = "r+" if path.exists() and state["next_window"] else "w+"
+            mode: Literal["r+", "w+"] = "r+" if path.exists() and state["next_window"] else "w+"
             out = np.memmap(path, np.float32, mode, shape=(n, subject.d_model))
             done = int(np.sum(store.windows.lengths[: state["next_window"]]))
             for batch, values in read_windows(

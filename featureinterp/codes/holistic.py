@@ -127,7 +127,7 @@ class HolisticActivations:
             return embedding_effects(self.subject, self.sae.hook, ids[part], mean).numpy()
 
         fit = fit_of(self.subject.model, "gradients of windows")
-        parts = in_parts(*ids.shape, ENCODED_ROWS, fit, self.subject.device, effects)
+        parts = in_parts(len(ids), ids.shape[1], ENCODED_ROWS, fit, self.subject.device, effects)
         return np.concatenate([found for _, found in parts])
 
     def _encoded(self, feature: int, residual: Float[Tensor, "row d_model"]) -> Float32[Tensor, " row"]:

@@ -190,8 +190,8 @@ class RunWriter:
                 for a, b in feature_blocks(offsets, self.flush_nonzeros):
                     positions, values = self._merge_block(runs, offsets, a, b)
                     scales[a:b] = block_maxima(values, offsets[a : b + 1] - offsets[a])
-                    positions_out.write(memoryview(positions).cast("B"))
-                    values_out.write(memoryview(values).cast("B"))
+                    positions_out.write(positions.data.cast("B"))
+                    values_out.write(values.data.cast("B"))
                 for out in (positions_to, values_to):
                     out.flush()
                     os.fsync(out.fileno())
@@ -247,15 +247,15 @@ class _Run:
         """Raises ``DamagedStoreError`` for one that is not what was written."""
         remedy = _again(folder)
         files = read_marker(folder / "run.json", remedy).files
-        whole = {"marker": "run.json", "remedy": remedy}
-        offsets = read_whole(folder / "offsets.bin", np.int64, (of.n_features + 1,), files, **whole)
+        mark = "run.json"
+        offsets = read_whole(folder / "offsets.bin", np.int64, (of.n_features + 1,), files, mark, remedy)
         rising(offsets, folder / "offsets.bin", remedy, first=0)
         n, path = int(offsets[-1]), folder / "unscored.bin"
         with explained_storage(path):
             n_unscored = path.stat().st_size // of.position_dtype.itemsize
-        unscored = read_whole(path, of.position_dtype, (n_unscored,), files, **whole)
-        positions = mapped(folder / "positions.bin", of.position_dtype, (n,), files, **whole)
-        values = mapped(folder / "values.bin", of.value_dtype, (n,), files, **whole, valid=positive)
+        unscored = read_whole(path, of.position_dtype, (n_unscored,), files, mark, remedy)
+        positions = mapped(folder / "positions.bin", of.position_dtype, (n,), files, mark, remedy)
+        values = mapped(folder / "values.bin", of.value_dtype, (n,), files, mark, remedy, positive)
         return cls(offsets, positions, values, unscored)
 
 
@@ -272,7 +272,7 @@ def _written(path: Path, arrays: Sequence[np.ndarray]) -> Sums:
         out = SummedFile(file, Sums(block_for(sum(a.nbytes for a in arrays))))
         for array in arrays:
             if len(array):
-                out.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+                out.write(np.ascontiguousarray(array).data.cast("B"))
     return out.sums
 
 

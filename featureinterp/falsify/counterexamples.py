@@ -128,7 +128,7 @@ class Falsifier:
         if alike and not known:
             raise LanguageModelError("none of the texts that are like the examples could be judged")
         windows = await self.activator.run(record.feature, [text for text, _ in (*written, *known)])
-        texts = tuple(
+        tried = tuple(
             TrialText(
                 text,
                 fits,
@@ -138,7 +138,7 @@ class Falsifier:
             )
             for i, ((text, fits), w) in enumerate(zip((*written, *known), windows, strict=True))
         )
-        return Trial(explanation.rules, texts, self.trial.fires_above * record.scale)
+        return Trial(explanation.rules, tried, self.trial.fires_above * record.scale)
 
     async def _like_examples(self, record: FeatureRecord) -> list[str]:
         """New texts like the feature's training examples; none where it has no such example."""

@@ -97,7 +97,7 @@ class LocalModel:
     async def aclose(self) -> None:
         """There is nothing to close."""
 
-    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    @torch.inference_mode()
     def _complete(self, request: Request) -> Reply:
         with self._alone():
             return self._alone_answered(self._ids(request), request)
@@ -117,7 +117,7 @@ class LocalModel:
         )
         return reply
 
-    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    @torch.inference_mode()
     def _answer_all(self, questions: Sequence[_Question]) -> None:
         """Gives every question its reply, or the error that its own request causes."""
         prompts = []

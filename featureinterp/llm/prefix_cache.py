@@ -67,7 +67,8 @@ def lock_of(model: Any) -> threading.Lock:
     """The lock that whoever computes with a model holds: a pass behind a shared prefix changes the model's
     attention for its time.
     """
-    return model.__dict__.setdefault("_featureinterp_lock", threading.Lock())
+    lock: threading.Lock = model.__dict__.setdefault("_featureinterp_lock", threading.Lock())
+    return lock
 
 
 def _attention(
@@ -273,7 +274,8 @@ class PrefixModel:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     @torch.inference_mode()
     def prefix(self, ids: Sequence[int], before: Prefix | None = None) -> Prefix:
@@ -360,7 +362,9 @@ class PrefixModel:
         with self._attention(_NAME):
             _current.prefix = prefix
             try:
-                return self.body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+                out = self.body(input_ids=ids, position_ids=positions, use_cache=False)
+                hidden: torch.Tensor = out.last_hidden_state
+                return hidden
             finally:
                 del _current.prefix
 
@@ -369,9 +373,9 @@ class PrefixModel:
             prefix.n_tokens, prefix.n_tokens + ids.shape[1], device=self.device
         ).unsqueeze(0)
         cache = self._cache(prefix, ids.shape[0])
-        return self.body(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True
-        ).last_hidden_state
+        out = self.body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        hidden: torch.Tensor = out.last_hidden_state
+        return hidden
 
     def _cache(self, prefix: Prefix | None, batch: int) -> Any:
         from transformers import DynamicCache

@@ -190,7 +190,8 @@ class SimilarWindows:
         ``[d]``.
         """
         rows = np.sort(rows[:MAX_QUERIES])
-        return np.asarray(self.embeddings[rows], np.float32).mean(0)
+        centre: np.ndarray = np.asarray(self.embeddings[rows], np.float32).mean(0)
+        return centre
 
     def search(self, queries: np.ndarray, depth: int = FIRST_DEPTH) -> np.ndarray:
         """Rows of the ``depth`` most similar windows for each query ``[feature, d]``: int64 ``[feature,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -186,7 +186,7 @@ def resolve(name: str) -> SaeSpec:
 
 def _saebench(name: str, revision: str) -> SaeSpec:
     parts = name.split("_")
-    asked = (
+    asked: tuple[tuple[str, Collection[str]], ...] = (
         ("model", _MODELS),
         ("width", _POWERS),
         ("architecture", _ARCHITECTURES),

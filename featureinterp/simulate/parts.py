@@ -48,6 +48,7 @@ class PromptBuilder:
 
     def __init__(self, tokenizer: Any, prompt: Prompt, *, chat: bool = False) -> None:
         self._tokenizer, self._chat = tokenizer, chat
+        self.header: list[int]
         settings = prompt.json("settings.json")
         self._label: str = settings["label"]
         self.levels = [single(tokenizer, level) for level in LEVELS]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from featureinterp.accelerator import fit_of, in_parts
 from featureinterp.errors import DeviceMemoryError
-from featureinterp.subject.hooks import find_blocks, residual_after
+from featureinterp.subject.hooks import find_blocks, input_embeddings, residual_after, text_config
 from featureinterp.subject.load import PrependToken, Subject
 
 PACKED_TOKENS = 1536
@@ -118,8 +118,7 @@ class Deletions:
 
     def _fits(self, n: int) -> bool:
         """Whether no attention window is shorter than the text: a packed sequence has no sliding mask."""
-        config = self.subject.model.config.get_text_config()
-        sliding = getattr(config, "sliding_window", None)
+        sliding = getattr(text_config(self.subject.model), "sliding_window", None)
         return sliding is None or n + 1 <= sliding
 
     def _run(self, **inputs: Any) -> torch.Tensor:
@@ -127,7 +126,7 @@ class Deletions:
 
     @torch.inference_mode()
     def _packing_works(self) -> bool:
-        vocabulary = self.subject.model.get_input_embeddings().weight.shape[0]
+        vocabulary = len(input_embeddings(self.subject.model).weight)
         ids = torch.tensor([[i * 37 % vocabulary for i in range(1, 8)]], device=self.subject.device)
         plain, places = self._plain(ids)
         try:
@@ -206,7 +205,7 @@ def embedding_effects(
     block = find_blocks(subject.model, subject.n_blocks)[subject.check_hook(hook)]
     ids, lead = subject.as_read(ids)
     with torch.enable_grad():
-        embedded = subject.model.get_input_embeddings()(ids).detach().requires_grad_(True)
+        embedded = input_embeddings(subject.model)(ids).detach().requires_grad_(True)
         residual = residual_after(subject.model, block, {"inputs_embeds": embedded, "use_cache": False})[
             :, lead:
         ]
@@ -214,4 +213,5 @@ def embedding_effects(
         if not summed.requires_grad:
             return torch.zeros(len(ids), ids.shape[1] - lead)
         (gradient,) = torch.autograd.grad(summed, embedded)
-    return (gradient.float() * embedded.detach().float()).sum(-1)[:, lead:].cpu()
+    effects: Tensor = (gradient.float() * embedded.detach().float()).sum(-1)[:, lead:].cpu()
+    return effects

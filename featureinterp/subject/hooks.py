@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,24 @@ from torch import Tensor, nn
 from featureinterp.errors import IncompatibleError, UnknownNameError
 
 _NAME = re.compile(r"blocks\.(\d+)\.hook_resid_post")
+
+
+class _LibraryModel(Protocol):
+    """What models of the Hugging Face library have besides what torch knows of."""
+
+    config: Any
+
+    def get_input_embeddings(self) -> nn.Embedding: ...
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a model's language part."""
+    return cast(_LibraryModel, model).config.get_text_config()
+
+
+def input_embeddings(model: nn.Module) -> nn.Embedding:
+    """What makes vectors of token ids."""
+    return cast(_LibraryModel, model).get_input_embeddings()
 
 
 class _Reached(Exception):  # noqa: N818 (a signal, not an error)
@@ -98,7 +116,7 @@ def replaced(model: nn.Module, hook: str, change: Change) -> Iterator[None]:
     """Within the block, the residual stream at ``hook`` goes through ``change``. The hook is removed
     whatever happens.
     """
-    n_blocks = int(model.config.get_text_config().num_hidden_layers)  # type: ignore[operator,union-attr]
+    n_blocks = int(text_config(model).num_hidden_layers)
     block = find_blocks(model, n_blocks)[block_of(hook, n_blocks)]
 
     def other(block: nn.Module, _args: Any, output: Any) -> Any:

@@ -19,7 +19,13 @@ from featureinterp.corpus.cut import Encoding
 from featureinterp.errors import IncompatibleError, UnknownNameError
 from featureinterp.machine import DTYPES, pick_device, pick_dtype
 from featureinterp.quiet import quiet_transformers
-from featureinterp.subject.hooks import block_of, find_blocks, residual_after, residuals_after
+from featureinterp.subject.hooks import (
+    block_of,
+    find_blocks,
+    input_embeddings,
+    residual_after,
+    residuals_after,
+)
 
 EMBEDDED = "smollm2-135m-instruct"
 CAUSAL_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.02}
@@ -158,7 +164,7 @@ class Subject:
     @cached_property
     def n_embeddings(self) -> int:
         """Rows of its embedding: token ids must be below."""
-        return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator,union-attr]
+        return len(input_embeddings(self.model).weight)
 
 
 def check_causal(subject: Subject) -> None:

@@ -92,10 +92,13 @@ def write(
 def _text_after(tokenizer: Any, before: Sequence[int], tokens: Sequence[int]) -> str:
     """The text of tokens that go on behind others. Decoded alone, many tokenizers would drop the space in
     front of the first."""
-    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    head = tokenizer.decode(list(before), **options)
-    whole = tokenizer.decode([*before, *tokens], **options)
-    return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(list(tokens), **options)
+
+    def decoded(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    head, whole = decoded(before), decoded([*before, *tokens])
+    return whole[len(head) :] if whole.startswith(head) else decoded(tokens)
 
 
 def _continued(

@@ -144,7 +144,7 @@ class Trainable(nn.Module):
     @torch.no_grad()
     def constrain(self) -> None:
         """Gives every decoder row unit norm, after a step."""
-        self.W_dec /= self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
     def _aux(
         self, x: Float[Tensor, "row d_in"], error: Float[Tensor, "row d_in"], dead: Int64[Tensor, " dead"]
@@ -418,7 +418,7 @@ def jump(
     z: Float[Tensor, "row feature"], threshold: Float[Tensor, " feature"], bandwidth: float
 ) -> tuple[Float[Tensor, "row feature"], Float[Tensor, ""]]:
     """z where it exceeds the feature's ``threshold``, else 0; and how many do."""
-    codes, number = _Jump.apply(z, threshold, bandwidth)
+    codes, number = _Jump.apply(z, threshold, bandwidth)  # type: ignore[no-untyped-call]  # torch has none
     return codes, number
 
 
@@ -429,7 +429,9 @@ def gated(
     mag_bias: Float[Tensor, " feature"],
 ) -> tuple[Float[Tensor, "row feature"], Float[Tensor, "row feature"]]:
     """The gate, and the codes that it lets through."""
-    opened, codes = _Gated.apply(read, gate_bias, scale, mag_bias)
+    opened, codes = _Gated.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
+        read, gate_bias, scale, mag_bias
+    )
     return opened, codes
 
 

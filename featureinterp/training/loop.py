@@ -359,7 +359,9 @@ def _checksum(tensors: dict[str, torch.Tensor], about: dict[str, str]) -> str:
     found = zlib.crc32(json.dumps(said).encode())
     for name, tensor in sorted(tensors.items()):
         found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
-        found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), found) if tensor.numel() else found
+        found = (
+            zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, found) if tensor.numel() else found
+        )
     return f"crc32:{found:08x}"
 
 

@@ -89,7 +89,8 @@ class Pattern:
                 torch.zeros(len(self.features), device=a.device, dtype=a.dtype),
                 (self.n_rows, self.n_features),
             )
-            return torch.sparse.sampled_addmm(zero, a, b.T, beta=0).values()
+            found: Tensor = torch.sparse.sampled_addmm(zero, a, b.T, beta=0).values()
+            return found
         parts = [
             (a[r] * b[f]).sum(1)
             for r, f in zip(self.rows.split(CHUNK), self.features.split(CHUNK), strict=True)
@@ -200,7 +201,10 @@ def encoded(
     """``values`` of ``centred`` = x − b_dec times W_encᵀ plus b_enc, as a function of ``W_enc``, ``b_enc``
     and ``b_dec``.
     """
-    return _Encoded.apply(values, centred, W_enc, b_enc, b_dec, pattern)
+    found: Tensor = _Encoded.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
+        values, centred, W_enc, b_enc, b_dec, pattern
+    )
+    return found
 
 
 def decoded(
@@ -210,4 +214,7 @@ def decoded(
     ends: Sequence[int] | None = None,
 ) -> Float[Tensor, "prefix row d"]:
     """S W_dec with the features before each of ``ends`` (all of them when None)."""
-    return _Nested.apply(values, W_dec, pattern, list(ends or [pattern.n_features]))
+    found: Tensor = _Nested.apply(  # type: ignore[no-untyped-call]  # torch gives it no types
+        values, W_dec, pattern, list(ends or [pattern.n_features])
+    )
+    return found

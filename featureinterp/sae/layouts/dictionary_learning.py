@@ -120,7 +120,8 @@ def _check_site(
 ) -> None:
     """Raises ``IncompatibleError`` unless the configuration, its folder or a published name says that the SAE
     reads the output of block ``layer``. The same width is no proof: what an MLP adds has it too."""
-    buffer = config.get("buffer") if isinstance(config.get("buffer"), dict) else {}
+    found = config.get("buffer")
+    buffer = found if isinstance(found, dict) else {}
     site, io = config["trainer"].get("submodule_name"), buffer.get("io")
     only = "only SAEs of the residual stream after a block can be used"
     if io not in (None, "out"):

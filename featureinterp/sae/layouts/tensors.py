@@ -9,7 +9,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -73,10 +73,11 @@ def _declared(name: str, entry: Any, path: Path) -> Declared:
         raise IncompatibleError(
             f"the tensor {shown(name)} of {path} is {shown(dtype)} {shape} instead of a float"
         )
-    return Declared(dtype, tuple(shape), *place)
+    begin, end = place
+    return Declared(dtype, tuple(shape), begin, end)
 
 
-def _sizes(value: Any) -> bool:
+def _sizes(value: Any) -> TypeGuard[list[int]]:
     return (
         isinstance(value, list)
         and len(value) <= 8

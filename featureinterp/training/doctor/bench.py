@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from featureinterp.subject.hooks import text_config
 from featureinterp.subject.load import Subject
 
 BATCHES = (1, 4, 8, 16, 32)
@@ -35,7 +36,7 @@ def speeds(
 ) -> Iterator[Speed]:
     """Runs the model up to the hook on random tokens."""
     cuda = subject.device.type == "cuda"
-    vocabulary = int(subject.model.config.get_text_config().vocab_size)
+    vocabulary = int(text_config(subject.model).vocab_size)
     for length in lengths:
         if subject.context_length is not None and length >= subject.context_length:
             continue
