@@ -78,5 +78,5 @@ def cut_short(reply: Reply, number: int = 0, *, limit: int = 0) -> TruncatedRepl
     after, shown = f" after {room} tokens" if room else "", f" ({text[:60]!r})" if text else ""
     return TruncatedReplyError(
         f"the reply was cut{after}{shown}: give more room with --reply-tokens, or with --thinking-tokens to "
-        "a model that thinks"
+        "a model that thinks (reply_tokens and thinking_tokens of a job's [llm])"
     )
