@@ -229,6 +229,96 @@ def test_a_kind_of_window_of_another_package(site: Path, run: Path, tmp_path: Pa
         fi.RecordPolicy({"never": (1, 1, 1)})
 
 
+OTHERS = """import numpy as np
+
+from featureinterp.domain.explanation import Explanation, Provenance, Rule
+from featureinterp.domain.score import Score
+
+
+class Says:
+    \"\"\"says the same of every feature.\"\"\"
+
+    def __init__(self, parts):
+        self.words = parts.options("says").get("words", "the sea")
+        self.settings = {"explainer": "says", "words": self.words}
+
+    async def explain(self, record):
+        return Explanation((Rule(f"{self.words} {record.feature.index}", 5),), Provenance("says"))
+
+
+class Length:
+    \"\"\"how many letters an explanation has, beside another feature's.\"\"\"
+
+    name, traits, settings = "length", ("null",), {"scorer": "length"}
+
+    def __init__(self, parts):
+        pass
+
+    async def run(self, state):
+        null = None if state.other is None else float(len(state.other.text))
+        state.scores.append(Score("length", float(len(state.explained.text)), 1, null=null))
+
+
+class Flat:
+    \"\"\"embeds every text alike.\"\"\"
+
+    fingerprint = "flat"
+
+    def embed(self, texts):
+        return np.tile(np.array([[1.0, 0.0]], np.float32), (len(texts), 1))
+"""
+
+
+@pytest.fixture
+def others(site: Path) -> None:
+    points = {"explainers": {"says": "others:Says"}, "scorers": {"length": "others:Length"}}
+    groups = {f"featureinterp.{kind}": own for kind, own in points.items()}
+    install(
+        site, "others", groups | {"featureinterp.embedders": {"flat": "others:Flat"}}, **{"others.py": OTHERS}
+    )
+
+
+def test_an_explainer_and_a_scorer_of_another_package(others: None, run: Path, tmp_path: Path):
+    plan = {"n_test": 2, "n_valid": 2, "negatives": ("random",)}
+    results = fi.explain(
+        run,
+        "3,5",
+        out=tmp_path / "out",
+        explainer="says",
+        stages=("explain", "score"),
+        scorers=("length",),
+        plan=plan,
+        records=fi.RecordPolicy({"top": (2, 2, 2)}),
+        options={"says": {"words": "an island"}},
+        llm=fi.Endpoint("http://127.0.0.1:9/v1", "m", None),
+    )
+    assert [r.explanation.text for r in results if r.explanation] == ["an island 3", "an island 5"]
+    length = results[0].score("length")
+    assert length is not None and (length.value, length.null, results[0].null_of) == (11.0, 11.0, 5)
+
+
+def test_an_embedder_of_another_package(others: None, run: Path, tmp_path: Path):
+    shutil.copytree(run, tmp_path / "run")
+    policy = fi.RecordPolicy({"top": (2, 2, 2), "similar_negative": (1, 1, 1)})
+    found = list(fi.records(tmp_path / "run", "3", policy=policy, embedder="flat"))
+    assert len(found[0].get("train", "similar_negative")) == 1
+    assert [p.suffix for p in sorted((tmp_path / "run" / "embeddings").glob("*-flat*"))] == [".json", ".npy"]
+
+
+def test_the_service_reads_the_same_names(my_parts: Path, monkeypatch: pytest.MonkeyPatch):
+    from featureinterp.server import forms
+
+    forms._served.cache_clear()
+    try:
+        asked = {"run": "r", "simulator": "stems", "stages": ["explain", "doubt"]}
+        assert forms.Submission(**asked).simulator == "stems"
+        for wrong in ({"simulator": "best"}, {"stages": ["explain", "falsify"]}, {"explainer": "stems"}):
+            with pytest.raises(ValueError, match="here: choose from"):
+                forms.Submission(**asked | wrong)
+    finally:
+        forms._served.cache_clear()
+
+
 def test_a_part_of_this_process():
     made: Registry[Any] = Registry("things", "thing", {})
     made.register("mine", len, "counts")

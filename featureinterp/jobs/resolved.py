@@ -23,7 +23,7 @@ from featureinterp.jobs.records import parse_features
 from featureinterp.jobs.spec import Job
 from featureinterp.llm.config import LOCAL, Config, Endpoint, load_config
 from featureinterp.records.policy import RecordPolicy
-from featureinterp.registry import EXPLAINERS, SIMULATORS, STAGES
+from featureinterp.registry import EXPLAINERS, SCORERS, SIMULATORS, STAGES
 from featureinterp.stored.sums import described, read_marker, write_marker
 
 if TYPE_CHECKING:
@@ -120,7 +120,8 @@ def resolve(job: Job, store: CodesStore) -> ResolvedJob:
     endpoint, judge = (_priced(e, config) for e in (job.endpoint, job.judge_endpoint))
     plan, scorers = job.effective_plan, job.effective_scorers
     done = {"simulate": plan.simulate, "score": bool(scorers)}
-    simulates = "simulate" in job.stages or job.searches
+    stages = tuple(name for name in in_order(job.stages) if done.get(name, True))
+    simulates = "simulate" in stages or job.searches
     local = simulates and SIMULATORS.has(job.simulator, "local")
     here = local or LOCAL in (endpoint.base_url, judge.base_url)
     device, dtype = _here(job) if here else (None, None)
@@ -133,14 +134,14 @@ def resolve(job: Job, store: CodesStore) -> ResolvedJob:
         job.simulator_chat,
     )
     policy = job.policy
-    lives = any(STAGES.has(name, "live") for name in job.stages)
+    lives = any(STAGES.has(name, "live") for name in stages)
     live = lives or job.holistic is not None or policy.wants("coactive_negative")
     return ResolvedJob(
         run=job.run,
         folder=job.folder,
         codes=store.fingerprint,
         features=tuple(_features(job, store)),
-        stages=tuple(name for name in in_order(job.stages) if done.get(name, True)),
+        stages=stages,
         scorers=scorers,
         explainer=job.explainer,
         style=job.style,
@@ -160,7 +161,7 @@ def resolve(job: Job, store: CodesStore) -> ResolvedJob:
         policy=policy,
         budget=job.budget,
         max_failure_rate=job.max_failure_rate,
-        asks=_asks(job),
+        asks=_asks(job, stages, scorers, simulates=simulates),
         options=job.options,
     )
 
@@ -171,10 +172,14 @@ def in_order(stages: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*(name for name in STAGES.own if name in given), *given)))
 
 
-def _asks(job: Job) -> bool:
+def _asks(job: Job, stages: tuple[str, ...], scorers: tuple[str, ...], *, simulates: bool) -> bool:
     """Whether a job needs its language model at all."""
-    stages = (STAGES.has(name, "asks") for name in job.stages)
-    return EXPLAINERS.has(job.explainer, "asks") or SIMULATORS.has(job.simulator, "asks") or any(stages)
+    return (
+        EXPLAINERS.has(job.explainer, "asks")
+        or (simulates and SIMULATORS.has(job.simulator, "asks"))
+        or any(STAGES.has(name, "asks") for name in stages if name != "score")
+        or any(SCORERS.has(name, "asks") for name in scorers)
+    )
 
 
 def _features(job: Job, store: CodesStore) -> list[int]:
