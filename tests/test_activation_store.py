@@ -33,7 +33,8 @@ from featureinterp.subject import reading
 from featureinterp.subject.load import HubTokenizer, SkipFirst, Subject, load_subject
 from featureinterp.training.batches import OnlineBatches, Share, StoreBatches
 from featureinterp.training.extract import Extracted, ExtractSettings, extract, merge, window_splits
-from featureinterp.training.store import ActivationStore, StoreWriter, merge_stores, shard_path
+from featureinterp.training.merging import merge_stores
+from featureinterp.training.store import ActivationStore, StoreWriter, shard_path
 
 HOOK = "blocks.1.hook_resid_post"
 POLICY = WindowPolicy(16, 4)

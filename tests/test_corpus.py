@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from tiny import NASTY, TINY_TEXTS, tokenizer
 
 from featureinterp.corpus import cut
-from featureinterp.corpus import windows as windows_module
 from featureinterp.corpus.cut import piece_ends
 from featureinterp.corpus.passages import passages
 from featureinterp.corpus.quota import even_quotas
 from featureinterp.corpus.text import Corpus, Document, load_corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
+from featureinterp.corpus.writing import STREAMED_WINDOWS_PER_DOCUMENT
 from featureinterp.errors import (
     CorpusError,
     IncompatibleError,
@@ -128,7 +128,7 @@ def test_streamed_corpora_give_few_windows_per_document(tmp_path: Path):
     text = " ".join(TINY_TEXTS)
     table = table_of(tmp_path / "w", *([text] * 50), known=False, max_tokens=600)
     assert 600 <= table.n_tokens < 604
-    assert np.bincount(table.documents).max() <= windows_module.STREAMED_WINDOWS_PER_DOCUMENT
+    assert np.bincount(table.documents).max() <= STREAMED_WINDOWS_PER_DOCUMENT
     few = table_of(tmp_path / "f", *([text] * 5), known=False, max_tokens=600)
     assert 600 <= few.n_tokens < 604 and np.ptp(np.bincount(few.documents)) <= 1
 

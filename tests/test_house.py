@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -312,3 +313,33 @@ def test_no_module_has_the_name_of_a_function_beside_it():
         "path.stem)), path\n"
     )
     run_alone(code)
+
+
+LONG_MODULES = {"cli/training.py", "llm/openai.py", "llm/prefix_cache.py", "local/prefix_cache.py"}
+"""Modules of more lines than the rule allows, until they are parted."""
+
+
+def lines_of_functions(tree: ast.AST) -> list[int]:
+    """Lines of every function and method, from its ``def`` on; those inside others count, too."""
+    return [
+        node.end_lineno - node.lineno + 1
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+
+
+def test_lines_are_counted_as_they_are():
+    code = (
+        "def f(\n    x,\n):\n    return x\n\nclass C:\n    @property\n    def g(self):\n"
+        "        async def h():\n            pass\n"
+    )
+    assert sorted(lines_of_functions(ast.parse(code))) == [2, 3, 4]
+
+
+def test_functions_and_modules_are_short():
+    paths = sorted(ROOT.rglob("*.py"))
+    texts = {str(path.relative_to(ROOT)): path.read_text() for path in paths}
+    found = [n for text in texts.values() for n in lines_of_functions(ast.parse(text))]
+    assert statistics.median(found) <= 12
+    assert statistics.quantiles(found, n=10)[-1] <= 40
+    assert {name for name, text in texts.items() if text.count("\n") > 450} <= LONG_MODULES

@@ -21,10 +21,8 @@ from featureinterp.training.architectures import (
     Normalizer,
     Trainable,
     as_sae,
-    geometric_median,
-    largest,
-    nth_largest,
 )
+from featureinterp.training.functions import geometric_median, largest, nth_largest
 from featureinterp.training.loop import learning_rate, planned_steps
 from featureinterp.training.settings import ARCHITECTURES, SaeTable, TrainingTable
 from featureinterp.training.sparse import Pattern, decoded, encoded

@@ -86,7 +86,7 @@ class TextActivator:
     @torch.inference_mode()
     def _activations(
         self, rows: Sequence[Sequence[int]], features: list[int]
-    ) -> list[Float32[np.ndarray, "feature token"]]:
+    ) -> list[Float32[np.ndarray, "feature _token"]]:
         """For each row of ids. Rows are filled up on the right, which no token before can see."""
         width = max(map(len, rows))
         ids = torch.tensor([[*row, *[row[-1]] * (width - len(row))] for row in rows])

@@ -58,8 +58,8 @@ class HolisticActivations:
         return cls(subject, sae, method)
 
     def of(
-        self, feature: int, windows: Sequence[Integer[np.ndarray, " token"]]
-    ) -> list[Float32[np.ndarray, " token"]]:
+        self, feature: int, windows: Sequence[Integer[np.ndarray, " _token"]]
+    ) -> list[Float32[np.ndarray, " _token"]]:
         """Holistic activations of the tokens of windows, given by their ids, in raw SAE units: positive where
         the feature's mean activation is larger with the token than without.
         """

@@ -237,7 +237,7 @@ class RunWriter:
 class _Run:
     """A run on disk."""
 
-    offsets: Int64[np.ndarray, " n_features+1"]
+    offsets: Int64[np.ndarray, " edge"]
     positions: UInt[np.ndarray, " nonzero"]
     values: Float[np.ndarray, " nonzero"]
     unscored: UInt[np.ndarray, " unscored"]
@@ -276,7 +276,7 @@ def _written(path: Path, arrays: Sequence[np.ndarray]) -> Sums:
     return out.sums
 
 
-def feature_blocks(offsets: Int64[np.ndarray, " n_features+1"], budget: int) -> list[tuple[int, int]]:
+def feature_blocks(offsets: Int64[np.ndarray, " edge"], budget: int) -> list[tuple[int, int]]:
     """Consecutive ranges of features with at most ``budget`` nonzeros each (one feature may have more)."""
     blocks, a, f = [], 0, len(offsets) - 1
     while a < f:
@@ -288,8 +288,8 @@ def feature_blocks(offsets: Int64[np.ndarray, " n_features+1"], budget: int) -> 
 
 
 def block_maxima(
-    values: Float[np.ndarray, " nonzero"], offsets: Int64[np.ndarray, " n+1"]
-) -> Float32[np.ndarray, " n"]:
+    values: Float[np.ndarray, " nonzero"], offsets: Int64[np.ndarray, " edge"]
+) -> Float32[np.ndarray, " edge-1"]:
     """The largest value between each pair of offsets; 0 where they enclose nothing."""
     out = np.zeros(len(offsets) - 1, np.float32)
     full = np.flatnonzero(np.diff(offsets))

@@ -48,7 +48,7 @@ class CodesStore:
     folder: Path
     meta: Mapping[str, Any]
     windows: WindowTable
-    offsets: Int64[np.ndarray, " n_features+1"]
+    offsets: Int64[np.ndarray, " edge"]
     positions: UInt[np.ndarray, " nonzero"]
     values: Float[np.ndarray, " nonzero"]
     scales: Float32[np.ndarray, " n_features"]

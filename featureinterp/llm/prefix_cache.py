@@ -282,7 +282,7 @@ class PrefixModel:
         """Keys and values of ``ids``, or of ``before`` and ``ids`` after it."""
         cache, start = self._cache(before, 1), before.n_tokens if before else 0
         tokens = torch.tensor([list(ids)], device=self.device)
-        positions = torch.arange(start, start + len(ids), device=self.device).unsqueeze(0)
+        positions = self._positions(start, len(ids))
         self.body(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
         return Prefix(tuple((layer.keys, layer.values) for layer in cache.layers), start + len(ids))
 
@@ -352,30 +352,29 @@ class PrefixModel:
             out = out + self.head.bias[rows].float()
         return out if self._softcap is None else self._softcap * torch.tanh(out / self._softcap)
 
+    def _positions(self, start: int, n: int) -> torch.Tensor:
+        return torch.arange(start, start + n, device=self.device).unsqueeze(0)
+
     def _shared(self, prefix: Prefix, ids: torch.Tensor, starts: torch.Tensor | None = None) -> torch.Tensor:
         """``starts [batch]``: tokens between the prefix and each suffix."""
-        positions = torch.arange(
-            prefix.n_tokens, prefix.n_tokens + ids.shape[1], device=self.device
-        ).unsqueeze(0)
+        positions = self._positions(prefix.n_tokens, ids.shape[1])
         if starts is not None:
             positions = positions + starts.unsqueeze(1)
         with self._attention(_NAME):
             _current.prefix = prefix
             try:
-                out = self.body(input_ids=ids, position_ids=positions, use_cache=False)
-                hidden: torch.Tensor = out.last_hidden_state
-                return hidden
+                return self._hidden(input_ids=ids, position_ids=positions, use_cache=False)
             finally:
                 del _current.prefix
 
     def _plain(self, prefix: Prefix, ids: torch.Tensor) -> torch.Tensor:
-        positions = torch.arange(
-            prefix.n_tokens, prefix.n_tokens + ids.shape[1], device=self.device
-        ).unsqueeze(0)
+        positions = self._positions(prefix.n_tokens, ids.shape[1])
         cache = self._cache(prefix, ids.shape[0])
-        out = self.body(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
-        hidden: torch.Tensor = out.last_hidden_state
-        return hidden
+        return self._hidden(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+
+    def _hidden(self, **inputs: Any) -> torch.Tensor:
+        last: torch.Tensor = self.body(**inputs).last_hidden_state
+        return last
 
     def _cache(self, prefix: Prefix | None, batch: int) -> Any:
         from transformers import DynamicCache

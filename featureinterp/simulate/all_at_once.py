@@ -83,7 +83,7 @@ class AllAtOnce(LocalSimulator):
 
     def _levels(
         self, before: Prefix | Branches, batch: Sequence[Built]
-    ) -> list[Float64[np.ndarray, " token"]]:
+    ) -> list[Float64[np.ndarray, " _token"]]:
         """Expected level of every token of each window, in 0 … 5."""
         ids = padded([b.ids for b in batch], self.model.device)
         rows = torch.tensor([i for i, b in enumerate(batch) for _ in b.positions], device=self.model.device)

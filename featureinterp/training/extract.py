@@ -26,11 +26,11 @@ from featureinterp.probing.splits import split_indices
 from featureinterp.stored.sums import described, read_marker, write_marker
 from featureinterp.subject.load import Subject
 from featureinterp.subject.reading import BATCH_TOKENS, Batch, read_windows
+from featureinterp.training.merging import merge_stores
 from featureinterp.training.store import (
     METADATA,
     ActivationStore,
     StoreWriter,
-    merge_stores,
     remedy_for,
     store_key,
 )

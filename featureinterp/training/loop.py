@@ -27,8 +27,9 @@ from featureinterp.files import (
     whole_file,
 )
 from featureinterp.stored.sums import is_sealed
-from featureinterp.training.architectures import TRAINABLE, Normalizer, Trainable, geometric_median
+from featureinterp.training.architectures import TRAINABLE, Normalizer, Trainable
 from featureinterp.training.batches import Batches, as_tensor
+from featureinterp.training.functions import geometric_median
 from featureinterp.training.ranks import Ranks
 from featureinterp.training.settings import SaeTable, TrainingTable
 

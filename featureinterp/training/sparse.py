@@ -24,7 +24,7 @@ class Pattern:
     """Which codes are chosen: for row i the features ``features[starts[i]:starts[i + 1]]``."""
 
     def __init__(
-        self, starts: Int64[Tensor, " row+1"], features: Int64[Tensor, " chosen"], n_features: int
+        self, starts: Int64[Tensor, " edge"], features: Int64[Tensor, " chosen"], n_features: int
     ) -> None:
         self.starts, self.features, self.n_features = starts, features, n_features
 
@@ -54,7 +54,7 @@ class Pattern:
         )
 
     @cached_property
-    def by_feature(self) -> tuple[Int64[Tensor, " chosen"], Int64[Tensor, " feature+1"]]:
+    def by_feature(self) -> tuple[Int64[Tensor, " chosen"], Int64[Tensor, " edge"]]:
         """(the order of the chosen codes by feature, where each feature begins in it)."""
         return torch.argsort(self.features, stable=True), _starts(self.features, self.n_features)
 
