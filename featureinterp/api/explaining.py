@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from featureinterp.api.common import Steps, outside, silent
 from featureinterp.api.local import local_parts
@@ -15,6 +15,7 @@ from featureinterp.jobs.plan import Event
 from featureinterp.jobs.spec import Job, load_job, make_job
 
 if TYPE_CHECKING:
+    from featureinterp.jobs.fields import ChangedFields, JobFields
     from featureinterp.jobs.rehearsal import DryRun
     from featureinterp.jobs.run import Ran
 
@@ -84,7 +85,7 @@ def explain(
     replace: bool = False,
     on_event: Callable[[Event], None] = silent,
     steps: Steps = silent,
-    **fields: Any,
+    **fields: Unpack[JobFields],
 ) -> Results:
     """Explains and scores features of a run; ``fields`` are those of :class:`Job`. The same as
     ``run(Job(run=…, features=…, …))``.
@@ -106,7 +107,7 @@ async def explain_async(
     replace: bool = False,
     on_event: Callable[[Event], None] = silent,
     steps: Steps = silent,
-    **fields: Any,
+    **fields: Unpack[JobFields],
 ) -> Results:
     """The same, to be awaited."""
     chosen = features if isinstance(features, str) else tuple(features)
@@ -120,7 +121,7 @@ def steer(
     retry_failed: bool = False,
     on_event: Callable[[Event], None] = silent,
     steps: Steps = silent,
-    **fields: Any,
+    **fields: Unpack[ChangedFields],
 ) -> Results:
     """Has the subject write while each explained feature is pushed, and judges whether the texts fit the
     explanation: the job in ``folder`` (or in the run folder above it) with the stage ``steer``. What it has
@@ -135,7 +136,7 @@ def falsify(
     retry_failed: bool = False,
     on_event: Callable[[Event], None] = silent,
     steps: Steps = silent,
-    **fields: Any,
+    **fields: Unpack[ChangedFields],
 ) -> Results:
     """Puts the explanations of a finished job on trial and revises those that texts contradict: the job in
     ``folder`` (or in the run folder above it) with the stage ``falsify``. What it has is kept and not paid
@@ -159,7 +160,7 @@ def _with_stage(
     retry_failed: bool,
     on_event: Callable[[Event], None],
     steps: Steps,
-    fields: dict[str, Any],
+    fields: ChangedFields,
 ) -> Results:
     from featureinterp.jobs.spec import changed
 
