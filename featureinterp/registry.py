@@ -63,7 +63,7 @@ class Registry(Generic[Part]):
 
     def __init__(self, kind: str, one: str, own: Mapping[str, Entry]) -> None:
         self.kind, self.one, self.own = kind, one, dict(own)
-        self._registered: dict[str, tuple[Any, str]] = {}
+        self._registered: dict[str, tuple[Part, str]] = {}
 
     @property
     def group(self) -> str:
@@ -92,11 +92,12 @@ class Registry(Generic[Part]):
         """The part of that name. Raises ``UnknownNameError`` for a name that stands for nothing and
         ``InputError`` for one whose package cannot be loaded, or that two packages claim."""
         if name in self.own:
-            return _object(self.own[name].target)  # type: ignore[no-any-return]
+            own: Part = _object(self.own[name].target)
+            return own
         if name in self._registered:
-            return self._registered[name][0]  # type: ignore[no-any-return]
+            return self._registered[name][0]
         self.check(name)
-        return self._loaded(self._points(name))  # type: ignore[no-any-return]
+        return self._loaded(self._points(name))
 
     def has(self, name: str, trait: str) -> bool:
         """Whether the part of that name has a trait. Loads no part of this project's own."""
@@ -124,7 +125,7 @@ class Registry(Generic[Part]):
 
         return [p for p in entry_points(group=self.group) if name is None or p.name == name]
 
-    def _loaded(self, points: list[EntryPoint]) -> Any:
+    def _loaded(self, points: list[EntryPoint]) -> Part:
         point, *others = sorted(points, key=_source)
         if any(other.value != point.value for other in others):
             both = ", ".join(dict.fromkeys(map(_source, (point, *others))))
@@ -132,7 +133,8 @@ class Registry(Generic[Part]):
                 f"several packages have a {self.one} {point.name!r} ({both}): remove all but one of them"
             )
         try:
-            return point.load()
+            part: Part = point.load()
+            return part
         except Exception as error:  # whatever another's module raises when it is imported
             raise InputError(
                 f"the {self.one} {point.name!r} of the package {_source(point)} cannot be loaded "

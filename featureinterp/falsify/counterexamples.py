@@ -219,7 +219,7 @@ def with_counterexamples(record: FeatureRecord, trials: Sequence[Trial]) -> Feat
         if t.pieces
     ]
     splits = dict(record.splits)
-    for place, split in enumerate(("train", "valid")):
-        name: SplitName = split  # type: ignore[assignment]
+    shown: tuple[SplitName, ...] = ("train", "valid")
+    for place, name in enumerate(shown):
         splits[name] = {**record.splits.get(name, {}), "counterexample": tuple(windows[place::2])}
     return replace(record, splits=splits)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from featureinterp.domain.rate import Rate
-from featureinterp.domain.record import FeatureRecord, Window
+from featureinterp.domain.record import FeatureRecord, SplitName, Window
 from featureinterp.domain.score import Failure
 from featureinterp.falsify.writing import Call
 from featureinterp.prompts import marked
@@ -103,8 +103,9 @@ def examples_of(record: FeatureRecord, n_top: int, n_weighted: int, half_width: 
     """Examples around the strongest token of top and importance-weighted windows: those of the training split
     to be shown, those of the test split held out."""
     found = []
-    for split, held_out in (("train", False), ("test", True)):
-        windows = [*record.get(split, "top")[:n_top], *record.get(split, "weighted")[:n_weighted]]  # type: ignore[arg-type]
+    splits: tuple[tuple[SplitName, bool], ...] = (("train", False), ("test", True))
+    for split, held_out in splits:
+        windows = [*record.get(split, "top")[:n_top], *record.get(split, "weighted")[:n_weighted]]
         found += [example(w, record.scale, half_width, held_out=held_out) for w in windows if w.fires]
     return tuple(found)
 

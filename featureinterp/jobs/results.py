@@ -42,7 +42,7 @@ class KeptResults(Sequence[FeatureResult]):
             return NotImplemented if not isinstance(other, Sequence) else False
         return all(a == b for a, b in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None  # type: ignore[assignment]  # what is compared by value and may change has none
 
     def _read(self, indices: Sequence[int]) -> Iterator[FeatureResult]:
         if not indices:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +108,7 @@ def slots_for(threads: int | None = None) -> int:
 class _Tail(threading.Thread):
     """Reads a pipe to its end, so that the child never blocks on it, and keeps the last lines."""
 
-    def __init__(self, pipe: object) -> None:
+    def __init__(self, pipe: Iterable[bytes]) -> None:
         super().__init__(daemon=True)
         self._pipe = pipe
         self._lines: list[str] = []
@@ -117,7 +117,7 @@ class _Tail(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        for line in self._pipe:  # type: ignore[attr-defined]
+        for line in self._pipe:
             text = line.decode(errors="replace").strip()
             self._lines = [*self._lines[-19:], text]
             if not self._begun.is_set():

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import anyio
 
@@ -261,7 +261,7 @@ class OpenAIModel:
         """Probabilities at places of a prompt, from the completions API, in whichever of the two ways the
         endpoint knows.
         """
-        ways = ("prompt_logprobs", "echo")
+        ways: tuple[Literal["prompt_logprobs", "echo"], ...] = ("prompt_logprobs", "echo")
         start, by = time.monotonic(), self.accepts
         first = ways.index(by.prompt_logprobs) if by.prompt_logprobs else len(ways)
         for way in ways[first:]:
@@ -292,7 +292,7 @@ class OpenAIModel:
                 continue
             found = read_prompt(completion, request.read_at)
             if found is not None:
-                self.accepts = replace(self.accepts, prompt_logprobs=way)  # type: ignore[arg-type]
+                self.accepts = replace(self.accepts, prompt_logprobs=way)
                 return Reply(
                     ("",), (False,), reported_usage(completion, time.monotonic() - start), ({},), found
                 )

@@ -84,7 +84,7 @@ def _attention(
     and values.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer: int = module.layer_idx  # type: ignore[assignment]  # torch knows tensors and modules only
     if _current.left is not None:
         _current.left.append((key, value))
     heads, kv_heads, branches = query.shape[1], key.shape[1], _current.branches

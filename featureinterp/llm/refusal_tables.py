@@ -253,7 +253,8 @@ def kind_of_status(status: int) -> Kind:
         return "busy"
     if status in (408, 409) or status >= 500:
         return "failing"
-    return {403: "permission", 404: "path", 405: "path"}.get(status, "request")  # type: ignore[return-value]
+    kinds: dict[int, Kind] = {403: "permission", 404: "path", 405: "path"}
+    return kinds.get(status, "request")
 
 
 class Parameter(NamedTuple):

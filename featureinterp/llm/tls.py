@@ -26,7 +26,9 @@ def context_for(encrypted: bool) -> ssl.SSLContext | bool:
                     "or unset it to use the system's"
                 )
             try:
-                return ssl.create_default_context(**{argument: place})  # type: ignore[arg-type]
+                if argument == "cafile":
+                    return ssl.create_default_context(cafile=place)
+                return ssl.create_default_context(capath=place)
             except (OSError, ValueError) as error:
                 raise InputError(
                     f"the environment variable {variable} names {place!r}, which holds no certificates "

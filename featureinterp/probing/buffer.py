@@ -127,7 +127,7 @@ class ActivationBuffer:
             **{_INSTANCES + name: ids for name, ids in self.instances.items()},
         }
         with replaced_atomically(Path(path)) as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            np.savez(file, **arrays)  # type: ignore[arg-type]  # no array is called allow_pickle
 
     @classmethod
     def load(cls, path: str | Path) -> ActivationBuffer:

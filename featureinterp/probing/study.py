@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -347,13 +347,14 @@ def _annotations(
 ) -> tuple[Annotation, ...]:
     ids = {name: buffer.instances_of(name) for name in buffer.label_names}
     found: list[Annotation] = []
-    for number, method in enumerate(("auroc", "domain_f1"), 1):
+    methods: tuple[Literal["auroc", "domain_f1"], ...] = ("auroc", "domain_f1")
+    for number, method in enumerate(methods, 1):
         found += annotate_features(
             buffer.codes,
             buffer.labels,
             buffer.label_names,
             settings.min_auroc,
-            method=method,  # type: ignore[arg-type]
+            method=method,
             min_f1=settings.min_f1,
             documents=buffer.documents,
             texts=buffer.texts,

@@ -161,14 +161,14 @@ def _bar(progress: Callable[[int, int], None]) -> Any:
     """A progress bar for the hub's client that draws nothing and tells ``progress``."""
     from tqdm.std import tqdm
 
-    class Bar(tqdm):  # type: ignore[misc]
+    class Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "file": io.StringIO(), "disable": False})
 
         def update(self, n: float | None = 1) -> bool | None:
-            drawn = super().update(n)
+            drawn: bool | None = super().update(n)
             progress(int(self.n), int(self.total or self.n))
-            return drawn  # type: ignore[no-any-return]
+            return drawn
 
     return Bar
 

@@ -60,7 +60,7 @@ class Bounded(H11Protocol):
     request_s = REQUEST_S
     _beyond: ClassVar[dict[Bounded, None]] = {}
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # its only one
         """Takes a connection, or turns it away at once when there are too many."""
         self._until: asyncio.TimerHandle | None = None
         self._reading_until: asyncio.TimerHandle | None = None

@@ -311,7 +311,8 @@ def recipe_toml(recipe: Recipe) -> str:
 
 
 def _check_keys(tables: dict[str, Any], where: str) -> None:
-    known = {name: list(field.annotation.model_fields) for name, field in Recipe.model_fields.items()}  # type: ignore[union-attr]
+    tables_of = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    known = {name: list(table.model_fields) for name, table in tables_of.items() if table is not None}
     for table, values in tables.items():
         if table not in known:
             elsewhere = [f"{t}.{table}" for t, keys in known.items() if table in keys]
