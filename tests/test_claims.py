@@ -21,12 +21,13 @@ from test_cli import cli
 from tiny import TINY_TEXTS
 
 import featureinterp as fi
-from featureinterp.claims import LOCK, OWNER, REQUEST, check_free, claim, owned
+from featureinterp.claims import CODES, LOCK, OWNER, REQUEST, asked_in, check_free, claim, owned
 from featureinterp.codes.collect import collect
 from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.text import load_corpus
 from featureinterp.corpus.windows import WindowPolicy
 from featureinterp.errors import DamagedStoreError, FolderInUseError, IncompatibleError
+from featureinterp.files import content_key
 from featureinterp.sae.load import load_sae
 from featureinterp.subject.load import Subject
 from featureinterp.training.extract import ExtractSettings, extract
@@ -43,10 +44,10 @@ with owned(Path(sys.argv[1]), "test"):
 
 
 @contextmanager
-def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def holder(folder: Path, program: str = HOLD) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds a folder."""
     child = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert child.stdout is not None and child.stdin is not None
     try:
@@ -94,20 +95,20 @@ def test_who_waits_gets_the_folder_when_it_is_free(tmp_path: Path):
 
 def test_a_claim_says_what_differs_and_deletes_its_own_parts_alone(tmp_path: Path):
     asked = {"corpus": "0" * 32, "window": {"length": 16, "min": 8}}
-    claim(tmp_path, "codes", asked, parts=("codes",), about={"corpus": "a.txt"})
-    claim(tmp_path, "codes", {**asked, "corpus": "1" * 32}, parts=("codes",))  # nothing is there yet
+    claim(tmp_path, CODES, asked, about={"corpus": "a.txt"})
+    claim(tmp_path, CODES, {**asked, "corpus": "1" * 32})  # nothing is there yet
     (tmp_path / "codes").mkdir()
     (tmp_path / "notes").write_text("mine")
-    claim(tmp_path, "codes", {**asked, "corpus": "1" * 32}, parts=("codes",), about={"corpus": "moved.txt"})
+    claim(tmp_path, CODES, {**asked, "corpus": "1" * 32}, about={"corpus": "moved.txt"})
     other = {"corpus": "2" * 32, "window": {"length": 32, "min": 8}}
     with pytest.raises(
         IncompatibleError, match=r"another corpus; window length 16 there, 32 asked for\).*--replace"
     ):
-        claim(tmp_path, "codes", other, parts=("codes",))
+        claim(tmp_path, CODES, other)
     assert (tmp_path / "codes").is_dir()
     with owned(tmp_path / "codes", "at work"), pytest.raises(FolderInUseError):
-        claim(tmp_path, "codes", other, parts=("codes",), replace=True)
-    claim(tmp_path, "codes", other, parts=("codes",), replace=True)
+        claim(tmp_path, CODES, other, replace=True)
+    claim(tmp_path, CODES, other, replace=True)
     assert {p.name for p in tmp_path.iterdir()} == {REQUEST, "notes"}
 
 
@@ -117,36 +118,37 @@ def test_what_does_not_say_what_it_is_of_is_not_taken_for_it(tmp_path: Path, tex
     if text is not None:
         (tmp_path / REQUEST).write_text(text)
     with pytest.raises(IncompatibleError, match="does not say of which request"):
-        claim(tmp_path, "codes", {"hook": "x"}, parts=("codes",))
-    claim(tmp_path, "codes", {"hook": "x"}, parts=("codes",), earlier=lambda: {"hook": "x"})
-    claim(tmp_path, "codes", {"hook": "x"}, parts=("codes",))  # it is written down now
+        claim(tmp_path, CODES, {"hook": "x"})
+    claim(tmp_path, CODES, {"hook": "x"}, earlier=lambda: {"hook": "x"})
+    claim(tmp_path, CODES, {"hook": "x"})  # it is written down now
 
 
 def test_every_byte_of_a_request_is_guarded_and_a_damaged_one_throws_nothing_away(tmp_path: Path):
     """Also those that were written without a checksum: their key is the hash of what was asked for."""
-    path, asked = tmp_path / REQUEST, {"hook": "x", "window": 16}
+    path, asked = tmp_path / REQUEST, {"SAE": "x", "window": 16}
     (tmp_path / "codes").mkdir()
-    claim(tmp_path, "codes", asked, parts=("codes",), earlier=lambda: asked)
+    claim(tmp_path, CODES, asked, earlier=lambda: asked)
     sealed = path.read_bytes()
     for at in range(len(sealed)):
         path.write_bytes(sealed[:at] + bytes([sealed[at] ^ (1 << at % 8)]) + sealed[at + 1 :])
         try:
-            claim(tmp_path, "codes", asked, parts=("codes",))
+            claim(tmp_path, CODES, asked)
         except DamagedStoreError as error:
             assert "start anew with --replace" in str(error)
-    bare = {k: v for k, v in json.loads(sealed).items() if k != "checksum"}
+    bare = {"key": content_key(asked), **asked, "about": {}}
     path.write_text(json.dumps(bare))
-    claim(tmp_path, "codes", asked, parts=("codes",))
+    claim(tmp_path, CODES, asked)
+    assert json.loads(path.read_text()) == bare, "what an earlier version wrote is left as it is"
     for text in ("{", "[]", json.dumps({**bare, "window": 17}), json.dumps({**bare, "key": "0"})):
         path.write_text(text)
         with pytest.raises(DamagedStoreError, match=r"request\.json is damaged.*start anew with --replace"):
-            claim(tmp_path, "codes", asked, parts=("codes",))
+            claim(tmp_path, CODES, asked)
         assert path.read_text() == text and (tmp_path / "codes").is_dir()
-    claim(tmp_path, "codes", asked, parts=("codes",), earlier=lambda: asked)  # the parts say it themselves
+    claim(tmp_path, CODES, asked, earlier=lambda: asked)  # the parts say it themselves
     assert path.read_bytes() == sealed
     path.write_text("{")
-    claim(tmp_path, "codes", asked, parts=("codes",), replace=True)
-    assert not (tmp_path / "codes").exists() and json.loads(path.read_text())["window"] == 16
+    claim(tmp_path, CODES, asked, replace=True)
+    assert not (tmp_path / "codes").exists() and asked_in(tmp_path, CODES) == asked
 
 
 def texts(path: Path, seed: int) -> Path:

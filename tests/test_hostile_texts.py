@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from featureinterp.claims import claim
+from featureinterp.claims import CODES, claim
 from featureinterp.cli.endpoint import endpoint_of
 from featureinterp.corpus.text import load_corpus
 from featureinterp.errors import DamagedStoreError, FeatureInterpError
@@ -97,10 +97,10 @@ def test_what_was_kept_and_cannot_be_read_is_as_if_it_were_not_there(
     assert value_of(text) == text
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "request.json").write_text(text)
-    (tmp_path / "out" / "part").write_text("hours of work")
+    (tmp_path / "out" / "records.jsonl").write_text("hours of work")
     with pytest.raises(DamagedStoreError, match="is damaged"):
-        claim(tmp_path / "out", "a thing", {"a": 1}, parts=("part",))
-    assert (tmp_path / "out" / "part").read_text() == "hours of work"
+        claim(tmp_path / "out", CODES, {"a": 1})
+    assert (tmp_path / "out" / "records.jsonl").read_text() == "hours of work"
 
 
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)

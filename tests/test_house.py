@@ -29,7 +29,7 @@ ALLOWED = {
     "errors": set(),
     "domain": {"domain", "errors"},
     "files": {"errors"},
-    "claims": {"errors", "files", "stored", "visible"},
+    "claims": {"claims", "errors", "files", "stored", "visible"},
     "stored": {"stored", "errors", "files"},
     "intervals": {"domain"},
     "resources": set(),

@@ -34,6 +34,7 @@ from featureinterp.report.render import (
     write_report,
     write_results,
 )
+from featureinterp.stored.sums import sealed
 
 P = Provenance("one-shot", "m", "explain/v1", "h")
 ABOUT = {"title": "T", "subtitle": "S", "facts": {"Subject": "tiny <b>"}}
@@ -220,6 +221,9 @@ def test_missing_or_damaged_results_are_one_sentence(tmp_path: Path):
     with pytest.raises(
         DamagedStoreError, match=r"results.jsonl has .* run the same 'featureinterp explain' again"
     ):
+        read_results(tmp_path)
+    (tmp_path / "about.json").write_text(json.dumps(sealed(ABOUT, {})))
+    with pytest.raises(DamagedStoreError, match=r"about.json has no checksums of results.jsonl"):
         read_results(tmp_path)
     (tmp_path / "about.json").write_text(json.dumps(ABOUT))  # as versions before checksums wrote it
     with pytest.raises(InputError, match="cannot be read"):

@@ -53,6 +53,7 @@ async def run_async(
     ``InputError`` for what cannot work and a ``LanguageModelError`` when the endpoint cannot be used at all,
     both before anything is written, and ``FolderInUseError`` when another process works in the folder.
     """
+    from featureinterp.claims import CODES, reading
     from featureinterp.jobs.run import run_job
     from featureinterp.report.render import write_report, write_results
 
@@ -64,8 +65,9 @@ async def run_async(
             write_results(job.folder, ran.results, ran.about)
             write_report(job.folder / "report.html", ran.results, ran.about, labels_of(job.run, ran.results))
 
-    store = open_run(job.run)
-    ran = await run_job(job, store, local_parts(), write=write, on_event=on_event, steps=steps, **options)
+    with reading(job.run, CODES, "explain"):
+        store = open_run(job.run)
+        ran = await run_job(job, store, local_parts(), write=write, on_event=on_event, steps=steps, **options)
     return Results(ran.results, job.folder, ran.about, ran.outcome)
 
 

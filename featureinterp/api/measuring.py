@@ -93,7 +93,7 @@ def probe(
     of spans do not need it. Writes tables, plots and a page to ``out`` (the run's folder ``probe`` when not
     given), from which reports on the run's explanations take the annotations.
     """
-    from featureinterp.claims import owned
+    from featureinterp.claims import CODES, STUDY, claim, owned, reading
     from featureinterp.codes.dense import dense_twin
     from featureinterp.corpus.text import load_corpus
     from featureinterp.jobs.resolved import live_choice
@@ -106,15 +106,13 @@ def probe(
 
     store = open_run(run)
     wanted = load_labels(labels)
-    reading = dict(store.windows.meta.get("reading", {}))
-    reading |= {
+    how = dict(store.windows.meta.get("reading", {}))
+    how |= {
         name: value
         for name, value in (("text_field", text_field), ("document_separator", document_separator))
         if value is not None
     }
-    texts = (
-        None if wanted.listed is not None else load_corpus(corpus or store.meta["corpus"]["name"], **reading)
-    )
+    texts = None if wanted.listed is not None else load_corpus(corpus or store.meta["corpus"]["name"], **how)
     tokens = RunTokens(store)
     found = tokens.labelled(wanted, texts)
 
@@ -123,7 +121,8 @@ def probe(
         return load_subject(name, device=device, dtype=live_choice(store, device=device).dtype)
 
     folder = Path(out) if out else Path(run) / "probe"
-    with owned(folder, "probe"):
+    with owned(folder, "probe"), reading(Path(run), CODES, "probe"):
+        claim(folder, STUDY, {}, earlier=dict)
         twin = None
         if dense:
             with owned(Path(run) / "dense", "probe", waiting=silent):

@@ -55,10 +55,13 @@ def export(folder: str | Path, *, to: str = "parquet", out: str | Path | None = 
     ``to``: ``parquet``, ``csv`` or ``jsonl``. Raises ``InputError`` for another format and when there is no
     job.
     """
-    from featureinterp.claims import owned
+    from featureinterp.claims import TABLE, claim, owned
     from featureinterp.jobs.status import job_folder
     from featureinterp.report.export import export_results
 
     place = job_folder(Path(folder))
-    with nullcontext() if out else owned(place, "export"):
-        return export_results(place, to, Path(out) if out else None)
+    if out:
+        return export_results(place, to, Path(out))
+    with owned(place, "export"):
+        claim(place, TABLE, {}, earlier=dict)
+        return export_results(place, to)

@@ -101,6 +101,7 @@ def records(
     run's own are found now, when not by the names that it recorded; they are needed for holistic activations
     and co-active windows.
     """
+    from featureinterp.claims import CODES, while_reading
     from featureinterp.jobs.records import build_records, embedder_of, parse_features
     from featureinterp.jobs.resolved import live_choice
     from featureinterp.records.policy import RecordPolicy
@@ -119,6 +120,6 @@ def records(
         else None,
         progress=lambda done, total: steps("windows embedded", done, total),
     )
-    if holistic is None:
-        return built
-    return holistic_of(store, live_choice(store, model, sae, device), holistic).add(built)
+    if holistic is not None:
+        built = holistic_of(store, live_choice(store, model, sae, device), holistic).add(built)
+    return while_reading(Path(run), CODES, "records", built)

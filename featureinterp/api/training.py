@@ -13,12 +13,14 @@ from featureinterp.training.settings import Recipe, load_recipe, make_recipe
 
 if TYPE_CHECKING:
     from featureinterp.probing.labels import Labels
+    from featureinterp.sae.load import LoadedSae
     from featureinterp.training.doctor.bench import Speed
     from featureinterp.training.doctor.check import Check
     from featureinterp.training.evaluate import Evaluation
     from featureinterp.training.extract import Extracted
     from featureinterp.training.layers import LayerStudy
     from featureinterp.training.recipe import Trained
+    from featureinterp.training.store import ActivationStore
 
 Steps = Callable[[str, int, int], None]
 
@@ -72,13 +74,13 @@ def extract(
     return loaded.extract(out, steps, settings, replace=replace)
 
 
-def merge(folders: Sequence[str | Path], out: str | Path) -> Extracted:
-    """One extraction from those of several workers. Raises ``IncompleteStoreError`` when one is missing or
-    unfinished.
+def merge(folders: Sequence[str | Path], out: str | Path, *, replace: bool = False) -> Extracted:
+    """One extraction from those of several workers; ``replace``: what another request left in ``out`` is
+    deleted. Raises ``IncompleteStoreError`` when one is missing or unfinished.
     """
     from featureinterp.training.extract import merge
 
-    return merge([Path(f) for f in folders], Path(out))
+    return merge([Path(f) for f in folders], Path(out), replace=replace)
 
 
 def train(
@@ -120,16 +122,17 @@ def evaluate(
 ) -> Evaluation:
     """Judges an SAE, by name, its folder or the folder of its run, on the held-out activations of an
     extraction (that of the run when not given). ``model``: where the subject is now, by the name that the
-    activations recorded when not given. ``out``: a folder for ``metrics.json``."""
-    from dataclasses import replace
+    activations recorded when not given. ``out``: a folder for ``metrics.json``, where an earlier evaluation
+    is replaced; that of a training run, which has its own, is refused."""
+    from contextlib import ExitStack
 
-    from featureinterp.claims import check_free, owned
+    from featureinterp.claims import EVALUATION, EXTRACTION, check_free, claim, owned, reading
     from featureinterp.codes.fit import named_alike
-    from featureinterp.machine import pick_device, this_machine
+    from featureinterp.machine import pick_device
     from featureinterp.sae.load import load_sae
-    from featureinterp.subject.load import as_subject, check_same_model, load_causal_lm
-    from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
+    from featureinterp.training.asked import source_of
     from featureinterp.training.extract import Extracted
+    from featureinterp.training.store import TEST
 
     if out is not None:
         check_free(Path(out))
@@ -145,7 +148,7 @@ def evaluate(
     found = Extracted.open(Path(folder))
     if found.test is None:
         raise InputError(f"{folder} holds no held-out activations: extract with --held-out")
-    source = found.test.meta["source"]
+    source = source_of(Path(folder) / TEST)
     if source["hook"] != loaded.hook:
         raise IncompatibleError(
             f"{loaded.name} reads {loaded.hook}, and {folder} holds {source['hook']}: give activations of "
@@ -156,13 +159,57 @@ def evaluate(
             f"{loaded.name} was made for {loaded.model}, and {folder} holds activations of "
             f"{source['model']['name']}: give activations of the SAE's model",
         )
+    with ExitStack() as held:
+        held.enter_context(reading(Path(folder), EXTRACTION, "evaluate"))
+        if out is not None:
+            held.enter_context(owned(Path(out), "evaluate"))
+            claim(Path(out), EVALUATION, {}, earlier=dict)
+        judged = _judged(
+            found,
+            found.test,
+            source,
+            loaded,
+            model=model,
+            max_rows=max_rows,
+            pca=pca,
+            ce_windows=ce_windows,
+            seed=seed,
+            device=device,
+            steps=steps,
+        )
+        if out is not None:
+            write_marker(Path(out) / "metrics.json", judged.to_json())
+    return judged
+
+
+def _judged(
+    found: Extracted,
+    test: ActivationStore,
+    source: Mapping[str, Any],
+    loaded: LoadedSae,
+    *,
+    model: str | None,
+    max_rows: int | None,
+    pca: int,
+    ce_windows: int,
+    seed: int,
+    device: str | None,
+    steps: Steps,
+) -> Evaluation:
+    """An SAE on the held-out activations of an extraction that fits it."""
+    from dataclasses import replace
+
+    from featureinterp.machine import this_machine
+    from featureinterp.subject.load import as_subject, check_same_model, load_causal_lm
+    from featureinterp.training.evaluate import check_apart, evaluate, held_out_windows, loss_recovered
+
     sample = None
     if found.train is not None:
-        check_apart(found.train, found.test)
+        check_apart(found.train, test)
         sample = found.train.sample(max(20_000, 20 * pca), seed=seed)
     judged = evaluate(
         loaded.sae,
-        found.test,
+        test,
         sample,
         max_rows=max_rows,
         pca=pca,
@@ -176,7 +223,7 @@ def evaluate(
             name, device=device, dtype=this_machine().dtype(None, device, made_in=made_in)
         )
         check_same_model(as_subject(name, lm, tokenizer), source["model"], "the activations")
-        windows = held_out_windows(found.test, ce_windows, seed)
+        windows = held_out_windows(test, ce_windows, seed)
         loss = loss_recovered(
             lm,
             tokenizer,
@@ -187,9 +234,6 @@ def evaluate(
             progress=lambda done, total: steps("cross-entropy", done, total),
         )
         judged = replace(judged, loss=loss)
-    if out is not None:
-        with owned(Path(out), "evaluate"):
-            write_marker(Path(out) / "metrics.json", judged.to_json())
     return judged
 
 
@@ -233,6 +277,7 @@ def doctor(
     ``corpus``. What is wrong is a finding; raises ``InputError`` only when there is nothing to look at."""
     from dataclasses import replace
 
+    from featureinterp.claims import EXTRACTION, while_reading
     from featureinterp.machine import this_machine
     from featureinterp.training.doctor.examine import Patient, examine, patient_of, recorded
 
@@ -256,7 +301,12 @@ def doctor(
         raise InputError(
             "there is nothing to examine: give a folder of a run or of activations, --model or --corpus"
         )
-    return examine(patient, seed=seed, steps=steps)
+    found = examine(patient, seed=seed, steps=steps)
+    return (
+        found
+        if patient.activations is None
+        else while_reading(patient.activations, EXTRACTION, "doctor", found)
+    )
 
 
 def speeds(
@@ -306,13 +356,14 @@ def layers(
     ``out``: a folder for the table and the plot; one that holds another comparison is refused, or with
     ``replace`` written anew."""
     from contextlib import ExitStack
+    from functools import partial
 
-    from featureinterp.claims import claim, owned
-    from featureinterp.codes.collect import windows_request
+    from featureinterp.claims import LAYERS, claim, owned
+    from featureinterp.codes.collect import in_dtype_of, windows_request
     from featureinterp.corpus.text import load_corpus
     from featureinterp.corpus.windows import WindowPolicy
     from featureinterp.probing.labels import load_labels
-    from featureinterp.report.layers import LAYER_FILES, write_layers
+    from featureinterp.report.layers import write_layers
     from featureinterp.subject.load import load_subject
     from featureinterp.training.layers import choose_layer
     from featureinterp.training.parts import writable
@@ -340,11 +391,12 @@ def layers(
             }
             claim(
                 Path(out),
-                "a comparison of layers",
+                LAYERS,
                 asked,
-                parts=LAYER_FILES,
                 about={"model": model},
                 replace=replace,
+                options={"dtype": "--dtype {}"},
+                alike=partial(in_dtype_of, subject),
             )
         found = choose_layer(subject, text, wanted, policy, blocks=blocks, seed=seed, steps=steps)
         if out is not None:

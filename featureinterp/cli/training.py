@@ -104,7 +104,7 @@ def extract(
         screen.machine(training.recipe_of(config, changes).subject.dtype, device)
     with screen.live():
         if merge:
-            found = training.merge(merge, out)
+            found = training.merge(merge, out, replace=replace)
         else:
             found = training.extract(
                 out,

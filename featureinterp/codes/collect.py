@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from featureinterp.accelerator import to_device, to_host
-from featureinterp.claims import check_free, claim, owned
+from featureinterp.claims import CODES, check_free, claim, owned
 from featureinterp.codes.fit import check_fit
 from featureinterp.codes.runs import RunWriter
-from featureinterp.codes.store import MARKER, CodesStore
+from featureinterp.codes.store import MARKER, CodesStore, remedy_for
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import (
     WindowPolicy,
@@ -29,9 +30,16 @@ from featureinterp.corpus.windows import (
 from featureinterp.domain.record import SPLITS
 from featureinterp.errors import FeatureInterpError, IncompatibleError, InputError
 from featureinterp.files import content_key
-from featureinterp.machine import choice
+from featureinterp.machine import DTYPES, choice
 from featureinterp.sae.load import LoadedSae
-from featureinterp.subject.load import PrependToken, SkipFirst, Subject, check_same_model
+from featureinterp.stored.sums import read_marker
+from featureinterp.subject.load import (
+    PrependToken,
+    SkipFirst,
+    Subject,
+    check_same_model,
+    weights_fingerprint,
+)
 from featureinterp.subject.reading import BATCH_TOKENS, Batch, read_windows
 
 Progress = Callable[[int, int], None]
@@ -40,8 +48,6 @@ Progress = Callable[[int, int], None]
 MANY_TOKENS = 5000
 """A text of so many tokens should have documents for every split."""
 SINK_FACTOR = 10.0
-PARTS = ("codes", "windows", "embeddings", "dense", "records.jsonl")
-"""What a run folder holds that is of its windows."""
 
 
 def collect(
@@ -98,7 +104,16 @@ def collect_shared(
         requests = [request_of(subject, sae, corpus, policy, value_dtype) for sae, _ in targets]
         for (_, run), asked in zip(targets, requests, strict=True):
             held.enter_context(owned(run, "collect"))
-            claim(run, "codes", asked, parts=PARTS, about=_names(subject, corpus), replace=replace)
+            claim(
+                run,
+                CODES,
+                asked,
+                about=_names(subject, corpus),
+                replace=replace,
+                earlier=partial(_earlier, run, asked),
+                options={"dtype": "--dtype {}"},
+                alike=partial(in_dtype_of, subject),
+            )
         windows = build_windows(corpus, subject.encoder, policy, targets[0][1] / "windows")
         check_documents(windows, n_splits, MANY_TOKENS)
         for _, run in targets[1:]:
@@ -180,6 +195,27 @@ def request_of(
         "mask": mask_of(subject),
         "value dtype": value_dtype,
     }
+
+
+def in_dtype_of(subject: Subject, found: Mapping[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """A request with the model of the one that was ``found``, when ``subject`` can be that in its dtype: the
+    hash of weights depends on their dtype. Weights that were rounded when they were loaded can be any.
+    """
+    dtype = DTYPES.get(str(found.get("dtype")))
+    if dtype is None or dtype == subject.dtype:
+        return wanted
+    if subject.dtype == torch.float32 and found.get("model") != weights_fingerprint(subject.model, dtype):
+        return wanted
+    return {**wanted, "model": found.get("model")}
+
+
+def _earlier(run: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """The request of complete codes that carry its key."""
+    marker = run / "codes" / MARKER
+    if not marker.exists():
+        return None
+    key = read_marker(marker, remedy_for(marker.parent)).value.get("key")
+    return asked if key == content_key(asked) else None
 
 
 def _names(subject: Subject, corpus: Corpus) -> dict[str, str]:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from featureinterp.claims import check_free, claim, owned
+from featureinterp.claims import JOB, check_free, claim, owned
 from featureinterp.codes.store import CodesStore
 from featureinterp.domain.result import FeatureResult
 from featureinterp.files import explained_storage, parse_json
@@ -27,18 +27,6 @@ from featureinterp.llm.config import config_path
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.stack import Stack, open_stack
 from featureinterp.stored.sums import write_marker
-
-JOB_PARTS = (
-    "job.json",
-    "resolved.json",
-    "journal.sqlite",
-    "journal.sqlite-wal",
-    "journal.sqlite-shm",
-    "results.jsonl",
-    "about.json",
-    "report.html",
-)
-"""What a job's folder holds that is of its codes; replies are of their requests."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +145,5 @@ def claim_job(job: Job, store: CodesStore, *, replace: bool = False) -> None:
             return None
         return asked if run.resolve() == job.run.resolve() else None
 
-    about, anew = {"run": str(job.run)}, "'featureinterp explain --replace' (or run)"
-    claim(
-        job.folder, "a job", asked, parts=JOB_PARTS, about=about, replace=replace, earlier=earlier, anew=anew
-    )
+    about, anew = {"run": str(job.run)}, "start anew with 'featureinterp explain --replace' (or run)"
+    claim(job.folder, JOB, asked, about=about, replace=replace, earlier=earlier, anew=anew)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from featureinterp.claims import check_free, owned
+from featureinterp.claims import CODES, SENSITIVITY, check_free, claim, owned, reading
 from featureinterp.codes.store import CodesStore
 from featureinterp.errors import FeatureRangeError, InputError, JobStoppedError
 from featureinterp.falsify.saebench import examples_in
@@ -143,6 +143,7 @@ async def run_sensitivity(
                 stack.check, endpoint.model, budget=spec.budget, price=price, path=config.path
             )
         held.enter_context(owned(spec.out, "sensitivity"))
+        claim(spec.out, SENSITIVITY, {}, earlier=dict)
         if corpus is not None:
             progress = lambda done, total: steps("tokens", done, total)  # noqa: E731 (one line)
             targets = list(zip(saes, folders, strict=True))
@@ -157,6 +158,8 @@ async def run_sensitivity(
                     replace=spec.replace,
                 )
             )
+            for folder in folders:
+                held.enter_context(reading(folder, CODES, "sensitivity"))
         else:
             stores = [None] * len(saes)
         with (

@@ -12,8 +12,6 @@ from featureinterp.report.export import write_table
 from featureinterp.report.figures import figure
 from featureinterp.stored.sums import write_marker
 
-LAYER_FILES = ("layers.csv", "layers.json", "layers.png", "layers.svg")
-
 
 def write_layers(folder: Path, study: Mapping[str, Any]) -> None:
     """Writes ``layers.csv``, ``layers.json`` and, where matplotlib is there, ``layers.png`` and ``.svg``.

@@ -388,9 +388,11 @@ def read_results(folder: Path) -> tuple[Sequence[FeatureResult], dict[str, Any]]
         )
     remedy = "run the same 'featureinterp explain' again, which writes it anew from the journal"
     marker = read_marker(about, remedy)
-    sums = None if marker.files is None else marker.files.get(path.name)
-    if sums is not None and (why := sums.damage(path)):
-        raise DamagedStoreError(f"{why}: {remedy}")
+    if marker.files is not None:
+        if path.name not in marker.files:
+            raise DamagedStoreError(f"{about} has no checksums of {path.name}: {remedy}")
+        if why := marker.files[path.name].damage(path):
+            raise DamagedStoreError(f"{why}: {remedy}")
     return StoredResults(path), marker.value
 
 

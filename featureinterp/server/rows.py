@@ -28,7 +28,7 @@ def rows_of(jobs: JobsFolder, number: str) -> Iterator[dict[str, Any]]:
     written.
     """
     path = jobs.path(number) / "out" / "results.jsonl"
-    if not path.is_file():
+    if not path.is_file() and not path.with_name("about.json").is_file():
         return
     again = "resume the job to write it anew from the journal"
     try:
@@ -45,10 +45,18 @@ def rows_of(jobs: JobsFolder, number: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _lines(path: Path, remedy: str) -> Iterator[Iterator[bytes]]:
-    """The lines of results, checked by their blocks where ``about.json`` has checksums of them."""
-    about = path.parent / "about.json"
-    files = read_marker(about, remedy).files if about.is_file() else None
-    if files is not None and path.name in files:
+    """The lines of results, checked by their blocks; ``about.json`` of a version before checksums has none,
+    and theirs are read as they are.
+    """
+    about = path.with_name("about.json")
+    if not path.is_file():
+        raise DamagedStoreError(f"{path} is missing: {remedy}")
+    if not about.is_file():
+        raise DamagedStoreError(f"{about} is missing, by which {path.name} is checked: {remedy}")
+    files = read_marker(about, remedy).files
+    if files is not None:
+        if path.name not in files:
+            raise DamagedStoreError(f"{about} has no checksums of {path.name}: {remedy}")
         yield checked_lines(path, files[path.name], remedy)
         return
     with path.open("rb") as file:

@@ -8,7 +8,9 @@ import copy
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +18,22 @@ import numpy as np
 import torch
 
 from featureinterp.accelerator import to_host
-from featureinterp.claims import claim, owned
-from featureinterp.codes.collect import mask_of, rows_where, scored_on_host, windows_request
+from featureinterp.claims import EXTRACTION, claim, owned, reading
+from featureinterp.codes.collect import in_dtype_of, mask_of, rows_where, scored_on_host
 from featureinterp.corpus.text import Corpus
-from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
+from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows, copy_windows
 from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
 from featureinterp.files import explained_storage
 from featureinterp.probing.splits import split_indices
 from featureinterp.stored.sums import described, read_marker, write_marker
 from featureinterp.subject.load import Subject
 from featureinterp.subject.reading import BATCH_TOKENS, Batch, read_windows
+from featureinterp.training.asked import DTYPE_OPTION, merged_request, recorded_request, request_of
 from featureinterp.training.merging import merge_stores
 from featureinterp.training.store import (
     METADATA,
+    TEST,
+    TRAIN,
     ActivationStore,
     StoreWriter,
     remedy_for,
@@ -36,9 +41,6 @@ from featureinterp.training.store import (
 )
 
 STATE = "extracting.json"
-TRAIN, TEST = "train", "test"
-PARTS = (TRAIN, TEST, "windows", STATE)
-"""What an extraction's folder holds."""
 Progress = Callable[[int, int], None]
 
 
@@ -145,20 +147,30 @@ def extract(
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
     replace: bool = False,
+    anew: str = "start anew with --replace",
+    held: bool = False,
 ) -> Extracted:
     """Writes the activations at ``hook`` of every scored token into ``out/train`` and ``out/test``; the text
     windows are in ``out/windows``.
 
     A complete extraction for the same request is reused, an unfinished one is gone on with, and one for
-    another request is refused with ``IncompatibleError``, or with ``replace`` deleted. Position 0 and further
-    attention sinks are left out, and counted. Raises ``FolderInUseError`` when another process works in
-    ``out``.
+    another request is refused with ``IncompatibleError``, or with ``replace`` deleted; ``anew``: what to do
+    to start anew there, where ``replace`` is not it. Position 0 and further attention sinks are left out, and
+    counted. Raises ``FolderInUseError`` when another process works in ``out``; ``held``: the caller holds it.
     """
     subject.check_hook(hook)
-    with owned(out, "extract"):
-        asked = request_of(subject, hook, corpus, policy, settings)
-        names = {"model": subject.name, "corpus": corpus.name}
-        claim(out, "an extraction", asked, parts=PARTS, about=names, replace=replace)
+    with nullcontext() if held else owned(out, "extract"):
+        claim(
+            out,
+            EXTRACTION,
+            request_of(subject, hook, corpus, policy, settings),
+            about={"model": subject.name, "corpus": corpus.name},
+            replace=replace,
+            earlier=partial(recorded_request, out, settings.shard_rows),
+            anew=anew,
+            options=DTYPE_OPTION,
+            alike=partial(in_dtype_of, subject),
+        )
         return _extract(subject, hook, corpus, out, policy, settings, batch_tokens, progress)
 
 
@@ -234,17 +246,26 @@ def _extract(
     return Extracted.open(out)
 
 
-def merge(folders: list[Path], out: Path) -> Extracted:
-    """One extraction from those of several workers. Raises as :func:`merge_stores`."""
+def merge(folders: list[Path], out: Path, *, replace: bool = False) -> Extracted:
+    """One extraction from those of several workers: what one worker alone would have been asked for, which is
+    written down. The same one is reused or gone on with. Raises as :func:`merge_stores`."""
     if not folders:
         raise InputError("there is nothing to merge: name the folders that the workers wrote")
-    for folder in folders:
-        Extracted.open(folder)
-    with owned(out, "extract"), explained_storage(out):
+    if out.resolve() in {folder.resolve() for folder in folders}:
+        raise InputError(f"{out} is one of the folders to be merged: merge into another folder")
+    parts = [Extracted.open(folder) for folder in folders]
+    with owned(out, "extract"), ExitStack() as marks:
+        for folder in folders:
+            marks.enter_context(reading(folder, EXTRACTION, "extract"))
+        if (asked := merged_request(folders)) is not None:
+            known = partial(recorded_request, out, asked["settings"]["shard_rows"])
+            claim(out, EXTRACTION, asked, about={"parts": len(folders)}, replace=replace, earlier=known)
         for name in (TRAIN, TEST):
-            if (folders[0] / name).exists():
+            if (folders[0] / name).exists() and not (asked and (out / name / METADATA).exists()):
                 merge_stores([f / name for f in folders], out / name)
-        shutil.copytree(folders[0] / "windows", out / "windows", dirs_exist_ok=True)
+        copy_windows(parts[0].windows, out / "windows")
+        with explained_storage(out):
+            (out / STATE).unlink(missing_ok=True)
         return Extracted.open(out)
 
 
@@ -358,20 +379,6 @@ class _Commits:
         for writer in self.writers:
             writer.sync()
         write_marker(self.path, state)
-
-
-def request_of(
-    subject: Subject, hook: str, corpus: Corpus, policy: WindowPolicy, settings: ExtractSettings
-) -> dict[str, Any]:
-    """All that an extraction depends on, for :func:`featureinterp.claims.claim`."""
-    return {
-        **windows_request(corpus, subject, policy),
-        "hook": hook,
-        "settings": asdict(settings),
-        "dtype": str(subject.dtype).removeprefix("torch."),
-        "model": subject.fingerprint,
-        "mask": mask_of(subject),
-    }
 
 
 class _Target:

@@ -71,10 +71,10 @@ class Parts:
         )
 
     def extract(
-        self, folder: Path, steps: Steps, settings: ExtractSettings | None = None, *, replace: bool = False
+        self, folder: Path, steps: Steps, settings: ExtractSettings | None = None, **how: Any
     ) -> Extracted:
-        """The extraction in ``folder``, made, gone on with or reused; ``replace``: one of another request is
-        deleted.
+        """The extraction in ``folder``, made, gone on with or reused; ``how``: ``replace``, ``anew`` and
+        ``held`` of :func:`featureinterp.training.extract.extract`.
         """
         corpus = self.corpus
         return extract(
@@ -86,7 +86,7 @@ class Parts:
             settings or self.extract_settings(),
             batch_tokens=self.recipe.training.batch_tokens,
             progress=lambda done, total: steps("tokens", done, total),
-            replace=replace,
+            **how,
         )
 
 

@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 
-from featureinterp.claims import claim, owned
+from featureinterp.claims import EXTRACTION, TRAINING, claim, owned, reading
 from featureinterp.files import write_atomic
+from featureinterp.machine import AUTO
 from featureinterp.sae.load import LoadedSae, load_sae, save_sae, save_saelens
 from featureinterp.stored.sums import Sums, read_marker, write_marker
 from featureinterp.subject.load import check_same_model
 from featureinterp.training.architectures import as_sae
+from featureinterp.training.asked import source_of
 from featureinterp.training.evaluate import evaluate, held_out_windows, loss_recovered
 from featureinterp.training.loop import (
-    CHECKPOINT,
     LOG,
     OnLine,
     Trainer,
@@ -35,16 +36,18 @@ from featureinterp.training.loop import (
 from featureinterp.training.parts import Parts, Steps, fitted, resolved, writable
 from featureinterp.training.ranks import Ranks, joined
 from featureinterp.training.settings import Recipe, load_recipe, recipe_toml
-from featureinterp.training.sources import Rows, rows_of
-from featureinterp.training.store import METADATA, read_metadata
+from featureinterp.training.sources import Rows, activations_of, rows_of
+from featureinterp.training.store import METADATA
 from featureinterp.training.trackers import check_tracker, open_tracker
 
 RECIPE, ABOUT, METRICS = "recipe.toml", "run.json", "metrics.json"
-RUN_PARTS = (RECIPE, ABOUT, METRICS, CHECKPOINT, LOG, "sae", "saelens", "training.html", "figures")
-"""What a run's folder holds beside its activations, which are claimed on their own."""
 SILENT = ("log_every", "checkpoint_every", "batch_tokens")
 """Settings of training that nothing depends on."""
 AGAIN = "run the same 'featureinterp train' again, which writes it anew and goes on from the checkpoint"
+DTYPE_OPTIONS = {
+    "subject dtype": "--dtype {} (subject.dtype of a recipe)",
+    "training precision": "--set training.precision={}",
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,8 +90,8 @@ def train(
 ) -> Trained:
     """Runs a recipe in the folder ``out``: activations (unless ``store.folder`` has them, or
     ``training.online``), training, ``sae/`` and ``saelens/``, ``metrics.json``. The same call goes on with
-    what was interrupted; a run of another recipe is refused, or with ``replace`` deleted. Started by
-    ``torchrun``, all processes train together.
+    what was interrupted; a run of another recipe is refused, or with ``replace`` deleted, with what lies
+    below its folder and nothing else. Started by ``torchrun``, all processes train together.
 
     Raises ``InputError`` for what cannot work, before anything is computed, and ``FolderInUseError`` when
     another process works in ``out``.
@@ -99,7 +102,7 @@ def train(
         planned_steps(recipe.training, None)
     given, source = recipe.store.folder, None
     if given is not None and (given / "train" / METADATA).exists():
-        source = read_metadata(given / "train")["source"]
+        source = source_of(given / "train")
         recipe = fitted(recipe, source)
     recipe = resolved(recipe, device, made_in=source["model"]["dtype"] if source else None)
     parts = Parts(recipe, device)
@@ -108,17 +111,17 @@ def train(
     with joined(parts.device) as ranks, ExitStack() as held:
         if ranks.leads:
             held.enter_context(owned(out, "train"))
-            earlier = partial(_earlier, out, ranks)
             claim(
                 out,
-                "a training run",
+                TRAINING,
                 request_of(recipe, ranks),
-                parts=RUN_PARTS,
                 replace=replace,
-                earlier=earlier,
+                earlier=partial(_earlier, out, device, ranks),
+                options=DTYPE_OPTIONS,
             )
         ranks.barrier()
         found = rows_of(recipe, out, parts, steps, ranks, replace)
+        held.enter_context(reading(activations_of(recipe, out), EXTRACTION, "train"))
         trainer = prepare(found.batches, recipe.sae, recipe.training, parts.device, found.n_rows, ranks)
         key = {"data": found.key, **_settings_that_matter(recipe, ranks)}
         resume(trainer, out, key)
@@ -156,9 +159,18 @@ def request_of(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     return {**tables, **({"processes": ranks.world} if recipe.training.online else {})}
 
 
-def _earlier(out: Path, ranks: Ranks) -> dict[str, Any] | None:
-    """The request of a run whose recipe is all that it wrote down."""
-    return request_of(resolved(load_recipe(out / RECIPE), None), ranks) if (out / RECIPE).exists() else None
+def _earlier(out: Path, device: str | None, ranks: Ranks) -> dict[str, Any] | None:
+    """The request of a run whose recipe is all that it wrote down. What ``auto`` stood for is the dtype of
+    its activations, where they say it, and else what it stands for on ``device``."""
+    if not (out / RECIPE).exists():
+        return None
+    recipe = load_recipe(out / RECIPE)
+    about = read_marker(out / ABOUT, AGAIN).value if (out / ABOUT).exists() else {}
+    made_in = ((about.get("source") or {}).get("model") or {}).get("dtype")
+    if recipe.subject.dtype == AUTO and made_in in DTYPES:
+        subject = recipe.subject.model_copy(update={"dtype": made_in})
+        recipe = recipe.model_copy(update={"subject": subject})
+    return request_of(resolved(recipe, device), ranks)
 
 
 def _settings_that_matter(recipe: Recipe, ranks: Ranks) -> dict[str, Any]:

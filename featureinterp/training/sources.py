@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from featureinterp.claims import claim, owned
+from featureinterp.claims import EXTRACTION, claim, owned
 from featureinterp.codes.collect import windows_request
 from featureinterp.corpus.windows import WindowTable, build_windows
 from featureinterp.errors import IncompatibleError, InputError
 from featureinterp.training.batches import Batches, OnlineBatches, Share, StoreBatches
 from featureinterp.training.evaluate import check_apart
-from featureinterp.training.extract import PARTS, Extracted, window_splits
+from featureinterp.training.extract import Extracted, window_splits
 from featureinterp.training.parts import Parts, Steps
 from featureinterp.training.ranks import Ranks
 from featureinterp.training.settings import Recipe
@@ -36,17 +37,38 @@ class Rows:
         return self.extracted.train.meta["source"] if self.extracted and self.extracted.train else None
 
 
+def activations_of(recipe: Recipe, out: Path) -> Path:
+    """Where the activations of a run in ``out`` lie."""
+    return recipe.store.folder or out / "activations"
+
+
+def _how(folder: Path, out: Path, replace: bool) -> dict[str, Any]:
+    """How activations are extracted into ``folder`` for a run in ``out``. Only what lies below the run's
+    folder is the run's own, to be replaced with it.
+    """
+    place, run = folder.resolve(), out.resolve()
+    if run in place.parents:
+        return {"replace": replace}
+    anew = (
+        "delete what lies there yourself ('featureinterp train --replace' deletes nothing outside of its run)"
+    )
+    return {"anew": anew, "held": place == run}
+
+
 def rows_of(recipe: Recipe, out: Path, parts: Parts, steps: Steps, ranks: Ranks, replace: bool) -> Rows:
-    """Activations or the model itself; the first process extracts, the others wait for it."""
+    """Activations or the model itself; the first process extracts, the others wait for it. ``replace``: an
+    extraction of another request is deleted where it lies below ``out``.
+    """
     table = recipe.training
-    folder = recipe.store.folder or out / "activations"
+    folder = activations_of(recipe, out)
+    how = _how(folder, out, replace)
     share = Share(ranks.rank, ranks.world)
     share.of(table.batch)
     if table.online:
-        return _online(recipe, folder, parts, steps, ranks, share, replace)
+        return _online(recipe, folder, parts, steps, ranks, share, how)
     if ranks.leads and not (recipe.store.folder and (folder / "train" / METADATA).exists()):
         recipe.sae.width(parts.subject.d_model)
-        parts.extract(folder, steps, replace=replace)
+        parts.extract(folder, steps, **how)
     ranks.barrier()
     found = Extracted.open(folder)
     if found.train is None:
@@ -61,25 +83,24 @@ def rows_of(recipe: Recipe, out: Path, parts: Parts, steps: Steps, ranks: Ranks,
 
 
 def _online(
-    recipe: Recipe, folder: Path, parts: Parts, steps: Steps, ranks: Ranks, share: Share, replace: bool
+    recipe: Recipe,
+    folder: Path,
+    parts: Parts,
+    steps: Steps,
+    ranks: Ranks,
+    share: Share,
+    how: dict[str, Any],
 ) -> Rows:
     table = recipe.training
     held = None
     if ranks.leads:
         recipe.sae.width(parts.subject.d_model)
         if recipe.corpus.held_out:
-            held = parts.extract(folder, steps, parts.extract_settings(only_held_out=True), replace=replace)
+            held = parts.extract(folder, steps, parts.extract_settings(only_held_out=True), **how)
         else:
-            with owned(folder, "train"):
+            with nullcontext() if how.pop("held", False) else owned(folder, "train"):
                 asked = windows_request(parts.corpus, parts.subject, parts.policy)
-                claim(
-                    folder,
-                    "an extraction",
-                    asked,
-                    parts=PARTS,
-                    about={"corpus": recipe.corpus.name},
-                    replace=replace,
-                )
+                claim(folder, EXTRACTION, asked, about={"corpus": recipe.corpus.name}, **how)
                 build_windows(parts.corpus, parts.subject.encoder, parts.policy, folder / "windows")
     ranks.barrier()
     windows = held.windows if held else WindowTable.open(folder / "windows")

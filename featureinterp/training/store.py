@@ -36,6 +36,8 @@ from featureinterp.stored.sums import Marker, Sums, described, read_marker, writ
 
 FORMAT = 1
 METADATA = "metadata.json"
+TRAIN, TEST = "train", "test"
+"""Names of the stores of an extraction."""
 SHARD_BYTES = 64 * 2**20
 SHARD_BLOCK = 1 << 20
 SIDES = ("documents", "windows", "offsets", "tokens")

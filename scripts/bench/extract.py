@@ -23,7 +23,8 @@ from shapes import Ids, bare_blocks, shapes
 from featureinterp.corpus.text import Corpus, Document
 from featureinterp.corpus.windows import WindowPolicy, build_windows
 from featureinterp.subject.load import Subject
-from featureinterp.training.extract import STATE, TEST, TRAIN, ExtractSettings, extract
+from featureinterp.training.extract import STATE, ExtractSettings, extract
+from featureinterp.training.store import TEST, TRAIN
 
 WINDOW = 64
 

@@ -18,7 +18,7 @@ from markers import unseal
 from typer.testing import CliRunner
 
 from featureinterp.api.stored import verify
-from featureinterp.claims import claim
+from featureinterp.claims import CODES, claim
 from featureinterp.cli.main import app
 from featureinterp.codes.dense import dense_twin
 from featureinterp.codes.runs import RunWriter
@@ -241,7 +241,7 @@ def make_marked(folder: Path, seed: int) -> None:
         {"key": f"k{seed}", "job": job.model_dump(mode="json"), "features": list(range(seed + 3))},
     )
     (folder / "request").mkdir()
-    claim(folder / "request", "codes", asked_for(seed), parts=("codes",), about={"corpus": "texts"})
+    claim(folder / "request", CODES, asked_for(seed), about={"corpus": "texts"})
     (folder / "request" / "codes").mkdir()
     records = [FeatureRecord(FeatureId("sae", f), 1.0 + seed, 0.5, 9, {}, {"top": "few"}) for f in range(20)]
     write_records(folder / "records" / "records.jsonl", records, "fingerprint")
@@ -298,8 +298,8 @@ def read_job(folder: Path) -> object:
 
 def read_request(folder: Path) -> object:
     """A request goes on where it is the same, and says what differs where it is another."""
-    claim(folder / "request", "codes", asked_for(1), parts=("codes",))
-    return json.loads((folder / "request" / "request.json").read_text())["key"]
+    claim(folder / "request", CODES, asked_for(1))
+    return json.loads((folder / "request" / "request.json").read_text())["contents"]["codes"]["key"]
 
 
 def read_checkpoint_of(folder: Path) -> object:

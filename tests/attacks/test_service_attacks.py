@@ -40,6 +40,7 @@ from featureinterp.server.client import Service
 from featureinterp.server.connections import BEYOND, bounded
 from featureinterp.server.folder import JobsFolder, end, lock_of
 from featureinterp.server.runner import Runner
+from featureinterp.stored.sums import sealed
 
 SMALL = {"run": "tiny", "features": "3", "simulator": "lexical", "explainer": "top-tokens", "n_test": 2}
 SMALL |= {"stages": ["explain", "simulate"]}
@@ -573,6 +574,35 @@ def test_results_are_read_with_their_checksums(client: TestClient, rules: Rules)
     with lock_of(jobs.path(number)):  # a worker is at it
         answer = client.get(f"/api/jobs/{number}/results")
         assert answer.status_code == 409 and "are being written" in answer.json()["detail"]
+
+
+def test_results_without_their_checksums_are_not_served(client: TestClient, rules: Rules):
+    jobs = JobsFolder(rules.jobs)
+    number = jobs.submit(make_job(run=rules.runs / "tiny"), SMALL)
+    out = jobs.path(number) / "out"
+    assert client.get(f"/api/jobs/{number}/results").json() == [], "nothing is written yet"
+    write_results(out, [FeatureResult(3, "sae", 0.5, 0.01, 3, ())], {"title": "t"})
+    end(jobs.path(number), "done", "")
+    about, results = out / "about.json", out / "results.jsonl"
+    whole, rows = about.read_bytes(), results.read_bytes()
+    other = sealed({"title": "t"}, {})
+    for change, words in (
+        (about.unlink, "about.json is missing, by which results.jsonl is checked"),
+        (lambda: about.write_text(json.dumps(other)), "about.json has no checksums of results.jsonl"),
+        (lambda: about.write_text("{"), "about.json is damaged"),
+        (results.unlink, "results.jsonl is missing"),
+    ):
+        change()
+        for path in ("results", "features/3"):
+            answer = client.get(f"/api/jobs/{number}/{path}")
+            assert answer.status_code == 409 and words in answer.json()["detail"], answer.text
+            assert "resume the job" in answer.json()["detail"] and str(out) not in answer.text
+        with lock_of(jobs.path(number)):
+            assert "are being written" in client.get(f"/api/jobs/{number}/results").json()["detail"]
+        about.write_bytes(whole)
+        results.write_bytes(rows)
+    about.write_text(json.dumps({"title": "t"}))  # as versions before checksums wrote it
+    assert [r["feature"] for r in client.get(f"/api/jobs/{number}/results").json()] == [3]
 
 
 def expected(name: str, kind: str, ended: bool) -> str:

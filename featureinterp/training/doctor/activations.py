@@ -14,6 +14,7 @@ from featureinterp.codes.collect import SINK_FACTOR
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import FeatureInterpError
 from featureinterp.subject.load import Subject, same_weights
+from featureinterp.training.asked import WHOLE, check_said
 from featureinterp.training.doctor.check import Sheet
 from featureinterp.training.doctor.model import FAR, hidden_states, relative, repeats
 from featureinterp.training.store import ActivationStore
@@ -52,7 +53,9 @@ def look_at_store(
         sheet.fail("it is not empty", "no rows", "extract again with more text")
         return None
     rng = np.random.default_rng(seed)
-    if not finite(sheet, store):
+    if not finite(sheet, store) or not sheet.attempt(
+        "it is of this model and corpus", lambda: check_said(store.meta, folder, WHOLE)
+    ):
         return store
     provenance(sheet, store, windows, subject)
     tokens(sheet, store, windows)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from featureinterp.claims import EXTRACTION, asked_in
 from featureinterp.corpus.text import load_corpus
 from featureinterp.corpus.windows import WindowTable
-from featureinterp.errors import InputError
+from featureinterp.errors import FeatureInterpError, InputError
 from featureinterp.files import parse_json
 from featureinterp.stored.sums import read_marker
 from featureinterp.subject.load import Subject
+from featureinterp.training.asked import SOURCE, check_said
 from featureinterp.training.doctor.activations import look_at_split, look_at_store, look_at_windows
 from featureinterp.training.doctor.check import Check, Sheet
 from featureinterp.training.doctor.model import look_at_corpus, look_at_environment, look_at_model
@@ -51,8 +54,9 @@ def patient_of(folder: Path) -> Patient:
             run=folder, activations=Path(activations) if activations and Path(activations).exists() else None
         )
     if (
-        any((folder / name).exists() for name in ("train", "test", "request.json", "metadata.json"))
+        any((folder / name).exists() for name in ("train", "test", "metadata.json"))
         or shard_path(folder, 0).exists()
+        or asked_in(folder, EXTRACTION) is not None
     ):
         return Patient(activations=folder)
     raise InputError(
@@ -137,11 +141,9 @@ def _stores(
 
 def recorded(activations: Path) -> dict[str, Any] | None:
     """What activations say that they were made of; None when they do not."""
-    for path in (activations / "train" / METADATA, activations / "test" / METADATA, activations / METADATA):
-        try:
-            source = parse_json(path.read_text(encoding="utf-8"))["source"]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        if isinstance(source, dict):
-            return source
+    for folder in (activations / "train", activations / "test", activations):
+        with suppress(OSError, ValueError, FeatureInterpError):
+            meta = parse_json((folder / METADATA).read_text(encoding="utf-8"))
+            check_said(meta, folder, SOURCE)
+            return dict(meta["source"])
     return None
