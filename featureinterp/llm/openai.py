@@ -42,6 +42,10 @@ MAX_EXCHANGES = 24
 _CHAT, _COMPLETIONS = "chat/completions", "completions"
 
 
+_NOT_OF_FORM = ("key", "credit", "quota", "place", "busy", "loading")
+"""Kinds of refusals that another form of the request would meet, too."""
+
+
 class _RefusedError(Exception):
     """An answer that is no completion."""
 
@@ -258,9 +262,7 @@ class OpenAIModel:
             self._remember(self.accepts)
 
     async def _read(self, request: Request) -> Reply:
-        """Probabilities at places of a prompt, from the completions API, in whichever of the two ways the
-        endpoint knows.
-        """
+        """Probabilities at places of a prompt, from the completions API, in a way that it knows."""
         ways: tuple[Literal["prompt_logprobs", "echo"], ...] = ("prompt_logprobs", "echo")
         start, by = time.monotonic(), self.accepts
         first = ways.index(by.prompt_logprobs) if by.prompt_logprobs else len(ways)
@@ -280,14 +282,7 @@ class OpenAIModel:
                 completion = await self._post(_COMPLETIONS, arguments | dict(self.options.extra or {}), by)
             except _RefusedError as refused:
                 refusal = refused.refusal
-                if refusal.status not in (200, 400, 404, 405, 415, 422, 501) or refusal.kind in (
-                    "key",
-                    "credit",
-                    "quota",
-                    "place",
-                    "busy",
-                    "loading",
-                ):
+                if refusal.status not in (200, 400, 404, 405, 415, 422, 501) or refusal.kind in _NOT_OF_FORM:
                     raise
                 continue
             found = read_prompt(completion, request.read_at)

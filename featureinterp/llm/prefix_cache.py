@@ -64,9 +64,7 @@ _current = _Current()
 
 
 def lock_of(model: Any) -> threading.Lock:
-    """The lock that whoever computes with a model holds: a pass behind a shared prefix changes the model's
-    attention for its time.
-    """
+    """What whoever computes with a model holds: a pass behind a shared prefix changes its attention."""
     lock: threading.Lock = model.__dict__.setdefault("_featureinterp_lock", threading.Lock())
     return lock
 
@@ -329,20 +327,16 @@ class PrefixModel:
     def _joined(self, branches: Branches, number: int) -> Prefix:
         """A branch and what it continues, as one prefix."""
         n, before = branches.lengths[number], branches.prefix
+        own = slice(number, number + 1)
         layers = (
-            (
-                torch.cat([k, bk[number : number + 1, :, :n]], 2),
-                torch.cat([v, bv[number : number + 1, :, :n]], 2),
-            )
+            (torch.cat([k, bk[own, :, :n]], 2), torch.cat([v, bv[own, :, :n]], 2))
             for (k, v), (bk, bv) in zip(before.layers, branches.layers, strict=True)
         )
         return Prefix(tuple(layers), before.n_tokens + n)
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits of a few tokens only (None: of all), float32 ``[…, token]``, for hidden states ``[…,
-        d_model]``.
-        """
+        """Logits ``[…, token]`` of some tokens (None: all), float32, by hidden states ``[…, d_model]``."""
         rows = slice(None) if token_ids is None else token_ids
         if token_ids is None:
             out = torch.matmul(hidden, self.head.weight.T).float()
