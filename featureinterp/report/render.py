@@ -20,6 +20,7 @@ from featureinterp.domain.trial import TrialText
 from featureinterp.errors import DamagedStoreError, InputError
 from featureinterp.files import opened_file, parse_json, replaced_atomically
 from featureinterp.probing.agreement import Agreement
+from featureinterp.registry import STAGES
 from featureinterp.stored.sums import SummedFile, read_marker, write_marker
 from featureinterp.visible import visible as seen
 
@@ -129,6 +130,7 @@ def environment() -> jinja2.Environment:
     }
     used = (tokens, trial_tokens, visible, whisker, groups, largest_cause, search_rows, note_rows)
     made.globals |= {function.__name__: function for function in used}
+    made.globals["stage_parts"] = [*STAGES.own, "notes"]
     return made
 
 
