@@ -241,7 +241,7 @@ def test_records_of_chosen_kinds_with_causes(
         ]
     refused(cli(*args, "--count", "coactive=1,1,1"), "coactive", "coactive_negative")
     refused(cli(*args, "--count", "top=1,1"), "top=10,10,10")
-    refused(cli(*args, "--holistic", "magic"), "exact, gradient")
+    refused(cli(*args, "--holistic", "magic"), "'exact', 'gradient'")
     refused(cli(*args, "--projection", "pca"), "closed-form")
     save_sae(tmp_path / "other", make_sae("relu", D_MODEL, 64), hook=HOOK, model="tiny")
     refused(

@@ -325,7 +325,9 @@ def options_of(command: Any, name: str = "") -> dict[str, set[str]]:
         for sub, below in command.commands.items():
             found |= options_of(below, f"{name} {sub}".strip())
         return found
-    return {name: {option for p in command.params for option in (*p.opts, *p.secondary_opts)} | {"--help"}}
+    shown = {o for p in command.params for o in (*p.opts, *p.secondary_opts) if o.startswith("--")}
+    others = {other.name for names in command.others.values() for other in names}
+    return {name: shown | others | {"--help"}}
 
 
 def said(path: Path) -> Iterator[tuple[int, str]]:

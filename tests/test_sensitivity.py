@@ -545,7 +545,7 @@ def test_the_end_of_the_command_says_what_failed_and_why(
     [
         (["--sae-names", "py_4k_btopk_s9"], "'s9' is no number"),
         (["--features", "100000"], "only"),
-        (["--samples", "0"], "samples = 0"),
+        (["--samples", "0"], "n_texts = 0"),
         (["--n-top-ex-for-generation", "0", "--n-iw-ex-for-generation", "0"], "at least one example"),
         (["--dataset-name", "/nowhere"], "nowhere"),
     ],

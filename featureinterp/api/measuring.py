@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from featureinterp.probing.study import StudySettings
     from featureinterp.subject.load import Subject
 
+_PUBLISHED = {"corpus": "dataset", "max_tokens": "total_tokens", "window": "context_size"}
+"""What the published pipeline for sensitivity calls a thing."""
+
 
 def sensitivity(
     *,
@@ -28,15 +31,17 @@ def sensitivity(
     **fields: Any,
 ) -> list[Sensitivity]:
     """How often features fire on new texts that a language model writes like their examples; see
-    ``docs/falsification.md``. ``fields``: ``features``, ``dataset``, ``total_tokens``, ``context_size``,
-    ``examples`` (``corpus`` or ``saebench``), ``llm``, ``plan`` (``SensitivityPlan``), ``budget``,
-    ``device``, ``dtype``. Writes six tables and a summary per SAE under ``out``, and plots over them. What
-    was paid for is kept: the same call goes on where it stopped and pays nothing twice."""
+    ``docs/falsification.md``. ``fields``: ``features``, ``corpus``, ``max_tokens``, ``window`` (or by their
+    published names ``dataset``, ``total_tokens``, ``context_size``), ``examples`` (``corpus`` or
+    ``saebench``), ``llm``, ``plan`` (``SensitivityPlan``), ``budget``, ``device``, ``dtype``. Writes six
+    tables and a summary per SAE under ``out``, and plots over them. What was paid for is kept: the same call
+    goes on where it stopped and pays nothing twice."""
     from featureinterp.jobs.sensitivity_run import SensitivityJobSpec, run_sensitivity
     from featureinterp.report.sensitivity import plot_sensitivity, write_sensitivity
 
     try:
-        spec = SensitivityJobSpec(model=model, saes=tuple(saes), out=Path(out), **fields)
+        named = {_PUBLISHED.get(name, name): value for name, value in fields.items()}
+        spec = SensitivityJobSpec(model=model, saes=tuple(saes), out=Path(out), **named)
     except TypeError as error:
         raise InputError(f"the measurement has a mistake: {error}") from error
 
@@ -44,9 +49,9 @@ def sensitivity(
         found = []
         async for measured in run_sensitivity(spec, on_feature=on_feature, steps=steps):
             summary = write_sensitivity(
-                measured.folder, measured.features, measured.about, per_call=spec.plan.per_call
+                measured.folder, measured.features, measured.about, per_call=spec.plan.texts_per_call
             )
-            gaps = sum(f.failure is None and len(f.texts) < spec.plan.samples for f in measured.features)
+            gaps = sum(f.failure is None and len(f.texts) < spec.plan.n_texts for f in measured.features)
             found.append(
                 Sensitivity(
                     measured.about["sae_name"],

@@ -2,66 +2,71 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from featureinterp.cli.options import DOCUMENT_SEPARATOR
+from featureinterp.cli.options import (
+    TEXT,
+    AsJson,
+    BatchTokens,
+    CodeDtype,
+    Corpus,
+    DocumentSeparator,
+    MaxTokens,
+    Model,
+    ModelDtype,
+    OutFolder,
+    Reading,
+    Replace,
+    Sae,
+    TextField,
+    Window,
+    given,
+)
 from featureinterp.cli.screen import Screen, put
+from featureinterp.cli.verb import Else
 
 
 def collect(
-    out: Path = typer.Option(..., help="Run folder; an unfinished collection in it is gone on with."),
-    model: str = typer.Option(
-        "smollm2-135m-instruct", help="Subject: an embedded name, a Hugging Face name, or a folder."
-    ),
-    sae: str = typer.Option(
-        "demo", help="SAE: 'demo', a name of 'saes list', saelens:RELEASE/ID, or a folder."
-    ),
-    corpus: str = typer.Option(
-        "sotu",
-        help="'sotu', hf:DATASET:SPLIT, or a file of text, JSONL, JSON, CSV, TSV, parquet or Arrow, or a "
-        "folder of such.",
-    ),
-    max_tokens: int = typer.Option(
-        None, help="About how many tokens, spread over the documents; all when not given."
-    ),
-    window: int = typer.Option(32, help="Tokens per window."),
-    max_per_document: int = typer.Option(None, help="At most so many windows of one document."),
-    text_field: str = typer.Option("text", help="Field or column that holds the text."),
-    document_separator: str = DOCUMENT_SEPARATOR,
-    device: str = typer.Option(None, help="auto (the GPU when there is one), cpu, cuda or mps."),
-    dtype: str = typer.Option(
-        None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."
-    ),
-    value_dtype: str = typer.Option("float16", help="How codes are stored: float16 or float32."),
-    batch_tokens: int = typer.Option(None, help="Tokens per forward pass."),
-    replace: bool = typer.Option(
-        False, "--replace", help="Delete what another request left in --out: windows, codes, records."
-    ),
-    as_json: bool = typer.Option(False, "--json", help="Print the result as JSON."),
+    out: OutFolder,
+    reading: Reading,
+    model: Model = "smollm2-135m-instruct",
+    sae: Sae = "demo",
+    corpus: Corpus = "sotu",
+    text_field: TextField = "text",
+    document_separator: Annotated[DocumentSeparator, Else("recognised")] = None,
+    max_tokens: Annotated[MaxTokens, Else("all")] = None,
+    window: Window = 32,
+    max_per_document: Annotated[
+        int | None,
+        typer.Option(help="Windows of one document at most.", rich_help_panel=TEXT),
+    ] = None,
+    dtype: ModelDtype = None,
+    value_dtype: CodeDtype = "float16",
+    batch_tokens: BatchTokens = None,
+    replace: Replace = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a model and an SAE over a corpus and store every positive code, by feature.
 
+    The same command goes on with an unfinished run in --out.
+
     Example: featureinterp collect --model smollm2-135m-instruct --sae demo --corpus sotu --max-tokens 30000
-        --out RUN
+    --out RUN
     """
     from featureinterp import api
 
     screen = Screen(as_json=as_json)
-    screen.machine(dtype, device)
+    screen.machine(dtype, reading.subject)
     with screen.live():
         store = api.collect(
             out=out,
-            model=model,
-            sae=sae,
-            corpus=corpus,
+            **given(model=model, sae=sae, corpus=corpus, window=window, text_field=text_field),
             max_tokens=max_tokens,
-            window=window,
             max_per_document=max_per_document,
-            text_field=text_field,
             document_separator=document_separator,
-            device=device,
+            device=reading.subject,
             dtype=dtype,
             value_dtype=value_dtype,
             batch_tokens=batch_tokens,

@@ -3,41 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-import typer
-
-from featureinterp.cli.options import RETRY_FAILED
+from featureinterp.cli.options import (
+    AsJson,
+    Features,
+    MaxTokens,
+    NTest,
+    OutFolder,
+    Replace,
+    RetryFailed,
+    Seed,
+    Simulator,
+    random_or_named,
+)
 from featureinterp.cli.screen import Screen, end, one_line, plain, put
+from featureinterp.cli.verb import Else
 
 MOST_ROWS = 50
 
 
 def demo(
-    features: int = typer.Option(5, help="How many features to explain."),
-    seed: int = typer.Option(0, help="Which random features."),
-    max_tokens: int = typer.Option(
-        None, help="Tokens of the corpus to collect; planned to this machine's speed when not given."
-    ),
-    n_test: int = typer.Option(
-        None, help="Test windows of each kind; planned to this machine's speed when not given."
-    ),
-    simulator: str = typer.Option("token-wise", help="token-wise, all-at-once or lexical."),
-    out: Path = typer.Option(
-        Path("featureinterp-demo"), help="Folder for everything that is made; what is valid in it is reused."
-    ),
-    retry_failed: bool = RETRY_FAILED,
-    replace: bool = typer.Option(
-        False, "--replace", help="Delete what another request left in --out; replies stay."
-    ),
-    as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
+    features: Features = "random:5",
+    seed: Seed = 0,
+    max_tokens: Annotated[MaxTokens, Else("planned to this machine's speed")] = None,
+    n_test: Annotated[NTest, Else("planned to this machine's speed")] = None,
+    simulator: Simulator = "token-wise",
+    out: OutFolder = Path("featureinterp-demo"),
+    retry_failed: RetryFailed = False,
+    replace: Replace = False,
+    as_json: AsJson = False,
 ) -> None:
     """Explain features of the embedded model live, score the explanations, and write a report.
 
-    Fetches the embedded parts (1.3 GB, once) into the user's cache.
+    Fetches the embedded parts (1.3 GB, once) into the user's cache. Features are drawn at random among those
+    that fire in at least 15 windows. What is valid in --out is used again.
 
-    Example: featureinterp demo --features 20 --seed 1
+    Example: featureinterp demo --features random:20 --seed 1
     """
+    from featureinterp.errors import InputError
+
     screen = Screen(as_json=as_json)
+    n = random_or_named(features, screen)
+    if not isinstance(n, int):
+        raise InputError(f"the demo draws its features at random: write random:5, not {features!r}")
     screen.say(
         "featureinterp demo: SmolLM2-135M, its SAE, and State of the Union addresses, explained by "
         "Qwen2.5-Coder-1.5B on this machine"
@@ -45,13 +54,7 @@ def demo(
     screen.machine()
     from featureinterp import api
 
-    choice = {
-        "features": features,
-        "seed": seed,
-        "max_tokens": max_tokens,
-        "n_test": n_test,
-        "simulator": simulator,
-    }
+    choice = {"features": n, "seed": seed, "max_tokens": max_tokens, "n_test": n_test, "simulator": simulator}
     with screen.live():
         results = api.demo(
             out=out,

@@ -2,34 +2,130 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featureinterp.cli.options import given
+from featureinterp.cli.options import LIMITS, Concurrency, given
 
 if TYPE_CHECKING:
     from featureinterp.llm.config import Endpoint
 
-RPM = typer.Option(None, help="Requests per minute at most.")
-TPM = typer.Option(None, help="Tokens per minute at most.")
-TIMEOUT_S = typer.Option(None, help="Seconds that one request may take; 120 when nothing else is known.")
-MAX_ATTEMPTS = typer.Option(None, help="Attempts at one request; 6 when nothing else is known.")
-REPLY_TOKENS = typer.Option(
-    None, help="At least so many tokens of room for every reply; as many as each kind needs when not given."
-)
-THINKING_TOKENS = typer.Option(
-    None,
-    help="Room for a model's thoughts beside the reply; 4096 once it turns out to think, when not given.",
-)
-EFFORT = typer.Option(
-    None, help="How hard a reasoning model thinks, in its provider's words: none, minimal, low, medium, high."
-)
-EXTRA_BODY = typer.Option(None, help='Fields of every request, as JSON: \'{"provider": {"sort": "price"}}\'.')
-EXTRA_HEADER = typer.Option(
-    None, help="A header of every request, 'NAME: VALUE' or 'NAME: env:VARIABLE'; give several."
-)
+ASKED = "Language model"
+
+
+@dataclass(frozen=True)
+class LlmOptions:
+    """The language model that is asked, and how. Without ``llm`` and ``base_url``: that of the job, or the
+    embedded one; the other options change it.
+    """
+
+    llm: Annotated[
+        str | None,
+        typer.Option(
+            "--llm",
+            metavar="NAME",
+            help="Endpoint by its name in the configuration file ('featureinterp llm list').",
+            rich_help_panel=ASKED,
+        ),
+    ] = None
+    base_url: Annotated[
+        str | None,
+        typer.Option(
+            "--base-url",
+            metavar="URL",
+            help="Address of an OpenAI-compatible endpoint, such as http://localhost:8000/v1. Without it and "
+            "--llm: the endpoint of the job, or the embedded model.",
+            rich_help_panel=ASKED,
+        ),
+    ] = None
+    llm_model: Annotated[
+        str | None,
+        typer.Option("--llm-model", metavar="NAME", help="The endpoint's model.", rich_help_panel=ASKED),
+    ] = None
+    api_key_env: Annotated[
+        str | None,
+        typer.Option(
+            "--api-key-env",
+            metavar="VARIABLE",
+            help="Name of the environment variable that holds the endpoint's key. Only OpenAI's own has a "
+            "default, OPENAI_API_KEY.",
+            rich_help_panel=ASKED,
+        ),
+    ] = None
+    effort: Annotated[
+        str | None,
+        typer.Option(
+            "--effort",
+            help="How hard a reasoning model thinks, in its provider's words: none, minimal, low, medium, "
+            "high.",
+            rich_help_panel=ASKED,
+        ),
+    ] = None
+    extra_body: Annotated[
+        str | None,
+        typer.Option(
+            "--extra-body",
+            metavar="JSON",
+            help='Fields of every request, such as \'{"provider": {"sort": "price"}}\'.',
+            rich_help_panel=ASKED,
+        ),
+    ] = None
+    extra_header: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--extra-header",
+            metavar="'NAME: VALUE'",
+            help="A header of every request; a value env:VARIABLE is that of the variable. Give several.",
+            rich_help_panel=ASKED,
+        ),
+    ] = None
+    concurrency: Concurrency = None
+    rpm: Annotated[
+        int | None, typer.Option("--rpm", help="Requests per minute at most.", rich_help_panel=LIMITS)
+    ] = None
+    tpm: Annotated[
+        int | None, typer.Option("--tpm", help="Tokens per minute at most.", rich_help_panel=LIMITS)
+    ] = None
+    timeout_s: Annotated[
+        float | None,
+        typer.Option(
+            "--timeout-s",
+            help="Seconds that one request may take; 120, or what the configuration file says.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None
+    max_attempts: Annotated[
+        int | None,
+        typer.Option(
+            "--max-attempts",
+            help="Attempts at one request; 6, or what the configuration file says.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None
+    reply_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--reply-tokens",
+            help="Least room for a reply, in tokens; what each kind of question needs when not given.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None
+    thinking_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--thinking-tokens",
+            help="Room for a model's thoughts beside its reply, in tokens; 4096 once it turns out to think.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = None
+
+    def endpoint(self, job: Endpoint | str | None = None) -> Endpoint | str | None:
+        """What is meant; see :func:`endpoint_of`."""
+        options = asdict(self)
+        name, base_url, model = (options.pop(each) for each in ("llm", "base_url", "llm_model"))
+        return endpoint_of(name, base_url, job=job, model=model, **options)
 
 
 _OPTIONS = {

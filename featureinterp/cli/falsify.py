@@ -2,119 +2,75 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from featureinterp.cli.endpoint import (
-    EFFORT,
-    EXTRA_BODY,
-    EXTRA_HEADER,
-    MAX_ATTEMPTS,
-    REPLY_TOKENS,
-    RPM,
-    THINKING_TOKENS,
-    TIMEOUT_S,
-    TPM,
-    endpoint_of,
-)
+from featureinterp.cli.endpoint import LlmOptions
 from featureinterp.cli.options import (
-    CONCURRENCY,
-    DEVICE,
-    FEATURES_AT_ONCE,
-    RETRY_FAILED,
-    SIMULATOR_DEVICE,
-    SUBJECT_DEVICE,
-    budget_of,
+    AsJson,
+    Devices,
+    FeaturesAtOnce,
+    JobFolder,
+    Limits,
+    Model,
+    ModelDtype,
+    NTexts,
+    RetryFailed,
+    Sae,
     given,
 )
 from featureinterp.cli.screen import Screen, end, one_line, plain, put
+from featureinterp.cli.verb import Else, Former
 
 
 def falsify(
-    folder: Path = typer.Argument(
-        ..., metavar="RUN", help="The folder of a job that explained features, or the run folder above it."
-    ),
-    texts: int = typer.Option(
-        None,
-        help="Texts that should fire, and as many near misses, per explanation; the job's own (8) when not "
-        "given.",
-    ),
-    rounds: int = typer.Option(
-        None,
-        help="Explanations that are tried at most: the first, and revisions of it; the job's own (2) when "
-        "not given.",
-    ),
-    fires_above: float = typer.Option(
-        None,
-        help="Share of the feature's largest activation above which a text counts as firing; the job's own "
-        "(0.1) when not given.",
-    ),
-    llm: str = typer.Option(
-        None, help="An endpoint of the configuration file; that of the job when not given."
-    ),
-    base_url: str = typer.Option(None, help="OpenAI-compatible endpoint; that of the job when not given."),
-    llm_model: str = typer.Option(None, help="The endpoint's model."),
-    api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key."),
-    concurrency: int = CONCURRENCY,
-    rpm: int = RPM,
-    tpm: int = TPM,
-    timeout_s: float = TIMEOUT_S,
-    max_attempts: int = MAX_ATTEMPTS,
-    reply_tokens: int = REPLY_TOKENS,
-    thinking_tokens: int = THINKING_TOKENS,
-    effort: str = EFFORT,
-    extra_body: str = EXTRA_BODY,
-    extra_header: list[str] = EXTRA_HEADER,
-    features_at_once: int = FEATURES_AT_ONCE,
-    device: str = DEVICE,
-    subject_device: str = SUBJECT_DEVICE,
-    simulator_device: str = SIMULATOR_DEVICE,
-    budget_usd: float = typer.Option(
-        None, help="Stop when this much is spent; the job's own limit when not given."
-    ),
-    max_minutes: float = typer.Option(None, help="Stop after this time; the job's own limit when not given."),
-    retry_failed: bool = RETRY_FAILED,
-    as_json: bool = typer.Option(False, "--json", help="Print the results as JSON."),
+    folder: JobFolder,
+    asked: LlmOptions,
+    limits: Limits,
+    devices: Devices,
+    n_texts: Annotated[NTexts, Former("--texts"), Else("the job's own, 8")] = None,
+    rounds: Annotated[
+        int | None,
+        typer.Option(help="Explanations that are tried at most: the first, and revisions of it."),
+        Else("the job's own, 2"),
+    ] = None,
+    fires_above: Annotated[
+        float | None,
+        typer.Option(help="Share of the feature's largest activation above which a text counts as firing."),
+        Else("the job's own, 0.1"),
+    ] = None,
+    model: Annotated[Model, Else("the run's own")] = None,
+    sae: Annotated[Sae, Else("the run's own")] = None,
+    features_at_once: FeaturesAtOnce = None,
+    dtype: ModelDtype = None,
+    retry_failed: RetryFailed = False,
+    as_json: AsJson = False,
 ) -> None:
     """Have a language model write texts that test each explanation, let the subject model decide, and revise
     what was contradicted.
 
-    Example: featureinterp falsify RUN --texts 12
+    Goes on from a job, and adds to its folder. What is not given here is as the job has it.
+
+    Example: featureinterp falsify RUN --n-texts 12
     """
     from featureinterp import api
 
     job = api.job_in(folder)
-    endpoint = endpoint_of(
-        llm,
-        base_url,
-        job=job.llm,
-        model=llm_model,
-        api_key_env=api_key_env,
-        concurrency=concurrency,
-        rpm=rpm,
-        tpm=tpm,
-        timeout_s=timeout_s,
-        max_attempts=max_attempts,
-        reply_tokens=reply_tokens,
-        thinking_tokens=thinking_tokens,
-        effort=effort,
-        extra_body=extra_body,
-        extra_header=extra_header,
-    )
+    endpoint = asked.endpoint(job.llm)
     screen = Screen(as_json=as_json)
     with screen.live():
         results = api.falsify(
             folder,
-            trial=given(n_texts=texts, rounds=rounds, fires_above=fires_above),
-            budget=budget_of(budget_usd, max_minutes),
+            trial=given(n_texts=n_texts, rounds=rounds, fires_above=fires_above),
+            budget=limits.fields(),
             plan=given(features_at_once=features_at_once),
             llm=endpoint,
             retry_failed=retry_failed,
             on_event=screen.event,
             steps=screen.step,
-            **given(device=device, subject_device=subject_device, simulator_device=simulator_device),
+            **given(model=model, sae=sae, simulator_dtype=dtype),
+            **devices.fields(),
         )
     finish(screen, results)
 

@@ -3,46 +3,67 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from featureinterp.cli.demo import finish
-from featureinterp.cli.options import REPLACE_JOB, RETRY_FAILED
+from featureinterp.cli.endpoint import LlmOptions
+from featureinterp.cli.options import (
+    AsJson,
+    Devices,
+    FeaturesAtOnce,
+    JobFolder,
+    Limits,
+    ModelDtype,
+    Out,
+    Replace,
+    RetryFailed,
+    given,
+    named,
+)
 from featureinterp.cli.screen import Screen, one_line, put
-
-_JSON = typer.Option(False, "--json", help="Print as JSON.")
+from featureinterp.cli.verb import Else
+from featureinterp.registry import FORMATS
 
 
 def run(
-    job: Path = typer.Argument(..., help="A TOML file; docs/jobs.md says what can be in it."),
-    dry_run: bool = typer.Option(
-        False, "--dry-run", help="Only say what would be done and what it would cost."
-    ),
-    budget_usd: float = typer.Option(None, help="Stop when this much is spent, over the job's own budget."),
-    max_minutes: float = typer.Option(None, help="Stop after this time, over the job's own budget."),
-    retry_failed: bool = RETRY_FAILED,
-    replace: bool = REPLACE_JOB,
-    as_json: bool = _JSON,
+    job: Annotated[
+        Path, typer.Argument(metavar="JOB", help="A TOML file; docs/jobs.md says what it may say.")
+    ],
+    asked: LlmOptions,
+    limits: Limits,
+    devices: Devices,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done and what it would cost.")
+    ] = False,
+    features_at_once: FeaturesAtOnce = None,
+    dtype: ModelDtype = None,
+    out: Annotated[Out, Else("the job's own, or RUN/explain")] = None,
+    retry_failed: RetryFailed = False,
+    replace: Replace = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Run a job from a file. Running it again goes on where it stopped; what was paid for is never paid
-    twice.
+    """Run a job from a file. The same command goes on where it stopped; nothing is paid for twice.
+
+    What is given here goes before what the file says.
 
     Example: featureinterp run JOB.toml --dry-run
     """
-    from dataclasses import replace as replaced
-
     from featureinterp import api
     from featureinterp.domain.usage import cost_in_words
-    from featureinterp.jobs.spec import load_job
+    from featureinterp.jobs.spec import changed, load_job
 
     screen = Screen(as_json=as_json)
     wanted = load_job(job)
-    budget = wanted.budget
-    if budget_usd is not None:
-        budget = replaced(budget, usd=budget_usd)
-    if max_minutes is not None:
-        budget = replaced(budget, minutes=max_minutes)
-    wanted = wanted.model_copy(update={"budget": budget})
+    wanted = changed(
+        wanted,
+        llm=asked.endpoint(wanted.llm),
+        budget=limits.fields(),
+        plan=given(features_at_once=features_at_once),
+        **given(out=out, simulator_dtype=dtype),
+        **devices.fields(),
+    )
     if dry_run:
         found = api.dry_run(wanted)
         if as_json:
@@ -62,8 +83,8 @@ def run(
 
 
 def status(
-    folder: Path = typer.Argument(..., metavar="RUN", help="A job's folder, or the run folder above it."),
-    as_json: bool = _JSON,
+    folder: JobFolder,
+    as_json: AsJson = False,
 ) -> None:
     """Show how far a job is, what it cost, and what failed.
 
@@ -108,14 +129,10 @@ def status(
 
 
 def export(
-    folder: Path = typer.Argument(..., metavar="RUN", help="A job's folder, or the run folder above it."),
-    to: str = typer.Option(
-        "parquet", help="parquet, csv, jsonl, or another of 'featureinterp list formats'."
-    ),
-    out: Path = typer.Option(
-        None, help="The file to write; features.FORMAT in the job's folder when not given."
-    ),
-    as_json: bool = _JSON,
+    folder: JobFolder,
+    to: Annotated[str, named(FORMATS, "--to", "Form of the table.")] = "parquet",
+    out: Annotated[Out, Else("features.FORMAT in the job's folder")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write one row per feature: explanation, scores with intervals and nulls, cost, failures.
 

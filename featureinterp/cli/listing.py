@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from featureinterp.cli.options import AsJson
 from featureinterp.cli.screen import Screen, put
 
 KINDS = "explainers, simulators, scorers, stages, windows, embedders, formats, layouts"
 
 
 def list_parts(
-    kind: str = typer.Argument(None, help=f"{KINDS}; all of them when not given."),
-    as_json: bool = typer.Option(False, "--json", help="Print as JSON."),
+    kind: Annotated[
+        str | None, typer.Argument(metavar="KIND", help=f"{KINDS}; all of them when not given.")
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """List what a name can stand for, with one line each, also from other installed packages.
 

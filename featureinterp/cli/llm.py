@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Annotated
+
 import typer
 
+from featureinterp.cli.endpoint import LlmOptions
+from featureinterp.cli.options import AsJson
 from featureinterp.cli.screen import Screen, put
+from featureinterp.cli.verb import add
 
 app = typer.Typer(
     help="Endpoints of language models, by the names that the configuration file gives them.",
     no_args_is_help=True,
 )
-_JSON = typer.Option(False, "--json", help="Print as JSON.")
 
 
-@app.command("list")
-def list_endpoints(as_json: bool = _JSON) -> None:
+def list_endpoints(as_json: AsJson = False) -> None:
     """List the endpoints of the configuration file and what was found out about them.
 
     Example: featureinterp llm list
@@ -48,8 +52,14 @@ def list_endpoints(as_json: bool = _JSON) -> None:
     put(f"Configuration: {config.path}")
 
 
-@app.command()
-def test(name: str, as_json: bool = _JSON) -> None:
+def test(
+    asked: LlmOptions,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="Endpoint by its name in the configuration file, as --llm."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """Ask an endpoint a few small things: whether it is there, what it can do, and what a call costs.
 
     The table comes in any case; the exit code is 1 when the endpoint did not answer, or not all.
@@ -58,11 +68,17 @@ def test(name: str, as_json: bool = _JSON) -> None:
     """
     import anyio
 
+    from featureinterp.errors import InputError
     from featureinterp.llm.config import load_config
     from featureinterp.llm.probe import probe
 
+    if name is not None and asked.llm is not None:
+        raise InputError(f"an endpoint is named twice, {name} and {asked.llm}: give one of them")
+    meant = replace(asked, llm=name or asked.llm).endpoint()
+    if meant is None:
+        raise InputError("there is no endpoint to ask: give its name, or --base-url and --llm-model")
     config = load_config()
-    endpoint = config.endpoint(name)
+    endpoint = config.endpoint(meant) if isinstance(meant, str) else meant
     found = anyio.run(lambda: probe(endpoint, config.price(endpoint)))
     screen = Screen(as_json=as_json)
     if as_json:
@@ -72,3 +88,7 @@ def test(name: str, as_json: bool = _JSON) -> None:
             put(f"{what:<20}{value}")
     if found.problem is not None:
         raise typer.Exit(1)
+
+
+add(app, "list", list_endpoints)
+add(app, "test", test)

@@ -9,14 +9,19 @@ from types import FrameType
 from typing import NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
 from featureinterp import __version__
 from featureinterp.cli import (
     collect,
     demo,
+    doctor,
+    evaluate,
     explain,
+    extract,
     falsify,
     jobs,
+    layers,
     listing,
     llm,
     models,
@@ -27,9 +32,10 @@ from featureinterp.cli import (
     sensitivity,
     serve,
     steer,
-    training,
+    train,
     verify,
 )
+from featureinterp.cli.verb import add
 from featureinterp.visible import visible
 
 INTERRUPTED = 130
@@ -43,28 +49,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
-app.command("demo")(demo.demo)
+add(app, "demo", demo.demo)
 app.add_typer(models.app, name="models")
 app.add_typer(saes.app, name="saes")
-app.command("collect")(collect.collect)
-app.command("records")(records.records)
-app.command("explain")(explain.explain)
-app.command("falsify")(falsify.falsify)
-app.command("steer")(steer.steer)
-app.command("probe")(probe.probe)
-app.command("sensitivity")(sensitivity.sensitivity)
-app.command("extract")(training.extract)
-app.command("train")(training.train)
-app.command("evaluate")(training.evaluate)
-app.command("doctor")(training.doctor)
-app.command("layers")(training.layers)
-app.command("list")(listing.list_parts)
-app.command("run")(jobs.run)
-app.command("status")(jobs.status)
-app.command("export")(jobs.export)
-app.command("serve")(serve.serve)
-app.command("report")(report.report)
-app.command("verify")(verify.verify)
+add(app, "collect", collect.collect)
+add(app, "records", records.records)
+add(app, "explain", explain.explain)
+add(app, "falsify", falsify.falsify)
+add(app, "steer", steer.steer)
+add(app, "probe", probe.probe)
+add(app, "sensitivity", sensitivity.sensitivity)
+add(app, "extract", extract.extract)
+add(app, "train", train.train)
+add(app, "evaluate", evaluate.evaluate)
+add(app, "doctor", doctor.doctor)
+add(app, "layers", layers.layers)
+add(app, "list", listing.list_parts)
+add(app, "run", jobs.run)
+add(app, "status", jobs.status)
+add(app, "export", jobs.export)
+add(app, "serve", serve.serve)
+add(app, "report", report.report)
+add(app, "verify", verify.verify)
 app.add_typer(llm.app, name="llm")
 
 
@@ -89,6 +95,23 @@ def _terminated(number: int, frame: FrameType | None) -> None:
     interrupt = signal.getsignal(signal.SIGINT)
     assert callable(interrupt)
     interrupt(number, frame)
+
+
+def _misused(error: TyperException) -> NoReturn:
+    """Says in one sentence what is wrong with the command; the bare name of a group asks for its help."""
+    says = error.format_message()
+    if says.startswith("Usage: "):
+        print(says)
+    else:
+        line = " ".join(visible(says).split()).replace("Value error, ", "").removesuffix(".")
+        print(f"featureinterp: {line[:1].lower()}{line[1:]}: see {_help_of(error)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _help_of(error: TyperException) -> str:
+    """The command that shows the help of the verb that was misused."""
+    context = getattr(error, "ctx", None)
+    return f"'{context.command_path if context else 'featureinterp'} --help'"
 
 
 def _stop() -> NoReturn:
@@ -116,16 +139,17 @@ def main() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        app(args=argv)
+        code = app(args=argv, standalone_mode=False, prog_name="featureinterp")
     except FeatureInterpError as error:
         if debug:
             raise
         print(f"featureinterp: {visible(str(error))}", file=sys.stderr)
         sys.exit(2)
-    except SystemExit as end:
-        if end.code != INTERRUPTED:
-            raise
+    except TyperException as error:
+        _misused(error)
+    if code == INTERRUPTED:
         _stop()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

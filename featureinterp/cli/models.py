@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
+from featureinterp.cli.options import AsJson
 from featureinterp.cli.screen import Screen, put
+from featureinterp.cli.verb import add
 
 app = typer.Typer(
     help="The embedded parts: models and a corpus, fetched once into the user's cache.", no_args_is_help=True
 )
-_JSON = typer.Option(False, "--json", help="Print as JSON.")
 
 
-@app.command("list")
-def list_parts(as_json: bool = _JSON) -> None:
+def list_parts(as_json: AsJson = False) -> None:
     """List the embedded parts with size, licence, sources and whether they are in the cache.
 
     Example: featureinterp models list
@@ -62,10 +64,12 @@ def list_parts(as_json: bool = _JSON) -> None:
     put(f"Cache: {cache_folder()}")
 
 
-@app.command()
 def fetch(
-    names: list[str] = typer.Argument(None, help="Which parts; none: all that the demo needs."),
-    as_json: bool = _JSON,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Which parts; none: all that the demo needs."),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Fetch parts into the cache; an interrupted download goes on where it stopped.
 
@@ -92,10 +96,12 @@ def fetch(
         screen.result({"fetched": [p.name for p in wanted]})
 
 
-@app.command()
 def verify(
-    names: list[str] = typer.Argument(None, help="Which parts; none: all that are in the cache."),
-    as_json: bool = _JSON,
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Which parts; none: all that are in the cache."),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Read cached parts again and compare their SHA-256 with what is declared.
 
@@ -113,3 +119,8 @@ def verify(
         screen.result({"verified": wanted})
     elif not wanted:
         screen.say("nothing is in the cache yet: run 'featureinterp models fetch'")
+
+
+add(app, "list", list_parts)
+add(app, "fetch", fetch)
+add(app, "verify", verify)

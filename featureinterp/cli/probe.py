@@ -2,57 +2,64 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featureinterp.cli.options import (
+    AsJson,
+    Corpus,
+    DocumentSeparator,
+    Labels,
+    Model,
+    Out,
+    Reading,
+    Run,
+    Seed,
+    TextField,
+)
 from featureinterp.cli.screen import Screen, plain, put
+from featureinterp.cli.verb import Else
 
 if TYPE_CHECKING:
     from featureinterp.api import Probe
 
 
 def probe(
-    run: Path = typer.Argument(..., help="Folder that 'collect' wrote."),
-    labels: str = typer.Option(
-        "ready",
-        help="A .jsonl file of spans, a .toml file of regular expressions, names of ready concepts, or "
-        "ready (all of them).",
-    ),
-    out: Path = typer.Option(None, help="Folder for tables, plots and the page; RUN/probe when not given."),
-    dense: bool = typer.Option(
-        True,
-        "--dense/--no-dense",
-        help="Also decode the activations that the SAE read; the model runs over the windows once.",
-    ),
-    decoders: bool = typer.Option(
-        True, "--decoders/--no-decoders", help="Fit linear decoders of all features."
-    ),
-    test_fraction: float = typer.Option(
-        0.4, help="Share of the tokens that are held out, in documents of their own."
-    ),
-    min_auroc: float = typer.Option(0.85, help="An annotation needs this held-out AUROC,"),
-    min_f1: float = typer.Option(0.5, help="or this held-out F1 (precision by token, recall by instance)."),
-    alpha: float = typer.Option(0.05, help="The chance that features of noise get a given label at all."),
-    shifts: int = typer.Option(200, help="Shifts of the labels that this is judged by."),
-    corpus: str = typer.Option(
-        None, help="Where the run's corpus is now; by the name that the run recorded when not given."
-    ),
-    text_field: str = typer.Option(
-        None, help="Field or column that holds the text; that of the run when not given."
-    ),
-    document_separator: str = typer.Option(
-        None, help="What is between the documents of a text file; as the run has it when not given."
-    ),
-    model: str = typer.Option(
-        None, help="Where the subject model is now; by the name that the run recorded when not given."
-    ),
-    device: str = typer.Option(
-        None, help="Device of the subject model: auto (the GPU when there is one), cpu, cuda or mps."
-    ),
-    seed: int = typer.Option(0, help="Seed of the split and of the shifts."),
-    as_json: bool = typer.Option(False, "--json", help="Print the concepts and annotations as JSON."),
+    run: Run,
+    reading: Reading,
+    labels: Labels = "ready",
+    dense: Annotated[
+        bool,
+        typer.Option(
+            "--dense/--no-dense",
+            help="Also decode the activations that the SAE read; the model runs over the windows once.",
+        ),
+    ] = True,
+    decoders: Annotated[
+        bool, typer.Option("--decoders/--no-decoders", help="Fit linear decoders of all features.")
+    ] = True,
+    test_fraction: Annotated[
+        float, typer.Option(help="Share of the tokens that are held out, in documents of their own.")
+    ] = 0.4,
+    min_auroc: Annotated[
+        float, typer.Option(help="Least held-out AUROC of an annotation; --min-f1 is enough, too.")
+    ] = 0.85,
+    min_f1: Annotated[
+        float,
+        typer.Option(help="Least held-out F1 of an annotation (precision by token, recall by instance)."),
+    ] = 0.5,
+    alpha: Annotated[
+        float, typer.Option(help="Chance that features of pure noise get a given label at all.")
+    ] = 0.05,
+    shifts: Annotated[int, typer.Option(help="Shifts of the labels that --alpha is judged by.")] = 200,
+    corpus: Annotated[Corpus, Else("the run's own")] = None,
+    text_field: Annotated[TextField, Else("the run's own")] = None,
+    document_separator: Annotated[DocumentSeparator, Else("the run's own")] = None,
+    model: Annotated[Model, Else("the run's own")] = None,
+    seed: Seed = 0,
+    out: Annotated[Out, Else("RUN/probe")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Ask labelled concepts about every feature at once: best features, decoders, annotations, each with its
     null.
@@ -83,7 +90,7 @@ def probe(
             text_field=text_field,
             document_separator=document_separator,
             model=model,
-            device=device,
+            device=reading.subject,
             steps=screen.step,
         )
     if as_json:

@@ -4,43 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from featureinterp.cli.options import (
+    AsJson,
+    Features,
+    Holistic,
+    Model,
+    Out,
+    ProjectionOf,
+    Reading,
+    Run,
+    Sae,
+    Seed,
+)
 from featureinterp.cli.screen import Screen, put
+from featureinterp.cli.verb import Else
 
 if TYPE_CHECKING:
     from featureinterp.domain.record import FeatureRecord
 
 
 def records(
-    run: Path = typer.Argument(..., help="Folder that 'collect' wrote."),
-    features: str = typer.Option("0:100", help="0:100, 3,17,256, random:20 or alive."),
-    out: Path = typer.Option(None, help="JSONL file; RUN/records.jsonl when not given."),
-    embedder: str = typer.Option(
-        None, help="A sentence-transformers model; the embedded one when not given."
-    ),
-    count: list[str] = typer.Option(
-        [], help="Windows of a kind for train, valid and test: top=10,10,10; as often as needed."
-    ),
-    projection: str = typer.Option(
-        "closed-form", help="Projection of projected_similar windows: closed-form or info-nce."
-    ),
-    holistic: str = typer.Option(None, help="Add which tokens cause the activations: exact or gradient."),
-    model: str = typer.Option(
-        None, help="Where the subject model is now; by the name that the run recorded when not given."
-    ),
-    sae: str = typer.Option(
-        None, help="Where the SAE is now; by the name that the run recorded when not given."
-    ),
-    device: str = typer.Option(
-        None,
-        help="Device of the subject model and the SAE: auto (the GPU when there is one), cpu, cuda or mps.",
-    ),
-    seed: int = typer.Option(0, help="Seed of what is drawn at random."),
-    as_json: bool = typer.Option(False, "--json", help="Print a summary as JSON."),
+    run: Run,
+    reading: Reading,
+    features: Features = "0:100",
+    count: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Windows of a kind for train, valid and test: top=10,10,10; as often as needed.",
+            metavar="KIND=N,N,N",
+        ),
+    ] = None,
+    embedder: Annotated[
+        str | None,
+        typer.Option(help="A sentence-transformers model that finds similar windows."),
+        Else("the embedded one"),
+    ] = None,
+    projection: ProjectionOf = "closed-form",
+    holistic: Holistic = None,
+    model: Annotated[Model, Else("the run's own")] = None,
+    sae: Annotated[Sae, Else("the run's own")] = None,
+    seed: Seed = 0,
+    out: Annotated[Out, Else("RUN/records.jsonl")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Build the records of features: top, weighted, quantile, random, similar windows and silent ones, in
     disjoint splits.
@@ -55,8 +64,16 @@ def records(
     from featureinterp.records.files import write_records
     from featureinterp.records.policy import RecordPolicy
 
-    policy = RecordPolicy({**RecordPolicy().counts, **counts_of(count)}, seed=seed, projection=projection)
-    options = {"embedder": embedder, "holistic": holistic, "model": model, "sae": sae, "device": device}
+    policy = RecordPolicy(
+        {**RecordPolicy().counts, **counts_of(count or [])}, seed=seed, projection=projection
+    )
+    options = {
+        "embedder": embedder,
+        "holistic": holistic,
+        "model": model,
+        "sae": sae,
+        "device": reading.subject,
+    }
     screen = Screen(as_json=as_json)
     target, short = out or run / "records.jsonl", 0
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from featureinterp.cli.options import AsJson, Out
 from featureinterp.cli.screen import Screen, put
+from featureinterp.cli.verb import Else
 
 
 def report(
-    folder: Path = typer.Argument(..., help="Folder that 'explain' or 'demo' wrote (RUN/explain)."),
-    out: Path = typer.Option(None, help="HTML file; FOLDER/report.html when not given."),
-    as_json: bool = typer.Option(False, "--json", help="Print as JSON."),
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="FOLDER", help="Folder that 'explain' or 'demo' wrote, such as RUN/explain."),
+    ],
+    out: Annotated[Out, Else("FOLDER/report.html")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Draw the report of a finished job again.
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from featureinterp.cli.options import AsJson
 from featureinterp.cli.screen import Screen, put
+from featureinterp.cli.verb import add
 
 app = typer.Typer(
     help="Published SAEs by name: what they are, where they lie, and fetching them.", no_args_is_help=True
 )
-_JSON = typer.Option(False, "--json", help="Print as JSON.")
 
 
-@app.command("list")
 def list_saes(
-    beginning: str = typer.Argument("", help="Only names that begin like this, such as py_16k or gscope."),
-    as_json: bool = _JSON,
+    beginning: Annotated[
+        str,
+        typer.Argument(
+            metavar="BEGINNING", help="Only names that begin like this, such as py_16k or gscope."
+        ),
+    ] = "",
+    as_json: AsJson = False,
 ) -> None:
     """List the SAEs that can be named, with model, width, architecture, and codes per token where known.
 
@@ -37,9 +42,9 @@ def list_saes(
     )
 
 
-@app.command()
 def show(
-    name: str = typer.Argument(help="A name of 'saes list', or a folder."), as_json: bool = _JSON
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name of 'saes list', or a folder.")],
+    as_json: AsJson = False,
 ) -> None:
     """Say what a name stands for, without asking the network.
 
@@ -56,8 +61,10 @@ def show(
             put(f"{key:14} " + ("yes" if value is True else "no" if value is False else str(value)))
 
 
-@app.command()
-def fetch(names: list[str] = typer.Argument(help="Names of 'saes list'."), as_json: bool = _JSON) -> None:
+def fetch(
+    names: Annotated[list[str], typer.Argument(metavar="NAME", help="Names of 'saes list'.")],
+    as_json: AsJson = False,
+) -> None:
     """Fetch SAEs into the model hub's cache and check that they are what their names say.
 
     Example: featureinterp saes fetch py_4k_btopk_s0 gscope_16k_l0_82
@@ -85,3 +92,8 @@ def _row(about: dict[str, Any]) -> tuple[str, ...]:
         about["model"].rsplit("/", 1)[-1],
         "cached" if about["cached"] else "",
     )
+
+
+add(app, "list", list_saes)
+add(app, "show", show)
+add(app, "fetch", fetch)

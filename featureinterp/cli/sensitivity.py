@@ -2,129 +2,127 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from featureinterp.cli.endpoint import (
-    EFFORT,
-    EXTRA_BODY,
-    EXTRA_HEADER,
-    MAX_ATTEMPTS,
-    REPLY_TOKENS,
-    RPM,
-    THINKING_TOKENS,
-    TIMEOUT_S,
-    TPM,
-    endpoint_of,
+from featureinterp.cli.endpoint import LlmOptions
+from featureinterp.cli.options import (
+    AsJson,
+    CodeDtype,
+    Concurrency,
+    Corpus,
+    DocumentSeparator,
+    Features,
+    FeaturesAtOnce,
+    Limits,
+    MaxTokens,
+    Model,
+    ModelDtype,
+    NTexts,
+    OutFolder,
+    Reading,
+    Replace,
+    RetryFailed,
+    Seed,
+    TextField,
+    Window,
+    given,
+    random_or_named,
 )
-from featureinterp.cli.options import DOCUMENT_SEPARATOR, FEATURES_AT_ONCE, RETRY_FAILED, given
 from featureinterp.cli.screen import Screen, end_with, one_line, plain, put, say_causes
+from featureinterp.cli.verb import Also, Else
+from featureinterp.domain.choices import ExampleSource
 
 if TYPE_CHECKING:
     from featureinterp.api import Sensitivity
 
 
+@dataclass(frozen=True)
+class SensitivityLlm(LlmOptions):
+    """The model that writes, with the published name of one option."""
+
+    concurrency: Annotated[Concurrency, Also("--max-workers")] = None
+
+
 def sensitivity(
-    more_saes: list[str] = typer.Argument(
-        None, help="Further SAEs, as in --sae-names A B C.", show_default=False
-    ),
-    model: str = typer.Option(
-        "smollm2-135m-instruct", help="The subject: embedded, a Hugging Face name or a folder."
-    ),
-    sae_names: list[str] = typer.Option(["demo"], help="SAEs of that model ('featureinterp saes list')."),
-    features: str = typer.Option("50", help="How many alive features at random, or which: 3,17 or 0:50."),
-    dataset_name: str = typer.Option("sotu", help="Corpus of the examples, as for 'collect --corpus'."),
-    text_field: str = typer.Option("text", help="Field or column that holds the text."),
-    document_separator: str = DOCUMENT_SEPARATOR,
-    total_tokens: int = typer.Option(2_000_000, help="About so many tokens of the corpus."),
-    context_size: int = typer.Option(128, help="Tokens per window."),
-    n_top_ex_for_generation: int = typer.Option(10, help="Top-activating examples that the writer is shown."),
-    n_iw_ex_for_generation: int = typer.Option(5, help="Importance-weighted examples that it is shown."),
-    samples: int = typer.Option(10, help="New texts per feature."),
-    num_per_call: int = typer.Option(10, help="Texts per request."),
-    use_saebench_examples: bool = typer.Option(
-        False, "--use-saebench-examples", help="Take features and examples from SAEBench's published results."
-    ),
-    llm: str = typer.Option(
-        None, help="An endpoint of the configuration file, by name ('featureinterp llm list')."
-    ),
-    base_url: str = typer.Option(None, help="OpenAI-compatible endpoint; the embedded model when not given."),
-    llm_model: str = typer.Option(None, help="The endpoint's model."),
-    api_key_env: str = typer.Option(None, help="Name of the variable that holds the endpoint's key."),
-    concurrency: int = typer.Option(
-        None,
-        "--concurrency",
-        "--max-workers",
-        help="Requests in flight at most; 16 when nothing else is known.",
-    ),
-    features_at_once: int = FEATURES_AT_ONCE,
-    rpm: int = RPM,
-    tpm: int = TPM,
-    timeout_s: float = TIMEOUT_S,
-    max_attempts: int = MAX_ATTEMPTS,
-    reply_tokens: int = REPLY_TOKENS,
-    thinking_tokens: int = THINKING_TOKENS,
-    effort: str = EFFORT,
-    extra_body: str = EXTRA_BODY,
-    extra_header: list[str] = EXTRA_HEADER,
-    budget_usd: float = typer.Option(None, help="Stop when this much is spent."),
-    max_minutes: float = typer.Option(None, help="Stop after this time."),
-    seed: int = typer.Option(0, help="Seed of what is drawn at random."),
-    device: str = typer.Option(
-        None, help="Device of model and SAEs: auto (the GPU when there is one), cpu, cuda or mps."
-    ),
-    dtype: str = typer.Option(
-        None, help="The model's dtype: auto (what is fast here), bfloat16, float16 or float32."
-    ),
-    output_path: Path = typer.Option(
-        Path("sensitivity"), "--output-path", "--out", help="Folder for tables, plots and what is kept."
-    ),
-    retry_failed: bool = RETRY_FAILED,
-    value_dtype: str = typer.Option("float16", help="How codes are stored: float16 or float32."),
-    replace: bool = typer.Option(
-        False, "--replace", help="Delete codes of another request that are in the folder."
-    ),
-    verbose: bool = typer.Option(False, "--verbose", help="Show every text with what it activates."),
-    as_json: bool = typer.Option(False, "--json", help="Print the summaries as JSON."),
+    asked: SensitivityLlm,
+    limits: Limits,
+    reading: Reading,
+    more_saes: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="SAE", help="Further SAEs, as in --sae A B C.", show_default=False),
+    ] = None,
+    model: Model = "smollm2-135m-instruct",
+    sae: Annotated[
+        list[str],
+        typer.Option(help="SAEs of that model: names of 'saes list', saelens:RELEASE/ID, or folders."),
+        Also("--sae-names"),
+    ] = ["demo"],  # noqa: B006 (typer copies it)
+    features: Features = "random:50",
+    corpus: Annotated[Corpus, Also("--dataset-name")] = "sotu",
+    text_field: TextField = "text",
+    document_separator: Annotated[DocumentSeparator, Else("recognised")] = None,
+    max_tokens: Annotated[MaxTokens, Also("--total-tokens")] = 2_000_000,
+    window: Annotated[Window, Also("--context-size")] = 128,
+    examples: Annotated[
+        ExampleSource,
+        typer.Option(
+            help="Where features and examples come from: the corpus, or SAEBench's published results."
+        ),
+    ] = "corpus",
+    use_saebench_examples: Annotated[
+        bool, typer.Option("--use-saebench-examples", help="The same as --examples saebench.")
+    ] = False,
+    n_top: Annotated[
+        int,
+        typer.Option(help="Top-activating examples that the writer is shown."),
+        Also("--n-top-ex-for-generation"),
+    ] = 10,
+    n_weighted: Annotated[
+        int,
+        typer.Option(help="Importance-weighted examples that the writer is shown."),
+        Also("--n-iw-ex-for-generation"),
+    ] = 5,
+    n_texts: Annotated[NTexts, Also("--samples")] = 10,
+    texts_per_call: Annotated[
+        int, typer.Option(help="Texts that one request asks for."), Also("--num-per-call")
+    ] = 10,
+    seed: Seed = 0,
+    features_at_once: FeaturesAtOnce = None,
+    dtype: ModelDtype = None,
+    value_dtype: CodeDtype = "float16",
+    out: Annotated[OutFolder, Also("--output-path")] = Path("sensitivity"),
+    retry_failed: RetryFailed = False,
+    replace: Replace = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show every text with what it activates.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure how often features fire on new texts that a language model writes like their examples.
 
-    Example: featureinterp sensitivity --model pythia-160m-deduped --sae-names py_4k_btopk_s0 py_16k_btopk_s0
-        --dataset-name CORPUS
+    Example: featureinterp sensitivity --model pythia-160m-deduped --sae py_4k_btopk_s0 py_16k_btopk_s0
+    --corpus CORPUS
     """
     from featureinterp import api
     from featureinterp.jobs.budget import Budget
     from featureinterp.jobs.sensitivity import SensitivityPlan
 
-    names = [n for text in (*sae_names, *(more_saes or ())) for n in text.split(",") if n]
-    endpoint = endpoint_of(
-        llm,
-        base_url,
-        model=llm_model,
-        api_key_env=api_key_env,
-        concurrency=concurrency,
-        rpm=rpm,
-        tpm=tpm,
-        timeout_s=timeout_s,
-        max_attempts=max_attempts,
-        reply_tokens=reply_tokens,
-        thinking_tokens=thinking_tokens,
-        effort=effort,
-        extra_body=extra_body,
-        extra_header=extra_header,
-    )
+    names = [n for text in (*sae, *(more_saes or ())) for n in text.split(",") if n]
+    endpoint = asked.endpoint()
     plan = SensitivityPlan(
-        samples,
-        num_per_call,
-        n_top_ex_for_generation,
-        n_iw_ex_for_generation,
         seed=seed,
-        **given(features_at_once=features_at_once),
+        n_top=n_top,
+        n_weighted=n_weighted,
+        texts_per_call=texts_per_call,
+        **given(n_texts=n_texts, features_at_once=features_at_once),
     )
     screen = Screen(as_json=as_json)
-    screen.machine(dtype, device)
+    screen.machine(dtype, reading.subject)
+    wanted = random_or_named(features, screen)
 
     def each_feature(feature: Any, done: int, total: int) -> None:
         screen.step("features", done, total)
@@ -144,28 +142,24 @@ def sensitivity(
 
     with screen.live():
         results = api.sensitivity(
-            out=output_path,
-            model=model,
+            out=out,
             saes=names,
-            features=int(features) if features.isdecimal() else features,
-            dataset=dataset_name,
-            total_tokens=total_tokens,
-            context_size=context_size,
-            examples="saebench" if use_saebench_examples else "corpus",
+            features=wanted,
+            examples="saebench" if use_saebench_examples else examples,
             llm=endpoint,
             plan=plan,
-            budget=Budget(budget_usd, minutes=max_minutes),
-            device=device,
+            budget=Budget(**limits.fields()),
+            device=reading.subject,
             dtype=dtype,
-            text_field=text_field,
             document_separator=document_separator,
             value_dtype=value_dtype,
             retry_failed=retry_failed,
             replace=replace,
             on_feature=each_feature,
             steps=screen.step,
+            **given(model=model, corpus=corpus, max_tokens=max_tokens, window=window, text_field=text_field),
         )
-    finish(screen, results, output_path)
+    finish(screen, results, out)
 
 
 def finish(screen: Screen, results: list[Sensitivity], folder: Path) -> None:

@@ -5,38 +5,57 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from featureinterp.cli.options import AsJson
 from featureinterp.cli.screen import Screen
+from featureinterp.cli.verb import Former
 
 
 def serve(
-    runs: Path = typer.Option(..., help="Folder whose run folders may be explained."),
-    jobs: Path = typer.Option(
-        Path("featureinterp-jobs"), help="Folder for the jobs, the service's only state."
+    runs: Annotated[Path, typer.Option(help="Folder whose run folders may be explained.")],
+    jobs: Annotated[Path, typer.Option(help="Folder for the jobs, the service's only state.")] = Path(
+        "featureinterp-jobs"
     ),
-    host: str = typer.Option("127.0.0.1", help="Address to bind; others than loopback need a token."),
-    port: int = typer.Option(8765, help="Port to bind."),
-    token_env: str = typer.Option(
-        None, help="Name of the variable with the token that every request must carry."
-    ),
-    endpoint: list[str] = typer.Option(
-        [], help="An endpoint of the configuration file that requests may name; several times for several."
-    ),
-    simulator_model: list[str] = typer.Option(
-        ["qwen2.5-coder-1.5b-instruct"], help="A local simulator that requests may name."
-    ),
-    queue: int = typer.Option(100, help="How many jobs may wait."),
-    parallel: int = typer.Option(1, help="How many jobs run at once."),
-    min_free_mb: int = typer.Option(
-        100, help="With less room on the disk, in MB, no job is taken on or started."
-    ),
-    as_json: bool = typer.Option(False, "--json", help="Print the address as JSON."),
+    host: Annotated[
+        str, typer.Option(help="Address to bind; others than loopback need a token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to bind.")] = 8765,
+    token_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VARIABLE",
+            help="Name of the environment variable with the token that every request must carry.",
+        ),
+    ] = None,
+    allow_llm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="An endpoint of the configuration file that requests may name; several times for several.",
+        ),
+        Former("--endpoint"),
+    ] = None,
+    allow_simulator_model: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME",
+            help="A model of simulators on this machine that requests may name; several times for several.",
+        ),
+        Former("--simulator-model"),
+    ] = ["qwen2.5-coder-1.5b-instruct"],  # noqa: B006 (typer copies it)
+    queue: Annotated[int, typer.Option(help="Jobs that may wait.")] = 100,
+    parallel: Annotated[int, typer.Option(help="Jobs that run at once.")] = 1,
+    min_free_mb: Annotated[
+        int, typer.Option(help="With less room on the disk, in MB, no job is taken on or started.")
+    ] = 100,
+    as_json: AsJson = False,
 ) -> None:
     """Serve jobs over HTTP. Jobs go on when the service ends; starting it again finds them.
 
-    Example: featureinterp serve --runs RUNS --endpoint paid
+    Example: featureinterp serve --runs RUNS --allow-llm paid
     """
     from featureinterp.errors import InputError
 
@@ -64,14 +83,21 @@ def serve(
     if not runs.is_dir():
         raise InputError(f"there is no folder {runs}: give the one that holds the run folders")
     config = load_config()
-    for name in endpoint:
+    for name in allow_llm or ():
         config.endpoint(name)
     if queue < 1 or parallel < 1:
         raise InputError("at least one job must be able to wait, and to run")
     if min_free_mb < 0:
         raise InputError(f"{min_free_mb} MB are no room: give 0 or more")
     rules = Rules(
-        jobs, runs, tuple(endpoint), tuple(simulator_model), token, queue, parallel, min_free_mb * 1_000_000
+        jobs,
+        runs,
+        tuple(allow_llm or ()),
+        tuple(allow_simulator_model),
+        token,
+        queue,
+        parallel,
+        min_free_mb * 1_000_000,
     )
     with owned(jobs, "featureinterp serve"):
         JobsFolder(jobs).tidy()

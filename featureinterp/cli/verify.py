@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from featureinterp.cli.options import AsJson
 from featureinterp.cli.screen import Screen, put
 
 
 def verify(
-    folder: Path = typer.Argument(..., help="A run, a job's folder, activations, or any folder above them."),
-    as_json: bool = typer.Option(False, "--json", help="Print every part as JSON."),
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="A run, a job's folder, activations, or any folder above them."
+        ),
+    ],
+    as_json: AsJson = False,
 ) -> None:
     """Check all that a folder holds against its checksums, and whether its parts belong together. Nothing is
     changed.

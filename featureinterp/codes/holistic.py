@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -17,13 +16,13 @@ from featureinterp.accelerator import fit_of, in_parts
 from featureinterp.codes.collect import check_sae, check_subject, scored_by_norm
 from featureinterp.codes.fit import check_fit
 from featureinterp.codes.store import CodesStore
+from featureinterp.domain.choices import HolisticMethod as Method
 from featureinterp.domain.record import SPLITS, FeatureRecord, Window
 from featureinterp.errors import InputError
 from featureinterp.sae.load import LoadedSae
 from featureinterp.subject.attribution import Deletions, embedding_effects
 from featureinterp.subject.load import Subject
 
-Method = Literal["exact", "gradient"]
 METHODS: tuple[Method, ...] = ("exact", "gradient")
 ENCODED_ROWS = 8192
 

@@ -5,7 +5,7 @@ same length are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, replace
 from typing import Any
 
 import pydantic
@@ -14,6 +14,7 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.intervention import Direction, Intervention, SteeredText
 from featureinterp.errors import InputError
+from featureinterp.formerly import readable_as, take
 from featureinterp.interfaces import Activator, Judge, Steerer, settings_of
 
 OPENINGS = ("I think that", "The most important", "It was a", "There is a")
@@ -23,17 +24,20 @@ OPENINGS = ("I think that", "The most important", "It was a", "There is a")
 class SteeringSettings:
     """``doses``: in units of the feature's largest activation in the corpus, so that 1 adds what the feature
     itself contributes there; 0 is always among them. ``openings``: what texts begin with, one text each.
-    ``n_random``: random directions of the same length, as a control. ``max_tokens`` of a text."""
+    ``n_random``: random directions of the same length, as a control. ``tokens_per_text`` (formerly
+    ``max_tokens``): that the subject writes."""
 
     doses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0)
     openings: tuple[str, ...] = OPENINGS
     n_random: int = 2
-    max_tokens: int = 32
+    tokens_per_text: int = 32
     temperature: float = 0.7
+    max_tokens: InitVar[int | None] = None
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, max_tokens: int | None) -> None:
+        take(self, tokens_per_text=max_tokens)
         if (
             not self.doses
             or not any(self.doses)
@@ -46,10 +50,13 @@ class SteeringSettings:
             )
         if not self.openings or not all(o.strip() for o in self.openings):
             raise InputError("steering needs openings, such as 'I think that', for texts to begin with")
-        if self.n_random < 1 or self.max_tokens < 1 or not 0 <= self.temperature < math.inf:
+        if self.n_random < 1 or self.tokens_per_text < 1 or not 0 <= self.temperature < math.inf:
             raise InputError(
                 "steering needs at least one random direction and one token, and a temperature of 0 or more"
             )
+
+
+readable_as("max_tokens", "tokens_per_text", SteeringSettings)
 
 
 class Interventions:
@@ -73,7 +80,7 @@ class Interventions:
     def settings(self) -> dict[str, Any]:
         """Everything that the texts depend on, besides the feature."""
         s = self.steering
-        shape = [list(s.doses), list(s.openings), s.n_random, s.max_tokens, s.temperature]
+        shape = [list(s.doses), list(s.openings), s.n_random, s.tokens_per_text, s.temperature]
         return {"steering": shape, "seed": self.seed, "steerer": settings_of(self.steerer)}
 
     async def write(self, feature: FeatureId, scale: float) -> Intervention:
@@ -91,7 +98,7 @@ class Interventions:
                 dose * scale,
                 self.steering.openings,
                 random=number,
-                max_tokens=self.steering.max_tokens,
+                max_tokens=self.steering.tokens_per_text,
                 temperature=self.steering.temperature,
                 seed=self.seed,
             )

@@ -10,6 +10,7 @@ import pydantic
 from featureinterp.domain.record import Source, SplitName
 from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import InputError, JobStoppedError
+from featureinterp.formerly import readable_as, take
 from featureinterp.registry import WINDOWS
 
 Part = tuple[SplitName, Source]
@@ -47,30 +48,14 @@ class Event:
     reused: bool = False
 
 
-class _Former(int):
-    """A value that was read under a field's former name, as :func:`dataclasses.replace` does, which must not
-    overrule the field.
-    """
-
-
-def readable_as(former: str, name: str, kind: type) -> None:
-    """Lets the field ``name`` of a dataclass be read under its former name, too."""
-    setattr(kind, former, property(lambda self: _Former(getattr(self, name))))
-
-
-def is_read(value: object) -> bool:
-    """Whether a value was read under a former name."""
-    return isinstance(value, _Former)
-
-
 @dataclass(frozen=True)
 class Plan:
     """How explanations are judged.
 
     ``n_test``, ``n_valid``: windows per source at most. ``negatives``: the kinds of windows that top windows
     are put beside, each giving a correlation of its own; the first is the main one, and the null and the
-    affine fit use it. ``concurrency``: how many features are worked on at once. ``simulate``: whether
-    explanations are simulated at all.
+    affine fit use it. ``features_at_once`` (formerly ``concurrency``): how many are worked on at once.
+    ``simulate``: whether explanations are simulated at all.
     """
 
     n_test: int = 10
@@ -87,8 +72,7 @@ class Plan:
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
     def __post_init__(self, concurrency: int | None) -> None:
-        if concurrency is not None and not is_read(concurrency):
-            object.__setattr__(self, "features_at_once", concurrency)
+        take(self, features_at_once=concurrency)
         for source in self.negatives:
             WINDOWS.check(source)
         if self.features_at_once < 1:

@@ -20,10 +20,10 @@ from featureinterp.errors import InputError, JobStoppedError
 from featureinterp.falsify.sensitivity import FeatureSensitivity
 from featureinterp.falsify.writing import Call, TextWriter, without_marks
 from featureinterp.files import content_key
+from featureinterp.formerly import readable_as, take
 from featureinterp.interfaces import Activator
 from featureinterp.jobs.budget import Budget, Guard
 from featureinterp.jobs.journal import Journal
-from featureinterp.jobs.plan import is_read, readable_as
 from featureinterp.jobs.stored_features import StoredFeatures
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.tally import tally
@@ -36,12 +36,13 @@ ExamplesOf = Callable[[Sequence[int]], Iterator[FeatureSensitivity]]
 
 @dataclass(frozen=True)
 class SensitivityPlan:
-    """``samples``: new texts per feature. ``n_top``, ``n_weighted``: examples that the writer is shown;
-    ``n_held_out``: further ones of each kind that it is not. ``half_width``: tokens of an example on each
-    side of its strongest one. ``features_at_once`` (formerly ``concurrency``)."""
+    """``n_texts``: new texts per feature; ``texts_per_call``: of one request. ``n_top``, ``n_weighted``:
+    examples that the writer is shown; ``n_held_out``: further ones of each kind that it is not.
+    ``half_width``: tokens of an example on each side of its strongest one. ``features_at_once``: how many are
+    worked on at once. The former names ``samples``, ``per_call`` and ``concurrency`` are taken, too."""
 
-    samples: int = 10
-    per_call: int = 10
+    n_texts: int = 10
+    texts_per_call: int = 10
     n_top: int = 10
     n_weighted: int = 5
     n_held_out: int = 2
@@ -50,13 +51,14 @@ class SensitivityPlan:
     features_at_once: int = 16
     seed: int = 0
     concurrency: InitVar[int | None] = None
+    samples: InitVar[int | None] = None
+    per_call: InitVar[int | None] = None
 
     __pydantic_config__ = pydantic.ConfigDict(extra="forbid")
 
-    def __post_init__(self, concurrency: int | None) -> None:
-        if concurrency is not None and not is_read(concurrency):
-            object.__setattr__(self, "features_at_once", concurrency)
-        for name in ("samples", "per_call", "features_at_once"):
+    def __post_init__(self, concurrency: int | None, samples: int | None, per_call: int | None) -> None:
+        take(self, features_at_once=concurrency, n_texts=samples, texts_per_call=per_call)
+        for name in ("n_texts", "texts_per_call", "features_at_once"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name)} leaves nothing to do: give at least 1")
         if (
@@ -70,6 +72,8 @@ class SensitivityPlan:
 
 
 readable_as("concurrency", "features_at_once", SensitivityPlan)
+readable_as("samples", "n_texts", SensitivityPlan)
+readable_as("per_call", "texts_per_call", SensitivityPlan)
 
 
 class SensitivityJob:
@@ -163,13 +167,13 @@ class SensitivityJob:
                 "it fires in no window of the corpus that could be shown",
             )
             return replace(feature, failure=failure)
-        depends = {"examples": shown, "samples": self.plan.samples, **self.writer.settings}
+        depends = {"examples": shown, "samples": self.plan.n_texts, **self.writer.settings}
         key = content_key({"format": FORMAT, "stage": "write-texts", **depends})
         known = self.journal.get(key)
         if known is not None and known.status == "done":
             return _with_calls(feature, [Call(**{**c, "texts": tuple(c["texts"])}) for c in known.value])
         with tally() as spent:
-            calls = await self.writer.write(shown, self.plan.samples)
+            calls = await self.writer.write(shown, self.plan.n_texts)
         texts = [t for c in calls for t in c.texts]
         failed = next((c.failure for c in calls if c.failure), None)
         if not texts:
@@ -179,8 +183,8 @@ class SensitivityJob:
             self.guard.outcome(failure)
             return replace(feature, calls=tuple(calls), failure=failure)
         gaps = [c.failure for c in calls if c.failure]
-        if not gaps and len(texts) < self.plan.samples:
-            gaps = [f"{len(texts)} of {self.plan.samples} texts came"]
+        if not gaps and len(texts) < self.plan.n_texts:
+            gaps = [f"{len(texts)} of {self.plan.n_texts} texts came"]
         value = [asdict(c) for c in calls]
         self.journal.stage(
             key,

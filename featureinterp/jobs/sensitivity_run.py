@@ -8,10 +8,11 @@ from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from featureinterp.claims import CODES, SENSITIVITY, check_free, claim, owned, reading
 from featureinterp.codes.store import CodesStore
+from featureinterp.domain.choices import ExampleSource
 from featureinterp.errors import FeatureRangeError, InputError, JobStoppedError
 from featureinterp.falsify.saebench import examples_in
 from featureinterp.falsify.sensitivity import Example, FeatureSensitivity, base_rate, examples_of
@@ -48,7 +49,7 @@ class SensitivityJobSpec:
     total_tokens: int = 2_000_000
     context_size: int = 128
     features: int | str = 50
-    examples: Literal["corpus", "saebench"] = "corpus"
+    examples: ExampleSource = "corpus"
     llm: Endpoint | str | None = None
     plan: SensitivityPlan = field(default_factory=SensitivityPlan)
     budget: Budget = field(default_factory=Budget)
@@ -171,7 +172,7 @@ async def run_sensitivity(
             plan = spec.effective_plan
             writer = TextWriter(
                 stack.model(replies, retry_failed=spec.retry_failed),
-                per_call=plan.per_call,
+                per_call=plan.texts_per_call,
                 temperature=plan.temperature,
                 seed=plan.seed,
             )

@@ -17,10 +17,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pydantic
 
+from featureinterp.domain.choices import Dtype, Form, HolisticMethod
 from featureinterp.domain.record import Source
 from featureinterp.errors import InputError, StorageError
 from featureinterp.explain.styles import Style, style
@@ -53,6 +54,8 @@ ExplainerName = Annotated[str, pydantic.AfterValidator(_named(EXPLAINERS))]
 SimulatorName = Annotated[str, pydantic.AfterValidator(_named(SIMULATORS))]
 ScorerName = Annotated[str, pydantic.AfterValidator(_named(SCORERS))]
 StageName = Annotated[str, pydantic.AfterValidator(_named(STAGES))]
+_ROLES = {"device": ("subject_device", "simulator_device"), "dtype": ("simulator_dtype",)}
+"""Fields that stand for those of every role which are not named."""
 
 
 class Job(pydantic.BaseModel):
@@ -73,7 +76,8 @@ class Job(pydantic.BaseModel):
     gradient. ``model``, ``sae``: where the subject and the SAE of the run are found now, for holistic
     activations and co-active windows; by the names that the run recorded when not given. ``subject_device``:
     of the subject and the SAE; ``simulator_device``, ``simulator_dtype``: of models of this process that
-    simulate and judge; ``device``: both devices, where they are not named. ``max_failure_rate``: the job
+    simulate and judge; ``device``: both devices, where they are not named; ``dtype``: the same for
+    ``simulator_dtype`` (the subject runs in what its run was made in). ``max_failure_rate``: the job
     stops when more of its stages fail.
     """
 
@@ -85,10 +89,10 @@ class Job(pydantic.BaseModel):
     stages: tuple[StageName, ...] = ("explain", "simulate", "score")
     scorers: tuple[ScorerName, ...] = ("detection", "fuzzing", "complexity")
     explainer: ExplainerName = "one-shot"
-    style: Literal["sentence", "rules"] = "sentence"
+    style: Form = "sentence"
     rule_cap: int = pydantic.Field(5, ge=1, le=10)
     few_shot: Path | None = None
-    holistic: Literal["exact", "gradient"] | None = None
+    holistic: HolisticMethod | None = None
     tree: TreeSettings = TreeSettings()
     trial: TrialSettings = TrialSettings()
     steering: SteeringSettings = SteeringSettings()
@@ -98,7 +102,7 @@ class Job(pydantic.BaseModel):
     simulator_model: str = EMBEDDED
     subject_device: str | None = None
     simulator_device: str | None = None
-    simulator_dtype: str | None = None
+    simulator_dtype: Dtype | None = None
     simulator_chat: bool = False
     simulator_temperature: float | None = pydantic.Field(None, gt=0, le=10)
     llm: Endpoint | str | None = None
@@ -110,13 +114,14 @@ class Job(pydantic.BaseModel):
 
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _one_device(cls, fields: Any) -> Any:
-        if not isinstance(fields, dict) or "device" not in fields:
+    def _every_role(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
             return fields
         fields = dict(fields)
-        device = fields.pop("device")
-        for name in ("subject_device", "simulator_device"):
-            fields[name] = device if fields.get(name) is None else fields[name]
+        for short in _ROLES.keys() & fields.keys():
+            value = fields.pop(short)
+            for name in _ROLES[short]:
+                fields[name] = value if fields.get(name) is None else fields[name]
         return fields
 
     @pydantic.field_validator("stages")
@@ -241,8 +246,9 @@ def changed(job: Job, **fields: Any) -> Job:
     """The job with other fields; of a table (``budget``, ``plan``, ``trial``, ``steering`` …) a mapping
     changes what it names and keeps the rest. Raises ``InputError`` that names the first one that is wrong."""
     kept = {name: getattr(job, name) for name in type(job).model_fields}
-    if fields.get("device") is not None:  # what is named now goes before what the job says
-        kept |= {"subject_device": None, "simulator_device": None}
+    for short, roles in _ROLES.items():
+        if fields.get(short) is not None:  # what is named now goes before what the job says
+            kept |= dict.fromkeys(roles)
     for name, value in fields.items():
         tables = isinstance(value, Mapping) and is_dataclass(kept.get(name))
         kept[name] = {**asdict(kept[name]), **value} if tables else value

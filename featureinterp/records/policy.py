@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import pydantic
 
+from featureinterp.domain.choices import Projection
 from featureinterp.domain.record import Source
 from featureinterp.errors import InputError
-from featureinterp.records.projected import PROJECTIONS, Projection
+from featureinterp.records.projected import PROJECTIONS
 from featureinterp.registry import WINDOWS
 
 

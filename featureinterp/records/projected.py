@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
-Projection = Literal["closed-form", "info-nce"]
+from featureinterp.domain.choices import Projection
+
 PROJECTIONS: tuple[Projection, ...] = ("closed-form", "info-nce")
 DIRECTIONS = 32
 """How many directions of the windows' covariance are told apart."""

@@ -7,12 +7,13 @@ import re
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import fastapi
 import pydantic
 from fastapi.responses import JSONResponse
 
+from featureinterp.domain.choices import Form, HolisticMethod
 from featureinterp.registry import registry
 from featureinterp.server.runner import MIN_FREE
 from featureinterp.visible import visible_json
@@ -96,10 +97,10 @@ class Submission(pydantic.BaseModel):
     )
     stages: list[_Stage] = pydantic.Field(["explain", "simulate", "score"], max_length=16)
     explainer: _Explainer = "one-shot"
-    holistic: Literal["exact", "gradient"] | None = pydantic.Field(
+    holistic: HolisticMethod | None = pydantic.Field(
         None, description="Show the explainer which tokens cause the activations."
     )
-    style: Literal["sentence", "rules"] = "sentence"
+    style: Form = "sentence"
     rule_cap: Annotated[int, pydantic.Field(ge=1, le=10), Integral] = 5
     simulator: _Simulator = "token-wise"
     simulator_model: str | None = pydantic.Field(

@@ -27,12 +27,12 @@ from typing import Any, Literal, get_args
 
 import pydantic
 
+from featureinterp.domain.choices import Architecture, Dtype, StoredDtype
 from featureinterp.errors import InputError, UnknownNameError
 from featureinterp.files import UnparsedError, parse_toml
 from featureinterp.resources import data_folder
 from featureinterp.validation import first_problem
 
-Architecture = Literal["topk", "batch_topk", "matryoshka_batch_topk", "jumprelu", "relu", "gated"]
 BY_COUNT = ("topk", "batch_topk", "matryoshka_batch_topk")
 """Architectures whose number of codes per token is set, instead of a penalty on it."""
 TINY = 1e-9
@@ -51,7 +51,7 @@ class SubjectTable(_Table):
     """An embedded name, a Hugging Face name, or a folder."""
     hook: str = "blocks.14.hook_resid_post"
     """The residual stream after a block, counted from 0."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dtype: Dtype = "auto"
     """What the model runs in; auto: bfloat16 where the device has it, else float32. A run records what was
     chosen.
     """
@@ -83,7 +83,7 @@ class StoreTable(_Table):
 
     folder: Path | None = None
     """A folder that 'extract' wrote, or will; RUN/activations when not given."""
-    dtype: Literal["float16", "float32"] = "float16"
+    dtype: StoredDtype = "float16"
     """How they are stored."""
     shuffle: bool = True
     """Windows are read in random order, so that every shard is a sample of the whole corpus."""
