@@ -54,15 +54,22 @@ def demo(
     screen.machine()
     from featureinterp import api
 
-    choice = {"features": n, "seed": seed, "max_tokens": max_tokens, "n_test": n_test, "simulator": simulator}
+    def tell(lines: list[str]) -> None:
+        for line in lines:
+            screen.say(one_line(line))
+
     with screen.live():
         results = api.demo(
             out=out,
-            **choice,
+            features=n,
+            seed=seed,
+            max_tokens=max_tokens,
+            n_test=n_test,
+            simulator=simulator,
             retry_failed=retry_failed,
             replace=replace,
             on_plan=lambda plan: screen.say(plan.text),
-            on_chosen=lambda lines: [screen.say(one_line(line)) for line in lines],
+            on_chosen=tell,
             on_event=screen.event,
             steps=screen.step,
         )

@@ -82,24 +82,21 @@ def doctor(
             screen.table(machine_lines(seen), ("what", "here"))
         return
     screen.machine(dtype, reading.subject)
-    options = {
-        "model": model,
-        "hook": hook,
-        "corpus": corpus,
-        "window": window,
-        "device": reading.subject,
-        "dtype": dtype,
-    }
     found = []
     with screen.live():
         for check in training.doctor(
             folder,
+            model=model,
+            hook=hook,
+            corpus=corpus,
+            window=window,
+            device=reading.subject,
+            dtype=dtype,
             text_field=text_field or "text",
             document_separator=document_separator,
             load_model=load_model,
             seed=seed,
             steps=screen.step,
-            **options,
         ):
             found.append(check)
             if not as_json:

@@ -132,7 +132,7 @@ def explain(
             stages=("explain", "simulate", "score") if questions else ("explain", "simulate"),
             plan=plan,
             records=RecordPolicy(seed=seed, projection=projection),
-            budget=Budget(**limits.fields()),
+            budget=Budget(limits.budget_usd, minutes=limits.max_minutes),
             retry_failed=retry_failed,
             replace=replace,
             on_event=screen.event,

@@ -67,13 +67,6 @@ def records(
     policy = RecordPolicy(
         {**RecordPolicy().counts, **counts_of(count or [])}, seed=seed, projection=projection
     )
-    options = {
-        "embedder": embedder,
-        "holistic": holistic,
-        "model": model,
-        "sae": sae,
-        "device": reading.subject,
-    }
     screen = Screen(as_json=as_json)
     target, short = out or run / "records.jsonl", 0
 
@@ -87,9 +80,18 @@ def records(
 
     codes = api.open_run(run).fingerprint
     with screen.live(), nullcontext() if out else owned(run, "records"):
-        n = write_records(
-            target, told(api.records(run, features, policy=policy, steps=screen.step, **options)), codes
+        built = api.records(
+            run,
+            features,
+            policy=policy,
+            embedder=embedder,
+            holistic=holistic,
+            model=model,
+            sae=sae,
+            device=reading.subject,
+            steps=screen.step,
         )
+        n = write_records(target, told(built), codes)
     if as_json:
         screen.result({"records": str(target), "n": n, "n_with_shortfalls": short})
     else:
@@ -97,7 +99,7 @@ def records(
         put(f"Records: {target}")
 
 
-def counts_of(texts: list[str]) -> dict[str, tuple[int, ...]]:
+def counts_of(texts: list[str]) -> dict[str, tuple[int, int, int]]:
     """Counts by kind from texts such as ``top=10,10,10``. Raises ``InputError`` for another form."""
     from featureinterp.errors import InputError
 
@@ -109,5 +111,6 @@ def counts_of(texts: list[str]) -> dict[str, tuple[int, ...]]:
             raise InputError(
                 f"{text!r} is no count of windows: write top=10,10,10, for train, valid and test"
             )
-        found[source.strip()] = tuple(map(int, parts))
+        train, valid, test = map(int, parts)
+        found[source.strip()] = (train, valid, test)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +146,7 @@ class Screen:
             self._logged["job"] = now
             self.say(line)
 
-    def table(self, rows: list[tuple[str, ...]], header: tuple[str, ...]) -> None:
+    def table(self, rows: Sequence[tuple[str, ...]], header: tuple[str, ...]) -> None:
         """A table on standard output. Short cells stay in one line, so that a name can be copied; long ones
         wrap.
         """

@@ -148,7 +148,7 @@ def sensitivity(
             examples="saebench" if use_saebench_examples else examples,
             llm=endpoint,
             plan=plan,
-            budget=Budget(**limits.fields()),
+            budget=Budget(limits.budget_usd, minutes=limits.max_minutes),
             device=reading.subject,
             dtype=dtype,
             document_separator=document_separator,
