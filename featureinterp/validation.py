@@ -1,8 +1,18 @@
-"""What pydantic found wrong, in one sentence."""
+"""Values that settings of many rooms have in common, and what pydantic found wrong, in one sentence."""
 
 from __future__ import annotations
 
 import pydantic
+
+from featureinterp.errors import InputError
+
+LARGEST_SEED = 2**32 - 1
+
+
+def check_seed(seed: object) -> None:
+    """Raises ``InputError`` for what cannot be the seed of every generator that is used."""
+    if type(seed) is not int or not 0 <= seed <= LARGEST_SEED:
+        raise InputError(f"the seed {seed!r} is not possible: give a whole number from 0 to {LARGEST_SEED:,}")
 
 
 def first_problem(error: pydantic.ValidationError) -> str:

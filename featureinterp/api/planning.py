@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from featureinterp.api.local import EXPLAINER
 from featureinterp.errors import InputError
 from featureinterp.stored.sums import read_cache, write_marker
+from featureinterp.validation import check_seed
 
 if TYPE_CHECKING:
     from featureinterp.codes.store import CodesStore
@@ -96,6 +97,7 @@ def planned(out: Path, features: int, seed: int, max_tokens: int | None, n_test:
     """The plan of the demo in ``out``: that of an earlier call for the same features, so that what is there
     is gone on with, or one for this machine.
     """
+    check_seed(seed)
     asked = {"features": features, "seed": seed, "max_tokens": max_tokens, "n_test": n_test}
     path = out / PLAN_FILE
     there, known = _kept(path)

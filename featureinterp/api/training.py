@@ -10,6 +10,7 @@ from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
 from featureinterp.files import sha256_of
 from featureinterp.stored.sums import read_marker, write_marker
 from featureinterp.training.settings import Recipe, load_recipe, make_recipe
+from featureinterp.validation import check_seed
 
 if TYPE_CHECKING:
     from featureinterp.probing.labels import Labels
@@ -134,6 +135,7 @@ def evaluate(
     from featureinterp.training.extract import Extracted
     from featureinterp.training.store import TEST
 
+    check_seed(seed)
     if out is not None:
         check_free(Path(out))
     run = Path(sae)
@@ -281,6 +283,7 @@ def doctor(
     from featureinterp.machine import this_machine
     from featureinterp.training.doctor.examine import Patient, examine, patient_of, recorded
 
+    check_seed(seed)
     patient = Patient() if folder is None else patient_of(Path(folder))
     known = recorded(patient.activations) if patient.activations is not None else None
     if known is not None and load_model:
@@ -368,6 +371,7 @@ def layers(
     from featureinterp.training.layers import choose_layer
     from featureinterp.training.parts import writable
 
+    check_seed(seed)
     if out is not None:
         writable(Path(out))
     text, wanted = (

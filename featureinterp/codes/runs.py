@@ -32,6 +32,10 @@ from featureinterp.stored.sums import (
 FLUSH_NONZEROS = 1_000_000
 _FLOAT16_MAX = 65504.0
 _FLOAT16_TINY = np.float16(6e-8)
+_FLOAT16_NORMAL = 2.0**-14
+"""Smaller values have fewer digits."""
+_ENOUGH = 64
+"""So many values of a batch are all of its kind."""
 
 
 def narrow_values(
@@ -51,6 +55,11 @@ def narrow_values(
         raise StorageError(
             f"the activation {float(values.max()):g} does not fit float16 (at most {_FLOAT16_MAX:g}): "
             "collect with --value-dtype float32"
+        )
+    if len(values) >= _ENOUGH and float(values.max()) < _FLOAT16_NORMAL:
+        raise StorageError(
+            f"the activations are so small (at most {float(values.max()):.3g}) that float16 would round them "
+            "to few values: collect with --value-dtype float32"
         )
     return np.maximum(values.astype(np.float16), _FLOAT16_TINY)
 

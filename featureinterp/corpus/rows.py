@@ -70,7 +70,9 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         try:
             with how(path) if how else path.open("rb") as stream:
                 yield stream
-        except (gzip.BadGzipFile, EOFError, lzma.LZMAError, zlib.error) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the system; those of the decompressors have no number
             raise CorpusError(
                 f"{path} is damaged, or is not compressed as its name says ({error}): fetch it again"
             ) from error
@@ -170,7 +172,10 @@ def _json(path: Path, field: str) -> Iterator[Numbered]:
     """One document of JSON: an array of objects or texts, an object with a column of texts or with one array
     of objects, or a single object. Lines of objects are read as JSON lines."""
     with opened(path) as stream:
-        if _is_row(stream.readline(MAX_DOCUMENT_BYTES), field):
+        first = b"\n"
+        while first and not first.strip():
+            first = stream.readline(MAX_DOCUMENT_BYTES)
+        if _is_row(first, field):
             yield from _jsonl(path, field)
             return
         stream.seek(0)
@@ -216,6 +221,10 @@ def _csv(path: Path, field: str) -> Iterator[Numbered]:
             )
             if field not in names:
                 raise lacks(str(path), field, names)
+            if names.count(field) > 1:
+                raise CorpusError(
+                    f"{path} has {names.count(field)} columns named {field!r}: rename the others"
+                )
             rows = csv.reader(text, delimiter=delimiter, strict=True)
             column = names.index(field)
             for number, row in enumerate(rows, 1):

@@ -33,7 +33,7 @@ from featureinterp.corpus.rows import (
     read_rows,
 )
 from featureinterp.errors import CorpusError, InputError, UnknownNameError
-from featureinterp.files import content_key, sha256_of
+from featureinterp.files import content_key, readable_name, sha256_of
 
 READING = 1
 """Changes when the same files would be read as other documents."""
@@ -174,7 +174,7 @@ def _of_texts(path: Path, files: Sequence[Path], document_separator: str | None)
 
     def rows() -> Iterator[Document]:
         for file in files:
-            name = file.name if alone else str(file.relative_to(path))
+            name = _name_of(file, path)
             parts = list(parts_of(_read_text(file), document_separator, whole=not alone))
             for number, part in enumerate(parts):
                 yield Document(f"{name}#{number}" if alone or len(parts) > 1 else name, part)
@@ -195,7 +195,7 @@ def _of_rows(path: Path, files: Sequence[Path], text_field: str) -> Corpus:
     def rows() -> Iterator[Document]:
         tally.n_null = 0
         for file in files:
-            name = file.name if path == file else str(file.relative_to(path))
+            name = _name_of(file, path)
             for number, text in read_rows(file, text_field):
                 if text is None:
                     tally.n_null += 1
@@ -238,7 +238,7 @@ def _folder(path: Path, text_field: str, document_separator: str | None) -> Corp
     else:
         _only_for_text(document_separator, str(path))
         found = _of_rows(path, data, text_field)
-    return replace(found, unread=tuple(sorted(str(p.relative_to(path)) for p in set(files) - set(data))))
+    return replace(found, unread=tuple(sorted(_name_of(p, path) for p in set(files) - set(data))))
 
 
 def _check_prose(path: Path) -> None:
@@ -276,6 +276,11 @@ def _read_text(path: Path) -> str:
     with opened(path) as stream:
         data = bounded(stream, path)
     return decode_utf8(data, str(path))
+
+
+def _name_of(file: Path, path: Path) -> str:
+    """A file's place in its folder, as text."""
+    return readable_name(Path(file.name) if file == path else file.relative_to(path))
 
 
 def _digest_of_files(path: Path, files: Sequence[Path]) -> str:

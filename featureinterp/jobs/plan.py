@@ -12,6 +12,7 @@ from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import InputError, JobStoppedError
 from featureinterp.formerly import readable_as, take
 from featureinterp.registry import WINDOWS
+from featureinterp.validation import check_seed
 
 Part = tuple[SplitName, Source]
 
@@ -78,6 +79,17 @@ class Plan:
         if self.features_at_once < 1:
             raise InputError(
                 f"features_at_once = {self.features_at_once} leaves nothing to do: give at least 1"
+            )
+        check_seed(self.seed)
+        if self.n_test < 1:
+            raise InputError(f"{self.n_test} test windows judge nothing: give at least 1 (n_test)")
+        if self.n_valid < 0:
+            raise InputError(f"{self.n_valid} validation windows are not possible: give 0 or more")
+        kinds = set(self.negatives)
+        if not kinds or len(kinds) < len(self.negatives) or "top" in kinds:
+            raise InputError(
+                f"the negatives {list(self.negatives)} are not possible: give at least one kind of windows "
+                "to put top windows beside, each once, such as random"
             )
 
     def parts(self) -> list[tuple[Part, int]]:

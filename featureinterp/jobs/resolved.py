@@ -185,6 +185,8 @@ def _asks(job: Job, stages: tuple[str, ...], scorers: tuple[str, ...], *, simula
 def _features(job: Job, store: CodesStore) -> list[int]:
     if isinstance(job.features, str):
         return parse_features(job.features, store)
+    if not job.features:
+        raise InputError("the job names no features: give indices, or text such as 0:40 or random:20")
     for index in job.features:
         store.check_feature(index)
     return list(dict.fromkeys(job.features))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import InitVar, asdict, dataclass, replace
 from functools import partial
@@ -27,6 +28,7 @@ from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.stored_features import StoredFeatures
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.tally import tally
+from featureinterp.validation import check_seed
 
 FORMAT = 1
 OnFeature = Callable[[FeatureSensitivity, int, int], None]
@@ -69,6 +71,9 @@ class SensitivityPlan:
                 "a writer needs at least one example: give positive numbers of top or importance-weighted "
                 "ones"
             )
+        if not 0 <= self.temperature < math.inf:
+            raise InputError(f"a temperature of {self.temperature:g} is not possible: give 0 or more")
+        check_seed(self.seed)
 
 
 readable_as("concurrency", "features_at_once", SensitivityPlan)

@@ -17,7 +17,7 @@ from typing import Any
 
 from featureinterp.corpus.rows import decode_utf8
 from featureinterp.errors import InputError, UnknownNameError
-from featureinterp.files import UnparsedError, explained_storage, parse_json, parse_toml
+from featureinterp.files import UnparsedError, explained_storage, parse_json, parse_toml, valid_unicode
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,12 @@ class Labels:
             yield from self.listed.get(document, ())
             return
         assert self.mark is not None
-        for found in self.mark(text):
+        spans = self.mark(text)
+        if not isinstance(spans, Iterable):
+            raise InputError(
+                f"{self.source} gives {spans!r} instead of spans: give a list, which may be empty"
+            )
+        for found in spans:
             span = found if isinstance(found, Span) else _span_of(found, self.source)
             if not 0 <= span.start <= span.end <= len(text):
                 raise InputError(
@@ -71,7 +76,7 @@ def _span_of(found: Any, source: str) -> Span:
     try:
         start, end, label, *rest = found
         place = operator.index(start), operator.index(end)
-        return Span(*place, str(label), None if not rest or rest[0] is None else str(rest[0]))
+        return Span(*place, valid_unicode(str(label)), None if not rest or rest[0] is None else str(rest[0]))
     except (TypeError, ValueError) as error:
         raise InputError(f"{source} gives {found!r}, which is no span: give (start, end, label)") from error
 
@@ -195,4 +200,6 @@ def _listed(row: Any, where: str) -> Span:
             f"{where} has a span from {row['start']} to {row['end']}: it must have at least one character"
         )
     instance = row.get("instance")
-    return Span(row["start"], row["end"], row["label"], None if instance is None else str(instance))
+    return Span(
+        row["start"], row["end"], valid_unicode(row["label"]), None if instance is None else str(instance)
+    )

@@ -27,6 +27,7 @@ from featureinterp.probing.nulls import (
     p_values,
 )
 from featureinterp.probing.splits import split_indices
+from featureinterp.validation import check_seed
 
 Steps = Callable[[str, int, int], None]
 
@@ -49,6 +50,12 @@ class StudySettings:
     def __post_init__(self) -> None:
         if self.top < 1:
             raise InputError(f"{self.top} features per concept are none: ask for at least 1")
+        if self.n_shifts < 1:
+            raise InputError(f"{self.n_shifts} shifts of the labels are no null: ask for at least 1")
+        for name in ("min_auroc", "min_f1", "alpha"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} = {getattr(self, name):g} is not possible: give one from 0 to 1")
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,9 +177,7 @@ def study(
         concept["n_test"] = int(buffer.labels[test, i].sum())
         if not len(choices[i]) or np.isnan(test_table[:, i]).all():
             where = "training" if not len(choices[i]) else "test"
-            concepts.append(
-                Concept(**concept, undefined=f"no {where} token has it, or every one: label more documents")
-            )
+            concepts.append(Concept(**concept, undefined=_why(where, here, train, test)))
             continue
         ranked = tuple(of(int(f), i) for f in choices[i])
         first, by_f1 = ranked[0], of(best_f1[i], i)
@@ -212,6 +217,17 @@ def study(
         settings,
         n_repeated,
     )
+
+
+def _why(where: str, labelled: np.ndarray, train: np.ndarray, test: np.ndarray) -> str:
+    """Why nothing is known of a label on one side."""
+    repeated = int(labelled.sum() - labelled[train].sum() - labelled[test].sum())
+    if where == "test" and repeated and not labelled[test].any():
+        return (
+            f"no test token has it, since {repeated:,} labelled ones are in windows whose text is in "
+            "training, too: label texts that differ"
+        )
+    return f"no {where} token has it, or every one: label more documents"
 
 
 @dataclass(frozen=True)

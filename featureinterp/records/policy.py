@@ -12,6 +12,7 @@ from featureinterp.domain.record import Source
 from featureinterp.errors import InputError
 from featureinterp.records.projected import PROJECTIONS
 from featureinterp.registry import WINDOWS
+from featureinterp.validation import check_seed
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class RecordPolicy:
 
     def __post_init__(self) -> None:
         for source, counts in self.counts.items():
-            if len(counts) != 3 or min(counts) < 0:
+            if len(counts) != 3 or any(type(n) is not int for n in counts) or min(counts) < 0:
                 raise InputError(
-                    f"the record policy has {source}: {counts}: give three counts ≥ 0, for train, valid and "
-                    "test"
+                    f"the record policy has {source}: {counts}: give three whole numbers of windows, 0 or "
+                    "more, for train, valid and test"
                 )
             WINDOWS.check(source)
         if self.projection not in PROJECTIONS:
@@ -57,6 +58,12 @@ class RecordPolicy:
             )
         if self.n_neighbours < 1:
             raise InputError(f"co-active windows of {self.n_neighbours} neighbours are none: give at least 1")
+        if self.n_quantiles < 1 or self.half_width < 0:
+            raise InputError(
+                f"n_quantiles = {self.n_quantiles} and half_width = {self.half_width} are not possible: give "
+                "at least 1 and at least 0"
+            )
+        check_seed(self.seed)
 
     def wants(self, *sources: Source) -> bool:
         """Whether any window of one of these sources is asked for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,8 @@ def load_sae(
     or the name, and ``DownloadError``.
     """
     checkpoint = read_checkpoint(name, steps)
-    hook_after_block(checkpoint.hook, f"the SAE {name}")
-    loaded = build(name, checkpoint, device=device, dtype=dtype)
+    hook = hook_after_block(checkpoint.hook, f"the SAE {name}")
+    loaded = build(name, replace(checkpoint, hook=hook), device=device, dtype=dtype)
     for note in loaded.notes:
         _log.warning("the SAE %s: %s", name, note)
     return loaded

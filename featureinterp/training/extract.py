@@ -39,6 +39,7 @@ from featureinterp.training.store import (
     remedy_for,
     store_key,
 )
+from featureinterp.validation import check_seed
 
 STATE = "extracting.json"
 Progress = Callable[[int, int], None]
@@ -71,6 +72,7 @@ class ExtractSettings:
                 f"activations cannot be stored as {self.dtype!r} (numpy has no bfloat16): choose float16 "
                 "or float32"
             )
+        check_seed(self.seed)
         if not 0 <= self.part < self.parts:
             raise InputError(
                 f"there is no part {self.part} of {self.parts}: parts are counted from 0 to {self.parts - 1}"

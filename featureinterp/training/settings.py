@@ -31,7 +31,7 @@ from featureinterp.domain.choices import Architecture, Dtype, StoredDtype
 from featureinterp.errors import InputError, UnknownNameError
 from featureinterp.files import UnparsedError, parse_toml
 from featureinterp.resources import data_folder
-from featureinterp.validation import first_problem
+from featureinterp.validation import LARGEST_SEED, first_problem
 
 BY_COUNT = ("topk", "batch_topk", "matryoshka_batch_topk")
 """Architectures whose number of codes per token is set, instead of a penalty on it."""
@@ -212,7 +212,7 @@ class TrainingTable(_Table):
     """Steps per line of the log."""
     checkpoint_every: int = pydantic.Field(default=500, ge=1)
     """Steps between checkpoints."""
-    seed: int = 0
+    seed: int = pydantic.Field(default=0, ge=0, le=LARGEST_SEED)
 
     @pydantic.model_validator(mode="after")
     def _falls(self) -> TrainingTable:

@@ -42,6 +42,8 @@ SHARD_BYTES = 64 * 2**20
 SHARD_BLOCK = 1 << 20
 SIDES = ("documents", "windows", "offsets", "tokens")
 DTYPES = {"float16": np.float16, "float32": np.float32}
+SMALLEST_NORMAL = 2.0**-14
+"""Smaller numbers have fewer digits in float16."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,6 +277,12 @@ class StoreWriter:
             raise FeatureInterpError(
                 "an activation does not fit float16: store them as float32 (store.dtype of a recipe, "
                 "--store-dtype of extract)"
+            )
+        if self.dtype == np.float16 and len(kept) and float(np.abs(rows).max()) < SMALLEST_NORMAL:
+            raise FeatureInterpError(
+                f"the activations are so small (at most {float(np.abs(rows).max()):.3g}) that float16 would "
+                "round them to few values: store them as float32 (store.dtype of a recipe, --store-dtype of "
+                "extract)"
             )
         done = 0
         with explained_storage(self.folder):
