@@ -278,7 +278,7 @@ class StoreWriter:
                 "an activation does not fit float16: store them as float32 (store.dtype of a recipe, "
                 "--store-dtype of extract)"
             )
-        if self.dtype == np.float16 and len(kept) and float(np.abs(rows).max()) < SMALLEST_NORMAL:
+        if self.dtype == np.float16 and len(kept) and 0 < float(np.abs(rows).max()) < SMALLEST_NORMAL:
             raise FeatureInterpError(
                 f"the activations are so small (at most {float(np.abs(rows).max()):.3g}) that float16 would "
                 "round them to few values: store them as float32 (store.dtype of a recipe, --store-dtype of "
