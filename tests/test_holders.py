@@ -135,6 +135,8 @@ def owner_of(folder: Path, deadline_s: float = 60) -> dict[str, object]:
 def check_pairs(verbs: Verbs, places: Places, folder: Path, first: str, others: tuple[str, ...]) -> None:
     """``first`` holds a run; all others are refused; it is killed, and begins again."""
     run = Path(shutil.copytree(places.run, folder / "run"))
+    here = verbs.run(*places.args("explain", run))
+    assert here.code == 0, here.stderr  # the job is of this folder now
     held = verbs.start(*places.args(first, run), stop="owner", at=run).wait()
     assert held.code is None, held.stderr
     owner = owner_of(run)
@@ -193,7 +195,8 @@ READERS: dict[str, Callable[[Places, Path, Path], tuple[str, ...]]] = {
 def check_reader(verbs: Verbs, places: Places, folder: Path, reader: str) -> None:
     """Nobody replaces what is read; the reader goes on and ends well; one that was killed blocks nobody."""
     of_run = reader in ("explain", "records", "probe")
-    x = Path(shutil.copytree(places.run if of_run else places.activations, folder / "x"))
+    dead = shutil.ignore_patterns(".reader-*")  # of verbs that were killed
+    x = Path(shutil.copytree(places.run if of_run else places.activations, folder / "x", ignore=dead))
     replace = (replace_codes if of_run else replace_extraction)(places, x)
     name = "codes" if of_run else "extraction"
     for number, end in enumerate(("goes on", "is killed")):
