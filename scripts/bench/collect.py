@@ -54,7 +54,7 @@ def main() -> None:
         @torch.inference_mode()
         def limit() -> None:
             rows = batch_tokens // WINDOW
-            bias = sae.b_enc - sae.b_dec @ sae.W_enc
+            bias = -(sae.b_dec @ sae.W_enc) if sae.b_enc is None else sae.b_enc - sae.b_dec @ sae.W_enc
             with (run / "raw.bin").open("wb") as out:
                 for start in range(0, len(windows), rows):
                     ids = torch.from_numpy(np.array(windows.tokens[start : start + rows], np.int64)).to(

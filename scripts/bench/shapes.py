@@ -19,6 +19,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 from featureinterp.machine import DTYPES, choice
 from featureinterp.sae.load import LoadedSae
 from featureinterp.sae.topk import TopK
+from featureinterp.subject.hooks import find_blocks
 from featureinterp.subject.load import Subject
 
 D_MODEL, D_SAE, K, BLOCKS = 576, 4608, 32, 15
@@ -131,9 +132,10 @@ def bare_blocks(subject: Subject, hook: str) -> Callable[[torch.Tensor], torch.T
     blocks: ``[window, token, d]``.
     """
     model, n = subject.model, subject.check_hook(hook) + 1
-    short = copy.copy(model)
-    short._modules = {**model._modules, "layers": model.layers[:n], "norm": torch.nn.Identity()}
-    short.config = copy.copy(model.config)
+    blocks = find_blocks(model, subject.n_blocks)[:n]
+    short: Any = copy.copy(model)  # a class of the library, whose types are not read
+    short._modules = {**model._modules, "layers": blocks, "norm": torch.nn.Identity()}
+    short.config = copy.copy(short.config)
     short.config.num_hidden_layers = n
 
     def run(ids: torch.Tensor) -> torch.Tensor:
