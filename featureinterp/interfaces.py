@@ -13,13 +13,13 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.domain.choice import SimulatorChoice
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.domain.score import Agreement, Score, Simulation
 from featureinterp.errors import InputError
-from featureinterp.llm.types import Reply, Request
 
 
 class Settled(Protocol):

@@ -178,16 +178,21 @@ EXPLAINERS: Registry[Callable[[Parts], Explainer]] = Registry(
     "explainer",
     _own(
         (
-            ("one-shot", "explain.one_shot:OneShot.of_job", "asks causes", "one prompt with marked windows"),
+            (
+                "one-shot",
+                "explainers.one_shot:OneShot.of_job",
+                "asks causes",
+                "one prompt with marked windows",
+            ),
             (
                 "tree",
-                "explain.tree:Tree.of_job",
+                "explainers.tree:Tree.of_job",
                 "asks causes searches",
                 "a search: one-shot explanations, improved on the windows that they predict worst",
             ),
             (
                 "top-tokens",
-                "explain.baselines:TopTokens.of_job",
+                "explainers.baselines:TopTokens.of_job",
                 "",
                 "no model: the tokens with the largest mean activation",
             ),
@@ -202,31 +207,31 @@ SIMULATORS: Registry[Callable[[Parts], Simulator]] = Registry(
         (
             (
                 "token-wise",
-                "simulate.token_wise:TokenWise.of_job",
+                "local.token_wise:TokenWise.of_job",
                 "local",
                 "a model of this process, asked about one token at a time, calibrated",
             ),
             (
                 "all-at-once",
-                "simulate.all_at_once:AllAtOnce.of_job",
+                "local.all_at_once:AllAtOnce.of_job",
                 "local chat",
                 "a model of this process, one forward pass per window",
             ),
             (
                 "prompt-logprobs",
-                "simulate.prompt_logprobs:PromptLogprobs.of_job",
+                "simulators.prompt_logprobs:PromptLogprobs.of_job",
                 "asks chat",
                 "the all-at-once prompt on an endpoint that gives the probabilities of a prompt",
             ),
             (
                 "rated",
-                "simulate.rated:Rated.of_job",
+                "simulators.rated:Rated.of_job",
                 "asks",
                 "a chat endpoint, which writes a level for every token",
             ),
             (
                 "lexical",
-                "simulate.lexical:Lexical.of_job",
+                "simulators.lexical:Lexical.of_job",
                 "",
                 "no model: tokens that a rule quotes, and words that it holds",
             ),
@@ -300,28 +305,28 @@ WINDOWS: Registry[Callable[[Any], Iterable[int]]] = Registry(
     "kind of window",
     _own(
         (
-            ("top", "records.kinds:top", "fires", "the strongest windows"),
-            ("weighted", "records.kinds:weighted", "fires centred", "tokens drawn by their activation"),
-            ("quantile", "records.kinds:quantile", "fires", "from every part of the range of activations"),
-            ("random", "records.kinds:uniform", "", "at random, whether the feature fires or not"),
-            ("random_negative", "records.kinds:uniform", "", "at random, where the feature is silent"),
-            ("similar", "records.kinds:similar", "embeds", "sentence embeddings near those of top windows"),
-            ("similar_negative", "records.kinds:similar", "embeds", "the same, where the feature is silent"),
+            ("top", "sampling.kinds:top", "fires", "the strongest windows"),
+            ("weighted", "sampling.kinds:weighted", "fires centred", "tokens drawn by their activation"),
+            ("quantile", "sampling.kinds:quantile", "fires", "from every part of the range of activations"),
+            ("random", "sampling.kinds:uniform", "", "at random, whether the feature fires or not"),
+            ("random_negative", "sampling.kinds:uniform", "", "at random, where the feature is silent"),
+            ("similar", "sampling.kinds:similar", "embeds", "sentence embeddings near those of top windows"),
+            ("similar_negative", "sampling.kinds:similar", "embeds", "the same, where the feature is silent"),
             (
                 "projected_similar",
-                "records.kinds:projected_similar",
+                "sampling.kinds:projected_similar",
                 "embeds",
                 "the same after a projection that pulls the top windows together",
             ),
             (
                 "projected_similar_negative",
-                "records.kinds:projected_similar",
+                "sampling.kinds:projected_similar",
                 "embeds",
                 "the same, where the feature is silent",
             ),
             (
                 "coactive_negative",
-                "records.kinds:coactive",
+                "sampling.kinds:coactive",
                 "",
                 "where a feature of nearly the same decoder direction fires, and this one is silent",
             ),
@@ -336,7 +341,7 @@ EMBEDDERS: Registry[Callable[[], Embedder]] = Registry(
         (
             (
                 "all-minilm-l6-v2",
-                "records.similar:SentenceEmbedder",
+                "sampling.similar:SentenceEmbedder",
                 "",
                 "the embedded sentence-transformers model; every other one by its hub name or folder",
             ),
@@ -349,9 +354,9 @@ FORMATS: Registry[WriteTable] = Registry(
     "format",
     _own(
         (
-            ("parquet", "report.export:write_parquet", "", "Apache Parquet, with typed columns"),
-            ("csv", "report.export:write_csv", "", "comma-separated text for spreadsheets"),
-            ("jsonl", "report.export:write_jsonl", "", "one JSON object per line"),
+            ("parquet", "reports.export:write_parquet", "", "Apache Parquet, with typed columns"),
+            ("csv", "reports.export:write_csv", "", "comma-separated text for spreadsheets"),
+            ("jsonl", "reports.export:write_jsonl", "", "one JSON object per line"),
         )
     ),
 )

@@ -22,17 +22,17 @@ import anyio
 
 from featureinterp import api
 from featureinterp.domain.result import FeatureResult
-from featureinterp.explain.one_shot import OneShot
-from featureinterp.explain.styles import SentenceStyle
+from featureinterp.explainers.one_shot import OneShot
+from featureinterp.explainers.styles import SentenceStyle
 from featureinterp.jobs.explain import ExplainJob
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.plan import Plan
 from featureinterp.jobs.records import random_features
 from featureinterp.llm.embedded import EmbeddedModel
+from featureinterp.local.all_at_once import AllAtOnce
+from featureinterp.local.token_wise import TokenWise
 from featureinterp.machine import this_machine
-from featureinterp.records.policy import RecordPolicy
-from featureinterp.simulate.all_at_once import AllAtOnce
-from featureinterp.simulate.token_wise import TokenWise
+from featureinterp.sampling.policy import RecordPolicy
 from featureinterp.subject.load import load_causal_lm
 
 

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from featureinterp.domain.chat import Reply
 from featureinterp.domain.usage import Usage
-from featureinterp.falsify.writing import read_texts
-from featureinterp.llm.types import Reply
+from featureinterp.falsification.writing import read_texts
 
 MARKERS = (
     "```", "```json", "~~~", "<think>", "</think>", "[THINK]", "[/THINK]", "<|channel|>final<|message|>",

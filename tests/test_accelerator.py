@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from featureinterp import accelerator
-from featureinterp.accelerator import Fit, fit_of, in_parts, to_device, to_host
-from featureinterp.codes.activator import TextActivator
 from featureinterp.codes.collect import collect
 from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.text import load_corpus
 from featureinterp.corpus.windows import WindowPolicy
 from featureinterp.errors import DeviceMemoryError
+from featureinterp.live.activator import TextActivator
+from featureinterp.machine import accelerator
+from featureinterp.machine.accelerator import Fit, fit_of, in_parts, to_device, to_host
 from featureinterp.sae.codes import SparseCodes
 from featureinterp.sae.load import load_sae
 from featureinterp.subject import reading

@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny import NASTY, TINY_TEXTS
 
-from featureinterp.codes.activator import TextActivator
 from featureinterp.codes.collect import collect_shared
 from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.text import load_corpus
 from featureinterp.corpus.windows import WindowPolicy
 from featureinterp.domain.feature import FeatureId
 from featureinterp.errors import IncompatibleError
+from featureinterp.live.activator import TextActivator
 from featureinterp.sae.load import load_sae, save_sae
 
 

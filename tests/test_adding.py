@@ -24,8 +24,8 @@ from tiny import make_sae
 
 import featureinterp as fi
 from featureinterp.errors import InputError, UnknownNameError
-from featureinterp.records.similar import SentenceEmbedder
 from featureinterp.registry import FORMATS, LAYOUTS, REGISTRIES, SIMULATORS, Registry
+from featureinterp.sampling.similar import SentenceEmbedder
 
 DOC = Path(__file__).parents[1] / "docs" / "adding.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", DOC.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -164,7 +164,7 @@ def test_two_packages_with_one_name_and_one_that_takes_an_own_name(site: Path):
     install(site, "second", {"featureinterp.formats": {"xml": "two:make"}})
     with pytest.raises(InputError, match=r"several packages have a format 'xml' \(first 1.0, second 1.0\)"):
         FORMATS.load("xml")
-    assert FORMATS.load("csv").__module__ == "featureinterp.report.export"
+    assert FORMATS.load("csv").__module__ == "featureinterp.reports.export"
     taken = [p for p in FORMATS.listed() if p.name == "csv"]
     assert [p.trouble for p in taken] == [None, "not used: another format has this name"]
 

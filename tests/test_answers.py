@@ -13,6 +13,7 @@ import pytest
 from dialects import events, first_of, thinking
 from endpoint import Entry, completion, endpoint, play
 
+from featureinterp.domain.chat import Message, Reply, Request
 from featureinterp.errors import (
     ContentRefusedError,
     EndpointUnavailableError,
@@ -20,7 +21,7 @@ from featureinterp.errors import (
     MalformedReplyError,
     TruncatedReplyError,
 )
-from featureinterp.explain.asking import ask as ask_for
+from featureinterp.explainers.asking import ask as ask_for
 from featureinterp.llm.answers import collect, text_of
 from featureinterp.llm.cached import ReplyStore
 from featureinterp.llm.config import Endpoint
@@ -28,7 +29,6 @@ from featureinterp.llm.finish_reasons import REASONS, end_of
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.prices import Price
 from featureinterp.llm.stack import open_stack
-from featureinterp.llm.types import Message, Reply, Request
 
 ASK = Request((Message("user", "hi"),), 300, seed=0)
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from featureinterp.llm import prefix_cache
-from featureinterp.llm.prefix_cache import _attend, _cpu_attention, _kernel, _matmul_attention
+from featureinterp.local import prefix_cache
+from featureinterp.local.prefix_cache import _attend, _cpu_attention, _kernel, _matmul_attention
 
 CPU = torch.device("cpu")
 

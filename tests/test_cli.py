@@ -23,8 +23,8 @@ from featureinterp.cli.main import main
 from featureinterp.cli.screen import Screen
 from featureinterp.errors import InputError
 from featureinterp.quiet import quiet_transformers
-from featureinterp.records.similar import SentenceEmbedder
 from featureinterp.sae.load import save_sae
+from featureinterp.sampling.similar import SentenceEmbedder
 
 
 def cli(*args: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -156,7 +156,7 @@ def test_codes_of_another_sae_or_model_are_not_replaced(
     with pytest.raises(IncompatibleError, match="another SAE"):
         collect(subject, load_sae(str(other)), load_corpus(str(corpus_file)), tmp_path / "run", POLICY)
     changed = load_subject(str(make_subject_folder(tmp_path / "m", "llama")), dtype="bfloat16")
-    with pytest.raises(IncompatibleError, match="another model"):
+    with pytest.raises(IncompatibleError, match="go on there with --dtype float32"):
         collect(changed, load_sae(str(sae_folder)), load_corpus(str(corpus_file)), tmp_path / "run", POLICY)
     assert (tmp_path / "run" / "codes" / "codes.json").read_bytes() == before
 

@@ -19,17 +19,17 @@ from tiny import make_sae, make_subject_folder
 from featureinterp import api
 from featureinterp.assets import fetch
 from featureinterp.codes.store import CodesStore
+from featureinterp.domain.chat import Message, Request
 from featureinterp.domain.record import SPLITS
 from featureinterp.jobs.spec import Job
 from featureinterp.llm.embedded import EMBEDDED, EmbeddedModel
 from featureinterp.llm.local_server import local_server
-from featureinterp.llm.types import Message, Request
-from featureinterp.records.build import RecordBuilder
-from featureinterp.records.policy import RecordPolicy
-from featureinterp.records.similar import SentenceEmbedder, SimilarWindows, window_embeddings
+from featureinterp.local.all_at_once import AllAtOnce
 from featureinterp.sae.load import save_sae
 from featureinterp.sae.topk import TopK
-from featureinterp.simulate.all_at_once import AllAtOnce
+from featureinterp.sampling.build import RecordBuilder
+from featureinterp.sampling.policy import RecordPolicy
+from featureinterp.sampling.similar import SentenceEmbedder, SimilarWindows, window_embeddings
 
 pytestmark = pytest.mark.slow
 SMALL = ("--features", "2", "--seed", "3", "--max-tokens", "10000", "--n-test", "4")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from featureinterp.errors import DeviceMemoryError
-from featureinterp.records.similar import SentenceEmbedder
+from featureinterp.sampling.similar import SentenceEmbedder
 
 
 class Limited:

@@ -18,11 +18,11 @@ from endpoint import endpoint
 from tiny import make_sae
 
 import featureinterp as fi
+from featureinterp.domain.chat import Reply
 from featureinterp.domain.usage import Usage
 from featureinterp.jobs.records import alive_features
 from featureinterp.jobs.spec import make_job
 from featureinterp.llm.cached import ReplyStore
-from featureinterp.llm.types import Reply
 from featureinterp.sae.load import save_sae
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "experiments"))

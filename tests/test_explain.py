@@ -13,21 +13,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import NASTY
 
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.domain.explanation import Explanation, Provenance, Rule
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import InputError, MalformedReplyError, TruncatedReplyError
-from featureinterp.explain.asking import MAX_ATTEMPTS
-from featureinterp.explain.baselines import TopTokens
-from featureinterp.explain.one_shot import OneShot
-from featureinterp.explain.parse import RulesReply, SentenceReply, clean, read_rules
-from featureinterp.explain.styles import RulesStyle, SentenceStyle
-from featureinterp.explain.windows import excerpt, top_tokens
+from featureinterp.explainers.asking import MAX_ATTEMPTS
+from featureinterp.explainers.baselines import TopTokens
+from featureinterp.explainers.one_shot import OneShot
+from featureinterp.explainers.parse import RulesReply, SentenceReply, clean, read_rules
+from featureinterp.explainers.styles import RulesStyle, SentenceStyle
+from featureinterp.explainers.windows import excerpt, top_tokens
 from featureinterp.llm.function import FunctionModel
-from featureinterp.llm.types import Reply, Request
 from featureinterp.replies import parse_reply
-from featureinterp.simulate.lexical import Lexical
+from featureinterp.simulators.lexical import Lexical
 
 
 def window(row: int, pieces: list[str], activations: list[float]) -> Window:

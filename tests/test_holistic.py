@@ -13,13 +13,13 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from featureinterp.codes import holistic as holistic_module
 from featureinterp.codes.collect import scored_tokens
-from featureinterp.codes.holistic import HolisticActivations
 from featureinterp.codes.store import CodesStore
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.errors import IncompatibleError, InputError
-from featureinterp.records.build import RecordBuilder
-from featureinterp.records.policy import RecordPolicy
+from featureinterp.live.holistic import HolisticActivations
 from featureinterp.sae.load import LoadedSae, load_sae
+from featureinterp.sampling.build import RecordBuilder
+from featureinterp.sampling.policy import RecordPolicy
 from featureinterp.subject import attribution
 from featureinterp.subject.hooks import find_blocks, residual_after
 from featureinterp.subject.load import Subject

@@ -16,13 +16,13 @@ from featureinterp.claims import CODES, claim
 from featureinterp.cli.endpoint import endpoint_of
 from featureinterp.corpus.text import load_corpus
 from featureinterp.errors import DamagedStoreError, FeatureInterpError
-from featureinterp.explain.styles import FEW_SHOT
+from featureinterp.explainers.styles import FEW_SHOT
 from featureinterp.files import UnparsedError, parse_json, parse_toml
 from featureinterp.jobs.spec import load_job
 from featureinterp.llm import config, learnt
 from featureinterp.probing.labels import load_labels
 from featureinterp.prompts import load_prompt
-from featureinterp.report.render import StoredResults
+from featureinterp.reports.render import StoredResults
 from featureinterp.training.settings import load_recipe, value_of
 
 DEEP, LONG = "[" * 100_000, "9" * 5000

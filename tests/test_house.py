@@ -38,20 +38,18 @@ ALLOWED = {
     "quiet": set(),
     "visible": set(),
     "prompts": {"errors", "resources", "visible", "files"},
-    "machine": {"assets", "errors", "stored"},
-    "accelerator": {"errors"},
+    "machine": {"machine", "assets", "errors", "stored"},
     "replies": {"replies", "errors", "files"},
     "tasks": set(),
     "validation": {"errors"},
-    "interfaces": {"domain", "errors", "llm"},
+    "interfaces": {"domain", "errors"},
     "registry": {"errors", "interfaces"},
     "assets": {"assets", "errors", "files", "stored", "quiet"},
     "corpus": {"corpus", "errors", "files", "stored", "assets"},
-    "subject": {"subject", "accelerator", "corpus", "errors", "files", "assets", "quiet", "machine"},
+    "subject": {"subject", "corpus", "errors", "files", "assets", "quiet", "machine"},
     "sae": {"sae", "errors", "files", "registry", "resources"},
     "codes": {
         "codes",
-        "accelerator",
         "claims",
         "machine",
         "sae",
@@ -62,10 +60,9 @@ ALLOWED = {
         "files",
         "stored",
     },
-    "records": {
+    "sampling": {
         "validation",
-        "records",
-        "accelerator",
+        "sampling",
         "machine",
         "registry",
         "claims",
@@ -80,7 +77,6 @@ ALLOWED = {
     },
     "llm": {
         "llm",
-        "accelerator",
         "domain",
         "errors",
         "files",
@@ -91,10 +87,12 @@ ALLOWED = {
         "tasks",
         "validation",
     },
-    "explain": LANGUAGE | {"explain"},
-    "simulate": LANGUAGE | {"simulate", "accelerator"},
-    "score": LANGUAGE | {"score"},
-    "falsify": LANGUAGE | {"falsify"},
+    "explainers": LANGUAGE | {"explainers"},
+    "simulators": LANGUAGE | {"simulators"},
+    "local": LANGUAGE | {"local", "simulators", "machine"},
+    "live": {"live", "codes", "sae", "subject", "machine", "corpus", "domain", "errors"},
+    "scorers": LANGUAGE | {"scorers"},
+    "falsification": LANGUAGE | {"falsification"},
     "probing": {
         "validation",
         "probing",
@@ -108,7 +106,6 @@ ALLOWED = {
     },
     "training": {
         "training",
-        "accelerator",
         "claims",
         "probing",
         "codes",
@@ -126,9 +123,9 @@ ALLOWED = {
         "machine",
         "__version__",
     },
-    "report": {
-        "report",
-        "falsify",
+    "reports": {
+        "reports",
+        "falsification",
         "probing",
         "domain",
         "errors",
@@ -141,14 +138,16 @@ ALLOWED = {
     },
     "jobs": LANGUAGE
     | {
+        "live",
+        "local",
         "machine",
         "registry",
         "jobs",
-        "explain",
-        "simulate",
-        "score",
-        "falsify",
-        "records",
+        "explainers",
+        "simulators",
+        "scorers",
+        "falsification",
+        "sampling",
         "codes",
         "sae",
         "subject",
@@ -183,7 +182,7 @@ ALLOWED = {
         "assets",
         "domain",
         "jobs",
-        "records",
+        "sampling",
         "llm",
         "visible",
         "__version__",
@@ -191,18 +190,8 @@ ALLOWED = {
         "files",
     },
 }
-TORCH_ROOMS = {"subject", "sae", "codes", "training"}
-TORCH_FILES = {
-    "accelerator.py",
-    "machine.py",
-    "probing/tensors.py",
-    "records/projected.py",
-    "simulate/all_at_once.py",
-    "simulate/local.py",
-    "simulate/token_wise.py",
-    "llm/prefix_cache.py",
-    "llm/local.py",
-}
+TORCH_ROOMS = {"machine", "subject", "sae", "codes", "live", "local", "training"}
+TORCH_FILES = {"probing/tensors.py", "sampling/projected.py"}
 
 
 def imports(path: Path, top_level_only: bool = False) -> set[str]:
@@ -247,7 +236,7 @@ def test_torch_stays_on_the_tensor_side():
     wrong = []
     for path in ROOT.rglob("*.py"):
         relative = str(path.relative_to(ROOT))
-        if room_of(path) in TORCH_ROOMS or relative in TORCH_FILES or relative == "assets/gguf.py":
+        if room_of(path) in TORCH_ROOMS or relative in TORCH_FILES:
             continue
         wrong += [
             relative
@@ -277,27 +266,6 @@ def run_alone(code: str) -> None:
     """Runs a program in an interpreter that has imported nothing yet; it must end well."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-
-
-def test_functions_that_share_a_room_s_name_can_be_called_whatever_was_imported_before():
-    code = (
-        "import featureinterp as fi\n"
-        "first = fi.records\n"
-        "import featureinterp.report.render as render, featureinterp.records.build, "
-        "featureinterp.explain.one_shot\n"
-        "from featureinterp.records import build\n"
-        "assert render.write_report and build.RecordBuilder and fi.records.build is build and "
-        "callable(first)\n"
-        "for call in (lambda: fi.report('nowhere'), lambda: list(fi.records('nowhere')), lambda: "
-        "fi.explain('nowhere', '0:1')):\n"
-        "    try:\n"
-        "        call()\n"
-        "    except fi.InputError as error:\n"
-        "        assert 'nowhere' in str(error)\n"
-        "    else:\n"
-        "        raise AssertionError\n"
-    )
-    run_alone(code)
 
 
 def test_importing_the_package_and_asking_for_help_brings_in_nothing_heavy():

@@ -12,22 +12,22 @@ import numpy as np
 import pytest
 
 from featureinterp.codes.store import CodesStore
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.score import Failure, Simulation
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, EndpointUnavailableError, StorageError
-from featureinterp.explain.one_shot import OneShot
-from featureinterp.explain.styles import SentenceStyle
+from featureinterp.explainers.one_shot import OneShot
+from featureinterp.explainers.styles import SentenceStyle
 from featureinterp.jobs.explain import ExplainJob
 from featureinterp.jobs.journal import Journal, Row
 from featureinterp.jobs.plan import Plan
 from featureinterp.jobs.spec import Job
 from featureinterp.llm.config import LOCAL, Endpoint
 from featureinterp.llm.function import FunctionModel
-from featureinterp.llm.types import Reply, Request
-from featureinterp.records.build import RecordBuilder
-from featureinterp.records.policy import RecordPolicy
+from featureinterp.sampling.build import RecordBuilder
+from featureinterp.sampling.policy import RecordPolicy
 
 POLICY = RecordPolicy({"top": (4, 4, 4), "random": (0, 4, 4), "random_negative": (2, 4, 4)})
 PLAN = Plan(n_test=4, n_valid=3, negatives=("random", "random_negative"), concurrency=2)

@@ -9,6 +9,7 @@ import anyio
 import pytest
 from endpoint import KEY, completion, endpoint
 
+from featureinterp.domain.chat import Message, Reply, Request
 from featureinterp.errors import (
     EndpointRefusedError,
     EndpointUnavailableError,
@@ -22,7 +23,6 @@ from featureinterp.llm.limited import Limited
 from featureinterp.llm.metered import Metered
 from featureinterp.llm.openai import OpenAIModel
 from featureinterp.llm.retrying import MAX_WAIT_S, Retrying
-from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.llm.waiting import retry_after_s
 
 ASK = Request((Message("user", "hi"),))

@@ -16,6 +16,7 @@ from endpoint import KEY, completion, endpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from featureinterp.domain.chat import Message, Reply, Request
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import (
     BudgetReachedError,
@@ -39,7 +40,6 @@ from featureinterp.llm.probe import probe, recall
 from featureinterp.llm.retrying import Retrying
 from featureinterp.llm.stack import open_stack
 from featureinterp.llm.tally import Tallied, count, tally
-from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.tasks import each
 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}

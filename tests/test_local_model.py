@@ -19,17 +19,17 @@ from test_simulate import RULES, WINDOWS
 from tiny import make_model, tokenizer
 
 import featureinterp as fi
+from featureinterp.domain.chat import Message, Reply, Request
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, InputError, MalformedReplyError, RequestRefusedError
 from featureinterp.jobs.records import alive_features
 from featureinterp.llm.config import LOCAL
 from featureinterp.llm.function import FunctionModel
-from featureinterp.llm.local import LocalModel
 from featureinterp.llm.openai import OpenAIModel
-from featureinterp.llm.prefix_cache import PrefixModel, shared_tokens
-from featureinterp.llm.types import Message, Reply, Request
-from featureinterp.simulate.all_at_once import AllAtOnce
-from featureinterp.simulate.prompt_logprobs import PromptLogprobs, expected_level
+from featureinterp.local.all_at_once import AllAtOnce
+from featureinterp.local.chat import LocalModel
+from featureinterp.local.prefix_cache import PrefixModel, shared_tokens
+from featureinterp.simulators.prompt_logprobs import PromptLogprobs, expected_level
 from featureinterp.tasks import each
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"

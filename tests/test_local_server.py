@@ -11,13 +11,13 @@ from typing import Any
 import anyio
 import pytest
 
+from featureinterp.domain.chat import Message, Reply, Request
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointUnavailableError
 from featureinterp.llm import embedded
 from featureinterp.llm.embedded import LEAST_S, LONGEST_S, PATIENCE, EmbeddedModel, Pace
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.local_server import local_server, physical_cores, slots_for
-from featureinterp.llm.types import Message, Reply, Request
 
 ASK = Request((Message("user", "x" * 300),), max_tokens=50)
 READ_SETTINGS = "import json, sys; s = json.loads(sys.stdin.readline());"

@@ -13,13 +13,13 @@ from featureinterp import machine as rooms
 from featureinterp.api.local import subject_of
 from featureinterp.api.planning import AIM_S, machine_lines, plan_demo, planned
 from featureinterp.api.planning import machine as look
-from featureinterp.codes.activator import RunActivator, live_settings
 from featureinterp.codes.collect import collect
 from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.text import load_corpus
 from featureinterp.corpus.windows import WindowPolicy
 from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
 from featureinterp.jobs.resolved import live_choice
+from featureinterp.live.activator import RunActivator, live_settings
 from featureinterp.machine import Machine, pick_device, pick_dtype, this_machine, x86_bfloat16
 from featureinterp.sae.load import load_sae, save_sae
 from featureinterp.stored.sums import read_marker

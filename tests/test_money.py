@@ -15,6 +15,7 @@ from endpoint import completion, endpoint, play
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from featureinterp.domain.chat import Message, Reply, Request
 from featureinterp.domain.usage import Usage, cost_in_words
 from featureinterp.errors import (
     BudgetReachedError,
@@ -31,7 +32,6 @@ from featureinterp.llm.metered import LEARNT_AFTER, Meter, Metered
 from featureinterp.llm.prices import PRICES, Price
 from featureinterp.llm.stack import open_stack
 from featureinterp.llm.tally import Tallied, tally
-from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.llm.usage import MAX_TOKENS, checked_usage, reported_usage
 
 SENTENCE = (

@@ -24,8 +24,8 @@ from featureinterp.corpus.windows import WindowPolicy
 from featureinterp.errors import CorpusError, FeatureInterpError, InputError, StorageError
 from featureinterp.probing.labels import load_labels
 from featureinterp.probing.study import StudySettings
-from featureinterp.records.policy import RecordPolicy
 from featureinterp.sae.load import load_sae, save_sae
+from featureinterp.sampling.policy import RecordPolicy
 from featureinterp.subject.load import Subject
 from featureinterp.training.extract import ExtractSettings
 from featureinterp.training.settings import make_recipe

@@ -17,7 +17,7 @@ import pytest
 import featureinterp as fi
 from featureinterp.api.stored import verify
 from featureinterp.jobs.spec import changed, job_of
-from featureinterp.report.render import read_results
+from featureinterp.reports.render import read_results
 
 OLD = Path(__file__).parent / "data" / "old-run"
 FEATURES = [0, 1, 2]

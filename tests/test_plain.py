@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from featureinterp.domain.chat import Reply
 from featureinterp.domain.explanation import Explanation, Provenance, Rule, SearchNode
 from featureinterp.domain.intervention import Intervention, SteeredText
 from featureinterp.domain.result import FeatureResult, ShownWindow
@@ -16,7 +17,6 @@ from featureinterp.domain.score import Failure, Interval, Score
 from featureinterp.domain.trial import Trial, TrialText
 from featureinterp.domain.usage import Usage
 from featureinterp.llm.probe import Probed
-from featureinterp.llm.types import Reply
 
 USAGE = Usage(3, 10, 4, 1.5, None, 2, 1)
 NODE = SearchNode(1, 0, 2, (Rule("years", 5),), "too broad", 0.5, 0.25, 0.125, True, True, "no score")

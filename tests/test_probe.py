@@ -40,7 +40,7 @@ from featureinterp.probing import (
 )
 from featureinterp.probing.agreement import agreement_with, agreements
 from featureinterp.probing.study import Study, StudySettings, study
-from featureinterp.report.probing import read_annotations, study_table, write_study
+from featureinterp.reports.probing import read_annotations, study_table, write_study
 from featureinterp.sae.load import load_sae
 from featureinterp.subject.load import Subject, load_subject
 

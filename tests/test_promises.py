@@ -31,15 +31,15 @@ from featureinterp.cli.main import app
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import InputError
-from featureinterp.falsify.sensitivity import FeatureSensitivity
+from featureinterp.falsification.sensitivity import FeatureSensitivity
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.spec import changed, make_job
 from featureinterp.llm.config import Endpoint, load_config
 from featureinterp.llm.prices import Price
-from featureinterp.records.files import write_records
-from featureinterp.report.export import export_results
-from featureinterp.report.render import read_results, write_report, write_results
-from featureinterp.report.sensitivity import write_sensitivity
+from featureinterp.reports.export import export_results
+from featureinterp.reports.render import read_results, write_report, write_results
+from featureinterp.reports.sensitivity import write_sensitivity
+from featureinterp.sampling.files import write_records
 
 
 @pytest.fixture

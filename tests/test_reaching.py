@@ -21,6 +21,7 @@ from dialects import FINAL, PROVIDERS, REFUSED_AT_FIRST, thinking
 from endpoint import KEY, completion, endpoint
 from test_cli import cli, refused
 
+from featureinterp.domain.chat import Message, Reply, Request
 from featureinterp.errors import (
     EndpointRefusedError,
     EndpointUnavailableError,
@@ -31,7 +32,6 @@ from featureinterp.llm.address import check_key, is_loopback, read_address
 from featureinterp.llm.config import Endpoint
 from featureinterp.llm.openai import OpenAIModel
 from featureinterp.llm.probe import probe
-from featureinterp.llm.types import Message, Reply, Request
 
 ASK = Request((Message("user", "hi"),), 5)
 

@@ -24,18 +24,18 @@ from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import SPLITS, FeatureRecord, Window, levels
 from featureinterp.errors import FeatureRangeError, InputError
 from featureinterp.jobs.records import alive_features, parse_features, random_features
-from featureinterp.records.build import RecordBuilder
-from featureinterp.records.files import write_records
-from featureinterp.records.policy import RecordPolicy
-from featureinterp.records.projected import Learned, Whitening, projected_ranking
-from featureinterp.records.quantile import quantile_order
-from featureinterp.records.similar import SimilarWindows, window_embeddings
-from featureinterp.records.splits import SplitAssigner
-from featureinterp.records.top import top_order
-from featureinterp.records.uniform import uniform_rows
-from featureinterp.records.weighted import weighted_order
 from featureinterp.sae.load import load_sae
 from featureinterp.sae.neighbours import nearest_directions
+from featureinterp.sampling.build import RecordBuilder
+from featureinterp.sampling.files import write_records
+from featureinterp.sampling.policy import RecordPolicy
+from featureinterp.sampling.projected import Learned, Whitening, projected_ranking
+from featureinterp.sampling.quantile import quantile_order
+from featureinterp.sampling.similar import SimilarWindows, window_embeddings
+from featureinterp.sampling.splits import SplitAssigner
+from featureinterp.sampling.top import top_order
+from featureinterp.sampling.uniform import uniform_rows
+from featureinterp.sampling.weighted import weighted_order
 from featureinterp.subject.load import Subject
 
 

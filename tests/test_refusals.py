@@ -29,6 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import featureinterp.errors as errors
+from featureinterp.domain.chat import Message, Reply, Request
 from featureinterp.errors import (
     ContentRefusedError,
     EmptyReplyError,
@@ -44,7 +45,6 @@ from featureinterp.llm.openai import OpenAIModel
 from featureinterp.llm.refusal_tables import CASES, PARAMETERS
 from featureinterp.llm.refusals import read_refusal
 from featureinterp.llm.retrying import Retrying
-from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.llm.waiting import duration_s, wait_s
 from featureinterp.tasks import each
 

@@ -15,11 +15,11 @@ from replies_of import DRESSES, MARKERS, THOUGHTS, Played, broken, texts_in, who
 
 from featureinterp.domain.explanation import Provenance, Rule
 from featureinterp.errors import MalformedReplyError
-from featureinterp.explain.parse import RulesReply, SentenceReply, clean, read_rules
-from featureinterp.explain.styles import RulesStyle
-from featureinterp.falsify.writing import _texts
+from featureinterp.explainers.parse import RulesReply, SentenceReply, clean, read_rules
+from featureinterp.explainers.styles import RulesStyle
+from featureinterp.falsification.writing import _texts
 from featureinterp.replies import answer_of, parse_reply
-from featureinterp.simulate.rated import LevelsReply
+from featureinterp.simulators.rated import LevelsReply
 
 
 def read(played: Played) -> list[tuple[str, int]]:

@@ -19,13 +19,13 @@ from featureinterp.domain.explanation import Explanation, Provenance
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.errors import MalformedReplyError
-from featureinterp.explain.one_shot import OneShot
-from featureinterp.explain.styles import RulesStyle
-from featureinterp.falsify.writing import TextWriter
+from featureinterp.explainers.one_shot import OneShot
+from featureinterp.explainers.styles import RulesStyle
+from featureinterp.falsification.writing import TextWriter
 from featureinterp.llm.cached import Cached, ReplyStore
 from featureinterp.llm.openai import OpenAIModel
-from featureinterp.score.detection import Detection
-from featureinterp.simulate.rated import Rated
+from featureinterp.scorers.detection import Detection
+from featureinterp.simulators.rated import Rated
 
 SAID = Explanation.sentence("months", Provenance("test"))
 WINDOWS = [

@@ -23,7 +23,7 @@ from featureinterp.domain.explanation import Explanation, Provenance, Rule, Sear
 from featureinterp.domain.result import FeatureResult, ShownWindow
 from featureinterp.domain.score import Failure, Interval, Score
 from featureinterp.errors import DamagedStoreError, InputError
-from featureinterp.report.render import (
+from featureinterp.reports.render import (
     histogram,
     number,
     read_results,

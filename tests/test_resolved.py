@@ -21,7 +21,7 @@ from featureinterp.jobs.resolved import ResolvedJob, in_order, resolve, resolved
 from featureinterp.jobs.spec import Job, make_job
 from featureinterp.llm.prices import FREE, Price
 from featureinterp.machine import this_machine
-from featureinterp.records.similar import SentenceEmbedder
+from featureinterp.sampling.similar import SentenceEmbedder
 
 
 @pytest.fixture

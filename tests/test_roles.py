@@ -18,10 +18,10 @@ from tiny import TINY_TEXTS, make_model, tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from featureinterp.llm.local import LocalModel
+from featureinterp.domain.chat import Message, Request
 from featureinterp.llm.openai import OpenAIModel
 from featureinterp.llm.roles import as_text, chat_ids, text_ids
-from featureinterp.llm.types import Message, Request
+from featureinterp.local.chat import LocalModel
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"

@@ -505,7 +505,7 @@ def test_a_tracker_that_is_not_installed_is_missed_before_anything_is_done(
 def test_a_probe_without_any_result_is_drawn_without_a_warning(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ):
-    from featureinterp.report.probing import plot_study
+    from featureinterp.reports.probing import plot_study
 
     assert [p.exists() for p in plot_study(tmp_path, SimpleNamespace(concepts=[]))] == [True, True]
     assert not [str(w.message) for w in recwarn if w.category is UserWarning]

@@ -9,22 +9,22 @@ from hypothesis import strategies as st
 from scipy import stats
 from sklearn import linear_model, metrics
 
+from featureinterp.domain.chat import Reply
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Interval, Score, Simulation
 from featureinterp.domain.usage import Usage
 from featureinterp.intervals import interval_of, resample_counts, weighted_aurocs
-from featureinterp.llm.types import Reply
-from featureinterp.score.answers import read_yes
-from featureinterp.score.complexity import rating
-from featureinterp.score.correlation import (
+from featureinterp.scorers.answers import read_yes
+from featureinterp.scorers.complexity import rating
+from featureinterp.scorers.correlation import (
     Pairs,
     correlation,
     deviation_explained,
     explained_variance,
     false_positives,
 )
-from featureinterp.score.fuzzing import questions_of
-from featureinterp.score.verdicts import Verdict, calibrated, judge
+from featureinterp.scorers.fuzzing import questions_of
+from featureinterp.scorers.verdicts import Verdict, calibrated, judge
 
 
 def pairs(seed: int, n: int = 12, noise: float = 1.0) -> Pairs:

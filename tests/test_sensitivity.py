@@ -20,14 +20,15 @@ from replies_of import texts_in
 from test_cli import cli
 from tiny import NASTY, TINY_TEXTS
 
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.rate import Rate
 from featureinterp.domain.record import Window
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointUnavailableError, FeatureRangeError, InputError, MalformedReplyError
-from featureinterp.falsify.saebench import examples_in, examples_of_log
-from featureinterp.falsify.sensitivity import Example, FeatureSensitivity, base_rate, example
-from featureinterp.falsify.writing import TextWriter, without_marks
+from featureinterp.falsification.saebench import examples_in, examples_of_log
+from featureinterp.falsification.sensitivity import Example, FeatureSensitivity, base_rate, example
+from featureinterp.falsification.writing import TextWriter, without_marks
 from featureinterp.jobs.budget import Budget, Guard
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.sensitivity import SensitivityJob, SensitivityPlan
@@ -36,8 +37,7 @@ from featureinterp.llm.cached import Cached, ReplyStore
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.metered import Meter, Metered
 from featureinterp.llm.tally import Tallied
-from featureinterp.llm.types import Reply, Request
-from featureinterp.report.sensitivity import write_sensitivity
+from featureinterp.reports.sensitivity import write_sensitivity
 from featureinterp.stored.sums import read_marker
 
 

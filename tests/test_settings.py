@@ -14,18 +14,18 @@ from featureinterp.domain.explanation import Explanation, Provenance, Rule
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.domain.score import Simulation
 from featureinterp.errors import InputError
-from featureinterp.explain.baselines import TopTokens
-from featureinterp.explain.styles import SentenceStyle
-from featureinterp.explain.tree import Tree
-from featureinterp.falsify.counterexamples import Falsifier
-from featureinterp.falsify.intervention import Interventions
+from featureinterp.explainers.baselines import TopTokens
+from featureinterp.explainers.styles import SentenceStyle
+from featureinterp.explainers.tree import Tree
+from featureinterp.falsification.counterexamples import Falsifier
+from featureinterp.falsification.intervention import Interventions
 from featureinterp.interfaces import settings_of
 from featureinterp.jobs.explain import ExplainJob
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.kept import KeptSimulator
 from featureinterp.llm.function import FunctionModel
-from featureinterp.score.correlation import agreement
-from featureinterp.simulate.lexical import Lexical
+from featureinterp.scorers.correlation import agreement
+from featureinterp.simulators.lexical import Lexical
 
 
 class Fixed:

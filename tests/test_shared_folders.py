@@ -21,7 +21,7 @@ from featureinterp.corpus.windows import WindowTable
 from featureinterp.errors import IncompatibleError
 from featureinterp.files import content_key
 from featureinterp.machine import AUTO
-from featureinterp.records.similar import SentenceEmbedder
+from featureinterp.sampling.similar import SentenceEmbedder
 from featureinterp.stored.sums import write_marker
 from featureinterp.subject.load import Subject
 from featureinterp.training.extract import ExtractSettings, extract, merge

@@ -15,17 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from replies_of import RATINGS, YES_NO, logged
 
+from featureinterp.domain.chat import Message, Reply, Request
 from featureinterp.domain.explanation import Explanation, Provenance
 from featureinterp.domain.record import Window
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import MalformedReplyError, TruncatedReplyError
 from featureinterp.llm.cached import Cached, ReplyStore
 from featureinterp.llm.openai import OpenAIModel
-from featureinterp.llm.types import Message, Reply, Request
-from featureinterp.score.answers import MIN_SHARE, read_level, read_yes
-from featureinterp.score.complexity import Complexity
-from featureinterp.score.detection import Detection
-from featureinterp.score.verdicts import Verdict, judge
+from featureinterp.scorers.answers import MIN_SHARE, read_level, read_yes
+from featureinterp.scorers.complexity import Complexity
+from featureinterp.scorers.detection import Detection
+from featureinterp.scorers.verdicts import Verdict, judge
 
 SAID = Explanation.sentence("months", Provenance("test"))
 

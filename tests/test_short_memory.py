@@ -14,13 +14,13 @@ from test_local_model import ask, ask_all, parts, questions
 from test_simulate import RULES, WINDOWS
 from tiny import make_model
 
-from featureinterp.codes.holistic import HolisticActivations
 from featureinterp.errors import DeviceMemoryError
-from featureinterp.llm.local import LocalModel
+from featureinterp.live.holistic import HolisticActivations
+from featureinterp.local.all_at_once import AllAtOnce
+from featureinterp.local.chat import LocalModel
+from featureinterp.local.simulator import LocalSimulator
+from featureinterp.local.token_wise import TokenWise
 from featureinterp.sae.codes import SparseCodes
-from featureinterp.simulate.all_at_once import AllAtOnce
-from featureinterp.simulate.local import LocalSimulator
-from featureinterp.simulate.token_wise import TokenWise
 
 FULL = torch.OutOfMemoryError("CUDA out of memory")
 

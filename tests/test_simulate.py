@@ -11,16 +11,16 @@ import pytest
 import torch
 from tiny import FAMILIES, NASTY, TINY_TEXTS, make_model, tokenizer
 
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.domain.explanation import Explanation, Provenance, Rule
 from featureinterp.domain.record import Window
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, IncompatibleError, InputError
 from featureinterp.llm.function import FunctionModel
-from featureinterp.llm.prefix_cache import PrefixModel
-from featureinterp.llm.types import Reply, Request
-from featureinterp.simulate.all_at_once import AllAtOnce
-from featureinterp.simulate.parts import single
-from featureinterp.simulate.rated import Rated
+from featureinterp.local.all_at_once import AllAtOnce
+from featureinterp.local.prefix_cache import PrefixModel
+from featureinterp.simulators.parts import single
+from featureinterp.simulators.rated import Rated
 
 P = Provenance("test")
 RULES = Explanation((Rule("months", 5), Rule("words about the sea", 2)), P)

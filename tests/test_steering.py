@@ -26,7 +26,7 @@ from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.intervention import Intervention, SteeredText
 from featureinterp.domain.record import Window
 from featureinterp.errors import IncompatibleError, InputError
-from featureinterp.falsify.intervention import Interventions, SteeringSettings
+from featureinterp.falsification.intervention import Interventions, SteeringSettings
 from featureinterp.subject.hooks import find_blocks, residual_after
 from featureinterp.subject.load import load_causal_lm
 from featureinterp.subject.steering import added, random_directions, write

@@ -18,7 +18,7 @@ from featureinterp.domain.explanation import Explanation, Rule
 from featureinterp.domain.record import Window
 from featureinterp.errors import InputError
 from featureinterp.jobs.spec import make_job
-from featureinterp.simulate.token_wise import TokenWise
+from featureinterp.local.token_wise import TokenWise
 
 RULES = Explanation(
     (Rule("months", 5), Rule("words about the sea and about those who sail on it", 2), Rule("a", 4)), P
@@ -107,7 +107,7 @@ def test_a_token_is_read_once_and_the_neutral_topic_once_per_process():
 
 
 def test_kept_neutral_readings_are_bounded(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("featureinterp.simulate.token_wise.KEPT", 3)
+    monkeypatch.setattr("featureinterp.local.token_wise.KEPT", 3)
     sim, model, _ = simulator()
     shown = window([" a", " b", " c", " d", " e"])
     [first] = sim.predict(Explanation.sentence("months", P), [shown])

@@ -14,18 +14,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.domain.score import Agreement, Simulation
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, InputError, MalformedReplyError, RequestRefusedError
-from featureinterp.explain.styles import RulesStyle, SentenceStyle
-from featureinterp.explain.tree import Tree, TreeSettings, _rescaling, worst
+from featureinterp.explainers.styles import RulesStyle, SentenceStyle
+from featureinterp.explainers.tree import Tree, TreeSettings, _rescaling, worst
 from featureinterp.llm.function import FunctionModel
-from featureinterp.llm.types import Reply, Request
-from featureinterp.score.correlation import agreement
-from featureinterp.simulate.lexical import Lexical
+from featureinterp.scorers.correlation import agreement
+from featureinterp.simulators.lexical import Lexical
 
 WORDS = [" May", " wind", " tide", " sail", " rope", " mast"]
 

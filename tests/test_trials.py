@@ -18,22 +18,22 @@ from test_cli import cli
 from test_report import rendered
 
 import featureinterp as fi
+from featureinterp.domain.chat import Request
 from featureinterp.domain.explanation import Explanation, Provenance, Rule
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.trial import Trial, TrialText
 from featureinterp.errors import InputError, LanguageModelError, MalformedReplyError
-from featureinterp.explain.styles import SentenceStyle
-from featureinterp.explain.tree import Tree, TreeSettings
-from featureinterp.falsify.counterexamples import Falsifier, TrialSettings, with_counterexamples
+from featureinterp.explainers.styles import SentenceStyle
+from featureinterp.explainers.tree import Tree, TreeSettings
+from featureinterp.falsification.counterexamples import Falsifier, TrialSettings, with_counterexamples
 from featureinterp.jobs.explain import ExplainJob
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.plan import Plan
 from featureinterp.llm.function import FunctionModel
-from featureinterp.llm.types import Request
-from featureinterp.score.correlation import agreement
-from featureinterp.simulate.lexical import Lexical
+from featureinterp.scorers.correlation import agreement
+from featureinterp.simulators.lexical import Lexical
 
 WORDS = ("war", "army", "battle")
 

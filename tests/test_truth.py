@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 from featureinterp.corpus.windows import WindowTable
+from featureinterp.domain.chat import Request
 from featureinterp.domain.explanation import Explanation, Provenance, Rule
 from featureinterp.errors import MalformedReplyError
-from featureinterp.falsify.counterexamples import Falsifier
-from featureinterp.falsify.writing import TextWriter
+from featureinterp.falsification.counterexamples import Falsifier
+from featureinterp.falsification.writing import TextWriter
 from featureinterp.jobs.records import build_records
 from featureinterp.llm.function import FunctionModel
-from featureinterp.llm.types import Request
-from featureinterp.records.policy import RecordPolicy
-from featureinterp.score.detection import FitJudge
-from featureinterp.simulate.lexical import Lexical
+from featureinterp.sampling.policy import RecordPolicy
+from featureinterp.scorers.detection import FitJudge
+from featureinterp.simulators.lexical import Lexical
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "bench"))
 

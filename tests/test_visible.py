@@ -18,10 +18,10 @@ from featureinterp.domain.explanation import Explanation, Provenance
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.domain.result import FeatureResult
-from featureinterp.explain.styles import RulesStyle, SentenceStyle
+from featureinterp.explainers.styles import RulesStyle, SentenceStyle
 from featureinterp.prompts import SEPARATOR, escape, listed, unescape
-from featureinterp.report.render import environment, read_results, write_results
-from featureinterp.report.table import results_table
+from featureinterp.reports.render import environment, read_results, write_results
+from featureinterp.reports.table import results_table
 from featureinterp.visible import visible, visible_json
 
 HOSTILE = (

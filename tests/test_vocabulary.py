@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 import featureinterp as fi
 from featureinterp.cli.main import app
-from featureinterp.falsify.intervention import Interventions, SteeringSettings
+from featureinterp.falsification.intervention import Interventions, SteeringSettings
 from featureinterp.files import content_key
 from featureinterp.jobs.spec import Job, changed, load_job, make_job
 from featureinterp.registry import EXPLAINERS, FORMATS, SIMULATORS

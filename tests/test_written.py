@@ -13,15 +13,15 @@ from endpoint import completion, endpoint
 from replies_of import texts_in
 from test_trials import Decides, Finds, explanation, window
 
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import MalformedReplyError, TruncatedReplyError
-from featureinterp.falsify.counterexamples import MAX_ATTEMPTS, Falsifier, TrialSettings
-from featureinterp.falsify.writing import TextWriter, read_texts, without_numbers
+from featureinterp.falsification.counterexamples import MAX_ATTEMPTS, Falsifier, TrialSettings
+from featureinterp.falsification.writing import TextWriter, read_texts, without_numbers
 from featureinterp.llm.function import FunctionModel
 from featureinterp.llm.openai import OpenAIModel
-from featureinterp.llm.types import Reply, Request
 
 
 def record() -> FeatureRecord:

@@ -25,7 +25,7 @@ import featureinterp.api as api
 import featureinterp.api.training, featureinterp.cli.main as entry
 import featureinterp.claims.owners as owners
 import featureinterp.training.recipe, featureinterp.jobs.run, featureinterp.codes.collect
-import featureinterp.report.probing, featureinterp.report.layers, featureinterp.training.layers
+import featureinterp.reports.probing, featureinterp.reports.layers, featureinterp.training.layers
 
 def stop(at, what):
     def stops():

@@ -44,8 +44,8 @@ def demo(
     """
     from featureinterp.api.planning import first_figures, planned
     from featureinterp.assets import fetch
-    from featureinterp.assets.gguf import hugging_face_folder
     from featureinterp.jobs.records import random_features
+    from featureinterp.subject.gguf import hugging_face_folder
 
     work = planned(Path(out), features, seed, max_tokens, n_test)
     on_plan(work)
@@ -71,3 +71,10 @@ def demo(
         "steps": steps,
     }
     return explain(out, chosen, plan=plan, simulator=simulator, **options)
+
+
+def unpacked(name: str) -> Path:
+    """The folder of an embedded model as the model library reads it; unpacked once."""
+    from featureinterp.subject.gguf import hugging_face_folder
+
+    return hugging_face_folder(name)

@@ -55,7 +55,7 @@ async def run_async(
     """
     from featureinterp.claims import CODES, reading
     from featureinterp.jobs.run import run_job
-    from featureinterp.report.render import write_report, write_results
+    from featureinterp.reports.render import write_report, write_results
 
     job = job if isinstance(job, Job) else load_job(Path(job))
     options = {"retry_failed": retry_failed, "replace": replace}

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from featureinterp.errors import InputError
 
 if TYPE_CHECKING:
-    from featureinterp.codes.holistic import HolisticActivations
     from featureinterp.codes.store import CodesStore
     from featureinterp.domain.choice import SubjectChoice
     from featureinterp.interfaces import Activator, Simulator, Steerer
     from featureinterp.jobs.resolved import ResolvedJob
     from featureinterp.jobs.wiring import Local, Records
-    from featureinterp.records.kinds import Neighbours
+    from featureinterp.live.holistic import HolisticActivations
     from featureinterp.sae.load import LoadedSae
+    from featureinterp.sampling.kinds import Neighbours
     from featureinterp.subject.load import Subject
 
 EXPLAINER = "qwen2.5-coder-1.5b-instruct"
@@ -25,7 +25,7 @@ def holistic_of(
     store: CodesStore, choice: SubjectChoice, method: Literal["exact", "gradient"]
 ) -> HolisticActivations:
     """Holistic activations by the model and the SAE that made a run."""
-    from featureinterp.codes.holistic import HolisticActivations
+    from featureinterp.live.holistic import HolisticActivations
 
     return HolisticActivations.of_run(store, *subject_of(choice), method)
 
@@ -88,14 +88,14 @@ def local_parts() -> Local:
         return near_directions(store, job.subject, job.policy.n_neighbours)
 
     def activator(job: ResolvedJob, store: CodesStore) -> Activator:
-        from featureinterp.codes.activator import RunActivator
+        from featureinterp.live.activator import RunActivator
 
         choice = job.subject
         assert choice is not None
         return RunActivator(store, lambda: subject_of(choice), dtype=choice.dtype)
 
     def steerer(job: ResolvedJob, store: CodesStore) -> Steerer:
-        from featureinterp.codes.steerer import RunSteerer
+        from featureinterp.live.steerer import RunSteerer
 
         choice = job.subject
         assert choice is not None
@@ -123,9 +123,9 @@ def local_simulator(
     """A simulator on a local transformers model, which is loaded when it is first used: ``token-wise`` or
     ``all-at-once`` (``docs/scores.md``). ``temperature``: the simulator's own when not given. ``chat``: the
     all-at-once prompt as turns of a chat."""
+    from featureinterp.local.all_at_once import AllAtOnce
+    from featureinterp.local.token_wise import TokenWise
     from featureinterp.machine import this_machine
-    from featureinterp.simulate.all_at_once import AllAtOnce
-    from featureinterp.simulate.token_wise import TokenWise
     from featureinterp.subject.load import load_causal_lm
 
     def load() -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from featureinterp.api.runs import open_run
 from featureinterp.errors import InputError
 
 if TYPE_CHECKING:
-    from featureinterp.falsify.sensitivity import FeatureSensitivity
+    from featureinterp.falsification.sensitivity import FeatureSensitivity
     from featureinterp.probing.study import StudySettings
     from featureinterp.subject.load import Subject
 
@@ -37,7 +37,7 @@ def sensitivity(
     tables and a summary per SAE under ``out``, and plots over them. What was paid for is kept: the same call
     goes on where it stopped and pays nothing twice."""
     from featureinterp.jobs.sensitivity_run import SensitivityJobSpec, run_sensitivity
-    from featureinterp.report.sensitivity import plot_sensitivity, write_sensitivity
+    from featureinterp.reports.sensitivity import plot_sensitivity, write_sensitivity
 
     try:
         named = {_PUBLISHED.get(name, name): value for name, value in fields.items()}
@@ -106,7 +106,7 @@ def probe(
     from featureinterp.probing.labels import load_labels
     from featureinterp.probing.study import study
     from featureinterp.probing.tokens import RunTokens
-    from featureinterp.report.probing import about_study, write_study
+    from featureinterp.reports.probing import about_study, write_study
     from featureinterp.subject.load import load_subject
 
     store = open_run(run)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def labels_of(run: Path, results: Sequence[FeatureResult]) -> dict[int, list[Agreement]]:
     """The concepts that a run's explained features were annotated with, where it was probed."""
     from featureinterp.probing.agreement import agreements
-    from featureinterp.report.probing import read_annotations
+    from featureinterp.reports.probing import read_annotations
 
     if not (run / "probe").is_dir():
         return {}
@@ -32,7 +32,7 @@ def report(folder: str | Path, out: str | Path | None = None) -> Path:
     ``probe`` where the run has them; returns the file."""
     from featureinterp.claims import owned
     from featureinterp.jobs.spec import job_of
-    from featureinterp.report.render import read_results, write_report
+    from featureinterp.reports.render import read_results, write_report
 
     results, about = read_results(Path(folder))
     run = job_of(Path(folder)).run if (Path(folder) / "job.json").exists() else None
@@ -57,7 +57,7 @@ def export(folder: str | Path, *, to: str = "parquet", out: str | Path | None = 
     """
     from featureinterp.claims import TABLE, claim, owned
     from featureinterp.jobs.status import job_folder
-    from featureinterp.report.export import export_results
+    from featureinterp.reports.export import export_results
 
     place = job_folder(Path(folder))
     if out:

@@ -12,7 +12,7 @@ from featureinterp.errors import JobStoppedError
 from featureinterp.jobs.plan import Outcome
 
 if TYPE_CHECKING:
-    from featureinterp.falsify.sensitivity import FeatureSensitivity
+    from featureinterp.falsification.sensitivity import FeatureSensitivity
     from featureinterp.probing.study import Study
 
 
@@ -83,7 +83,7 @@ class Results(Sequence[FeatureResult]):
         return {**self.summary(), "features": list(self.rows())}
 
     def _repr_html_(self) -> str:
-        from featureinterp.report.table import results_table
+        from featureinterp.reports.table import results_table
 
         return results_table(self.features)
 
@@ -114,6 +114,6 @@ class Probe:
     n_outside: int
 
     def _repr_html_(self) -> str:
-        from featureinterp.report.probing import study_table
+        from featureinterp.reports.probing import study_table
 
         return study_table(self.study)

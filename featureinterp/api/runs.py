@@ -13,7 +13,7 @@ from featureinterp.errors import InputError
 if TYPE_CHECKING:
     from featureinterp.codes.store import CodesStore
     from featureinterp.domain.record import FeatureRecord
-    from featureinterp.records.policy import RecordPolicy
+    from featureinterp.sampling.policy import RecordPolicy
 
 
 def collect(
@@ -104,7 +104,7 @@ def records(
     from featureinterp.claims import CODES, while_reading
     from featureinterp.jobs.records import build_records, embedder_of, parse_features
     from featureinterp.jobs.resolved import live_choice
-    from featureinterp.records.policy import RecordPolicy
+    from featureinterp.sampling.policy import RecordPolicy
 
     store = open_run(run)
     chosen = parse_features(features, store) if isinstance(features, str) else list(features)

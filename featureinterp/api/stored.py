@@ -117,9 +117,9 @@ def _codes(run: Path) -> None:
     from featureinterp.codes.dense import check_dense
     from featureinterp.codes.store import MARKER, CodesStore
     from featureinterp.corpus.windows import WindowTable
-    from featureinterp.records.files import check_records
-    from featureinterp.records.similar import check_embeddings
-    from featureinterp.report.probing import check_study
+    from featureinterp.reports.probing import check_study
+    from featureinterp.sampling.files import check_records
+    from featureinterp.sampling.similar import check_embeddings
 
     if not (run / "codes" / MARKER).exists():
         check_embeddings(run / "embeddings", WindowTable.open(run / "windows"))

@@ -97,7 +97,7 @@ def train(
     """Runs a recipe in the folder ``out``: activations, training, ``sae/`` and ``saelens/``,
     ``metrics.json``, plots and a page. The same call goes on with what was interrupted; a run of another
     recipe is refused, or deleted with ``replace``. ``on_line`` is given every line of the log."""
-    from featureinterp.report.training import write_training
+    from featureinterp.reports.training import write_training
     from featureinterp.training.recipe import train
 
     done = train(
@@ -366,7 +366,7 @@ def layers(
     from featureinterp.corpus.text import load_corpus
     from featureinterp.corpus.windows import WindowPolicy
     from featureinterp.probing.labels import load_labels
-    from featureinterp.report.layers import write_layers
+    from featureinterp.reports.layers import write_layers
     from featureinterp.subject.load import load_subject
     from featureinterp.training.layers import choose_layer
     from featureinterp.training.parts import writable

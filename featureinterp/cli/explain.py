@@ -104,7 +104,7 @@ def explain(
     """
     from featureinterp import api
     from featureinterp.jobs.budget import Budget
-    from featureinterp.records.policy import RecordPolicy
+    from featureinterp.sampling.policy import RecordPolicy
 
     plan: dict[str, Any] = {} if negatives is None else {"negatives": sources_of(negatives)}
     plan |= {"seed": seed, **given(n_test=n_test, features_at_once=features_at_once)}

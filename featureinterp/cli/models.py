@@ -75,9 +75,9 @@ def fetch(
 
     Example: featureinterp models fetch smollm2-135m-instruct
     """
+    from featureinterp.api.demonstration import unpacked
     from featureinterp.assets import fetch as fetch_part
     from featureinterp.assets import part
-    from featureinterp.assets.gguf import hugging_face_folder
 
     wanted = [
         part(n)
@@ -90,7 +90,7 @@ def fetch(
                 p.name, lambda file, done, total: screen.step(f"download {file}", done, total)
             )
             if p.files[0].name.endswith(".gguf"):
-                hugging_face_folder(p.name)
+                unpacked(p.name)
             screen.say(f"{p.name}: {fetched.folder}")
     if as_json:
         screen.result({"fetched": [p.name for p in wanted]})

@@ -61,8 +61,8 @@ def records(
     """
     from featureinterp import api
     from featureinterp.claims import owned
-    from featureinterp.records.files import write_records
-    from featureinterp.records.policy import RecordPolicy
+    from featureinterp.sampling.files import write_records
+    from featureinterp.sampling.policy import RecordPolicy
 
     policy = RecordPolicy(
         {**RecordPolicy().counts, **counts_of(count or [])}, seed=seed, projection=projection

@@ -14,7 +14,6 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from featureinterp.accelerator import to_device, to_host
 from featureinterp.claims import CODES, check_free, claim, owned
 from featureinterp.codes.fit import check_fit
 from featureinterp.codes.runs import RunWriter
@@ -31,6 +30,7 @@ from featureinterp.domain.record import SPLITS
 from featureinterp.errors import FeatureInterpError, IncompatibleError, InputError
 from featureinterp.files import content_key
 from featureinterp.machine import DTYPES, choice
+from featureinterp.machine.accelerator import to_device, to_host
 from featureinterp.sae.load import LoadedSae
 from featureinterp.stored.sums import read_marker
 from featureinterp.subject.load import (

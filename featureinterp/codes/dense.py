@@ -9,11 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32
 
-from featureinterp.accelerator import to_host
 from featureinterp.codes.collect import Progress, check_subject, positions_of
 from featureinterp.codes.store import CodesStore
 from featureinterp.errors import IncompatibleError
 from featureinterp.files import explained_storage
+from featureinterp.machine.accelerator import to_host
 from featureinterp.stored.arrays import mapped
 from featureinterp.stored.sums import Sums, block_for, described, read_marker, write_marker
 from featureinterp.subject.load import Subject

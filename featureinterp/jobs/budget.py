@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pydantic
 
+from featureinterp.domain.chat import Reply
 from featureinterp.domain.score import Failure
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import BudgetReachedError, InputError, TooManyFailuresError
 from featureinterp.llm.prices import Price
-from featureinterp.llm.types import Reply
 
 FAILURES_COUNT_FROM = 20
 

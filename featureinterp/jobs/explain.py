@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from featureinterp.falsify.counterexamples import Falsifier
-from featureinterp.falsify.intervention import Interventions
+from featureinterp.falsification.counterexamples import Falsifier
+from featureinterp.falsification.intervention import Interventions
 from featureinterp.interfaces import Explainer, LanguageModel, Reviser, Simulator, Stage
 from featureinterp.jobs.budget import Budget
 from featureinterp.jobs.engine import Engine

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from featureinterp.explain.tree import TreeSettings
-from featureinterp.falsify.counterexamples import TrialSettings
-from featureinterp.falsify.intervention import SteeringSettings
+from featureinterp.explainers.tree import TreeSettings
+from featureinterp.falsification.counterexamples import TrialSettings
+from featureinterp.falsification.intervention import SteeringSettings
 from featureinterp.jobs.budget import Budget
 from featureinterp.jobs.plan import Plan
 from featureinterp.llm.config import Endpoint
-from featureinterp.records.policy import RecordPolicy
+from featureinterp.sampling.policy import RecordPolicy
 
 Table = Mapping[str, Any]
 """A mapping of the settings that change, as in a TOML file."""

@@ -15,15 +15,15 @@ from featureinterp.codes.store import CodesStore
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.errors import InputError
 from featureinterp.interfaces import Embedder
-from featureinterp.records.build import ALIVE_ABOVE, RecordBuilder
-from featureinterp.records.kinds import Neighbours
-from featureinterp.records.policy import RecordPolicy
-from featureinterp.records.similar import (
+from featureinterp.registry import EMBEDDERS
+from featureinterp.sampling.build import ALIVE_ABOVE, RecordBuilder
+from featureinterp.sampling.kinds import Neighbours
+from featureinterp.sampling.policy import RecordPolicy
+from featureinterp.sampling.similar import (
     SentenceEmbedder,
     SimilarWindows,
     window_embeddings,
 )
-from featureinterp.registry import EMBEDDERS
 
 
 def parse_features(text: str, store: CodesStore) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from featureinterp.codes.store import CodesStore
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.domain.score import Simulation
@@ -24,7 +25,6 @@ from featureinterp.jobs.wiring import Local, Records, Steps, Wired, records_of
 from featureinterp.llm.cached import Cached, ReplyStore
 from featureinterp.llm.metered import Meter, Metered
 from featureinterp.llm.tally import Tallied
-from featureinterp.llm.types import Reply, Request
 from featureinterp.registry import SIMULATORS
 
 REHEARSED = 24

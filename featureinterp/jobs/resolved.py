@@ -13,17 +13,17 @@ import pydantic
 
 from featureinterp.domain.choice import SimulatorChoice, SubjectChoice
 from featureinterp.errors import InputError
-from featureinterp.explain.styles import Style, style
-from featureinterp.explain.tree import TreeSettings
-from featureinterp.falsify.counterexamples import TrialSettings
-from featureinterp.falsify.intervention import SteeringSettings
+from featureinterp.explainers.styles import Style, style
+from featureinterp.explainers.tree import TreeSettings
+from featureinterp.falsification.counterexamples import TrialSettings
+from featureinterp.falsification.intervention import SteeringSettings
 from featureinterp.jobs.budget import Budget
 from featureinterp.jobs.plan import Plan
 from featureinterp.jobs.records import parse_features
 from featureinterp.jobs.spec import Job
 from featureinterp.llm.config import LOCAL, Config, Endpoint, load_config
-from featureinterp.records.policy import RecordPolicy
 from featureinterp.registry import EXPLAINERS, SCORERS, SIMULATORS, STAGES
+from featureinterp.sampling.policy import RecordPolicy
 from featureinterp.stored.sums import described, read_marker, write_marker
 
 if TYPE_CHECKING:

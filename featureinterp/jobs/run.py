@@ -21,7 +21,7 @@ from featureinterp.jobs.plan import Event, Outcome
 from featureinterp.jobs.resolved import ResolvedJob, resolve
 from featureinterp.jobs.results import KeptResults
 from featureinterp.jobs.spec import Job
-from featureinterp.jobs.wiring import Local, Steps, Wired, records_of
+from featureinterp.jobs.wiring import Local, Steps, Wired, in_this_process, records_of
 from featureinterp.llm.cached import ReplyStore
 from featureinterp.llm.config import config_path
 from featureinterp.llm.metered import Meter
@@ -112,8 +112,9 @@ def engine_of(
 async def _stacks(opened: AsyncExitStack, job: ResolvedJob, local: Local, meter: Meter) -> list[Stack]:
     """The job's endpoint and its judge, open; once where they are the same, as each has limits of its own."""
     parts: dict[str, Any] = {
-        "load": partial(local.load, device=job.device, dtype=job.dtype),
-        "dtype": lambda: job.dtype,
+        "in_process": in_this_process(
+            partial(local.load, device=job.device, dtype=job.dtype), lambda: job.dtype
+        ),
         "tokenizer": local.tokenizer,
     }
     endpoints = [job.endpoint] if job.judge == job.endpoint else [job.endpoint, job.judge]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.score import Score, Simulation
 from featureinterp.jobs.plan import Part, Plan
-from featureinterp.score.correlation import (
+from featureinterp.scorers.correlation import (
     Pairs,
     agreement,
     correlation,

@@ -18,8 +18,8 @@ from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Failure
 from featureinterp.errors import InputError, JobStoppedError
-from featureinterp.falsify.sensitivity import FeatureSensitivity
-from featureinterp.falsify.writing import Call, TextWriter, without_marks
+from featureinterp.falsification.sensitivity import FeatureSensitivity
+from featureinterp.falsification.writing import Call, TextWriter, without_marks
 from featureinterp.files import content_key
 from featureinterp.formerly import readable_as, take
 from featureinterp.interfaces import Activator

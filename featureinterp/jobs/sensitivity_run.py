@@ -14,19 +14,20 @@ from featureinterp.claims import CODES, SENSITIVITY, check_free, claim, owned, r
 from featureinterp.codes.store import CodesStore
 from featureinterp.domain.choices import ExampleSource
 from featureinterp.errors import FeatureRangeError, InputError, JobStoppedError
-from featureinterp.falsify.saebench import examples_in
-from featureinterp.falsify.sensitivity import Example, FeatureSensitivity, base_rate, examples_of
-from featureinterp.falsify.writing import TextWriter
+from featureinterp.falsification.saebench import examples_in
+from featureinterp.falsification.sensitivity import Example, FeatureSensitivity, base_rate, examples_of
+from featureinterp.falsification.writing import TextWriter
 from featureinterp.jobs.budget import Budget, Guard, check_endpoint
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.records import parse_features, random_features
 from featureinterp.jobs.sensitivity import ExamplesOf, OnFeature, SensitivityJob, SensitivityPlan
+from featureinterp.jobs.wiring import in_this_process
 from featureinterp.llm.cached import ReplyStore
 from featureinterp.llm.config import LOCAL, Endpoint, load_config
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.stack import open_stack
-from featureinterp.records.build import RecordBuilder
-from featureinterp.records.policy import RecordPolicy
+from featureinterp.sampling.build import RecordBuilder
+from featureinterp.sampling.policy import RecordPolicy
 
 if TYPE_CHECKING:
     from featureinterp.sae.load import LoadedSae
@@ -107,11 +108,11 @@ async def run_sensitivity(
     """Measures one SAE after the other. Model and SAEs are checked against each other before anything is
     computed or paid for; activations of the corpus are computed once for all SAEs at one hook. Raises
     ``InputError`` for what cannot work, and a ``LanguageModelError`` when the endpoint cannot be used."""
-    from featureinterp.codes.activator import TextActivator
     from featureinterp.codes.collect import collect_shared
     from featureinterp.codes.fit import check_fit
     from featureinterp.corpus.text import load_corpus
     from featureinterp.corpus.windows import WindowPolicy
+    from featureinterp.live.activator import TextActivator
     from featureinterp.machine import pick_device, this_machine
     from featureinterp.sae.load import load_sae
     from featureinterp.subject.load import load_causal_lm, load_subject, load_tokenizer
@@ -134,8 +135,9 @@ async def run_sensitivity(
     meter = Meter()
     guard = Guard(spec.budget, lambda: meter.usage, max_failure_rate=spec.max_failure_rate)
     parts: dict[str, Any] = {
-        "load": partial(load_causal_lm, device=spec.device),
-        "dtype": lambda: this_machine().dtype(None, spec.device),
+        "in_process": in_this_process(
+            partial(load_causal_lm, device=spec.device), lambda: this_machine().dtype(None, spec.device)
+        ),
         "tokenizer": load_tokenizer,
     }
     async with open_stack(endpoint, meter, price=price, **parts) as stack, AsyncExitStack() as held:

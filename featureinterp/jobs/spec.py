@@ -24,16 +24,16 @@ import pydantic
 from featureinterp.domain.choices import Dtype, Form, HolisticMethod
 from featureinterp.domain.record import Source
 from featureinterp.errors import InputError, StorageError
-from featureinterp.explain.styles import Style, style
-from featureinterp.explain.tree import TreeSettings
-from featureinterp.falsify.counterexamples import TrialSettings
-from featureinterp.falsify.intervention import SteeringSettings
+from featureinterp.explainers.styles import Style, style
+from featureinterp.explainers.tree import TreeSettings
+from featureinterp.falsification.counterexamples import TrialSettings
+from featureinterp.falsification.intervention import SteeringSettings
 from featureinterp.files import UnparsedError, parse_toml
 from featureinterp.jobs.budget import Budget
 from featureinterp.jobs.plan import Plan
 from featureinterp.llm.config import EMBEDDED, LOCAL, Endpoint, load_config
-from featureinterp.records.policy import RecordPolicy
 from featureinterp.registry import EXPLAINERS, SCORERS, SIMULATORS, STAGES, Registry
+from featureinterp.sampling.policy import RecordPolicy
 from featureinterp.stored.sums import read_marker
 from featureinterp.validation import first_problem
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from featureinterp.domain.record import Window
 from featureinterp.domain.score import Failure
-from featureinterp.falsify.sensitivity import Example, FeatureSensitivity
-from featureinterp.falsify.writing import Call
+from featureinterp.falsification.sensitivity import Example, FeatureSensitivity
+from featureinterp.falsification.writing import Call
 from featureinterp.files import explained_storage
 
 _WINDOWS = ("samples", "originals")

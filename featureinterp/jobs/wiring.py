@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 from featureinterp.codes.store import CodesStore
@@ -25,9 +25,10 @@ from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.kept import KeptSimulator
 from featureinterp.jobs.records import build_records
 from featureinterp.jobs.resolved import ResolvedJob
-from featureinterp.records.kinds import Neighbours
+from featureinterp.llm.config import Endpoint
 from featureinterp.registry import EXPLAINERS, SIMULATORS, STAGES
-from featureinterp.score.correlation import agreement
+from featureinterp.sampling.kinds import Neighbours
+from featureinterp.scorers.correlation import agreement
 
 Steps = Callable[[str, int, int], None]
 Records = Callable[[Iterator[FeatureRecord]], Iterator[FeatureRecord]]
@@ -150,3 +151,18 @@ def records_of(
         return built if job.holistic is None else local.causes(job, store)(built)
 
     return records
+
+
+def in_this_process(
+    load: Callable[[str], tuple[Any, Any]], dtype: Callable[[], str | None]
+) -> Callable[[Endpoint], LanguageModel]:
+    """Makes the model of an endpoint that is this process itself. ``load`` gives model and tokenizer of a
+    name, when the first question comes; ``dtype`` what they are loaded in."""
+
+    def made(endpoint: Endpoint) -> LanguageModel:
+        from featureinterp.local.chat import LocalModel
+
+        kind = dtype()
+        return LocalModel(partial(load, endpoint.model), name=endpoint.name_in(kind), dtype=kind)
+
+    return made

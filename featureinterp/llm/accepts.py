@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from featureinterp.domain.chat import Message, Request
 from featureinterp.llm.roles import as_text
-from featureinterp.llm.types import Message, Request
 
 ReplyForm = Literal["json_schema", "plain_schema", "bare_schema", "json_object", "text"]
 """From strict to loose. ``plain_schema``: the schema without bounds; ``bare_schema``: also without

@@ -8,11 +8,11 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from featureinterp.domain.chat import Reply
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointUnavailableError, MalformedReplyError
 from featureinterp.llm.finish_reasons import End, end_of
 from featureinterp.llm.tokens import Token, answer_tokens
-from featureinterp.llm.types import Reply
 
 
 class Choice(NamedTuple):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping
 
+from featureinterp.domain.chat import Request
 from featureinterp.errors import MalformedReplyError
 from featureinterp.llm.answers import Choice
-from featureinterp.llm.types import Request
 
 MAX_SURPLUS = 16
 """Some servers send more choices than they were asked for: these are ignored; so many more are no answer."""

@@ -11,10 +11,10 @@ from typing import Any
 
 import anyio
 
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.errors import LanguageModelError
 from featureinterp.files import content_key, parse_json
 from featureinterp.interfaces import LanguageModel
-from featureinterp.llm.types import Reply, Request
 from featureinterp.stored.sums import described
 from featureinterp.stored.tables import Table, Tables
 

@@ -12,11 +12,11 @@ import anyio
 import anyio.to_thread
 
 from featureinterp.assets import fetch
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.errors import EndpointUnavailableError
 from featureinterp.llm.config import EMBEDDED
 from featureinterp.llm.local_server import check_runtime, local_server, slots_for
 from featureinterp.llm.openai import OpenAIModel
-from featureinterp.llm.types import Reply, Request
 
 FIRST_READ, FIRST_WRITE = 4.0, 0.5
 """Tokens per second, read and written, that the slowest machine in use is trusted with before anything is

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.domain.usage import Usage
-from featureinterp.llm.types import Reply, Request
 
 
 class FunctionModel:

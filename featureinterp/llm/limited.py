@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import anyio
 
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.errors import EndpointBusyError, InputError
 from featureinterp.interfaces import LanguageModel
-from featureinterp.llm.types import Reply, Request
 
 WINDOW_S = 60.0
 MARGIN_S = 1.0

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field, replace
 
 import anyio
 
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import EndpointRefusedError, LanguageModelError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.prices import Price
-from featureinterp.llm.types import Reply, Request
 from featureinterp.llm.usage import Count, checked_usage, estimated_prompt, prompt_size
 
 LEARNT_AFTER = 8

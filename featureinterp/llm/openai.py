@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import anyio
 
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import (
     ContentRefusedError,
@@ -31,7 +32,6 @@ from featureinterp.llm.bounds import bounded
 from featureinterp.llm.refusals import Refusal, error_within, gives_way, read_refusal
 from featureinterp.llm.secrets import Secrets
 from featureinterp.llm.tls import certificate_problem, context_for
-from featureinterp.llm.types import Reply, Request
 from featureinterp.llm.usage import reported_usage
 from featureinterp.tasks import Turns
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pydantic
 
+from featureinterp.domain.chat import Message, Reply, Request
 from featureinterp.domain.plain import Plain
 from featureinterp.domain.usage import Usage, cost_in_words
 from featureinterp.errors import LanguageModelError, MalformedReplyError
@@ -20,7 +21,6 @@ from featureinterp.llm.learnt import forget
 from featureinterp.llm.metered import Meter, Metered
 from featureinterp.llm.prices import Price
 from featureinterp.llm.stack import open_stack
-from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.replies import parse_reply
 from featureinterp.stored.sums import read_cache, write_marker
 

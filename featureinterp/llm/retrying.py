@@ -8,9 +8,9 @@ from collections.abc import Awaitable, Callable
 
 import anyio
 
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.errors import EmptyReplyError, EndpointBusyError, EndpointUnavailableError
 from featureinterp.interfaces import LanguageModel
-from featureinterp.llm.types import Reply, Request
 
 FIRST_WAIT_S, MAX_WAIT_S = 0.5, 30.0
 

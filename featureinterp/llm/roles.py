@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from featureinterp.llm.types import Message
+from featureinterp.domain.chat import Message
 
 _NAMED = (
     "s|bos|eos|pad|unk|think|tool_call|tool_response|(?:start|end)_of_\\w{1,20}"

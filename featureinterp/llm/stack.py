@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import anyio.to_thread
 
+from featureinterp.domain.chat import Message, Reply, Request
 from featureinterp.errors import ContentRefusedError, InputError
 from featureinterp.interfaces import LanguageModel
 from featureinterp.llm.cached import Cached, ReplyStore
@@ -21,10 +22,9 @@ from featureinterp.llm.metered import Meter, Metered
 from featureinterp.llm.prices import Price
 from featureinterp.llm.retrying import Retrying
 from featureinterp.llm.tally import Tallied
-from featureinterp.llm.types import Message, Reply, Request
 from featureinterp.llm.usage import Count
 
-LoadModel = Callable[[str], tuple[Any, Any]]
+InProcess = Callable[[Endpoint], LanguageModel]
 PROBE = Request((Message("user", "Say yes."),), max_tokens=4)
 
 
@@ -85,29 +85,24 @@ async def open_stack(
     meter: Meter,
     *,
     price: Price | None = None,
-    load: LoadModel | None = None,
-    dtype: Callable[[], str] | None = None,
+    in_process: InProcess | None = None,
     tokenizer: Callable[[str], Any] | None = None,
 ) -> AsyncIterator[Stack]:
     """Innermost first: the adapter; metered; limited, so that what waits for its turn has not been spent;
     retrying, so that a backoff holds no slot; then cached and tallied (:meth:`Stack.model`). The adapter is
-    closed at the end of the block. ``load`` gives model and tokenizer of a name, and ``dtype`` what they are
-    loaded in, for an endpoint that is this process itself; ``tokenizer`` that of the endpoint's, for counting
-    what it does not report."""
+    closed at the end of the block. ``in_process`` makes the model of an endpoint that is this process itself;
+    ``tokenizer`` gives that of the endpoint's, for counting what it does not report."""
     bare: Any
     if endpoint.base_url is None:
         from featureinterp.llm.embedded import EmbeddedModel
 
         bare = EmbeddedModel(endpoint.model)
     elif endpoint.base_url == LOCAL:
-        from featureinterp.llm.local import LocalModel
-
-        if load is None or dtype is None:
+        if in_process is None:
             raise InputError(
                 f"a local language model cannot be loaded here: give {endpoint.model!r} an endpoint's address"
             )
-        kind = dtype()
-        bare = LocalModel(partial(load, endpoint.model), name=endpoint.name_in(kind), dtype=kind)
+        bare = in_process(endpoint)
     else:
         from featureinterp.llm.openai import OpenAIModel
 

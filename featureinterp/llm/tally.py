@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import LanguageModelError
 from featureinterp.interfaces import LanguageModel
-from featureinterp.llm.types import Reply, Request
 
 
 @dataclass

@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from featureinterp.domain.chat import Reply, Request
 from featureinterp.domain.usage import Usage
 from featureinterp.errors import MalformedReplyError
-from featureinterp.llm.types import Reply, Request
 
 MAX_TOKENS = 100_000_000
 """No model reads or writes that many in one reply."""

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from featureinterp.accelerator import fit_of, in_parts
 from featureinterp.errors import DeviceMemoryError
+from featureinterp.machine.accelerator import fit_of, in_parts
 from featureinterp.subject.hooks import find_blocks, input_embeddings, residual_after, text_config
 from featureinterp.subject.load import PrependToken, Subject
 

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from featureinterp.accelerator import to_device
 from featureinterp.corpus.cut import Encoding
 from featureinterp.errors import IncompatibleError, UnknownNameError
 from featureinterp.machine import DTYPES, pick_device, pick_dtype
+from featureinterp.machine.accelerator import to_device
 from featureinterp.quiet import quiet_transformers
 from featureinterp.subject.hooks import (
     block_of,
@@ -404,7 +404,7 @@ def model_source(name: str) -> str:
     hub name itself.
     """
     from featureinterp.assets import PARTS
-    from featureinterp.assets.gguf import hugging_face_folder
+    from featureinterp.subject.gguf import hugging_face_folder
 
     if any(p.name == name and p.kind in ("subject", "explainer", "stand-in") for p in PARTS):
         return str(hugging_face_folder(name))

@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from featureinterp.accelerator import fit_of, on_gpu, queues
 from featureinterp.corpus.windows import WindowTable
+from featureinterp.machine.accelerator import fit_of, on_gpu, queues
 from featureinterp.subject.load import Subject
 
 BATCH_TOKENS = 2048

@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
-from featureinterp.accelerator import fit_of, in_parts, on_gpu, to_host
 from featureinterp.codes.collect import scored_tokens
 from featureinterp.corpus.windows import WindowTable
 from featureinterp.domain.score import Interval
 from featureinterp.errors import IncompatibleError, InputError
 from featureinterp.intervals import interval_of, resample_counts
+from featureinterp.machine.accelerator import fit_of, in_parts, on_gpu, to_host
 from featureinterp.sae.base import SparseAutoencoder, layer_norm
 from featureinterp.sae.codes import SparseCodes
 from featureinterp.subject.hooks import replaced

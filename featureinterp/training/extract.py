@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from featureinterp.accelerator import to_host
 from featureinterp.claims import EXTRACTION, claim, owned, reading
 from featureinterp.codes.collect import in_dtype_of, mask_of, rows_where, scored_on_host
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows, copy_windows
 from featureinterp.errors import IncompatibleError, InputError, UnknownNameError
 from featureinterp.files import explained_storage
+from featureinterp.machine.accelerator import to_host
 from featureinterp.probing.splits import split_indices
 from featureinterp.stored.sums import described, read_marker, write_marker
 from featureinterp.subject.load import Subject

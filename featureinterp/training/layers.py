@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from featureinterp.accelerator import to_host
 from featureinterp.codes.collect import positions_of, scored_by_norm
 from featureinterp.corpus.text import Corpus
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
 from featureinterp.domain.score import Interval
 from featureinterp.errors import InputError
 from featureinterp.intervals import interval_of, resample_counts
+from featureinterp.machine.accelerator import to_host
 from featureinterp.probing.auroc import auroc_vec
 from featureinterp.probing.decode import fit_logreg
 from featureinterp.probing.labels import Labels

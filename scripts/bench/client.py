@@ -25,10 +25,10 @@ import anyio
 import psutil
 from common import arguments, report
 
+from featureinterp.domain.chat import Message, Request
 from featureinterp.llm.config import Endpoint
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.stack import open_stack
-from featureinterp.llm.types import Message, Request
 
 IN_FLIGHT = 256
 BARE_RATE = 11_800

@@ -22,7 +22,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from featureinterp.assets import fetch, is_cached
 from featureinterp.llm.config import EMBEDDED
 from featureinterp.llm.local_server import local_server
-from featureinterp.llm.prefix_cache import PrefixModel
+from featureinterp.local.prefix_cache import PrefixModel
 from featureinterp.machine import DTYPES, this_machine
 
 LAYERS, ALL_LAYERS = 2, 28

@@ -14,7 +14,7 @@ import torch
 from common import arguments, compare, report
 from shapes import shapes
 
-from featureinterp.codes.holistic import HolisticActivations
+from featureinterp.live.holistic import HolisticActivations
 
 FEATURE = 7
 

@@ -21,11 +21,11 @@ from common import arguments, report
 
 from featureinterp.domain.result import FeatureResult
 from featureinterp.domain.usage import Usage
-from featureinterp.explain.baselines import TopTokens
+from featureinterp.explainers.baselines import TopTokens
 from featureinterp.jobs.explain import ExplainJob
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.plan import Plan
-from featureinterp.simulate.lexical import Lexical
+from featureinterp.simulators.lexical import Lexical
 
 WRITES_PER_S, PLAN_S = 2_000.0, 2.0
 

@@ -23,9 +23,9 @@ from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.text import Corpus, Document
 from featureinterp.corpus.windows import WindowPolicy, build_windows
 from featureinterp.domain.record import Window
-from featureinterp.records.build import RecordBuilder
-from featureinterp.records.policy import RecordPolicy
-from featureinterp.records.similar import SimilarWindows
+from featureinterp.sampling.build import RecordBuilder
+from featureinterp.sampling.policy import RecordPolicy
+from featureinterp.sampling.similar import SimilarWindows
 
 N_WINDOWS, LENGTH, D_SAE, K = 5000, 32, 4608, 32
 LIMIT_MS, BARE_MS = 2.0, 0.62

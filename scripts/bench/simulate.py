@@ -23,10 +23,10 @@ from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from featureinterp.domain.explanation import Explanation, Provenance, Rule
 from featureinterp.domain.record import Window
+from featureinterp.local.all_at_once import AllAtOnce
+from featureinterp.local.simulator import LocalSimulator, batches, padded
+from featureinterp.local.token_wise import TokenWise
 from featureinterp.machine import DTYPES
-from featureinterp.simulate.all_at_once import AllAtOnce
-from featureinterp.simulate.local import LocalSimulator, batches, padded
-from featureinterp.simulate.token_wise import TokenWise
 
 WINDOW, WINDOWS, RULES = 32, 20, 3
 EXPLANATION = Explanation(

@@ -26,9 +26,9 @@ from common import arguments, report
 from records import make_store
 
 from featureinterp.codes.store import CodesStore
-from featureinterp.records.build import RecordBuilder
-from featureinterp.records.policy import RecordPolicy
-from featureinterp.records.similar import SimilarWindows
+from featureinterp.sampling.build import RecordBuilder
+from featureinterp.sampling.policy import RecordPolicy
+from featureinterp.sampling.similar import SimilarWindows
 from featureinterp.stored.arrays import CheckedArray
 from featureinterp.stored.sums import read_marker
 from featureinterp.training.batches import StoreBatches

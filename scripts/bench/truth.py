@@ -36,23 +36,23 @@ from featureinterp import api
 from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.windows import WindowPolicy, build_windows
 from featureinterp.domain.record import FeatureRecord, Source
-from featureinterp.falsify.counterexamples import Falsifier
-from featureinterp.falsify.writing import TextWriter
+from featureinterp.falsification.counterexamples import Falsifier
+from featureinterp.falsification.writing import TextWriter
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.kept import KeptSimulator, working_on
 from featureinterp.jobs.records import build_records
 from featureinterp.llm.cached import Cached, ReplyStore
 from featureinterp.llm.config import Endpoint
-from featureinterp.llm.local import LocalModel
 from featureinterp.llm.metered import Meter
 from featureinterp.llm.stack import open_stack
+from featureinterp.local.all_at_once import AllAtOnce
+from featureinterp.local.chat import LocalModel
+from featureinterp.local.token_wise import TokenWise
 from featureinterp.machine import this_machine
-from featureinterp.records.policy import RecordPolicy
-from featureinterp.records.similar import SentenceEmbedder
-from featureinterp.score.detection import FitJudge
-from featureinterp.simulate.all_at_once import AllAtOnce
-from featureinterp.simulate.lexical import Lexical
-from featureinterp.simulate.token_wise import TokenWise
+from featureinterp.sampling.policy import RecordPolicy
+from featureinterp.sampling.similar import SentenceEmbedder
+from featureinterp.scorers.detection import FitJudge
+from featureinterp.simulators.lexical import Lexical
 from featureinterp.subject.load import HubTokenizer, load_causal_lm, model_source
 
 LENGTH, TOKENS = 24, 200_000

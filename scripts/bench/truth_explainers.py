@@ -18,13 +18,13 @@ from truth_scores import HARD, Row, print_rows, simulated
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.errors import FeatureInterpError
-from featureinterp.explain.baselines import TopTokens
-from featureinterp.explain.one_shot import OneShot
-from featureinterp.explain.styles import RulesStyle, SentenceStyle, style
-from featureinterp.explain.tree import Tree, TreeSettings
+from featureinterp.explainers.baselines import TopTokens
+from featureinterp.explainers.one_shot import OneShot
+from featureinterp.explainers.styles import RulesStyle, SentenceStyle, style
+from featureinterp.explainers.tree import Tree, TreeSettings
 from featureinterp.interfaces import Explainer, LanguageModel
 from featureinterp.intervals import bootstrap
-from featureinterp.score.correlation import agreement
+from featureinterp.scorers.correlation import agreement
 
 TREE = TreeSettings(negatives=("similar_negative",))
 SMALL_TREE = TreeSettings(

@@ -21,9 +21,9 @@ from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.rate import Rate
 from featureinterp.domain.record import FeatureRecord, Window
 from featureinterp.errors import FeatureInterpError
-from featureinterp.falsify.counterexamples import Falsifier
-from featureinterp.falsify.sensitivity import examples_of
-from featureinterp.falsify.writing import TextWriter, without_marks
+from featureinterp.falsification.counterexamples import Falsifier
+from featureinterp.falsification.sensitivity import examples_of
+from featureinterp.falsification.writing import TextWriter, without_marks
 
 KINDS = ("true", "another concept", "too broad", "too narrow")
 

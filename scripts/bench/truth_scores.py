@@ -15,16 +15,16 @@ from featureinterp.domain.record import FeatureRecord, Source, Window
 from featureinterp.domain.score import Interval, Simulation
 from featureinterp.interfaces import LanguageModel
 from featureinterp.intervals import bootstrap
-from featureinterp.score.correlation import (
+from featureinterp.scorers.correlation import (
     Pairs,
     correlation,
     deviation_explained,
     explained_variance,
     false_positives,
 )
-from featureinterp.score.detection import Detection
-from featureinterp.score.fuzzing import Fuzzing
-from featureinterp.score.verdicts import judge
+from featureinterp.scorers.detection import Detection
+from featureinterp.scorers.fuzzing import Fuzzing
+from featureinterp.scorers.verdicts import judge
 
 BESIDE: tuple[Source, ...] = ("random", "random_negative", "similar_negative", "projected_similar_negative")
 EASY, HARD = BESIDE[0], BESIDE[2]

@@ -6,7 +6,7 @@
 complexity keep their answers. Asks nobody anything. Prints the distribution, over all kept answers of a
 model, of the share that "yes" and "no" (or the levels 0 to 5, where they hold more) have of the first token's
 probability, and how many answers lie below the share that is asked for
-(:data:`featureinterp.score.answers.MIN_SHARE`).
+(:data:`featureinterp.scorers.answers.MIN_SHARE`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from featureinterp.score.answers import LEVELS, MIN_SHARE, expected_masses
+from featureinterp.scorers.answers import LEVELS, MIN_SHARE, expected_masses
 
 KINDS = {"yes or no": ("yes", "no"), "level": LEVELS}
 QUANTILES = (0.0, 0.01, 0.05, 0.25, 0.5, 1.0)

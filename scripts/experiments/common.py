@@ -22,7 +22,7 @@ from featureinterp.domain.result import FeatureResult
 from featureinterp.intervals import bootstrap
 from featureinterp.jobs.plan import Event
 from featureinterp.jobs.spec import make_job
-from featureinterp.report.figures import figure
+from featureinterp.reports.figures import figure
 
 Row = dict[str, Any]
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")

@@ -25,6 +25,7 @@ from featureinterp.codes.runs import RunWriter
 from featureinterp.codes.store import CodesStore
 from featureinterp.corpus.text import Corpus, Document
 from featureinterp.corpus.windows import WindowPolicy, WindowTable, build_windows
+from featureinterp.domain.chat import Reply
 from featureinterp.domain.feature import FeatureId
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.result import FeatureResult
@@ -38,13 +39,12 @@ from featureinterp.errors import (
 from featureinterp.jobs.journal import Journal
 from featureinterp.jobs.spec import job_of, make_job
 from featureinterp.llm.cached import ReplyStore
-from featureinterp.llm.types import Reply
 from featureinterp.probing.study import Concept, Study, StudySettings
-from featureinterp.records.files import write_records
-from featureinterp.records.similar import window_embeddings
-from featureinterp.report.probing import read_annotations, write_study
-from featureinterp.report.render import read_results, write_results
-from featureinterp.report.sensitivity import write_sensitivity
+from featureinterp.reports.probing import read_annotations, write_study
+from featureinterp.reports.render import read_results, write_results
+from featureinterp.reports.sensitivity import write_sensitivity
+from featureinterp.sampling.files import write_records
+from featureinterp.sampling.similar import window_embeddings
 from featureinterp.stored.sums import Sums, read_marker, write_marker
 from featureinterp.stored.whole import DAMAGED, GOOD, UNCHECKED
 from featureinterp.subject.load import Subject

@@ -31,8 +31,8 @@ from featureinterp.files import content_key, opened_file
 from featureinterp.llm import learnt, probe
 from featureinterp.llm.accepts import Accepts
 from featureinterp.llm.config import Endpoint
-from featureinterp.report.export import cell, uncell, write_table
-from featureinterp.report.figures import figure
+from featureinterp.reports.export import cell, uncell, write_table
+from featureinterp.reports.figures import figure
 from featureinterp.stored.sums import (
     Sums,
     checked_bytes,
@@ -226,9 +226,9 @@ def test_no_column_or_cell_of_a_table_is_a_formula(tmp_path: Path):
 
 
 def test_tables_of_sensitivity_hold_no_formula(tmp_path: Path):
-    from featureinterp.falsify.sensitivity import Example, FeatureSensitivity
-    from featureinterp.falsify.writing import Call
-    from featureinterp.report.sensitivity import write_sensitivity
+    from featureinterp.falsification.sensitivity import Example, FeatureSensitivity
+    from featureinterp.falsification.writing import Call
+    from featureinterp.reports.sensitivity import write_sensitivity
 
     examples = tuple(Example(text, text, 1.0, ()) for text in FORMULAS)
     calls = tuple(Call(text, text, 1, text) for text in FORMULAS)
@@ -409,7 +409,7 @@ def test_names_that_a_hub_lists_become_no_other_path(monkeypatch: pytest.MonkeyP
 
 
 def test_published_examples_with_odd_numbers():
-    from featureinterp.falsify.saebench import examples_in
+    from featureinterp.falsification.saebench import examples_in
 
     table = "Generation phase\n│ 3.5 │ a <<b>> │\n│ 1e999 │ c │\n"
     logs = {key: {"logs": table} for key in ("3", "9" * 5_000, "²", "٣", "-1", "1e3", " 4 ")}

@@ -21,12 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import featureinterp as fi
+from featureinterp.domain.chat import Message, Reply, Request
 from featureinterp.errors import EndpointRefusedError, InputError, LanguageModelError, MalformedReplyError
 from featureinterp.llm.config import Endpoint
 from featureinterp.llm.openai import OpenAIModel
 from featureinterp.llm.prices import Price
 from featureinterp.llm.secrets import HIDDEN, Secrets
-from featureinterp.llm.types import Message, Reply, Request
 
 ASK = Request((Message("user", "hi"),), max_tokens=20)
 FORM = {"type": "object", "properties": {"explanation": {"type": "string"}}, "required": ["explanation"]}

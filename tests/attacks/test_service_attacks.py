@@ -33,7 +33,7 @@ from service import Running, configured
 from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import EndpointUnavailableError, UnknownNameError
 from featureinterp.jobs.spec import make_job
-from featureinterp.report.render import write_results
+from featureinterp.reports.render import write_results
 from featureinterp.server import worker
 from featureinterp.server.app import Rules, make_app
 from featureinterp.server.client import Service

@@ -8,7 +8,7 @@ from featureinterp.domain.score import Score
 from featureinterp.errors import LanguageModelError
 from featureinterp.interfaces import LanguageModel, Parts
 from featureinterp.jobs.feature import FeatureState
-from featureinterp.score.complexity import Complexity
+from featureinterp.scorers.complexity import Complexity
 
 
 class Rate:

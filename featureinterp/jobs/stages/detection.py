@@ -10,7 +10,7 @@ from featureinterp.interfaces import LanguageModel, Parts
 from featureinterp.jobs.feature import FeatureState
 from featureinterp.jobs.plan import Plan
 from featureinterp.jobs.stages.questions import add_scores, settings_of_questions
-from featureinterp.score.detection import Detection
+from featureinterp.scorers.detection import Detection
 
 
 class Detect:

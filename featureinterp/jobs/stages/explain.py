@@ -11,13 +11,13 @@ from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.domain.score import Score
 from featureinterp.errors import InputError
-from featureinterp.explain.baselines import TopTokens
+from featureinterp.explainers.baselines import TopTokens
 from featureinterp.interfaces import Explainer, Parts, settings_of
 from featureinterp.jobs.feature import FeatureState
 from featureinterp.jobs.kept import working_on
 from featureinterp.jobs.plan import Plan
 from featureinterp.jobs.scores import simulated_scores
-from featureinterp.simulate.lexical import Lexical
+from featureinterp.simulators.lexical import Lexical
 
 
 class Explain:

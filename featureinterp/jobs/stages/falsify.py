@@ -8,15 +8,15 @@ from typing import Any
 from featureinterp.domain.explanation import Explanation
 from featureinterp.domain.score import Score
 from featureinterp.domain.trial import Trial
-from featureinterp.explain.tree import Tree
-from featureinterp.falsify.counterexamples import Falsifier, with_counterexamples
+from featureinterp.explainers.tree import Tree
+from featureinterp.falsification.counterexamples import Falsifier, with_counterexamples
 from featureinterp.interfaces import Parts, Reviser, Simulator, settings_of
 from featureinterp.jobs.feature import FeatureState
 from featureinterp.jobs.kept import working_on
 from featureinterp.jobs.plan import Plan
 from featureinterp.jobs.scores import main_correlation
 from featureinterp.jobs.stages.simulate import simulated
-from featureinterp.score.detection import FitJudge
+from featureinterp.scorers.detection import FitJudge
 
 
 class Falsify:

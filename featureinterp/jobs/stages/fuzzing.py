@@ -8,7 +8,7 @@ from featureinterp.interfaces import LanguageModel, Parts
 from featureinterp.jobs.feature import FeatureState
 from featureinterp.jobs.plan import Plan
 from featureinterp.jobs.stages.questions import add_scores, settings_of_questions
-from featureinterp.score.fuzzing import Fuzzing
+from featureinterp.scorers.fuzzing import Fuzzing
 
 
 class Fuzz:

@@ -17,11 +17,11 @@ from featureinterp.interfaces import LanguageModel
 from featureinterp.jobs.feature import FeatureState
 from featureinterp.jobs.scores import with_nulls
 from featureinterp.prompts import Prompt
-from featureinterp.score.verdicts import Verdict, judge
+from featureinterp.scorers.verdicts import Verdict, judge
 
 
 class Questions(Protocol):
-    """Asks about windows; :class:`featureinterp.score.detection.Detection` for example."""
+    """Asks about windows; :class:`featureinterp.scorers.detection.Detection` for example."""
 
     model: LanguageModel
     prompt: Prompt

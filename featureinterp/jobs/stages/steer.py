@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from featureinterp.domain.intervention import Intervention
-from featureinterp.falsify.intervention import Interventions
+from featureinterp.falsification.intervention import Interventions
 from featureinterp.interfaces import Parts, settings_of
 from featureinterp.jobs.feature import FeatureState
-from featureinterp.score.detection import FitJudge
+from featureinterp.scorers.detection import FitJudge
 
 
 class Steer:
