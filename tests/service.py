@@ -30,7 +30,7 @@ class Running:
             str(runs),
             "--jobs",
             str(jobs),
-            "--endpoint",
+            "--allow-llm",
             "played",
         ]
         self.args += options

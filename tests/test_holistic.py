@@ -11,11 +11,11 @@ import torch
 from tiny import FAMILIES, make_model, make_sae, tokenizer
 from transformers import MistralConfig, MistralForCausalLM
 
-from featureinterp.codes import holistic as holistic_module
 from featureinterp.codes.collect import scored_tokens
 from featureinterp.codes.store import CodesStore
 from featureinterp.domain.record import FeatureRecord
 from featureinterp.errors import IncompatibleError, InputError
+from featureinterp.live import holistic as holistic_module
 from featureinterp.live.holistic import HolisticActivations
 from featureinterp.sae.load import LoadedSae, load_sae
 from featureinterp.sampling.build import RecordBuilder
