@@ -107,7 +107,7 @@ def _job(folder: Path) -> None:
     key = read_marker(path, "run the same job again").value.get("key")
     with Journal(journal) as opened:
         jobs = opened.jobs()
-    if jobs and key not in jobs:
+    if jobs and key not in list(jobs):
         raise IncompatibleError(
             f"{path} and {journal} do not belong together: put back the one that was there"
         )

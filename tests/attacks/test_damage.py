@@ -442,6 +442,51 @@ def test_a_thousand_damages_and_more(kinds: list[Stored], more_kinds: list[Store
     assert outcomes["refused"] + outcomes["right"] >= 500
 
 
+ODD: tuple[object, ...] = (
+    None, True, -1, 0, 1.5, 10**30, 1e308, float("inf"), "", "x", "\ud800", "../../x", [], [3], {}, {"a": 1},
+)  # fmt: skip
+
+
+def forged(value: object, rng: random.Random) -> str:
+    """Puts something odd into one place of plain data; which."""
+    while isinstance(value, dict | list) and value:
+        key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+        inner = value[key]  # type: ignore[index]
+        if not isinstance(inner, dict | list) or not inner or rng.random() < 0.3:
+            value[key] = odd = rng.choice(ODD)  # type: ignore[index]
+            return f"{key} = {odd!r:.30}"
+        value = inner
+    return "nothing"
+
+
+def forgeries(kinds: list[Stored], n: int, work: Path, seed: int) -> tuple[int, list[str]]:
+    """``n`` changes of each marker, sealed anew as a forger would: how many, and those that were a
+    traceback."""
+    rng, tried, bad = random.Random(seed), 0, []
+    for stored in kinds:
+        for file in (f for f in stored.files if f.endswith(".json")):
+            for _ in range(n):
+                shutil.rmtree(work, ignore_errors=True)
+                shutil.copytree(stored.folder, work)
+                marker = read_marker(work / file, "")
+                what = forged(marker.value, rng)
+                write_marker(work / file, marker.value, marker.files)
+                tried += 1
+                try:
+                    stored.read(work)
+                except FeatureInterpError as error:
+                    if "\n" in str(error):
+                        bad.append(f"{file}: {what}: several lines {error!r}")
+                except Exception as error:
+                    bad.append(f"{file}: {what}: {type(error).__name__}: {error}")
+    return tried, bad
+
+
+def test_no_forged_marker_is_a_traceback(kinds: list[Stored], more_kinds: list[Stored], tmp_path: Path):
+    tried, bad = forgeries([*kinds, *more_kinds], 25, tmp_path / "work", 77)
+    assert tried >= 200 and not bad, "\n".join(sorted(bad))
+
+
 def test_tables_of_another_run_are_told(tmp_path: Path):
     """A journal goes by what was asked for: another one's rows are never taken, and ``verify`` says that it
     is not the job's.
