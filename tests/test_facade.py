@@ -23,6 +23,7 @@ results = fi.explain("run", "random:10", explainer="tree", plan={"n_test": 4}, b
 page: Path = fi.report(results.folder)
 again: fi.Results = fi.falsify("run", trial={"n_texts": 4}, features="0:3")
 job = fi.Job(run=Path("run"), features="0:40")
+settings = (fi.Plan(n_test=4), fi.Endpoint("http://localhost/v1", "m"), fi.RecordPolicy(), fi.TrialSettings())
 first: fi.FeatureResult = fi.run(job)[0]
 text: str = first.explanation.text if first.explanation else ""
 from featureinterp import explain, OneShot

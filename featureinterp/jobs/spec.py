@@ -90,7 +90,7 @@ class Job(pydantic.BaseModel):
     scorers: tuple[ScorerName, ...] = ("detection", "fuzzing", "complexity")
     explainer: ExplainerName = "one-shot"
     style: Form = "sentence"
-    rule_cap: int = pydantic.Field(5, ge=1, le=10)
+    rule_cap: int = pydantic.Field(default=5, ge=1, le=10)
     few_shot: Path | None = None
     holistic: HolisticMethod | None = None
     tree: TreeSettings = TreeSettings()
@@ -104,12 +104,12 @@ class Job(pydantic.BaseModel):
     simulator_device: str | None = None
     simulator_dtype: Dtype | None = None
     simulator_chat: bool = False
-    simulator_temperature: float | None = pydantic.Field(None, gt=0, le=10)
+    simulator_temperature: float | None = pydantic.Field(default=None, gt=0, le=10)
     llm: Endpoint | str | None = None
     plan: Plan = Plan()
     records: RecordPolicy = RecordPolicy()
     budget: Budget = Budget()
-    max_failure_rate: float = pydantic.Field(0.5, gt=0, le=1)
+    max_failure_rate: float = pydantic.Field(default=0.5, gt=0, le=1)
     options: dict[str, dict[str, Any]] = pydantic.Field(default_factory=dict)
 
     @pydantic.model_validator(mode="before")

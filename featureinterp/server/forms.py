@@ -90,28 +90,33 @@ class Submission(pydantic.BaseModel):
 
     run: str = pydantic.Field(pattern=_NAME, description="Name of a run folder (GET /api/runs).")
     features: str = pydantic.Field(
-        "random:10", min_length=1, max_length=2000, description='"0:40", "3,17", "random:20" or "alive".'
+        default="random:10",
+        min_length=1,
+        max_length=2000,
+        description='"0:40", "3,17", "random:20" or "alive".',
     )
     llm: str | None = pydantic.Field(
-        None, pattern=_NAME, description="Name of an endpoint (GET /api/endpoints); null: the embedded model."
+        default=None,
+        pattern=_NAME,
+        description="Name of an endpoint (GET /api/endpoints); null: the embedded model.",
     )
-    stages: list[_Stage] = pydantic.Field(["explain", "simulate", "score"], max_length=16)
+    stages: list[_Stage] = pydantic.Field(default=["explain", "simulate", "score"], max_length=16)
     explainer: _Explainer = "one-shot"
     holistic: HolisticMethod | None = pydantic.Field(
-        None, description="Show the explainer which tokens cause the activations."
+        default=None, description="Show the explainer which tokens cause the activations."
     )
     style: Form = "sentence"
     rule_cap: Annotated[int, pydantic.Field(ge=1, le=10), Integral] = 5
     simulator: _Simulator = "token-wise"
     simulator_model: str | None = pydantic.Field(
-        None, max_length=200, description="One of the local models that are allowed."
+        default=None, max_length=200, description="One of the local models that are allowed."
     )
     n_test: Annotated[int, pydantic.Field(ge=1, le=100), Integral] = pydantic.Field(
-        10, description="Test windows of each kind."
+        default=10, description="Test windows of each kind."
     )
     seed: Annotated[int, pydantic.Field(ge=0, le=2**31 - 1), Integral] = 0
-    budget_usd: float | None = pydantic.Field(None, gt=0, le=1e6)
-    max_minutes: float | None = pydantic.Field(None, gt=0, le=1e5)
+    budget_usd: float | None = pydantic.Field(default=None, gt=0, le=1e6)
+    max_minutes: float | None = pydantic.Field(default=None, gt=0, le=1e5)
 
 
 class Problem(pydantic.BaseModel):
