@@ -76,6 +76,22 @@ def test_greedy_generation_is_the_model_s_own_argmax():
     assert reply.first_token[0] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"repetition_penalty": 50.0}, {"no_repeat_ngram_size": 1}, {"min_p": 0.9}],
+    ids=str,
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_s_own_settings_change_no_probability(settings: dict[str, Any], temperature: float):
+    loaded = parts()
+    request = Request(ASK, 12, temperature=temperature, seed=3, top_logprobs=4)
+    as_it_is = ask(LocalModel(lambda: loaded, name="tiny"), request)
+    for name, value in settings.items():
+        setattr(loaded[0].generation_config, name, value)
+    again = ask(LocalModel(lambda: loaded, name="tiny"), request)
+    assert again.texts == as_it_is.texts and again.tokens == as_it_is.tokens
+
+
 def test_sampling_is_reproducible_and_gives_as_many_choices_as_asked():
     loaded = parts()
     model = LocalModel(lambda: loaded, name="tiny")

@@ -202,7 +202,9 @@ SimulatorDevice = Annotated[
 ]
 BatchTokens = Annotated[
     int | None,
-    typer.Option("--batch-tokens", help="Tokens per forward pass to begin with.", rich_help_panel=DEVICES),
+    typer.Option(
+        "--batch-tokens", min=1, help="Tokens per forward pass to begin with.", rich_help_panel=DEVICES
+    ),
 ]
 
 BudgetUsd = Annotated[

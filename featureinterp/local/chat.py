@@ -206,6 +206,7 @@ class LocalModel:
             else tokenizer.eos_token_id,
             return_dict_in_generate=True,
             output_logits=True,
+            **_AS_IT_IS,
             **sampling,
             **stops,
         )
@@ -242,6 +243,10 @@ def _batches(prompts: Sequence[tuple[_Question, list[int]]]) -> Iterator[list[tu
         width = max(len(ids) for _, ids in alike) - len(shared_tokens([ids for _, ids in alike]))
         step = max(1, BATCH_TOKENS // max(1, width))
         yield from (alike[at : at + step] for at in range(0, len(alike), step))
+
+
+_AS_IT_IS = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0, "min_p": None}
+"""What a model's own settings for generation may change in its probabilities, unchanged."""
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:
