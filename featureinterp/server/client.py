@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
+import time
 from collections.abc import Iterator
+from dataclasses import fields
 from types import TracebackType
 from typing import Any
 
 from featureinterp.domain.result import FeatureResult
 from featureinterp.errors import EndpointRefusedError, EndpointUnavailableError, InputError, UnknownNameError
+from featureinterp.files import UnparsedError, parse_json
 from featureinterp.server.folder import ENDED, JobView
+
+LONGEST_PAUSE_S = 5.0
 
 
 class Service:
@@ -79,24 +83,29 @@ class Service:
         """Names of the endpoints that can be asked."""
         return list(self._get("/api/endpoints"))
 
-    def submit(self, run: str, features: str = "random:10", **fields: Any) -> JobView:
-        """Submits a job; ``fields`` are those of ``POST /api/jobs``. Raises ``InputError`` for what the
-        service does not take.
+    def submit(self, run: str, features: str = "random:10", **settings: Any) -> JobView:
+        """Submits a job; ``settings`` are the fields of ``POST /api/jobs``. Raises ``InputError`` for what
+        the service does not take.
         """
-        return JobView(**self._ask("POST", "/api/jobs", {"run": run, "features": features, **fields}))
+        return self._view(self._ask("POST", "/api/jobs", {"run": run, "features": features, **settings}))
 
     def jobs(self, *, limit: int = 100, offset: int = 0) -> list[JobView]:
         """All jobs, the newest first."""
-        return [JobView(**j) for j in self._get("/api/jobs", limit=limit, offset=offset)]
+        return [self._view(j) for j in self._get("/api/jobs", limit=limit, offset=offset)]
 
     def job(self, number: str) -> JobView:
         """One job as it is now."""
-        return JobView(**self._get(f"/api/jobs/{number}"))
+        return self._view(self._get(f"/api/jobs/{number}"))
 
     def watch(self, number: str) -> Iterator[JobView]:
-        """A job whenever it changes, until it has ended. A connection that breaks is made anew."""
+        """A job whenever it changes, until it has ended. A connection that breaks is made anew, after a pause
+        that grows while nothing comes."""
         last: JobView | None = None
+        broken = 0
         while last is None or last.state not in ENDED:
+            if broken:
+                time.sleep(min(0.1 * 2 ** (broken - 1), LONGEST_PAUSE_S))
+            broken += 1
             try:
                 with self._client.stream("GET", f"/api/jobs/{number}/events", timeout=None) as response:
                     if response.status_code != 200:
@@ -104,7 +113,7 @@ class Service:
                         self._raise(response)
                     for line in response.iter_lines():
                         if line.startswith("data: "):
-                            last = JobView(**json.loads(line[6:]))
+                            last, broken = self._view(self._parsed(line[6:])), 0
                             yield last
             except self._httpx.ConnectError as error:
                 raise EndpointUnavailableError(
@@ -120,11 +129,11 @@ class Service:
 
     def cancel(self, number: str) -> JobView:
         """Asks a job to end; what is finished is kept."""
-        return JobView(**self._ask("POST", f"/api/jobs/{number}/cancel"))
+        return self._view(self._ask("POST", f"/api/jobs/{number}/cancel"))
 
     def resume(self, number: str) -> JobView:
         """Lets a job that ended before it was through go on."""
-        return JobView(**self._ask("POST", f"/api/jobs/{number}/resume"))
+        return self._view(self._ask("POST", f"/api/jobs/{number}/resume"))
 
     def results(self, number: str) -> list[dict[str, Any]]:
         """All features of a job, without their windows."""
@@ -142,10 +151,29 @@ class Service:
         return str(self._send("GET", f"/api/jobs/{number}/report").text)
 
     def _get(self, path: str, **query: Any) -> Any:
-        return self._send("GET", path, params=query).json()
+        return self._parsed(self._send("GET", path, params=query).text)
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
-        return self._send(method, path, json=body).json()
+        return self._parsed(self._send(method, path, json=body).text)
+
+    def _parsed(self, text: str) -> Any:
+        try:
+            return parse_json(text)
+        except UnparsedError as error:
+            raise self._strange(text) from error
+
+    def _view(self, value: Any) -> JobView:
+        known = {f.name for f in fields(JobView)}
+        try:
+            return JobView(**{k: v for k, v in value.items() if k in known})
+        except (AttributeError, TypeError) as error:
+            raise self._strange(str(value)) from error
+
+    def _strange(self, text: str) -> EndpointUnavailableError:
+        return EndpointUnavailableError(
+            f"what answers at {self.url} is no service of featureinterp (it says {text[:60]!r}): check the "
+            "address"
+        )
 
     def _send(self, method: str, path: str, **options: Any) -> Any:
         try:
