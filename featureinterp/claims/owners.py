@@ -207,19 +207,27 @@ def _said(path: Path, wait_s: float = _STALE_S) -> dict[str, Any] | None:
     """Who somebody says to be in a file; None when it is not said in time, or by one that is dead."""
     end = time.monotonic() + wait_s
     while True:
-        with suppress(OSError, ValueError, KeyError, TypeError):
-            found = parse_json(path.read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
+            found = parse_json(_text_of(path))
             owner: dict[str, Any] = {
                 "pid": int(found["pid"]),
                 "since": float(found["since"]),
                 "host": visible(str(found["host"])[:64]),
             }
+            time.localtime(owner["since"])  # a time that no clock has is no owner's
             owner |= {name: visible(str(found.get(name, ""))[:40]) for name in ("verb", "reads")}
             if owner["host"] != socket.gethostname() or _lives(owner["pid"]):
                 return owner
         if time.monotonic() >= end:
             return None
         time.sleep(0.02)
+
+
+def _text_of(path: Path) -> str:
+    """What a small file says; a pipe in its place would be waited for."""
+    if not path.is_file():
+        raise FileNotFoundError(path)
+    return path.read_text(encoding="utf-8")
 
 
 def _lives(pid: int) -> bool:

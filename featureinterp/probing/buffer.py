@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -145,7 +149,7 @@ class ActivationBuffer:
                 held = {name: _array(file, name, path) for name in file.files}
         except FileNotFoundError as error:
             raise UnknownNameError(f"there is no file {path}") from error
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        except _UNREADABLE as error:
             raise InputError(
                 f"{path} is not a readable .npz file "
                 f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
@@ -175,7 +179,23 @@ class ActivationBuffer:
         )
 
 
+_UNREADABLE = (
+    *(OSError, ValueError, EOFError, KeyError, SyntaxError, OverflowError, MemoryError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error, tokenize.TokenError),
+)
+"""What numpy and zipfile raise at files that are damaged, or none of theirs."""
+
+
 def _array(file: Any, name: str, path: Path) -> np.ndarray:
+    member = name if name in file.zip.namelist() else f"{name}.npy"
+    with file.zip.open(member) as raw:
+        version = np.lib.format.read_magic(raw)
+        read = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, _, dtype = read(raw)
+    if not dtype.hasobject and math.prod(shape) * dtype.itemsize > file.zip.getinfo(member).file_size:
+        raise InputError(f"the array {name!r} of {path} is damaged: it declares more than the file holds")
     try:
         return np.asarray(file[name])
     except ValueError as error:

@@ -20,17 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from featureinterp import machine as rooms
 from featureinterp.api import planning
 from featureinterp.api.stored import verify
+from featureinterp.claims import owned
 from featureinterp.domain.usage import Usage
-from featureinterp.errors import DownloadError, InputError, StorageError
+from featureinterp.errors import (
+    DownloadError,
+    FeatureInterpError,
+    FolderInUseError,
+    InputError,
+    StorageError,
+)
 from featureinterp.files import content_key, opened_file
 from featureinterp.llm import learnt, probe
 from featureinterp.llm.accepts import Accepts
 from featureinterp.llm.config import Endpoint
+from featureinterp.probing.buffer import ActivationBuffer
 from featureinterp.reports.export import cell, uncell, write_table
 from featureinterp.reports.figures import figure
 from featureinterp.stored.sums import (
@@ -436,3 +445,55 @@ def test_numbers_of_processes_that_are_none(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     with joined(torch.device("cpu")) as ranks:
         assert ranks.world == 1
+
+
+@pytest.mark.parametrize("field", ["pid", "since"])
+@pytest.mark.parametrize("value", [10**40, -(10**40), 1e300, float("inf"), float("nan"), "x", None, [], True])
+def test_an_owner_s_file_may_say_anything(field: str, value: object, tmp_path: Path):
+    with owned(tmp_path, "collect"):
+        said = json.loads((tmp_path / ".owner.json").read_text()) | {field: value}
+        (tmp_path / ".owner.json").write_text(json.dumps(said))
+        with pytest.raises(FolderInUseError) as error, owned(tmp_path, "collect"):
+            pass
+    assert "\n" not in str(error.value) and "is in use" in str(error.value)
+
+
+def test_a_pipe_in_the_place_of_an_owner_s_file_is_not_waited_for(tmp_path: Path):
+    with owned(tmp_path, "collect"):
+        (tmp_path / ".owner.json").unlink()
+        os.mkfifo(tmp_path / ".owner.json")
+        with pytest.raises(FolderInUseError, match="in use by another process"), owned(tmp_path, "collect"):
+            pass
+
+
+def test_damaged_tables_of_labels_are_one_sentence(tmp_path: Path):
+    good = tmp_path / "good.npz"
+    labels = np.zeros((6, 1), bool)
+    labels[:3] = True
+    np.savez(good, codes=np.ones((6, 2), np.float32), labels=labels, label_names=np.array(["x"]))
+    ActivationBuffer.load(good)
+    rng, outcomes = random.Random(5), {"read": 0, "refused": 0}
+    for _ in range(300):
+        data = bytearray(good.read_bytes())
+        for _ in range(rng.randrange(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        (bad := tmp_path / "bad.npz").write_bytes(data[: rng.choice([len(data), rng.randrange(len(data))])])
+        try:
+            ActivationBuffer.load(bad)
+            outcomes["read"] += 1
+        except FeatureInterpError as error:
+            assert "\n" not in str(error)
+            outcomes["refused"] += 1
+    assert outcomes["refused"] >= 200
+
+
+def test_a_table_that_declares_more_than_it_holds_takes_no_memory(tmp_path: Path):
+    declared = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        declared, {"shape": (1 << 40,), "fortran_order": False, "descr": "<f8"}
+    )
+    with zipfile.ZipFile(tmp_path / "big.npz", "w") as file:
+        for name in ("codes", "labels", "label_names"):
+            file.writestr(f"{name}.npy", declared.getvalue() + bytes(64))
+    with pytest.raises(InputError, match="declares more than the file holds"):
+        ActivationBuffer.load(tmp_path / "big.npz")
